@@ -1,0 +1,249 @@
+"""One .safetensors file = one snapshot: tensors, and one JSON document that says what they are.
+
+The document holds a digest of every tensor, and one over names, dtypes, shapes and itself, so that a flipped bit
+anywhere is found when it is read. Files appear by rename: a reader never sees half of one.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightdiff import __version__
+from lightdiff.errors import RunError, UserError
+
+FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
+KEY = "lightdiff"  # the one key of the file's metadata
+STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
+
+
+class Document(BaseModel):
+    """What a snapshot says of itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    lightdiff: str = __version__
+    stage: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    step: int = 0
+    images_seen: int = 0
+    metrics: dict[str, float] = Field(default_factory=dict)
+    lineage: dict[str, str] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    digests: dict[str, str] = Field(default_factory=dict)
+    digest: str = ""
+
+    def seal(self, tensors: Mapping[str, tuple[str, list[int]]]) -> str:
+        """The digest over this document without its own digest, and over each tensor's name, dtype and shape."""
+        about = self.model_dump(mode="json", exclude={"digest"})
+        text = json.dumps([about, sorted((name, *what) for name, what in tensors.items())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def weights_digest(self, prefix: str) -> str:
+        """One digest of all tensors below a prefix, independent of what else the file holds."""
+        rows = sorted((name.removeprefix(prefix), d) for name, d in self.digests.items() if name.startswith(prefix))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class Checkpoint:
+    """A snapshot opened for reading. Tensors are read, and verified, when they are asked for."""
+
+    def __init__(self, path: Path, stage: str | None = None) -> None:
+        """Open a file and verify its document.
+
+        Raises:
+            UserError: If there is no such file, or it is no snapshot of this stage that this version can read.
+        """
+        self.path = path
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a checkpoint file (.safetensors)")
+        try:
+            self._file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            metadata = self._file.metadata() or {}
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such checkpoint") from None
+        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged or no checkpoint: {error}") from None
+        if KEY not in metadata:
+            raise UserError(f"{path} is no checkpoint of lightdiff")
+        self.document = self._read_document(metadata[KEY])
+        if stage is not None and self.document.stage != stage:
+            wanted, found = (STAGES.get(s, s) for s in (stage, self.document.stage))
+            raise UserError(f"{path} holds {found}, but {wanted} is needed here")
+
+    def _read_document(self, text: str) -> Document:
+        try:
+            raw = json.loads(text)
+            version = raw.get("format")
+            if isinstance(version, int) and version > FORMAT:
+                raise UserError(
+                    f"{self.path} has format {version}, written by lightdiff {raw.get('lightdiff')}; "
+                    f"this lightdiff {__version__} reads up to format {FORMAT}: upgrade it"
+                )
+            document = Document.model_validate(raw)
+        except (ValueError, RecursionError, AttributeError, ValidationError):
+            raise UserError(f"{self.path} is damaged: its document cannot be read") from None
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a dict)
+        layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
+        if document.seal(layout) != document.digest or set(layout) != set(document.digests):
+            raise UserError(f"{self.path} is damaged: its header or document does not match its digest")
+        return document
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors below a prefix."""
+        return [name for name in self.document.digests if name.startswith(prefix)]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, verified."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} is damaged: {name}: {error}") from None
+        if tensor_digest(tensor) != self.document.digests[name]:
+            raise UserError(f"{self.path} is damaged: {name} does not match its digest")
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors below a prefix, verified, by their names without it."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
+
+    def weights(self, ema: bool = True) -> dict[str, Tensor]:
+        """The averaged weights where there are any and they are wanted, else the raw ones."""
+        return self.tensors(self.weights_prefix(ema))
+
+    def weights_prefix(self, ema: bool = True) -> str:
+        """`ema.` or `model.`, whichever `weights` reads."""
+        return "ema." if ema and self.names("ema.") else "model."
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], document: Document) -> Document:
+    """Write a snapshot, atomically, and return its document with all digests.
+
+    Raises:
+        RunError: If it cannot be written; what was there before is untouched.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = document.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
+    document = document.model_copy(update={"digest": document.seal({n: layout_of(t) for n, t in ready.items()})})
+    metadata = {KEY: document.model_dump_json()}
+    publish(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
+    return document
+
+
+def layout_of(tensor: Tensor) -> tuple[str, list[int]]:
+    """A tensor's dtype, in the words of safetensors, and shape."""
+    return DTYPES[tensor.dtype], list(tensor.shape)
+
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then put it in place of `path` at once and durably.
+
+    Raises:
+        RunError: If it cannot be written; `path` is then as it was before.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~current_umask())
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written: {reason(error)}; what was saved before is untouched") from error
+    except BaseException:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+TEMPORARY = ".tmp"
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Replace a text file at once and durably."""
+    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def publish_link(path: Path, source: Path) -> None:
+    """Make `path` the same file as `source`, by a hard link where the disk has them, at once and durably."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+
+    publish(path, link)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder."""
+    for stale in folder.glob(f".*{TEMPORARY}"):
+        stale.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def reason(error: BaseException) -> str:
+    """What an operating system's or safetensors' error says, in words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    return "No space left on device" if "StorageFull" in text or "os error 28" in text else text
+
+
+def first_found(candidates: Iterable[Path]) -> Path | None:
+    """The first of these paths that is a file."""
+    return next((path for path in candidates if path.is_file()), None)
+
+

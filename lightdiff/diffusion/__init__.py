@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: no files, no loops over data, no devices."""

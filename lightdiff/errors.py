@@ -1,0 +1,28 @@
+"""What goes wrong, in two kinds: a user's mistake (exit code 2) and a failure at run time (exit code 1)."""
+
+
+class LightdiffError(Exception):
+    """A problem that is told in one readable message instead of a traceback."""
+
+    exit_code = 1
+
+
+class UserError(LightdiffError):
+    """Something the user can put right: a setting, a path, a file. Found before any long work starts."""
+
+    exit_code = 2
+
+
+class RunError(LightdiffError):
+    """Something that failed while running: a full disk, a loss that is not finite, too many unreadable images."""
+
+    exit_code = 1
+
+
+class Stopped(LightdiffError):
+    """The run was asked to stop and has saved its state; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        """Keep the message, and the exit code that shells expect of this signal."""
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

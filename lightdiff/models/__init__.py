@@ -1,0 +1,1 @@
+"""Networks only: tensors in, tensors out. Each takes its own settings object, never a stage's."""

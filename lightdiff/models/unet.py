@@ -1,0 +1,89 @@
+"""The U-Net that predicts the noise in a latent (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightdiff.models.layers import Attention, Downsample, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
+from lightdiff.settings import UNetSettings
+
+
+class Stage(nn.Module):
+    """One residual block and, at chosen levels, attention."""
+
+    def __init__(self, in_channels: int, out_channels: int, settings: UNetSettings, attend: bool) -> None:
+        """Build (b, in, h, w) -> (b, out, h, w)."""
+        super().__init__()
+        norm = partial(group_norm, groups=settings.groups, group_width=settings.group_width)
+        self.block = ResBlock(in_channels, out_channels, norm, settings.time_dim)
+        self.attention = Attention(out_channels, settings.heads, norm) if attend else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Apply block and attention."""
+        h: Tensor = self.block(x, time)
+        return h if self.attention is None else self.attention(h)
+
+
+class UNet(nn.Module):
+    """(x_t, t) -> eps_hat, the noise in x_t.
+
+    Going down, each level has `blocks` residual blocks, whose outputs are kept, and a halving. Going up, it doubles
+    and has as many blocks, each of which first takes in what was kept. Upward, level i ends at the width of the
+    level below it, so that its widths are those of the way down, read backwards.
+    """
+
+    def __init__(self, settings: UNetSettings, latent_channels: int) -> None:
+        """Build it from resolved settings (`UNetSettings.resolved`)."""
+        super().__init__()
+        s, channels = settings, settings.channels
+        attended = set(s.attention_levels or ())
+        self.factor = s.factor
+        self.time = TimeEmbedding(s.time_dim)
+        self.stem = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, (a, b) in enumerate(pairwise(channels)):
+            sizes = pairwise([a] + [b] * s.blocks)
+            stages = [Stage(i, o, s, level in attended) for i, o in sizes]
+            self.down.append(nn.ModuleList([*stages, Downsample(b, s.downsample_kernel)]))
+        self.mid1 = Stage(channels[-1], channels[-1], s, s.mid_attention)
+        self.mid2 = Stage(channels[-1], channels[-1], s, False)
+        for level, (b, a) in reversed(list(enumerate(pairwise(channels)))):
+            sizes = pairwise([a] + [b] * s.blocks)
+            stages = [Stage(i + a, o, s, level in attended) for i, o in sizes]
+            self.up.append(nn.ModuleList([Upsample(a, a), *stages]))
+        self.norm = group_norm(channels[0], s.groups)
+        self.out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        if s.zero_init:
+            self._zero_init()
+
+    def _zero_init(self) -> None:
+        """Make every residual branch, and the output, start at zero (Ho et al. 2020's code; Goyal et al. 2017)."""
+        zero_init(self.out)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                zero_init(module.conv2)
+            elif isinstance(module, Attention):
+                zero_init(module.proj)
+
+    def forward(self, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        """Predict the noise, in float32; h and w must be divisible by `factor`, t lies in 0 to T - 1."""
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {self.factor}")
+        time = self.time(t)
+        h = self.stem(x)
+        kept: list[Tensor] = []
+        for *stages, shrink in self.down:
+            for stage in stages:
+                h = stage(h, time)
+                kept.append(h)
+            h = shrink(h)
+        h = self.mid2(self.mid1(h, time), time)
+        for grow, *stages in self.up:
+            h = grow(h)
+            for stage in stages:
+                h = stage(torch.cat([h, kept.pop()], dim=1), time)
+        out: Tensor = self.out(torch.nn.functional.silu(self.norm(h)))
+        return out.float()

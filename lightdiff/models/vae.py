@@ -1,0 +1,130 @@
+"""The VAE: images in [-1, 1] <-> latents (Kingma & Welling 2013, arXiv:1312.6114)."""
+
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightdiff.models.layers import Attention, Downsample, Norm, ResBlock, Upsample, group_norm
+from lightdiff.settings import VAESettings
+
+
+class Posterior(NamedTuple):
+    """The encoder's answer: a normal distribution for each latent element."""
+
+    mu: Float[Tensor, "b c h w"]
+    logvar: Float[Tensor, "b c h w"]
+
+    def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
+        return self.mu + torch.exp(0.5 * self.logvar) * noise
+
+
+class PlainBlock(nn.Sequential):
+    """Convolution, GroupNorm, SiLU: the building block of the original scripts."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
+        """Build (b, in, h, w) -> (b, out, h, w)."""
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1), norm(out_channels), nn.SiLU())
+
+
+def norm_of(settings: VAESettings) -> Norm:
+    """The normalisation layers of these settings."""
+    return partial(group_norm, groups=settings.groups)
+
+
+def level_blocks(settings: VAESettings, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+    """`count` blocks of the chosen kind, the first one changing the width."""
+    kind = ResBlock if settings.block == "residual" else PlainBlock
+    widths = [in_channels] + [out_channels] * count
+    return [kind(a, b, norm_of(settings)) for a, b in pairwise(widths)]
+
+
+def middle(settings: VAESettings, channels: int) -> list[nn.Module]:
+    """Residual blocks and, if chosen, attention at the latent's size."""
+    norm = norm_of(settings)
+    blocks: list[nn.Module] = [ResBlock(channels, channels, norm) for _ in range(settings.mid_blocks)]
+    if settings.attention:
+        blocks.insert(1, Attention(channels, heads=1, norm=norm))
+    return blocks
+
+
+def norm_act(settings: VAESettings, channels: int) -> list[nn.Module]:
+    """What a chain of pre-activation blocks ends with; plain blocks end with it anyway."""
+    return [norm_of(settings)(channels), nn.SiLU()] if settings.block == "residual" else []
+
+
+def blocks_at(counts: tuple[int, ...], level: int) -> int:
+    """Blocks of a level; a short list repeats its last number."""
+    return counts[min(level, len(counts) - 1)]
+
+
+class Encoder(nn.Module):
+    """Images -> mu and logvar of their latents."""
+
+    def __init__(self, settings: VAESettings) -> None:
+        """Build it from resolved settings (`VAESettings.resolved`)."""
+        super().__init__()
+        s, channels = settings, settings.encoder_channels
+        layers: list[nn.Module] = [nn.Conv2d(s.image_channels, channels[0], 3, padding=1)]
+        for level, (a, b) in enumerate(pairwise(channels)):
+            layers += [*level_blocks(s, a, b, blocks_at(s.encoder_blocks, level)), Downsample(b, s.downsample_kernel)]
+        self.body = nn.Sequential(*layers, *middle(s, channels[-1]), *norm_act(s, channels[-1]))
+        self.mu = nn.Conv2d(channels[-1], s.latent_channels, 1)
+        self.logvar = nn.Conv2d(channels[-1], s.latent_channels, 1)
+        self.bounds = (s.logvar_min, s.logvar_max)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Posterior:
+        """Encode images in [-1, 1]; the answer is float32 and its logvar lies within the bounds."""
+        h = self.body(x)
+        return Posterior(self.mu(h).float(), soft_bound(self.logvar(h).float(), *self.bounds))
+
+
+class Decoder(nn.Module):
+    """Latents -> images."""
+
+    def __init__(self, settings: VAESettings) -> None:
+        """Build it from resolved settings (`VAESettings.resolved`)."""
+        super().__init__()
+        s, channels = settings, settings.decoder_channels
+        layers: list[nn.Module] = [nn.Conv2d(s.latent_channels, channels[0], 1), *middle(s, channels[0])]
+        for level, (a, b) in enumerate(pairwise(channels)):
+            up = Upsample(a, b) if s.upsample == "nearest" else nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
+            layers += [up, *level_blocks(s, b, b, blocks_at(s.decoder_blocks, level))]
+        out = nn.Conv2d(channels[-1], s.image_channels, 3, padding=1)
+        self.body = nn.Sequential(*layers, *norm_act(s, channels[-1]), out)
+        self.output = s.output
+
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Decode latents to images in [-1, 1] (a sigmoid's [0, 1] is stretched; `none` may overshoot)."""
+        x: Tensor = self.body(z).float()
+        if self.output == "none":
+            return x
+        return torch.tanh(x) if self.output == "tanh" else torch.sigmoid(x) * 2 - 1
+
+
+class VAE(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, settings: VAESettings) -> None:
+        """Build both from resolved settings (`VAESettings.resolved`)."""
+        super().__init__()
+        self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"]
+    ) -> tuple[Float[Tensor, "b c h w"], Posterior]:
+        """Reconstruct x through a latent drawn with this noise."""
+        posterior: Posterior = self.encoder(x)
+        return self.decoder(posterior.sample(noise)), posterior
+
+
+def soft_bound(x: Tensor, low: float, high: float) -> Tensor:
+    """x pushed smoothly into (low, high): the identity well inside, and a gradient everywhere, unlike a clamp."""
+    x = high - F.softplus(high - x)
+    return low + F.softplus(x - low)

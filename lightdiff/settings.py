@@ -1,0 +1,339 @@
+"""Every knob, on one page: architecture, noise schedule, loop, and one model a stage that contains them.
+
+Each field is described here once; the command line's help, the settings saved with a checkpoint and the reference
+page are made from it. Nothing in this module imports torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+LatentDtype = Literal["float16", "bfloat16", "float32"]
+GRID = (8, 4)  # columns and rows of the grids drawn while training
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def with_changes(settings: S, **changes: Any) -> S:
+    """The same settings with some top-level fields replaced, validated again."""
+    return type(settings).model_validate({**settings.model_dump(), **changes})
+
+
+# --- networks -----------------------------------------------------------------------------------------------------
+
+
+def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
+    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
+    padded = [*multipliers, *[multipliers[-1]] * levels]
+    return tuple(width * m for m in padded[: levels + 1])
+
+
+class VAESettings(Settings):
+    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+
+    latent_channels: int = Field(4, ge=1, description="channels of a latent")
+    image_channels: Literal[3] = Field(3, description="channels of an image (RGB)")
+    encoder_channels: tuple[int, ...] = Field(
+        (), description="encoder widths: stem, then each level; empty: encoder-width x 1, 1, 2, 4, as the size asks"
+    )
+    decoder_channels: tuple[int, ...] = Field(
+        (), description="decoder widths from the latent outwards; empty: decoder-width x 4, 2, 1, as the size asks"
+    )
+    encoder_width: int = Field(32, ge=1, description="width that encoder-channels is made from when empty")
+    decoder_width: int = Field(32, ge=1, description="width that decoder-channels is made from when empty")
+    encoder_blocks: tuple[int, ...] = Field((1,), description="blocks a level; a short list repeats its last number")
+    decoder_blocks: tuple[int, ...] = Field((2,), description="blocks a level; a short list repeats its last number")
+    mid_blocks: int = Field(1, ge=0, description="residual blocks at the latent's size, in encoder and decoder each")
+    attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
+    block: Literal["residual", "plain"] = Field("residual", description="residual blocks, or plain conv-norm-act")
+    downsample_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
+    upsample: Literal["nearest", "transposed"] = Field(
+        "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
+    )
+    groups: int = Field(32, ge=1, description="groups of GroupNorm; widths it does not divide take their common divisor")
+    output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
+    logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
+    logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
+
+    @field_validator("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _all_positive(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "VAESettings":
+        if not self.encoder_blocks or not self.decoder_blocks:
+            raise ValueError("encoder_blocks and decoder_blocks need at least one number")
+        encoder, decoder = len(self.encoder_channels), len(self.decoder_channels)
+        if (encoder == 1) or (decoder == 1):
+            raise ValueError("channels need a stem and at least one level: two numbers or more")
+        if encoder and decoder and encoder != decoder:
+            raise ValueError(f"{encoder} encoder_channels but {decoder} decoder_channels; both need the same count")
+        if self.logvar_min >= self.logvar_max:
+            raise ValueError(f"logvar_min {self.logvar_min} is not below logvar_max {self.logvar_max}")
+        return self
+
+    def resolved(self, resolution: int) -> "VAESettings":
+        """The same settings with empty widths filled in for images of this size (px)."""
+        levels = max(len(self.encoder_channels), len(self.decoder_channels)) - 1
+        if levels < 1:
+            levels = 1 if resolution < 32 else 2 if resolution < 192 else 3
+        encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), levels)
+        decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), levels)[::-1]
+        return with_changes(self, encoder_channels=encoder, decoder_channels=decoder)
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the image a latent is, along each side."""
+        return int(2 ** (len(self.encoder_channels) - 1))
+
+
+class UNetSettings(Settings):
+    """Architecture of the U-Net. Level i works at 1/2^i of the latent's size and ends with a halving."""
+
+    channels: tuple[int, ...] = Field(
+        (), description="widths: stem, then each level; empty: width x 1, 1, 2, 3, 4, as the latent's size asks"
+    )
+    width: int = Field(96, ge=1, description="width that channels is made from when empty")
+    blocks: int = Field(2, ge=1, description="residual blocks a level, going down and going up")
+    attention_levels: tuple[int, ...] | None = Field(
+        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 16 pixels; none: no level"
+    )
+    mid_attention: bool = Field(True, description="self-attention in the middle")
+    heads: int = Field(4, ge=1, description="heads of each self-attention")
+    time_dim: int = Field(256, ge=4, multiple_of=2, description="width of the time embedding")
+    groups: int = Field(32, ge=1, description="groups of GroupNorm; widths it does not divide take their common divisor")
+    group_width: int = Field(0, ge=0, description="channels a group in the blocks' GroupNorm, instead of groups; 0: off")
+    downsample_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
+    zero_init: bool = Field(True, description="residual branches and output start at zero")
+
+    @field_validator("channels")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) == 1:
+            raise ValueError("needs a stem and at least one level: two numbers or more")
+        return _all_positive(value)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "UNetSettings":
+        for level in self.attention_levels or ():
+            if level < 0 or (self.channels and level >= len(self.channels) - 1):
+                raise ValueError(f"attention_levels: there is no level {level}; levels count from 0")
+        attended = [self.channels[i + 1] for i in self.attention_levels or () if self.channels]
+        if self.mid_attention and self.channels:
+            attended.append(self.channels[-1])
+        for width in attended:
+            if width % self.heads:
+                raise ValueError(f"heads: {self.heads} does not divide the width {width} of a level with attention")
+        return self
+
+    def resolved(self, latent_size: int) -> "UNetSettings":
+        """The same settings with empty widths and attention levels filled in for latents of this size."""
+        levels = len(self.channels) - 1
+        if levels < 1:
+            levels = next(n for n in (3, 2, 1) if latent_size % 2**n == 0 and latent_size >= 4 * 2**n or n == 1)
+        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
+        attended = self.attention_levels
+        if attended is None:
+            attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 16)
+        return with_changes(self, channels=channels, attention_levels=attended)
+
+    @property
+    def factor(self) -> int:
+        """What a latent's side must be divisible by."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+class ScheduleSettings(Settings):
+    """The noise schedule: how much signal is left at each level."""
+
+    schedule: Literal["linear", "cosine"] = Field("cosine", description="noise schedule")
+    timesteps: int = Field(1000, ge=2, description="levels T of the noise schedule")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of the linear schedule")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="last beta of the linear schedule")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class ImageSettings(Settings):
+    """Which images, and how each becomes a square tensor."""
+
+    data: tuple[Path, ...] = Field((), description="folder of images; give it several times to mix folders")
+    resolution: int = Field(64, ge=8, description="side of the square images, in pixels")
+    background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")
+    flip: bool = Field(True, description="mirror images: half of those trained on, and a second latent of each")
+    random_crop: float = Field(
+        0.9, gt=0, le=1, description="smallest side of training's random crop, as a share of the frame; 1 turns it off"
+    )
+    val_share: float = Field(0.05, ge=0, lt=1, description="share of images held out for validation")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which the run stops")
+
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(Path(p).expanduser().absolute() for p in value)
+
+
+class LatentsSettings(Settings):
+    """What a U-Net must know of the latents it was trained on. Filled in from the latents; nothing to type."""
+
+    channels: int = Field(4, ge=1, description="channels of a latent")
+    height: int = Field(16, ge=1, description="height of a latent")
+    width: int = Field(16, ge=1, description="width of a latent")
+    shift: tuple[float, ...] = Field((0.0,), description="subtracted from z, one number or one a channel")
+    scale: tuple[float, ...] = Field((1.0,), description="then multiplied with, one number or one a channel")
+    only_mu: bool = Field(False, description="train on mu alone instead of samples of the posterior")
+
+
+# --- loops --------------------------------------------------------------------------------------------------------
+
+
+class ComputeSettings(Settings):
+    """Where and how to compute."""
+
+    device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
+    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where the hardware is fast at it")
+    workers: int = Field(-1, ge=-1, description="processes that load images; -1: chosen from the number of cores")
+
+
+class LoopSettings(ComputeSettings):
+    """The training loop. Every interval counts optimizer steps."""
+
+    steps: int = Field(20_000, ge=1, description="optimizer steps")
+    epochs: float = Field(0.0, ge=0, description="passes over the training images, instead of steps; 0: count steps")
+    batch_size: int = Field(32, ge=1, description="images an optimizer step")
+    micro_batch: int = Field(0, ge=0, description="images a forward pass, to save memory; 0: the whole batch")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
+    warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of squared gradients")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of averaged weights, warmed up; 0 turns them off")
+    val_every: int = Field(1000, ge=0, description="optimizer steps between validations; 0: only at the end")
+    save_every: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(2, ge=1, description="step files kept; older ones are removed")
+    log_every: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    seed: int = Field(0, ge=0, description="seed that every random number is a function of")
+
+    @property
+    def micro(self) -> int:
+        """Images a forward pass, with 0 resolved."""
+        return min(self.micro_batch or self.batch_size, self.batch_size)
+
+    def total_steps(self, train_items: int) -> int:
+        """Optimizer steps of the whole run."""
+        return max(1, round(self.epochs * train_items / self.batch_size)) if self.epochs else self.steps
+
+
+class VAELossSettings(Settings):
+    """reconstruction + kl-beta KL + lpips-gamma LPIPS."""
+
+    reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, which lie in [-1, 1]")
+    kl_beta: float = Field(1e-4, ge=0, description="weight of the KL divergence, a mean over latent elements")
+    lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
+    lpips_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="network behind LPIPS")
+    lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+class StageSettings(Settings):
+    """Base of all stages."""
+
+    run: Path = Field(Path("runs/default"), description="run folder")
+
+
+class TrainVAESettings(StageSettings):
+    """Train the VAE on a folder of images."""
+
+    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
+    images: ImageSettings = Field(ImageSettings(), title="Images")
+    loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
+    loop: LoopSettings = Field(LoopSettings(), title="Training")
+    model: VAESettings = Field(VAESettings(), title="Architecture (VAE)")
+
+
+class EncodeSettings(StageSettings):
+    """Encode every image, and its mirror image, to mu and logvar."""
+
+    vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
+    batch_size: int = Field(64, ge=1, description="images a forward pass")
+    dtype: LatentDtype = Field("float16", description="type the latents are stored in")
+    shard_size: int = Field(2048, ge=1, description="images a shard file")
+    images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
+    compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
+
+
+class ScaleSettings(StageSettings):
+    """Compute mean, std and scaling factor of the latents."""
+
+    latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
+    only_mu: bool = Field(False, description="statistics of mu alone instead of samples of the posterior")
+    normalize: Literal["channel", "global"] = Field(
+        "channel", description="shift and scale each channel, or one scaling factor for all and no shift"
+    )
+    scaling_factor: float = Field(0.0, ge=0, description="scaling factor set by hand; 0: computed")
+
+
+class TrainUNetSettings(StageSettings):
+    """Train the U-Net on cached latents to predict noise."""
+
+    latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
+    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
+    loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
+    noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
+    model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
+    latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
+
+
+class GenerateSettings(StageSettings):
+    """Draw new images."""
+
+    unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
+    vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
+    num_images: int = Field(16, ge=1, description="images to draw")
+    num_steps: int = Field(50, ge=1, description="steps of DDIM, each one call of the U-Net")
+    eta: float = Field(0.0, ge=0, le=1, description="noise added at each step: 0 is DDIM, 1 is ancestral like DDPM")
+    seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
+    batch_size: int = Field(32, ge=1, description="images drawn at a time")
+    out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")
+    name: str = Field("", pattern=r"^[^/\\]*$", description="prefix of the file names: NAME-00000.png")
+    resolution: int = Field(0, ge=0, description="side of the images, in pixels; 0: the size trained on")
+    ema: bool = Field(True, description="draw with the averaged weights, or with the raw ones")
+    clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
+    min_alpha_bar: float = Field(
+        2e-5, ge=0, lt=1, description="start at the noisiest level with at least this much signal (alpha_bar)"
+    )
+    compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
+
+
+class DemoSettings(StageSettings):
+    """Draw a data set of faces, then run all five stages on it."""
+
+    run: Path = Field(Path("runs/demo"), description="run folder")
+    resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
+    count: int = Field(4000, ge=16, description="faces to draw")
+    vae_steps: int = Field(900, ge=1, description="optimizer steps of the VAE")
+    unet_steps: int = Field(1500, ge=1, description="optimizer steps of the U-Net")
+    seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
+    device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
+
+
+def _all_positive(value: tuple[int, ...]) -> tuple[int, ...]:
+    if any(v < 1 for v in value):
+        raise ValueError(f"{', '.join(map(str, value))}: every number must be 1 or more")
+    return value
