@@ -57,7 +57,7 @@ class VAESettings(Settings):
     mid_blocks: int = Field(1, ge=0, description="residual blocks at the latent's size, in encoder and decoder each")
     attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
     block: Literal["residual", "plain"] = Field("residual", description="residual blocks, or plain conv-norm-act")
-    downsample_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
+    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
     upsample: Literal["nearest", "transposed"] = Field(
         "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
     )
@@ -107,7 +107,7 @@ class UNetSettings(Settings):
     )
     width: int = Field(96, ge=1, description="width that channels is made from when empty")
     blocks: int = Field(2, ge=1, description="residual blocks a level, going down and going up")
-    attention_levels: tuple[int, ...] | None = Field(
+    attend_levels: tuple[int, ...] | None = Field(
         None, description="levels with self-attention, 0 the finest; not given: those of 4 to 16 pixels; none: no level"
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
@@ -115,7 +115,7 @@ class UNetSettings(Settings):
     time_dim: int = Field(256, ge=4, multiple_of=2, description="width of the time embedding")
     groups: int = Field(32, ge=1, description="groups of GroupNorm; widths it does not divide take their common divisor")
     group_width: int = Field(0, ge=0, description="channels a group in the blocks' GroupNorm, instead of groups; 0: off")
-    downsample_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
+    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
     zero_init: bool = Field(True, description="residual branches and output start at zero")
 
     @field_validator("channels")
@@ -127,10 +127,10 @@ class UNetSettings(Settings):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "UNetSettings":
-        for level in self.attention_levels or ():
+        for level in self.attend_levels or ():
             if level < 0 or (self.channels and level >= len(self.channels) - 1):
-                raise ValueError(f"attention_levels: there is no level {level}; levels count from 0")
-        attended = [self.channels[i + 1] for i in self.attention_levels or () if self.channels]
+                raise ValueError(f"attend_levels: there is no level {level}; levels count from 0")
+        attended = [self.channels[i + 1] for i in self.attend_levels or () if self.channels]
         if self.mid_attention and self.channels:
             attended.append(self.channels[-1])
         for width in attended:
@@ -144,10 +144,10 @@ class UNetSettings(Settings):
         if levels < 1:
             levels = next(n for n in (3, 2, 1) if latent_size % 2**n == 0 and latent_size >= 4 * 2**n or n == 1)
         channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
-        attended = self.attention_levels
+        attended = self.attend_levels
         if attended is None:
             attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 16)
-        return with_changes(self, channels=channels, attention_levels=attended)
+        return with_changes(self, channels=channels, attend_levels=attended)
 
     @property
     def factor(self) -> int:

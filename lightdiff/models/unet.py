@@ -39,7 +39,7 @@ class UNet(nn.Module):
         """Build it from resolved settings (`UNetSettings.resolved`)."""
         super().__init__()
         s, channels = settings, settings.channels
-        attended = set(s.attention_levels or ())
+        attended = set(s.attend_levels or ())
         self.factor = s.factor
         self.time = TimeEmbedding(s.time_dim)
         self.stem = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
@@ -47,7 +47,7 @@ class UNet(nn.Module):
         for level, (a, b) in enumerate(pairwise(channels)):
             sizes = pairwise([a] + [b] * s.blocks)
             stages = [Stage(i, o, s, level in attended) for i, o in sizes]
-            self.down.append(nn.ModuleList([*stages, Downsample(b, s.downsample_kernel)]))
+            self.down.append(nn.ModuleList([*stages, Downsample(b, s.down_kernel)]))
         self.mid1 = Stage(channels[-1], channels[-1], s, s.mid_attention)
         self.mid2 = Stage(channels[-1], channels[-1], s, False)
         for level, (b, a) in reversed(list(enumerate(pairwise(channels)))):

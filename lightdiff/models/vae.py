@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         s, channels = settings, settings.encoder_channels
         layers: list[nn.Module] = [nn.Conv2d(s.image_channels, channels[0], 3, padding=1)]
         for level, (a, b) in enumerate(pairwise(channels)):
-            layers += [*level_blocks(s, a, b, blocks_at(s.encoder_blocks, level)), Downsample(b, s.downsample_kernel)]
+            layers += [*level_blocks(s, a, b, blocks_at(s.encoder_blocks, level)), Downsample(b, s.down_kernel)]
         self.body = nn.Sequential(*layers, *middle(s, channels[-1]), *norm_act(s, channels[-1]))
         self.mu = nn.Conv2d(channels[-1], s.latent_channels, 1)
         self.logvar = nn.Conv2d(channels[-1], s.latent_channels, 1)

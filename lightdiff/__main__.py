@@ -1,0 +1,5 @@
+"""`python -m lightdiff` is `lightdiff`."""
+
+from lightdiff.cli import main
+
+main()

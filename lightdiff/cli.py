@@ -1,0 +1,200 @@
+"""The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightdiff import __version__, settings
+from lightdiff.errors import LightdiffError
+from lightdiff.options import Layer, command, read_settings
+
+STAGES = "The five stages"
+OTHERS = "Looking, listing, importing"
+PRESETS = ("tiny", "small", "base", "original")
+PRESET_FOLDER = Path(__file__).parent / "presets"
+
+app = typer.Typer(
+    name="lightdiff",
+    help="From a folder of images to a latent diffusion model of your own.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"lightdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="print it")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """From a folder of images to a latent diffusion model of your own."""
+
+
+def preset_layer(network: str) -> Callable[[str], Layer]:
+    """Name of a preset -> its settings, for one of the networks."""
+    return lambda name: read_settings(PRESET_FOLDER / f"{network}-{name}.toml")
+
+
+def stage(name: str) -> Callable[[Any], None]:
+    """Call a stage's `run` and print the path of what it made to stdout."""
+
+    def run(chosen: Any) -> None:
+        typer.echo(import_module(f"lightdiff.stages.{name}").run(chosen))
+
+    return run
+
+
+def saved_settings(said: Layer, name: str) -> list[Layer]:
+    """What a stopped run of this stage saved, so that the same command goes on with it."""
+    from lightdiff.checkpoint import Checkpoint
+    from lightdiff.run_folder import RunFolder
+
+    run = Path(said.get("run", settings.StageSettings().run))
+    last = getattr(RunFolder(run), name).last
+    if not last.is_file() or said.get("restart"):
+        return []
+    layer = dict(Checkpoint(last, name).document.settings)
+    for own in ("run", "init_from", "restart"):
+        layer.pop(own, None)
+    return [layer]
+
+
+def inherit_vae(said: Layer) -> list[Layer]:
+    """train-vae goes on with what its own checkpoint saved."""
+    return saved_settings(said, "vae")
+
+
+def inherit_encode(said: Layer) -> list[Layer]:
+    """encode takes the image settings from the VAE."""
+    from lightdiff.stages.encode import inherited
+
+    return [inherited(Path(said.get("run", settings.StageSettings().run)), path(said.get("vae")))]
+
+
+def inherit_unet(said: Layer) -> list[Layer]:
+    """train-unet takes shape and scaling from the latents, and goes on with what its own checkpoint saved."""
+    from lightdiff.stages.train_unet import inherited
+
+    run = Path(said.get("run", settings.StageSettings().run))
+    return [*saved_settings(said, "unet"), inherited(run, path(said.get("latents")))]
+
+
+def path(value: Any) -> Path | None:
+    """A path that a flag or a settings file may have given."""
+    return None if value is None else Path(value)
+
+
+def add(name: str, model: type[settings.Settings], panel: str, **more: Any) -> None:
+    """Add a stage as a command."""
+    app.command(name, rich_help_panel=panel)(command(model, stage(name.replace("-", "_")), **more))
+
+
+add("train-vae", settings.TrainVAESettings, STAGES, inherit=inherit_vae, preset=preset_layer("vae"), presets=PRESETS)
+add("encode", settings.EncodeSettings, STAGES, inherit=inherit_encode)
+add("scale", settings.ScaleSettings, STAGES)
+add(
+    "train-unet",
+    settings.TrainUNetSettings,
+    STAGES,
+    inherit=inherit_unet,
+    preset=preset_layer("unet"),
+    presets=PRESETS,
+)
+add("generate", settings.GenerateSettings, STAGES)
+add("demo", settings.DemoSettings, OTHERS)
+
+
+@app.command(rich_help_panel=OTHERS)
+def inspect(
+    data: Annotated[list[Path], typer.Argument(help="folders of images")],
+    val_share: Annotated[float, typer.Option(help="share of images held out for validation")] = 0.05,
+    json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
+    from lightdiff.extras.inspect import inspect as look
+    from lightdiff.extras.inspect import print_report
+
+    report = look(data, val_share)
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
+
+        print_report(report, Console())
+
+
+@app.command(rich_help_panel=OTHERS)
+def show(
+    place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
+    json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Show a checkpoint's or a run's settings, lineage and metrics."""
+    from lightdiff.extras.show import show as look
+
+    look(place, as_json=json)
+
+
+@app.command(rich_help_panel=OTHERS)
+def presets(
+    resolution: Annotated[int, typer.Option(help="side of the images, in pixels")] = 64,
+) -> None:
+    """List the presets with parameters and memory, for images of a size."""
+    from lightdiff.extras.presets import show_presets
+
+    show_presets(resolution, PRESETS, PRESET_FOLDER)
+
+
+@app.command("import", rich_help_panel=OTHERS)
+def import_original(
+    file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
+    run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
+    resolution: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 256,
+) -> None:
+    """Turn a checkpoint of the original scripts into one of lightdiff."""
+    from lightdiff.extras.import_original import import_checkpoint
+
+    typer.echo(import_checkpoint(file, run, resolution))
+
+
+def main() -> None:
+    """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        app()
+    except LightdiffError as error:
+        if debug:
+            raise
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; what was saved before is untouched", 130)
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where.", 1)
+
+
+def fail(message: str, code: int) -> None:
+    """Print a message to stderr and exit."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def escape(text: str) -> str:
+    """Text with rich's markup taken as it stands."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)

@@ -1,0 +1,1 @@
+"""Data: images to tensors, the order of items, cached latents, drawn toy faces."""

@@ -1,0 +1,458 @@
+"""Image files -> square uint8 tensors in batches, and what to do about files that cannot be read.
+
+Training, encoding and validation share one framing: the shorter side is resized, the centre is cut out. Training alone
+then varies it a little, by a number that depends on (seed, epoch, index) and on nothing else.
+"""
+
+import math
+import os
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightdiff.data.files import ImageFile
+from lightdiff.data.order import key
+from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.settings import ImageSettings
+
+# Tried by content, whatever the suffix says. No others: some of Pillow's readers start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+Colour = tuple[int, int, int]
+
+
+# --- one file -----------------------------------------------------------------------------------------------------
+
+
+class BadImage(Exception):
+    """A file that is no readable image; the message says why, without the file's name."""
+
+
+def colour(background: str) -> Colour:
+    """Red, green and blue of a colour's name or #rrggbb."""
+    try:
+        red, green, blue = ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
+    return red, green, blue
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The open, not yet decoded image; whatever is wrong with the file, then or inside the block, is a `BadImage`."""
+    try:
+        with _quiet, open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            if min(image.size) < 1:
+                raise BadImage(f"the image is {image.width} x {image.height} pixels")
+            yield image
+    except (BadImage, LightdiffError, MemoryError):
+        raise
+    # Damaged bytes make Pillow's readers raise almost anything: SyntaxError, KeyError, struct.error, ...
+    except Exception as error:
+        raise BadImage(_reason(error, path)) from error
+
+
+def load_image(path: str | Path, background: str = "white", at_least: int = 0) -> Image.Image:
+    """The file as an upright RGB image: first frame, transparent pixels on the background.
+
+    Raises:
+        BadImage: The file is missing, damaged or no image.
+
+    Args:
+        path: The file.
+        background: A colour's name or #rrggbb.
+        at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as its shorter
+            side keeps this many pixels; 0: full size.
+    """
+    behind = colour(background)
+    with opened(path) as image:
+        if at_least:
+            image.draft(None, (at_least, at_least))
+        return to_rgb(image, behind)
+
+
+def to_rgb(image: Image.Image, behind: Colour) -> Image.Image:
+    """The decoded image, upright, in RGB, transparent pixels on the colour."""
+    image = _upright(image)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, behind)
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # before the EXIF data, which may follow the pixels
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data is no reason to give up the pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA.
+
+    Integers run from 0 to 65535. Floats have no agreed range: 1, 255 or 65535, whichever holds the largest value.
+    """
+    values = np.asarray(image).astype(np.float32)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= 65535:  # false for NaN, too
+        raise BadImage(f"pixel values from {low:g} to {high:g}; 0 to 65535 can be read")
+    white = next(w for w in (1, 255, 65535) if high <= w) if image.mode == "F" else 65535
+    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    """What is wrong, on one line and without the folder, so that a report may be shown to others."""
+    if isinstance(error, UnidentifiedImageError):
+        return "empty, no image, or damaged from the start"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS} (MAX_IMAGE_PIXELS)"
+    text = " ".join(str(error).replace(str(path), os.path.basename(path)).split())
+    return text or type(error).__name__
+
+
+class _Quiet:
+    """Turns Pillow's warnings off while any thread reads an image, and makes its warning of too many pixels an error.
+
+    `warnings.catch_warnings` alone restores the wrong filters when threads leave in another order than they entered.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._saved = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+# --- framing ------------------------------------------------------------------------------------------------------
+
+
+def frame(image: Image.Image, resolution: int) -> UInt8[Tensor, "3 r r"]:
+    """The centre square of an RGB image: shorter side resized to `resolution`, the rest cut off."""
+    side = min(image.size)
+    return _square(image, (image.width - side) / 2, (image.height - side) / 2, side, resolution)
+
+
+def random_frame(
+    image: Image.Image, resolution: int, smallest: float, flip: bool, rng: random.Random
+) -> UInt8[Tensor, "3 r r"]:
+    """A random square within the centre square, its side at least `smallest` of it; mirrored half of the time.
+
+    Cut from the original and resized once: nothing is enlarged that was reduced before.
+    """
+    whole = min(image.size)
+    side = whole * rng.uniform(smallest, 1)
+    left = (image.width - whole) / 2 + rng.uniform(0, whole - side)
+    top = (image.height - whole) / 2 + rng.uniform(0, whole - side)
+    x = _square(image, left, top, side, resolution)
+    return x.flip(2) if flip and rng.random() < 0.5 else x
+
+
+def _square(image: Image.Image, left: float, top: float, side: float, resolution: int) -> UInt8[Tensor, "3 r r"]:
+    # The sums may exceed the image by a rounding error, which Pillow refuses.
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def to_float(x: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    """Bytes 0 to 255 as numbers in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """Numbers in [-1, 1] as the nearest bytes; what lies outside is clamped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# --- data set -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image."""
+
+    x: UInt8[Tensor, "3 r r"] | None
+    index: int  # of the image in x, which is another than asked for when that one is bad
+    bad: list[tuple[int, str]]  # index and reason
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The readable images of a batch; `bad` lists the others, with their reasons."""
+
+    x: UInt8[Tensor, "b 3 r r"]
+    index: Int64[Tensor, " b"]
+    bad: list[tuple[int, str]]
+    missing: int  # images asked for that are not in x
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory; a loader asks for it."""
+        return replace(self, x=self.x.pin_memory(), index=self.index.pin_memory())
+
+
+class ImageDataset(Dataset[Item]):
+    """Framed images by (epoch, index). Where training takes its variation from; the rest ignores the epoch."""
+
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        folders: Sequence[Path],
+        settings: ImageSettings,
+        seed: int,
+        train: bool,
+        replace: bool | None = None,
+    ) -> None:
+        """Keep what is needed; no file is opened.
+
+        Args:
+            files: What the indices count.
+            folders: What each file's `root` counts.
+            settings: Resolution, background, random crop and flip.
+            seed: Of the crops and flips.
+            train: Whether to crop and flip at random.
+            replace: Whether the next readable image stands in for an unreadable one, or none does; default: `train`.
+        """
+        colour(settings.background)  # a wrong name is found before any worker starts
+        self.paths = [os.path.join(folders[file.root], file.path) for file in files]
+        self.settings, self.seed, self.train = settings, seed, train
+        self.replace = train if replace is None else replace
+        # The same for all uses, as it touches the pixels: twice the size needed, and enough for the smallest crop.
+        self.at_least = math.ceil(settings.resolution * max(2, 1 / settings.random_crop))
+        # The search for a stand-in ends somewhere: with far more bad files than max_bad allows, the run has to stop.
+        self.tries = min(len(files), 100 + int(2 * settings.max_bad * len(files))) if self.replace else 1
+
+    def __len__(self) -> int:
+        """How many files there are, unreadable ones included."""
+        return len(self.paths)
+
+    def __getitem__(self, place: tuple[int, int]) -> Item:
+        """The image, or the next readable one, or none where `tries` images in a row are bad."""
+        epoch, asked = place
+        bad: list[tuple[int, str]] = []
+        for index in ((asked + i) % len(self) for i in range(self.tries)):
+            try:
+                image = load_image(self.paths[index], self.settings.background, self.at_least)
+            except BadImage as error:
+                bad.append((index, str(error)))
+            else:
+                return Item(self._framed(image, epoch, asked), index, bad)
+        return Item(None, asked, bad)
+
+    def _framed(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 r r"]:
+        settings = self.settings
+        if not self.train:
+            return frame(image, settings.resolution)
+        rng = random.Random(key(self.seed, "augment", epoch, index))
+        return random_frame(image, settings.resolution, settings.random_crop, settings.flip, rng)
+
+
+def collate(items: Sequence[Item], resolution: int) -> Batch:
+    """The items as one batch, without those that have no image."""
+    found = [(item.x, item.index) for item in items if item.x is not None]
+    x = torch.stack([x for x, _ in found]) if found else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
+    index = torch.tensor([index for _, index in found], dtype=torch.int64)
+    return Batch(x, index, [entry for item in items for entry in item.bad], len(items) - len(found))
+
+
+# --- unreadable files ---------------------------------------------------------------------------------------------
+
+
+class BadFiles:
+    """The unreadable files of a run: listed in a report, one "path<TAB>reason" a line, and counted.
+
+    The report is the memory. A resumed run goes on with it, and so do other processes and other data sets of the same
+    run: no file is listed or counted twice.
+    """
+
+    def __init__(self, report: Path, names: Sequence[str], total: int, max_bad: float) -> None:
+        """Go on with the report if there is one.
+
+        Args:
+            report: The file; written when there is something to say.
+            names: The name of each index.
+            total: Images of the run, of which a share may be bad.
+            max_bad: That share.
+        """
+        self.report, self.total, self.max_bad = report, total, max_bad
+        self._names = names
+        self._seen: set[int] = set()
+        self._listed = self._read()
+
+    @property
+    def count(self) -> int:
+        """How many files are listed."""
+        return len(self._listed)
+
+    def add(self, bad: Sequence[tuple[int, str]]) -> None:
+        """List those that are new. A `RunError` says when there are more than the tolerated share."""
+        new = {index: reason for index, reason in bad if index not in self._seen}
+        if not new:
+            return
+        self._seen.update(new)
+        self._listed = self._read()  # again, for what other processes have found
+        lines = {_on_one_line(self._names[index]): _on_one_line(reason) for index, reason in new.items()}
+        lines = {name: reason for name, reason in lines.items() if name not in self._listed}
+        self.report.parent.mkdir(parents=True, exist_ok=True)
+        with self.report.open("a", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+            stream.write("".join(f"{name}\t{reason}\n" for name, reason in lines.items()))
+        self._listed.update(lines)
+        # 0.29 * 100 is a little less than 29.
+        if self.count > self.max_bad * self.total + 1e-6:
+            raise RunError(self._too_many())
+
+    def _read(self) -> dict[str, str]:
+        if not self.report.exists():
+            return {}
+        text = self.report.read_text(encoding="utf-8", errors="surrogateescape")
+        pairs = (line.partition("\t") for line in text.split("\n") if line)
+        return {name: reason for name, _, reason in pairs}
+
+    def _too_many(self) -> str:
+        share = f"{self.count / max(self.total, 1):.2%}"
+        first = [f"  {name}: {reason}" for name, reason in list(self._listed.items())[:3]]
+        return "\n".join(
+            [
+                f"{self.count} of {self.total} images ({share}) cannot be read, more than --max-bad {self.max_bad:g}:",
+                *first,
+                f"All of them are listed in {self.report}. Repair or remove them and delete that list, "
+                "or raise --max-bad.",
+            ]
+        )
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Batches in the order given, loaded by `workers` processes or, with 0, by this one.
+
+    Iterating again starts again, with the same processes. `order` may be endless: it is read two batches a worker
+    ahead.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        order: Iterable[list[tuple[int, int]]],
+        workers: int,
+        bad: BadFiles | None = None,
+        pin: bool = False,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            dataset: The images.
+            order: The (epoch, index) of each image of each batch.
+            workers: Processes that load images.
+            bad: Where unreadable files are listed before a batch is handed out.
+            pin: Whether to copy batches to pinned memory, for a GPU.
+        """
+        self._dataset, self._bad = dataset, bad
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=partial(collate, resolution=dataset.settings.resolution),
+            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            pin_memory=pin,
+            # Its own generator: by default a loader draws a seed from torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch, after its bad files have been listed.
+
+        Raises:
+            RunError: There are too many bad files, none to stand in for one of them, or a worker died.
+        """
+        for batch in self._loaded():
+            if self._bad and batch.bad:
+                self._bad.add(batch.bad)
+            if self._dataset.replace and batch.missing:
+                index, reason = batch.bad[0]
+                name, others = self._dataset.paths[index], self._dataset.tries - 1
+                raise RunError(f"{name} cannot be read ({reason}), nor can the {others} images after it")
+            yield batch
+
+    def _loaded(self) -> Iterator[Batch]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"loading images failed: {reason} (fewer --workers need less memory)") from error
+
+
+def batches(
+    dataset: ImageDataset,
+    order: Iterable[list[tuple[int, int]]],
+    workers: int,
+    bad: BadFiles | None = None,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """One pass over `Batches`, for an order that is used once."""
+    return iter(Batches(dataset, order, workers, bad, pin))
+
+
+def _start_worker(_: int) -> None:
+    """Leave stopping to the main process: a signal sent to all processes must not end a worker in mid-step."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+
+
+def _ignore_once(number: int, _: object) -> None:
+    # Workers that linger at the end are sent one or two more, and must not ignore them all.
+    signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,199 @@
+"""The latents' cache: mu and logvar of every image, written shard by shard, read lazily; z <-> x0.
+
+    latents/index.json                what they are, which image is where, statistics
+    latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
+    latents/vae.safetensors           the VAE they came from
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.errors import RunError, UserError
+from lightdiff.run_folder import read_json
+from lightdiff.settings import LatentsSettings
+
+
+class Statistics(BaseModel):
+    """What `scale` found out about the training split's latents."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    only_mu: bool
+    count: int
+    mean: float
+    std: float
+    channel_mean: list[float]
+    channel_std: list[float]
+    channel_sigma: list[float]
+    shift: list[float]
+    scale: list[float]
+
+
+class LatentIndex(BaseModel):
+    """What `index.json` holds. Positions count images; `files[i]` is the image at position i."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    shape: tuple[int, int, int]
+    dtype: str
+    mirrored: bool
+    vae_digest: str
+    images: dict[str, Any]
+    shard_size: int
+    files: list[tuple[int, str]]
+    splits: str
+    labels: list[dict[str, str]]
+    bad: list[int] = Field(default_factory=list)
+    digest: str = ""
+    statistics: Statistics | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether encoding has finished; only then is there a digest."""
+        return bool(self.digest)
+
+    def seal(self, shard_digests: list[str]) -> str:
+        """One digest of all latents: of the shards', in order."""
+        return hashlib.sha256(json.dumps(shard_digests).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Publish it as the folder's index."""
+        publish_text(folder / "index.json", self.model_dump_json())
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def read_index(folder: Path) -> LatentIndex:
+    """A folder's index.
+
+    Raises:
+        RunError: If it is damaged.
+        UserError: If a newer lightdiff wrote it.
+    """
+    path = folder / "index.json"
+    raw = read_json(path)
+    if isinstance(raw.get("format"), int) and raw["format"] > 1:
+        raise UserError(f"{path} has format {raw['format']}, written by a newer lightdiff: upgrade this one")
+    try:
+        return LatentIndex.model_validate(raw)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """z <-> x0: x0 = (z - shift) * scale, what diffusion calls clean; each a number or one a channel."""
+
+    shift: Float[Tensor, " c"]
+    scale: Float[Tensor, " c"]
+
+    @classmethod
+    def of(cls, settings: LatentsSettings) -> "Scaling":
+        """The scaling that a U-Net was trained with."""
+        return cls(torch.tensor(settings.shift), torch.tensor(settings.scale))
+
+    def to_x0(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Latents of the VAE -> clean latents of diffusion, of about unit variance."""
+        return (z - self._like(self.shift, z)) * self._like(self.scale, z)
+
+    def to_z(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Clean latents of diffusion -> latents that the VAE can decode."""
+        return x0 / self._like(self.scale, x0) + self._like(self.shift, x0)
+
+    @staticmethod
+    def _like(value: Tensor, z: Tensor) -> Tensor:
+        return value.to(z)[:, None, None]
+
+
+class LatentSet:
+    """Finished latents, opened for reading; shards are mapped into memory, not loaded, until `to` is called."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder of latents and verify every shard.
+
+        Raises:
+            UserError: If encoding has not finished, or a shard is missing or damaged.
+        """
+        self.folder = folder
+        self.index = read_index(folder)
+        if not self.index.complete:
+            raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
+        size, count = self.index.shard_size, len(self.index.files)
+        self._mu: list[Tensor] = []
+        self._logvar: list[Tensor] = []
+        digests: list[str] = []
+        places: dict[int, tuple[int, int]] = {}
+        for number in range(-(-count // size)):
+            shard = Checkpoint(shard_path(folder, number), "latents")
+            for row, position in enumerate(shard.document.facts["positions"]):
+                places[position] = (number, row)
+            self._mu.append(shard.tensor("mu"))
+            self._logvar.append(shard.tensor("logvar"))
+            digests.append(shard.document.digest)
+        if self.index.seal(digests) != self.index.digest:
+            raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
+        self._places = places
+        self.train = [p for p in sorted(places) if self.index.splits[p] == "t"]
+        self.val = [p for p in sorted(places) if self.index.splits[p] == "v"]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all latents, in bytes."""
+        return sum(t.nbytes for t in (*self._mu, *self._logvar))
+
+    def to(self, device: torch.device) -> "LatentSet":
+        """Put all latents on a device, as one tensor."""
+        starts = torch.tensor([0, *(len(mu) for mu in self._mu)]).cumsum(0).tolist()
+        self._places = {p: (0, starts[number] + row) for p, (number, row) in self._places.items()}
+        self._mu = [torch.cat(self._mu).to(device)]
+        self._logvar = [torch.cat(self._logvar).to(device)]
+        return self
+
+    def gather(self, positions: list[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """mu and logvar (b, c, h, w), float32, of images at these positions.
+
+        Args:
+            positions: Positions in the index.
+            mirror: Which of them to take mirrored, (b,) of 0 and 1; none if not given.
+        """
+        sides = mirror.tolist() if mirror is not None and self.index.mirrored else [0] * len(positions)
+        where = [(*self._places[p], side) for p, side in zip(positions, sides, strict=True)]
+        if len(self._mu) == 1:  # one tensor: one gather instead of a loop over items
+            rows = torch.tensor([row for _, row, _ in where], device=self._mu[0].device)
+            side = torch.tensor(sides, device=rows.device)
+            return self._mu[0][rows, side].float(), self._logvar[0][rows, side].float()
+        mu = torch.stack([self._mu[number][row, side] for number, row, side in where])
+        logvar = torch.stack([self._logvar[number][row, side] for number, row, side in where])
+        return mu.float(), logvar.float()
+
+    def settings(self) -> LatentsSettings:
+        """What a U-Net must know of these latents.
+
+        Raises:
+            UserError: If `scale` has not run.
+        """
+        statistics = self.index.statistics
+        if statistics is None:
+            raise UserError(f"{self.folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
+        c, h, w = self.index.shape
+        return LatentsSettings(
+            channels=c,
+            height=h,
+            width=w,
+            shift=tuple(statistics.shift),
+            scale=tuple(statistics.scale),
+            only_mu=statistics.only_mu,
+        )

@@ -1,0 +1,1 @@
+"""What looks, compares, evaluates and imports: built on the core, never imported by it."""

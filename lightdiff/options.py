@@ -1,0 +1,256 @@
+"""Pydantic settings -> command-line options, and layers of settings -> one model. Knows nothing of diffusion.
+
+A field of a nested model becomes a flag in that model's help panel: `--lr`, or, where the nested model is called
+`model`, `--model.channels`. Typer parses, pydantic judges. An option that is not given says nothing (None), so that
+it does not override what a file or an earlier stage said.
+"""
+
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lightdiff.errors import UserError
+
+Layer = dict[str, Any]
+DOTTED = "model"  # the nested model whose flags carry its name
+EXCLUSIVE = ("steps", "epochs")  # two ways to say one thing: the later layer's wins
+
+
+def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every field that is no model itself, depth first, with its path."""
+    for name, field in model.model_fields.items():
+        nested = nested_model(field)
+        if nested is None:
+            yield (*path, name), field
+        else:
+            yield from leaves(nested, (*path, name))
+
+
+def nested_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model a field holds, if it holds one."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def flag(path: tuple[str, ...]) -> str:
+    """A field's flag, without dashes: `lr`, `model.channels`."""
+    name = path[-1].replace("_", "-")
+    return f"{DOTTED}.{name}" if DOTTED in path[:-1] else name
+
+
+def panel(model: type[BaseModel], path: tuple[str, ...]) -> str:
+    """The help panel of a field: the title of the nested model it belongs to."""
+    title = "Options"
+    for name in path[:-1]:
+        field = model.model_fields[name]
+        title = field.title or name
+        model = nested_model(field) or model
+    return title
+
+
+def default_of(model: type[BaseModel], path: tuple[str, ...]) -> Any:
+    """A field's default within this model (a stage may differ from the nested model's own)."""
+    value: Any = model.model_construct()
+    for name in path:
+        value = getattr(value, name)
+    return value
+
+
+def described(value: Any) -> str:
+    """A default as help shows it."""
+    if value is None or value == () or value == "":
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(str(v) for v in value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parsed_as(annotation: Any) -> Any:
+    """The type Typer parses a field as: paths in a list are repeated flags, numbers in a list take commas."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    if get_origin(annotation) is tuple:
+        return list[Path] if get_args(annotation)[0] is Path else str
+    return annotation
+
+
+def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> inspect.Parameter:
+    """One field as a parameter that Typer makes an option of."""
+    shown = described(default_of(model, path))
+    limits = [str(m) for m in field.metadata]
+    bounds = ", ".join(t.replace("Ge(ge=", ">= ").replace("Gt(gt=", "> ").rstrip(")") for t in limits if t[0] == "G")
+    note = "; ".join(part for part in (f"default: {shown}" if shown else "", bounds) if part)
+    text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
+    kind = parsed_as(field.annotation)
+    name = flag(path)
+    if kind is bool and DOTTED in path[:-1]:
+        kind = Literal["on", "off"]  # a second flag --model.no-... would squeeze the help of all others
+    declaration = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
+    if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
+        kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
+    info = typer.Option(
+        declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar
+    )
+    return inspect.Parameter(
+        "__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def given(path: tuple[str, ...], field: FieldInfo, value: Any) -> Any:
+    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list."""
+    if parsed_as(field.annotation) is str and get_origin(field.annotation) is not None and isinstance(value, str):
+        if get_origin(field.annotation) is Literal:
+            return value
+        return [] if value.strip() in ("", "none") else [part.strip() for part in value.split(",")]
+    return value
+
+
+def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
+    """{("loop", "lr"): 1} -> {"loop": {"lr": 1}}."""
+    result: Layer = {}
+    for path, value in flat.items():
+        place = result
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+        place[path[-1]] = value
+    return result
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
+    """Two layers as one; where both speak, `above` wins."""
+    result = dict(below)
+    if len(said := [name for name in EXCLUSIVE if name in above]) == 1:
+        for other in EXCLUSIVE:
+            if other not in said:
+                result.pop(other, None)
+    for name, value in above.items():
+        old = result.get(name)
+        result[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def read_settings(path: Path) -> Layer:
+    """Settings from a TOML or JSON file; a saved settings.json is one.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except OSError as error:
+        raise UserError(f"--settings: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--settings: {path} is neither TOML (named .toml) nor JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--settings: {path} holds no settings")
+    return value
+
+
+def build(model: type[BaseModel], layers: list[Layer], source: str = "") -> Any:
+    """One model from layers, the later ones on top.
+
+    Raises:
+        UserError: For a wrong value, naming each setting as the user types it.
+    """
+    whole: Layer = {}
+    for layer in layers:
+        whole = merge(whole, layer)
+    try:
+        return model.model_validate(whole)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(model, row) for row in error.errors())) from None
+
+
+def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints as a sentence about a flag."""
+    path = tuple(str(part) for part in row["loc"] if isinstance(part, str))
+    message = str(row["msg"]).removeprefix("Value error, ")
+    if row["type"] == "extra_forbidden":
+        known = sorted({flag(p) for p, _ in leaves(model)})
+        near = [name for name in known if name.split(".")[-1].startswith(path[-1][:3].replace("_", "-"))]
+        hint = f"; similar ones: {', '.join(near)}" if near else ""
+        return f"unknown setting {'.'.join(path)}{hint}"
+    shown = row.get("input")
+    if isinstance(shown, (list, tuple)):
+        shown = ",".join(str(v) for v in shown)
+    is_leaf = any(p == path for p, _ in leaves(model))
+    name = f"--{flag(path)}" if is_leaf else f"--{path[-1]}.*" if path else "settings"
+    return f"{name}: {message}" + (f" (found {shown})" if is_leaf and str(shown) not in message else "")
+
+
+def command(
+    model: type[BaseModel],
+    run: Callable[[Any], object],
+    inherit: Callable[[Layer], list[Layer]] | None = None,
+    preset: Callable[[str], Layer] | None = None,
+    presets: tuple[str, ...] = (),
+) -> Callable[..., None]:
+    """A function for Typer with an option for every field, that builds the model and calls `run`.
+
+    Args:
+        model: The settings; its docstring becomes the command's help.
+        run: What to do with them.
+        inherit: What has been said so far (preset, file and flags) -> layers that lie below the file's.
+        preset: Name of a preset -> its layer.
+        presets: Names of the presets.
+    """
+    fields = dict(leaves(model))
+    extras = [
+        inspect.Parameter(
+            "settings",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None, typer.Option("--settings", help="settings file, TOML or JSON; flags override it")
+            ],
+        ),
+        inspect.Parameter(
+            "dry_run",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--dry-run", help="print the settings as JSON and stop")],
+        ),
+    ]
+    if preset:
+        choice = Literal[presets]  # type: ignore[valid-type]
+        note = "set of architecture settings; 'lightdiff presets' lists them"
+        annotation = Annotated[choice | None, typer.Option("--preset", help=note)]
+        extras.append(
+            inspect.Parameter("preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def call(settings: Path | None = None, dry_run: bool = False, **values: Any) -> None:
+        chosen = values.pop("preset", None)
+        named = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
+        flags = nest({path: given(path, fields[path], value) for path, value in named.items()})
+        from_file = read_settings(settings) if settings else {}
+        lowest = [preset(chosen)] if preset and chosen else []
+        below = inherit(merge(from_file, flags)) if inherit else []
+        built = build(model, [defaults(model), *lowest, *below, from_file, flags])
+        if dry_run:
+            typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
+        else:
+            run(built)
+
+    parameters = [*(option(model, path, field) for path, field in fields.items()), *extras]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__doc__ = model.__doc__
+    return call
+
+
+def defaults(model: type[BaseModel]) -> Layer:
+    """The stage's own defaults as the lowest layer, so that a partial nested layer keeps them."""
+    return model.model_construct().model_dump(mode="json")

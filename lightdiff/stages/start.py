@@ -1,0 +1,85 @@
+"""How both trainings start: fresh, from another's weights, or where they were stopped."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lightdiff.checkpoint import Checkpoint, publish_text, remove_temporaries
+from lightdiff.data.files import ImageFile
+from lightdiff.errors import UserError
+from lightdiff.run_folder import StageFolder, claim
+
+FREE = ("loop", "run", "init_from")  # settings that may change when a run is gone on with
+FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"loop.lr": 0.1, ...}."""
+    rows: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows |= flat(value, f"{prefix}{name}.")
+        else:
+            rows[prefix + name] = value
+    return rows
+
+
+def resumed(folder: StageFolder, stage: str) -> Checkpoint | None:
+    """The state to go on from, if the run has been started before."""
+    claim(folder.checkpoints)
+    remove_temporaries(folder.checkpoints)
+    return Checkpoint(folder.last, stage) if folder.last.is_file() else None
+
+
+def check_same(saved: Checkpoint, settings: BaseModel, free: tuple[str, ...] = FREE) -> dict[str, tuple[Any, Any]]:
+    """What differs from a saved run's settings and may: {"loop.lr": (old, new), ...}.
+
+    Raises:
+        UserError: If something differs that shapes the weights or the data.
+    """
+    old, new = flat(saved.document.settings), flat(settings.model_dump(mode="json"))
+    changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
+    for name, (before, now) in changed.items():
+        if name in FIXED or name.split(".")[0] not in free:
+            raise UserError(
+                f"{saved.path.parent.parent} holds a run with {flag_of(name)} {before}, not {now}: "
+                "choose another --run, or leave that setting as it was"
+            )
+    return changed
+
+
+def flag_of(name: str) -> str:
+    """A setting's name as the user types it."""
+    group, _, field = name.rpartition(".")
+    return "--" + (f"{group}.{field}" if group == "model" else field).replace("_", "-")
+
+
+def write_settings(folder: StageFolder, settings: BaseModel) -> None:
+    """Save the settings a stage runs with, all filled in."""
+    publish_text(folder.settings, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
+
+
+def initial_weights(path: Path, stage: str) -> Checkpoint:
+    """The checkpoint named by --init-from: a file, or a run folder whose newest it is."""
+    if path.is_dir():
+        path = StageFolder(path / stage).last
+    return Checkpoint(path, stage)
+
+
+def history(saved: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """A resumed run's facts: those saved, and what has been changed at which step."""
+    facts = dict(saved.document.facts)
+    if changed:
+        entry = {"step": saved.document.step, "changed": {name: list(pair) for name, pair in changed.items()}}
+        facts["history"] = [*facts.get("history", []), entry]
+    return facts
+
+
+def data_digest(files: Sequence[ImageFile]) -> str:
+    """A digest of the list of images: names, labels and split, not pixels."""
+    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
+    return hashlib.sha256(text.encode()).hexdigest()

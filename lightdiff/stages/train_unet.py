@@ -1,0 +1,190 @@
+"""train-unet: cached latents + scale -> a U-Net that predicts noise, with averaged weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.latents import LatentSet, Scaling
+from lightdiff.data.order import batch_at, generator, item_noise, key
+from lightdiff.diffusion.schedules import alpha_bar_table, noised
+from lightdiff.errors import UserError
+from lightdiff.models.unet import UNet
+from lightdiff.pipeline import Sampling, load_vae, sample_latents
+from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.settings import GRID, TrainUNetSettings, with_changes
+from lightdiff.stages.encode import VAE_COPY
+from lightdiff.stages.start import check_same, history, initial_weights, resumed, write_settings
+from lightdiff.training.compute import autocast, memory_format, pick_device, pick_precision
+from lightdiff.training.loop import Batch, load_weights, train
+from lightdiff.training.progress import console, save_grid
+
+BANDS = 4  # the levels are split into so many bands of equal width for validation
+PICTURE_STEPS = 50
+RESIDENT_SHARE = 0.25  # latents larger than this share of free memory stay on disk
+
+
+class UNetTask:
+    """What the training loop needs to know of a U-Net."""
+
+    stage = "unet"
+
+    def __init__(self, settings: TrainUNetSettings, latents: LatentSet, device: torch.device) -> None:
+        """Build the network from resolved settings; `latents` gives the data."""
+        s = self.settings = settings
+        self.device, self.latents = device, latents
+        torch.manual_seed(s.loop.seed)  # the initial weights
+        form = memory_format(device, convolutions_only=False)
+        self.model: nn.Module = UNet(s.model, s.latent.channels).to(device, memory_format=form)  # type: ignore[call-overload]
+        self.alpha_bar = alpha_bar_table(s.noise).float().to(device)
+        self.scaling = Scaling.of(s.latent)
+        self.shape = (s.latent.channels, s.latent.height, s.latent.width)
+
+    def batches(self, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
+        """The (epoch, item) of each batch, items counting training latents."""
+        loop, count = self.settings.loop, len(self.latents.train)
+        for i in range(steps):
+            yield batch_at(start + i * loop.batch_size, loop.batch_size, count, loop.seed)
+
+    def prepare(self, batch: list[tuple[int, int]], rng: torch.Generator) -> Batch:
+        """Clean latents x0, their levels t and noise eps; posterior sample, mirror and all are drawn here."""
+        b = len(batch)
+        mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
+        mu, logvar = self.latents.gather([self.latents.train[i] for _, i in batch], mirror)
+        mu, logvar = mu.to(self.device), logvar.to(self.device)
+        posterior = torch.randn(mu.shape, generator=rng, device=self.device)
+        z = mu if self.settings.latent.only_mu else mu + torch.exp(0.5 * logvar) * posterior
+        t = torch.randint(len(self.alpha_bar), (b,), generator=rng, device=self.device)
+        eps = torch.randn(mu.shape, generator=rng, device=self.device)
+        return {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
+
+    def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise (Ho et al. 2020, Eq. 14)."""
+        x_t = noised(part["x0"], part["eps"], self.alpha_bar[part["t"]])
+        return {"loss": F.mse_loss(model(x_t, part["t"]), part["eps"])}
+
+    @torch.inference_mode()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean loss over the validation latents, whole and by noise band, each latent at one level of every band.
+
+        Levels and noise are the same at each validation. `loss_band_1` covers the least noisy levels.
+        """
+        model.eval()
+        loop, levels = self.settings.loop, len(self.alpha_bar)
+        items = self.latents.val
+        sums = torch.zeros(BANDS, dtype=torch.float64)
+        for first in range(0, len(items), loop.micro):
+            at = range(first, min(first + loop.micro, len(items)))
+            mu, _ = self.latents.gather([items[i] for i in at])
+            x0 = self.scaling.to_x0(mu.to(self.device))
+            for band in range(BANDS):
+                place = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
+                t = torch.tensor([int((band + p) * levels / BANDS) for p in place], device=self.device)
+                eps = item_noise(self.shape, list(at), loop.seed, f"validation {band}").to(self.device)
+                with autocast(self.device, loop.precision):
+                    error = model(noised(x0, eps, self.alpha_bar[t]), t) - eps
+                sums[band] += error.square().mean((1, 2, 3)).double().sum().cpu()
+        if not items:
+            return {}
+        means = (sums / len(items)).tolist()
+        return {"loss": sum(means) / BANDS, **{f"loss_band_{band + 1}": mean for band, mean in enumerate(means)}}
+
+    @torch.inference_mode()
+    def picture(self, model: nn.Module, path: Path) -> None:
+        """A grid of samples, drawn always from the same noise."""
+        model.eval()
+        s = self.settings
+        vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
+        sampling = Sampling(num_steps=min(PICTURE_STEPS, s.noise.timesteps // 2))
+        count = GRID[0] * GRID[1] // 2
+        with autocast(self.device, s.loop.precision):
+            z = sample_latents(model, s.latent, s.noise, range(count), s.loop.seed, self.device, sampling)
+            x = vae.decoder(z)
+        save_grid(path, x.clamp(-1, 1), GRID[0])
+
+
+def inherited(run: Path, latents: Path | None) -> dict[str, object]:
+    """What train-unet takes over from the latents."""
+    found = LatentSet(find_latents(latents, RunFolder(run)))
+    return {"latent": found.settings().model_dump()}
+
+
+def run(settings: TrainUNetSettings) -> Path:
+    """Train a U-Net and return its last checkpoint."""
+    # 1. What there is to train on, and where the results go
+    device = pick_device(settings.loop.device)
+    latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
+    if latents.settings() != settings.latent:
+        raise UserError("the settings of the latents are read from the latents; leave --channels, --shift, ... out")
+    settings = resolve(settings, device)
+    folder = RunFolder(settings.run).unet
+    saved = resumed(folder, "unet")
+    if not latents.train:
+        raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
+    if latents.nbytes < RESIDENT_SHARE * free_memory(device):
+        latents.to(device)
+
+    # 2. The task: network, data, loss
+    task = UNetTask(settings, latents, device)
+    total = settings.loop.total_steps(len(latents.train))
+    lineage = {"vae": latents.index.vae_digest, "latents": latents.index.digest}
+    document = Document(stage="unet", settings=settings.model_dump(mode="json"), lineage=lineage)
+
+    # 3. Fresh, from another's weights, or on from where it was
+    if saved:
+        if saved.document.lineage != lineage:
+            raise UserError(
+                f"{folder.path} was trained on latents {saved.document.lineage['latents'][:8]}, but "
+                f"{latents.folder} holds {latents.index.digest[:8]}: choose another --run, or --restart"
+            )
+        document.facts = history(saved, check_same(saved, settings))
+        if saved.document.step >= total:
+            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
+            return folder.last
+        console.print(f"going on from step {saved.document.step} of {total}")
+    elif settings.init_from:
+        source = initial_weights(settings.init_from, "unet")
+        load_weights(task.model, source, source.weights())
+    write_settings(folder, settings)
+    parameters = sum(p.numel() for p in task.model.parameters())
+    console.print(
+        f"U-Net: {parameters / 1e6:.2f} M parameters, latents {' x '.join(map(str, task.shape))}; "
+        f"{len(latents.train)} training and {len(latents.val)} validation latents; "
+        f"{total} steps of {settings.loop.batch_size} on {device.type} in {settings.loop.precision}"
+    )
+
+    # 4. Train
+    train(task, settings.loop, folder, document, total, settings.loop.precision, saved)
+    return folder.last
+
+
+def resolve(settings: TrainUNetSettings, device: torch.device) -> TrainUNetSettings:
+    """The settings with every `auto` and every size that follows from the latents filled in.
+
+    Raises:
+        UserError: If the latents' size does not fit the architecture.
+    """
+    latent = settings.latent
+    model = settings.model.resolved(min(latent.height, latent.width))
+    if latent.height % model.factor or latent.width % model.factor:
+        raise UserError(
+            f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
+            f"but these are {latent.height} x {latent.width}; give fewer widths"
+        )
+    precision = pick_precision(settings.loop.precision, device)
+    return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes: of the GPU, or of this machine where that can be told (else 4 GB are assumed)."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 1024**3

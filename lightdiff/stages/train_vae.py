@@ -1,0 +1,193 @@
+"""train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightdiff.checkpoint import Document
+from lightdiff.data.files import ImageFile, scan
+from lightdiff.data.images import BadFiles, ImageDataset, batches, to_float
+from lightdiff.data.images import Batch as ImageBatch
+from lightdiff.data.order import batch_at, generator, item_noise
+from lightdiff.errors import UserError
+from lightdiff.losses import psnr, vae_loss
+from lightdiff.models.vae import VAE
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
+from lightdiff.stages.start import check_same, data_digest, history, initial_weights, resumed, write_settings
+from lightdiff.training.compute import autocast, memory_format, pick_device, pick_precision, pick_workers
+from lightdiff.training.loop import Batch, load_weights, train
+from lightdiff.training.progress import console, save_grid
+
+
+class VAETask:
+    """What the training loop needs to know of a VAE."""
+
+    stage = "vae"
+
+    def __init__(
+        self,
+        settings: TrainVAESettings,
+        files: list[ImageFile],
+        device: torch.device,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None,
+        bad: BadFiles,
+    ) -> None:
+        """Build the network and both data sets from resolved settings."""
+        self.settings, self.device, self.lpips, self.bad = settings, device, lpips, bad
+        s = settings
+        torch.manual_seed(s.loop.seed)  # the initial weights
+        plain = memory_format(device, convolutions_only=not s.model.attention)
+        self.model: nn.Module = VAE(s.model).to(device, memory_format=plain)  # type: ignore[call-overload]
+        self.files = files
+        self.train = [i for i, f in enumerate(files) if f.split == "train"]
+        self.val = [i for i, f in enumerate(files) if f.split == "val"]
+        self.train_set = self._images(self.train, train=True)
+        self.val_set = self._images(self.val, train=False)
+        side = s.images.resolution // s.model.factor
+        self.latent_shape = (s.model.latent_channels, side, side)
+        self._shown: Tensor | None = None
+
+    def _images(self, which: list[int], train: bool) -> ImageDataset:
+        files = [self.files[i] for i in which]
+        images = self.settings.images
+        return ImageDataset(files, images.data, images, self.settings.loop.seed, train)
+
+    def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
+        """Random crops and mirrors of training images, in the order of (seed, epoch)."""
+        loop, count = self.settings.loop, len(self.train)
+        size = loop.batch_size
+        order = (batch_at(start + i * size, size, count, loop.seed) for i in range(steps))
+        for batch in batches(self.train_set, order, pick_workers(loop.workers, self.device)):
+            self.bad.add([(self.train[i], why) for i, why in batch.bad])
+            yield batch
+
+    def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
+        """Images in [-1, 1] and the noise of their posteriors."""
+        noise = torch.randn((len(batch.x), *self.latent_shape), generator=rng, device=self.device)
+        return {"x": to_float(batch.x.to(self.device)), "noise": noise}
+
+    def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+        """The VAE's loss."""
+        x_hat, posterior = model(part["x"], part["noise"])
+        return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, noise) of every readable validation image; the noise is the same at each validation."""
+        loop = self.settings.loop
+        indices = range(len(self.val))
+        order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
+        for batch in batches(self.val_set, order, workers=0):
+            self.bad.add([(self.val[i], why) for i, why in batch.bad])
+            if len(batch.x):
+                noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
+                yield to_float(batch.x.to(self.device)), noise.to(self.device)
+
+    @torch.inference_mode()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean loss, its parts and PSNR (dB) over the whole validation set."""
+        model.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        for x, noise in self.validation_batches():
+            with autocast(self.device, self.settings.loop.precision):
+                x_hat, posterior = model(x, noise)
+                losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+            losses["psnr"] = psnr(x, x_hat).mean()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(x)
+            count += len(x)
+        return {name: value / count for name, value in sums.items()}
+
+    @torch.inference_mode()
+    def picture(self, model: nn.Module, path: Path) -> None:
+        """Rows of originals, each above its reconstructions; always the same images."""
+        columns = GRID[0]
+        if self._shown is None:
+            source, items = (self.val_set, self.val) if self.val else (self.train_set, self.train)
+            chosen = [(0, i) for i in range(min(2 * columns, len(items)))]
+            self._shown = next(batches(source, [chosen], workers=0)).x
+        x = to_float(self._shown.to(self.device))
+        model.eval()
+        x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
+        pairs = zip(x.split(columns), x_hat.split(columns), strict=True)
+        save_grid(path, torch.cat([row for pair in pairs for row in pair]), columns)
+
+
+def run(settings: TrainVAESettings) -> Path:
+    """Train a VAE and return its best checkpoint."""
+    # 1. What there is to train on, and where the results go
+    device = pick_device(settings.loop.device)
+    resolution = settings.images.resolution
+    settings = resolve(settings, device)
+    lpips = perceptual(settings.loss, device)
+    files = scan(settings.images.data, settings.images.val_share)
+    folder = RunFolder(settings.run).vae
+    saved = resumed(folder, "vae")
+
+    # 2. The task: network, data, loss
+    bad = BadFiles(folder.bad_files, [f.path for f in files], len(files), settings.images.max_bad)
+    task = VAETask(settings, files, device, lpips, bad)
+    total = settings.loop.total_steps(len(task.train))
+
+    # 3. Fresh, from another's weights, or on from where it was
+    document = Document(stage="vae", settings=settings.model_dump(mode="json"), lineage={"data": data_digest(files)})
+    if saved:
+        changed = check_same(saved, settings)
+        document.facts = history(saved, changed)
+        if saved.document.step >= total:
+            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
+            return folder.best
+        console.print(f"going on from step {saved.document.step} of {total}")
+    elif settings.init_from:
+        source = initial_weights(settings.init_from, "vae")
+        load_weights(task.model, source, source.weights())
+    write_settings(folder, settings)
+    parameters = sum(p.numel() for p in task.model.parameters())
+    console.print(
+        f"VAE: {parameters / 1e6:.2f} M parameters, {resolution} px -> {shape_words(task.latent_shape)}; "
+        f"{len(task.train)} training and {len(task.val)} validation images; "
+        f"{total} steps of {settings.loop.batch_size} on {device.type} in {settings.loop.precision}"
+    )
+
+    # 4. Train
+    train(task, settings.loop, folder, document, total, settings.loop.precision, saved)
+    if bad.count:
+        console.print(f"{bad.count} unreadable images are listed in {folder.bad_files}")
+    return folder.best
+
+
+def perceptual(loss: VAELossSettings, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The LPIPS network, or None where its weight is 0.
+
+    Raises:
+        UserError: If its weights cannot be found or fetched.
+    """
+    if not loss.lpips_gamma:
+        return None
+    from lightdiff.models.perceptual import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
+
+    return PerceptualLoss(loss.lpips_net, find_weights(loss.lpips_net, loss.lpips_weights)).to(device)
+
+
+def resolve(settings: TrainVAESettings, device: torch.device) -> TrainVAESettings:
+    """The settings with every `auto` and every size that follows from the images filled in.
+
+    Raises:
+        UserError: If the resolution does not fit the architecture.
+    """
+    resolution = settings.images.resolution
+    model = settings.model.resolved(resolution)
+    if resolution % model.factor:
+        below = resolution // model.factor * model.factor
+        fits = f"{below} or {below + model.factor}" if below else str(model.factor)
+        raise UserError(f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}")
+    precision = pick_precision(settings.loop.precision, device)
+    return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
+
+
+def shape_words(shape: tuple[int, ...]) -> str:
+    """A shape as people write it: 4 x 16 x 16."""
+    return " x ".join(map(str, shape))

@@ -1,0 +1,80 @@
+"""Where and how to compute: device, precision, memory format, worker processes."""
+
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from lightdiff.errors import UserError
+from lightdiff.settings import Device, Precision
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of this name; `auto` takes cuda, mps or cpu, the first there is.
+
+    Raises:
+        UserError: If it is asked for and absent.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if there[n])  # type: ignore[assignment]
+    elif not there[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """fp32 or bf16; `auto` takes bf16 where this hardware multiplies it faster, found by trying for some ms."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "mps":
+        return "fp32"
+    a = torch.ones(512, 512)
+    return "bf16" if _seconds(a.bfloat16()) < 0.75 * _seconds(a) else "fp32"
+
+
+def _seconds(a: torch.Tensor) -> float:
+    """The shortest of five multiplications, after one to warm up."""
+    torch.mm(a, a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """A context that computes in bf16 where that is the precision; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def pick_workers(asked: int, device: torch.device) -> int:
+    """Processes that load images: as asked, or so many that on a CPU they leave cores to the networks."""
+    if asked >= 0:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores) if device.type == "cuda" else min(4, cores // 2)
+
+
+def memory_format(device: torch.device, convolutions_only: bool) -> torch.memory_format:
+    """channels_last for CUDA's tensor cores, and on a CPU for networks without attention (measured)."""
+    last = device.type == "cuda" or (device.type == "cpu" and convolutions_only)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
