@@ -146,7 +146,7 @@ def load_vae(saved: Checkpoint, device: torch.device) -> tuple[VAE, VAESettings]
     model = VAESettings.model_validate(saved.document.settings["model"])
     vae = VAE(model)
     vae.load_state_dict(saved.weights())
-    form = memory_format(device, convolutions_only=not model.attention)
+    form = memory_format(device)
     return vae.requires_grad_(False).eval().to(device, memory_format=form), model  # type: ignore[call-overload]
 
 
@@ -154,7 +154,7 @@ def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: tor
     """A U-Net ready for use."""
     unet = UNet(model, channels)
     unet.load_state_dict(saved.weights(ema))
-    form = memory_format(device, convolutions_only=False)
+    form = memory_format(device)
     return unet.requires_grad_(False).eval().to(device, memory_format=form)  # type: ignore[call-overload]
 
 

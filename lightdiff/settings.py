@@ -108,7 +108,7 @@ class UNetSettings(Settings):
     width: int = Field(96, ge=1, description="width that channels is made from when empty")
     blocks: int = Field(2, ge=1, description="residual blocks a level, going down and going up")
     attend_levels: tuple[int, ...] | None = Field(
-        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 16 pixels; none: no level"
+        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
@@ -146,7 +146,7 @@ class UNetSettings(Settings):
         channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
         attended = self.attend_levels
         if attended is None:
-            attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 16)
+            attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 8)
         return with_changes(self, channels=channels, attend_levels=attended)
 
     @property

@@ -63,9 +63,9 @@ def colour(background: str) -> Colour:
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """The open, not yet decoded image; whatever is wrong with the file, then or inside the block, is a `BadImage`."""
     try:
+        if not os.path.getsize(path):
+            raise BadImage("the file is empty")
         with _quiet, open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            if min(image.size) < 1:
-                raise BadImage(f"the image is {image.width} x {image.height} pixels")
             yield image
     except (BadImage, LightdiffError, MemoryError):
         raise
@@ -133,7 +133,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _reason(error: Exception, path: str | Path) -> str:
     """What is wrong, on one line and without the folder, so that a report may be shown to others."""
     if isinstance(error, UnidentifiedImageError):
-        return "empty, no image, or damaged from the start"
+        return "no image, or too damaged to be recognised"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -250,11 +250,11 @@ def _smaller_table(sizes: Sizes, readable: int) -> Table:
 def _print_duplicates(report: Report, console: Console) -> None:
     found, shown = report.duplicates, report.max_shown
     if not found.groups:
-        console.print("Duplicates: none")
+        console.print("Duplicates by content: none")
         return
-    console.print(f"Duplicates: {found.images:,} images repeat another byte for byte, in {len(found.groups):,} groups")
+    console.print(f"Duplicates by content: {found.images:,} of {report.images:,} (groups: {len(found.groups):,})")
     if found.leaks:
-        console.print(f"  [yellow]{found.leaks:,} groups lie in both train and val: validation sees training images[/]")
+        console.print(f"  [yellow]in both train and val: {found.leaks:,} groups; validation sees training images[/]")
     for group in found.groups[:shown]:
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
         console.print("  " + escape(" = ".join(group[:3])) + more, soft_wrap=True)

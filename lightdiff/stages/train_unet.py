@@ -37,7 +37,7 @@ class UNetTask:
         s = self.settings = settings
         self.device, self.latents = device, latents
         torch.manual_seed(s.loop.seed)  # the initial weights
-        form = memory_format(device, convolutions_only=False)
+        form = memory_format(device)
         self.model: nn.Module = UNet(s.model, s.latent.channels).to(device, memory_format=form)  # type: ignore[call-overload]
         self.alpha_bar = alpha_bar_table(s.noise).float().to(device)
         self.scaling = Scaling.of(s.latent)

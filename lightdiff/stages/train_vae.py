@@ -39,7 +39,7 @@ class VAETask:
         self.settings, self.device, self.lpips, self.bad = settings, device, lpips, bad
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
-        plain = memory_format(device, convolutions_only=not s.model.attention)
+        plain = memory_format(device)
         self.model: nn.Module = VAE(s.model).to(device, memory_format=plain)  # type: ignore[call-overload]
         self.files = files
         self.train = [i for i, f in enumerate(files) if f.split == "train"]

@@ -1,0 +1,83 @@
+"""presets: the packaged sets of architecture settings, with parameters and memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightdiff.models.unet import UNet
+from lightdiff.models.vae import VAE
+from lightdiff.options import build, read_settings
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+
+BYTES_A_PARAMETER = 20  # float32 weights, gradients, two moments of AdamW, averaged weights
+
+
+def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
+    """Print each preset's networks for images of a size: parameters, and memory to train them in float32."""
+    table = Table(
+        title=f"Presets at {resolution} px: memory to train in fp32 = fixed part + so much an image of a micro-batch"
+    )
+    for heading in ("preset", "network", "widths", "parameters", "fixed", "an image"):
+        table.add_column(heading, justify="left" if heading in ("preset", "network", "widths") else "right")
+    for name in names:
+        vae = build(TrainVAESettings, [read_settings(folder / f"vae-{name}.toml")]).model.resolved(resolution)
+        side = resolution // vae.factor
+        unet = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")]).model.resolved(side)
+        with torch.device("meta"):  # shapes alone: no memory, no time
+            x, z, t = (torch.zeros(1, 3, resolution, resolution), torch.zeros(1, vae.latent_channels, side, side),
+                       torch.zeros(1, dtype=torch.long))  # fmt: skip
+            row(table, name, "VAE", (vae.encoder_channels, vae.decoder_channels), VAE(vae), lambda m: m(x, z)[0])
+            network = UNet(unet, vae.latent_channels)
+            if side % unet.factor:
+                table.add_row("", "U-Net", joined(unet.channels), f"needs latents divisible by {unet.factor}", "", "")
+            else:
+                row(table, "", "U-Net", (unet.channels,), network, lambda m: m(z, t))
+    Console().print(table)
+
+
+def row(
+    table: Table,
+    name: str,
+    network: str,
+    widths: tuple[tuple[int, ...], ...],
+    model: nn.Module,
+    forward: Callable[[nn.Module], Tensor],
+) -> None:
+    """Add one network's row."""
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed, image = parameters * BYTES_A_PARAMETER, activation_bytes(model, forward)
+    table.add_row(
+        name,
+        network,
+        " | ".join(joined(w) for w in widths),
+        f"{parameters / 1e6:.2f} M",
+        f"{fixed / 1e6:.0f} MB",
+        f"{image / 1e6:.1f} MB",
+    )
+
+
+def activation_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the parameters."""
+    kept: dict[int, int] = {}
+    own = {id(p) for p in model.parameters()}
+    alive: list[Tensor] = []  # an id stands for one tensor only while the tensor lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if id(base) not in own:
+            alive.append(base)
+            kept[id(base)] = base.numel() * base.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(model)
+    return sum(kept.values())
+
+
+def joined(widths: tuple[int, ...]) -> str:
+    """Widths as one types them."""
+    return ",".join(map(str, widths))

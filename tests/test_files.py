@@ -1,0 +1,236 @@
+"""Lists of image files: the same everywhere, with their split and their labels."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightdiff.data.files import ImageFile, label_values, layout, scan
+from lightdiff.errors import UserError
+
+NAMES = [f"{i:03d}.png" for i in range(200)]
+
+
+def fill(folder: Path, paths: Iterable[str]) -> Path:
+    """Empty files: nothing here looks inside an image."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    return folder
+
+
+def splits(files: list[ImageFile]) -> dict[str, str]:
+    return {file.path: file.split for file in files}
+
+
+def fairface(folder: Path, paths: Iterable[str]) -> Path:
+    fill(folder, paths)
+    head = "file,age,gender,race,service_test\n"
+    (folder / "fairface_label_train.csv").write_text(
+        head + "train/1.jpg,50-59,Male,East Asian,True\ntrain/2.jpg,30-39,Female,Indian,False\n"
+    )
+    (folder / "fairface_label_val.csv").write_text(head + "val/1.jpg,3-9,Male,Black,False\n")
+    return folder
+
+
+# --- which files --------------------------------------------------------------------------------------------------
+
+
+def test_images_of_every_suffix_case_and_depth_are_found_in_code_point_order(tmp_path: Path) -> None:
+    wanted = ["B.JPG", "a.jpeg", "a/b/c/d.WebP", "a/z.tif", "aa.Bmp", "c.gif", "d.ppm", "e.TIFF", "f.png", "ä.png"]
+    fill(tmp_path, [*wanted, "notes.txt", "png", "x.npy", ".hidden.png", ".git/x.png", "__MACOSX/._a.jpg"])
+    assert [file.path for file in scan([tmp_path], 0)] == sorted(wanted)
+    assert "a/b/c/d.WebP" < "a/z.tif" < "aa.Bmp"
+
+
+def test_several_folders_are_mixed_in_the_order_given(tmp_path: Path) -> None:
+    first, second = fill(tmp_path / "z", ["2.png", "1.png"]), fill(tmp_path / "a", ["1.png"])
+    files = scan([first, second], 0)
+    assert [(file.root, file.path) for file in files] == [(0, "1.png"), (0, "2.png"), (1, "1.png")]
+
+
+def test_the_order_does_not_depend_on_how_the_file_system_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, ["b/1.png", "a/2.png", "a/1.png", "c.png"])
+    expected, listed = scan([tmp_path], 0.5), os.scandir
+
+    class Backwards:
+        def __init__(self, path: Path) -> None:
+            with listed(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert scan([tmp_path], 0.5) == expected
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    elsewhere = fill(tmp_path / "elsewhere", ["1.png"])
+    data = fill(tmp_path / "data", ["z/2.png"])
+    (data / "a").symlink_to(elsewhere, target_is_directory=True)
+    (data / "z" / "up").symlink_to(data, target_is_directory=True)
+    (data / "again").symlink_to(data / "z", target_is_directory=True)
+    (data / "self").symlink_to(data / "self")
+    (data / "gone.png").symlink_to(data / "nowhere.png")
+    assert [file.path for file in scan([data], 0)] == ["a/1.png", "gone.png", "z/2.png"]
+
+
+def test_files_are_json_friendly_and_need_no_torch(tmp_path: Path) -> None:
+    file = scan([fill(tmp_path, ["sea/1.png", "forest/2.png"])], 0)[1]
+    assert ImageFile(**json.loads(json.dumps(asdict(file)))) == file
+    code = "import sys, lightdiff.data.files; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--data: name a folder of images$"):
+        scan([], 0.1)
+    with pytest.raises(UserError, match=r"^--data: there is no folder .*missing$"):
+        scan([tmp_path / "missing"], 0.1)
+    fill(tmp_path, ["full/1.png", "full/inner/2.png", "empty/readme.txt"])
+    with pytest.raises(UserError, match=r"^--data: .*1\.png is a file; name the folder"):
+        scan([tmp_path / "full" / "1.png"], 0.1)
+    with pytest.raises(UserError, match=r"empty holds no image \(no file ends in \.bmp, \.gif, .*\.webp\)$"):
+        scan([tmp_path / "full", tmp_path / "empty"], 0.1)
+    with pytest.raises(UserError, match=r"full is given twice$"):
+        scan([tmp_path / "full", tmp_path / "full"], 0.1)
+    with pytest.raises(UserError, match=r"inner lies inside .*full; name only one"):
+        scan([tmp_path / "full" / "inner", tmp_path / "full"], 0.1)
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, ["1.png", "secret/2.png"])
+    listed = os.scandir
+
+    def refuse(path: Path) -> object:
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"^--data: the folder .*secret cannot be read: Permission denied$"):
+        scan([tmp_path], 0.1)
+
+
+# --- split --------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_a_hash_of_the_path_wherever_the_folder_lies(tmp_path: Path) -> None:
+    here, there = fill(tmp_path / "here", NAMES), fill(tmp_path / "far" / "away", NAMES)
+    assert splits(scan([here], 0.25)) == splits(scan([there], 0.25))
+    for name, split in splits(scan([here], 0.25)).items():
+        assert (int(sha256(name.encode()).hexdigest(), 16) / 2**256 < 0.25) == (split == "val")
+    assert Counter(splits(scan([here], 0.25)).values())["val"] == pytest.approx(50, abs=20)
+
+
+@settings(max_examples=25, deadline=None)
+@given(old=st.sets(st.integers(0, 400), min_size=5, max_size=40), new=st.sets(st.integers(0, 400), max_size=40))
+def test_adding_files_moves_no_file(tmp_path_factory: pytest.TempPathFactory, old: set[int], new: set[int]) -> None:
+    folder = fill(tmp_path_factory.mktemp("grow"), (f"{i}.png" for i in old))
+    before = splits(scan([folder], 0.2))
+    fill(folder, (f"{i}.png" for i in new))
+    after = splits(scan([folder], 0.2))
+    if set(before.values()) != {"val"} and sum(s == "train" for s in before.values()) > 1:
+        assert before.items() <= after.items()
+
+
+def test_a_larger_share_only_adds_to_validation(tmp_path: Path) -> None:
+    fill(tmp_path, NAMES)
+    held = [{p for p, s in splits(scan([tmp_path], share)).items() if s == "val"} for share in (0, 0.1, 0.3, 0.9)]
+    assert held[0] == set()
+    assert held[0] < held[1] < held[2] < held[3]
+
+
+def test_there_is_always_something_to_train_on(tmp_path: Path) -> None:
+    for count in (1, 2, 3):
+        files = scan([fill(tmp_path / str(count), NAMES[:count])], 0.999)
+        assert Counter(file.split for file in files) == Counter({"train": 1, "val": count - 1})
+    trained_on = next(file.path for file in files if file.split == "train")
+    assert trained_on == max(NAMES[:3], key=lambda name: sha256(name.encode()).digest())
+
+
+def test_the_two_spellings_of_an_accent_fall_into_the_same_split(tmp_path: Path) -> None:
+    composed = fill(tmp_path / "linux", [f"é{i}.png" for i in range(50)])
+    decomposed = fill(tmp_path / "mac", [f"e\u0301{i}.png" for i in range(50)])
+    assert list(splits(scan([composed], 0.5)).values()) == list(splits(scan([decomposed], 0.5)).values())
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------
+
+
+def test_fairface_keeps_its_own_split_and_its_labels(tmp_path: Path) -> None:
+    paths = ["train/1.jpg", "train/2.jpg", "train/3.jpg", "val/1.jpg"]
+    files = scan([fairface(tmp_path, paths)], 0.9)
+    assert layout(tmp_path, paths) == "FairFace"
+    assert splits(files) == {"train/1.jpg": "train", "train/2.jpg": "train", "train/3.jpg": "train", "val/1.jpg": "val"}
+    assert [file.labels for file in files] == [
+        {"age": "50-59", "gender": "Male", "race": "East Asian"},
+        {"age": "30-39", "gender": "Female", "race": "Indian"},
+        {},
+        {"age": "3-9", "gender": "Male", "race": "Black"},
+    ]
+    assert label_values(files)["age"] == ["3-9", "30-39", "50-59"]
+    assert splits(scan([tmp_path], 0))["val/1.jpg"] == "val"
+
+
+def test_fairface_without_its_training_images_is_split_by_hash(tmp_path: Path) -> None:
+    files = scan([fairface(tmp_path, (f"val/{i}.jpg" for i in range(1, 60)))], 0.1)
+    assert 0 < sum(file.split == "val" for file in files) < 30
+
+
+def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
+    fairface(tmp_path, ["train/1.jpg"])
+    (tmp_path / "fairface_label_val.csv").write_text("file,age,sex\n")
+    with pytest.raises(UserError, match=r"fairface_label_val\.csv has no column gender, race$"):
+        scan([tmp_path], 0.1)
+    (tmp_path / "fairface_label_val.csv").write_bytes(b"file,age,gender,race\n\xff\xfe\xfa")
+    with pytest.raises(UserError, match=r"fairface_label_val\.csv cannot be read"):
+        scan([tmp_path], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("paths", "word", "classes"),
+    [
+        (["00000.png", "00999.png", "69999.png"], "FFHQ", []),
+        (["00000/00000.png", "00000/00999.png", "69000/69999.png"], "FFHQ", []),
+        (["01000/1.png", "02000/2.png"], "plain", []),
+        (["1.png", "2.png"], "plain", []),
+        (["sea/1.png", "forest/deep/2.png"], "class folders", ["forest", "sea"]),
+        (["sea/1.png", "forest/2.png", "3.png"], "plain", []),
+        (["train/sea/1.png", "val/sea/1.png", "val/forest/1.png"], "class folders", ["forest", "sea"]),
+        (["train/1.png", "val/1.png"], "plain", []),
+        (["sea/00000.png", "forest/00001.png"], "class folders", ["forest", "sea"]),
+        (["00000.png", "70000.png"], "plain", []),
+        (["00000/01000.png"], "plain", []),
+    ],
+)
+def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]) -> None:
+    files = scan([fill(tmp_path, paths)], 0)
+    assert layout(tmp_path, [file.path for file in files]) == word
+    assert label_values(files) == ({"class": classes} if classes else {})
+
+
+def test_class_folders_below_split_folders_are_still_split_by_hash(tmp_path: Path) -> None:
+    paths = [f"{split}/sea/{i}.png" for split in ("train", "val") for i in range(40)]
+    files = scan([fill(tmp_path, paths)], 0.3)
+    assert {(file.path.split("/")[0], file.split) for file in files} == {
+        (folder, split) for folder in ("train", "val") for split in ("train", "val")
+    }
