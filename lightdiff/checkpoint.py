@@ -68,7 +68,7 @@ class Checkpoint:
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a checkpoint file (.safetensors)")
         try:
-            self._file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            self._file: Any = safe_open(path, framework="pt")
             metadata = self._file.metadata() or {}
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such checkpoint") from None
@@ -93,7 +93,7 @@ class Checkpoint:
             document = Document.model_validate(raw)
         except (ValueError, RecursionError, AttributeError, ValidationError):
             raise UserError(f"{self.path} is damaged: its document cannot be read") from None
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a dict)
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
         if document.seal(layout) != document.digest or set(layout) != set(document.digests):
             raise UserError(f"{self.path} is damaged: its header or document does not match its digest")
@@ -245,5 +245,3 @@ def reason(error: BaseException) -> str:
 def first_found(candidates: Iterable[Path]) -> Path | None:
     """The first of these paths that is a file."""
     return next((path for path in candidates if path.is_file()), None)
-
-

@@ -77,7 +77,7 @@ def inherit_vae(said: Layer) -> list[Layer]:
 
 
 def inherit_encode(said: Layer) -> list[Layer]:
-    """encode takes the image settings from the VAE."""
+    """Encode takes the image settings from the VAE."""
     from lightdiff.stages.encode import inherited
 
     return [inherited(Path(said.get("run", settings.StageSettings().run)), path(said.get("vae")))]

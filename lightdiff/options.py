@@ -99,9 +99,7 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
     metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
     if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
         kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
-    info = typer.Option(
-        declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar
-    )
+    info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
     return inspect.Parameter(
         "__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
     )
@@ -227,9 +225,7 @@ def command(
         choice = Literal[presets]  # type: ignore[valid-type]
         note = "set of architecture settings; 'lightdiff presets' lists them"
         annotation = Annotated[choice | None, typer.Option("--preset", help=note)]
-        extras.append(
-            inspect.Parameter("preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+        extras.append(inspect.Parameter("preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     def call(settings: Path | None = None, dry_run: bool = False, **values: Any) -> None:
         chosen = values.pop("preset", None)

@@ -1,9 +1,9 @@
 """The library in four calls: load a model, encode images, sample latents, decode them. Tensors in, tensors out.
 
-    model = Pipeline.load("runs/faces")
-    z = model.encode(x)                    # (b, 3, h, w) in [-1, 1] -> (b, c, h/f, w/f)
-    z = model.sample(16, seed=0)           # new latents
-    x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
+model = Pipeline.load("runs/faces")
+z = model.encode(x)                    # (b, 3, h, w) in [-1, 1] -> (b, c, h/f, w/f)
+z = model.sample(16, seed=0)           # new latents
+x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
 from lightdiff.settings import Device, LatentsSettings, ScheduleSettings, TrainUNetSettings, UNetSettings, VAESettings
-from lightdiff.training.compute import autocast, memory_format, pick_device
+from lightdiff.training.compute import autocast, pick_device, place
 
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
@@ -94,7 +94,11 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, run: str | Path = "runs/default", unet: Path | None = None, vae: Path | None = None, device: Device = "auto"
+        cls,
+        run: str | Path = "runs/default",
+        unet: Path | None = None,
+        vae: Path | None = None,
+        device: Device = "auto",
     ) -> "Pipeline":
         """The newest U-Net of a run, with its averaged weights, and the VAE behind its latents.
 
@@ -127,9 +131,7 @@ class Pipeline:
         wanted = range(items) if isinstance(items, int) else items
         with autocast(self.device, self.precision):
             s = self.settings
-            return sample_latents(
-                self.unet, s.latent, s.noise, wanted, seed, self.device, sampling or Sampling(), size
-            )
+            return sample_latents(self.unet, s.latent, s.noise, wanted, seed, self.device, sampling or Sampling(), size)
 
     @torch.inference_mode()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
@@ -137,7 +139,9 @@ class Pipeline:
         pixels = z.shape[2] * z.shape[3] * self.vae_settings.factor**2
         chunk = max(1, DECODED_PIXELS // pixels)
         with autocast(self.device, self.precision):
-            parts = [self.vae.decoder(part.to(self.device)).clamp(-1, 1).float().cpu() for part in z.split(chunk)]
+            parts = [
+                self.vae.decoder(part.to(self.device)).clamp(-1, 1).float().cpu() for part in torch.split(z, chunk)
+            ]
         return torch.cat(parts)
 
 
@@ -146,16 +150,16 @@ def load_vae(saved: Checkpoint, device: torch.device) -> tuple[VAE, VAESettings]
     model = VAESettings.model_validate(saved.document.settings["model"])
     vae = VAE(model)
     vae.load_state_dict(saved.weights())
-    form = memory_format(device)
-    return vae.requires_grad_(False).eval().to(device, memory_format=form), model  # type: ignore[call-overload]
+    place(vae.requires_grad_(False).eval(), device)
+    return vae, model
 
 
 def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: torch.device, ema: bool) -> UNet:
     """A U-Net ready for use."""
     unet = UNet(model, channels)
     unet.load_state_dict(saved.weights(ema))
-    form = memory_format(device)
-    return unet.requires_grad_(False).eval().to(device, memory_format=form)  # type: ignore[call-overload]
+    place(unet.requires_grad_(False).eval(), device)
+    return unet
 
 
 def vae_digest(saved: Checkpoint) -> str:

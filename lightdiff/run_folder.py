@@ -1,5 +1,6 @@
 """Where each stage's files lie below a run folder, and how a later stage finds them (design: one folder a stage)."""
 
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -132,6 +133,14 @@ def claim(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to: check its owner and permissions")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder to NAME.old-1 (or -2, ...), so that a new one can take its place; None if there is none."""
+    if not folder.exists():
+        return None
+    free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}.old-{free}"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class VAESettings(Settings):
     upsample: Literal["nearest", "transposed"] = Field(
         "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
     )
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; widths it does not divide take their common divisor")
+    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
     logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
@@ -113,8 +113,10 @@ class UNetSettings(Settings):
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
     time_dim: int = Field(256, ge=4, multiple_of=2, description="width of the time embedding")
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; widths it does not divide take their common divisor")
-    group_width: int = Field(0, ge=0, description="channels a group in the blocks' GroupNorm, instead of groups; 0: off")
+    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
+    group_width: int = Field(
+        0, ge=0, description="channels a group in the blocks, instead of a number of groups; 0: off"
+    )
     down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
     zero_init: bool = Field(True, description="residual branches and output start at zero")
 
@@ -142,7 +144,7 @@ class UNetSettings(Settings):
         """The same settings with empty widths and attention levels filled in for latents of this size."""
         levels = len(self.channels) - 1
         if levels < 1:
-            levels = next(n for n in (3, 2, 1) if latent_size % 2**n == 0 and latent_size >= 4 * 2**n or n == 1)
+            levels = next(n for n in (3, 2, 1) if (latent_size % 2**n == 0 and latent_size >= 4 * 2**n) or n == 1)
         channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
         attended = self.attend_levels
         if attended is None:
@@ -204,7 +206,7 @@ class ComputeSettings(Settings):
     """Where and how to compute."""
 
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
-    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where the hardware is fast at it")
+    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where it is faster")
     workers: int = Field(-1, ge=-1, description="processes that load images; -1: chosen from the number of cores")
 
 
@@ -260,6 +262,7 @@ class StageSettings(Settings):
 class TrainVAESettings(StageSettings):
     """Train the VAE on a folder of images."""
 
+    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
@@ -270,6 +273,7 @@ class TrainVAESettings(StageSettings):
 class EncodeSettings(StageSettings):
     """Encode every image, and its mirror image, to mu and logvar."""
 
+    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
     batch_size: int = Field(64, ge=1, description="images a forward pass")
     dtype: LatentDtype = Field("float16", description="type the latents are stored in")
@@ -292,6 +296,7 @@ class ScaleSettings(StageSettings):
 class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to predict noise."""
 
+    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")

@@ -8,9 +8,10 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 Colour = tuple[int, int, int]
+OnBad = Callable[[list[tuple[int, str]]], None]
 
 
 # --- one file -----------------------------------------------------------------------------------------------------
@@ -386,7 +388,7 @@ class Batches:
         dataset: ImageDataset,
         order: Iterable[list[tuple[int, int]]],
         workers: int,
-        bad: BadFiles | None = None,
+        on_bad: OnBad | None = None,
         pin: bool = False,
     ) -> None:
         """Start nothing yet.
@@ -395,10 +397,10 @@ class Batches:
             dataset: The images.
             order: The (epoch, index) of each image of each batch.
             workers: Processes that load images.
-            bad: Where unreadable files are listed before a batch is handed out.
+            on_bad: Called with the unreadable files of a batch, such as `BadFiles.add`, before it is handed out.
             pin: Whether to copy batches to pinned memory, for a GPU.
         """
-        self._dataset, self._bad = dataset, bad
+        self._dataset, self._on_bad = dataset, on_bad
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=order,
@@ -413,14 +415,14 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Every batch, after its bad files have been listed.
+        """Every batch, after its unreadable files have been told.
 
         Raises:
             RunError: There are too many bad files, none to stand in for one of them, or a worker died.
         """
         for batch in self._loaded():
-            if self._bad and batch.bad:
-                self._bad.add(batch.bad)
+            if self._on_bad and batch.bad:
+                self._on_bad(batch.bad)
             if self._dataset.replace and batch.missing:
                 index, reason = batch.bad[0]
                 name, others = self._dataset.paths[index], self._dataset.tries - 1
@@ -439,20 +441,24 @@ def batches(
     dataset: ImageDataset,
     order: Iterable[list[tuple[int, int]]],
     workers: int,
-    bad: BadFiles | None = None,
+    on_bad: OnBad | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """One pass over `Batches`, for an order that is used once."""
-    return iter(Batches(dataset, order, workers, bad, pin))
+    return iter(Batches(dataset, order, workers, on_bad, pin))
 
 
 def _start_worker(_: int) -> None:
-    """Leave stopping to the main process: a signal sent to all processes must not end a worker in mid-step."""
+    """Leave stopping to the main process, which finishes its step when a signal is sent to all processes."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 
-def _ignore_once(number: int, _: object) -> None:
-    # Workers that linger at the end are sent one or two more, and must not ignore them all.
-    signal.signal(number, signal.SIG_DFL)
+def _end_when_told_by(parent: int) -> None:
+    """End this worker when the main process, and nobody else, sends SIGTERM: Python's way to end daemons at exit."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,8 +1,8 @@
 """The latents' cache: mu and logvar of every image, written shard by shard, read lazily; z <-> x0.
 
-    latents/index.json                what they are, which image is where, statistics
-    latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
-    latents/vae.safetensors           the VAE they came from
+latents/index.json                what they are, which image is where, statistics
+latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
+latents/vae.safetensors           the VAE they came from
 """
 
 import hashlib
@@ -163,7 +163,7 @@ class LatentSet:
         return self
 
     def gather(self, positions: list[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """mu and logvar (b, c, h, w), float32, of images at these positions.
+        """Mu and logvar (b, c, h, w), float32, of images at these positions.
 
         Args:
             positions: Positions in the index.

@@ -99,13 +99,17 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
 def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:
     """Write the U-Net, bound to the VAE imported into the same run, as the run's last checkpoint."""
     if not run.vae.best.is_file():
-        raise UserError(f"{run.vae.best} is missing: import the VAE that this U-Net belongs to first, into the same --run")
+        raise UserError(
+            f"{run.vae.best} is missing: import the VAE that this U-Net belongs to first, into the same --run"
+        )
     vae = Checkpoint(run.vae.best, "vae")
     factor = VAESettings.model_validate(vae.document.settings["model"]).factor
     config, args = content["UNET_CFG"], content.get("args", {})
     channels, blocks = tuple(config["down_channel_args"]), config["num_res_blocks_per_level"]
     if tuple(config["up_channel_args"]) != channels[::-1]:
-        raise UserError(f"{file}: its up_channel_args are not its down_channel_args reversed; lightdiff has no such U-Net")
+        raise UserError(
+            f"{file}: its up_channel_args are not its down_channel_args reversed; lightdiff has no such U-Net"
+        )
     model = UNetSettings(
         channels=channels,
         blocks=blocks,
@@ -165,11 +169,11 @@ def unet_names(levels: int, blocks: int, theirs: Weights) -> Iterator[tuple[str,
     }
     for level in range(levels):
         first = level * (blocks + 1)
-        modules[f"down.{first + blocks}.conv"] = f"down.{level}.{blocks}"
-        modules[f"up.{first}.conv"] = f"up.{level}.0.conv"
+        modules[f"down.{first + blocks}.conv"] = f"down.{level}.resize"
+        modules[f"up.{first}.conv"] = f"up.{level}.resize.conv"
         for block in range(blocks):
-            modules[f"down.{first + block}"] = f"down.{level}.{block}.block"
-            modules[f"up.{first + block + 1}"] = f"up.{level}.{block + 1}.block"
+            modules[f"down.{first + block}"] = f"down.{level}.stages.{block}.block"
+            modules[f"up.{first + block + 1}"] = f"up.{level}.stages.{block}.block"
     for name in theirs:
         if name.startswith("mid_attn.attention.in_proj_"):
             yield name, name.replace("mid_attn.attention.in_proj_", "mid1.attention.qkv.")
@@ -190,7 +194,9 @@ def check_fit(file: Path, weights: Weights, expected: Weights) -> None:
     """See that every tensor of the network is there, in its shape."""
     wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
     if wrong:
-        raise UserError(f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {wrong[0]} first")
+        raise UserError(
+            f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {wrong[0]} first"
+        )
 
 
 def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:

@@ -1,6 +1,5 @@
 """presets: the packaged sets of architecture settings, with parameters and memory."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,28 +27,28 @@ def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
         side = resolution // vae.factor
         unet = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")]).model.resolved(side)
         with torch.device("meta"):  # shapes alone: no memory, no time
-            x, z, t = (torch.zeros(1, 3, resolution, resolution), torch.zeros(1, vae.latent_channels, side, side),
-                       torch.zeros(1, dtype=torch.long))  # fmt: skip
-            row(table, name, "VAE", (vae.encoder_channels, vae.decoder_channels), VAE(vae), lambda m: m(x, z)[0])
-            network = UNet(unet, vae.latent_channels)
+            image = torch.zeros(1, vae.image_channels, resolution, resolution)
+            latent = torch.zeros(1, vae.latent_channels, side, side)
+            add_row(table, name, "VAE", (vae.encoder_channels, vae.decoder_channels), VAE(vae), (image, latent))
             if side % unet.factor:
                 table.add_row("", "U-Net", joined(unet.channels), f"needs latents divisible by {unet.factor}", "", "")
             else:
-                row(table, "", "U-Net", (unet.channels,), network, lambda m: m(z, t))
+                t = torch.zeros(1, dtype=torch.long)
+                add_row(table, "", "U-Net", (unet.channels,), UNet(unet, vae.latent_channels), (latent, t))
     Console().print(table)
 
 
-def row(
+def add_row(
     table: Table,
     name: str,
     network: str,
     widths: tuple[tuple[int, ...], ...],
     model: nn.Module,
-    forward: Callable[[nn.Module], Tensor],
+    inputs: tuple[Tensor, ...],
 ) -> None:
     """Add one network's row."""
     parameters = sum(p.numel() for p in model.parameters())
-    fixed, image = parameters * BYTES_A_PARAMETER, activation_bytes(model, forward)
+    fixed, image = parameters * BYTES_A_PARAMETER, activation_bytes(model, inputs)
     table.add_row(
         name,
         network,
@@ -60,7 +59,7 @@ def row(
     )
 
 
-def activation_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
+def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Bytes that a forward pass keeps for the backward pass, without the parameters."""
     kept: dict[int, int] = {}
     own = {id(p) for p in model.parameters()}
@@ -74,7 +73,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model)
+        model(*inputs)
     return sum(kept.values())
 
 

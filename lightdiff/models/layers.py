@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 Norm = Callable[[int], nn.Module]
 """Width -> its normalisation layer."""
 
@@ -66,7 +67,8 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, h*w, c/heads)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        return x + self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
+        out: Tensor = x + self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
+        return out
 
 
 class Downsample(nn.Conv2d):

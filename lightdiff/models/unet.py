@@ -27,6 +27,16 @@ class Stage(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
+class Level(nn.Module):
+    """The stages of one level, and the layer that changes its size."""
+
+    def __init__(self, stages: list[Stage], resize: nn.Module) -> None:
+        """Keep both."""
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.resize = resize
+
+
 class UNet(nn.Module):
     """(x_t, t) -> eps_hat, the noise in x_t.
 
@@ -47,13 +57,13 @@ class UNet(nn.Module):
         for level, (a, b) in enumerate(pairwise(channels)):
             sizes = pairwise([a] + [b] * s.blocks)
             stages = [Stage(i, o, s, level in attended) for i, o in sizes]
-            self.down.append(nn.ModuleList([*stages, Downsample(b, s.down_kernel)]))
+            self.down.append(Level(stages, Downsample(b, s.down_kernel)))
         self.mid1 = Stage(channels[-1], channels[-1], s, s.mid_attention)
         self.mid2 = Stage(channels[-1], channels[-1], s, False)
         for level, (b, a) in reversed(list(enumerate(pairwise(channels)))):
             sizes = pairwise([a] + [b] * s.blocks)
             stages = [Stage(i + a, o, s, level in attended) for i, o in sizes]
-            self.up.append(nn.ModuleList([Upsample(a, a), *stages]))
+            self.up.append(Level(stages, Upsample(a, a)))
         self.norm = group_norm(channels[0], s.groups)
         self.out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
         if s.zero_init:
@@ -75,15 +85,15 @@ class UNet(nn.Module):
         time = self.time(t)
         h = self.stem(x)
         kept: list[Tensor] = []
-        for *stages, shrink in self.down:
-            for stage in stages:
+        for level in self.down:
+            for stage in level.stages:
                 h = stage(h, time)
                 kept.append(h)
-            h = shrink(h)
+            h = level.resize(h)
         h = self.mid2(self.mid1(h, time), time)
-        for grow, *stages in self.up:
-            h = grow(h)
-            for stage in stages:
+        for level in self.up:
+            h = level.resize(h)
+            for stage in level.stages:
                 h = stage(torch.cat([h, kept.pop()], dim=1), time)
         out: Tensor = self.out(torch.nn.functional.silu(self.norm(h)))
         return out.float()

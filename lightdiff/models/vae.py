@@ -20,7 +20,7 @@ class Posterior(NamedTuple):
     logvar: Float[Tensor, "b c h w"]
 
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
+        """Z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
         return self.mu + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.body = nn.Sequential(*layers, *norm_act(s, channels[-1]), out)
         self.output = s.output
 
-    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
         """Decode latents to images in [-1, 1] (a sigmoid's [0, 1] is stretched; `none` may overshoot)."""
         x: Tensor = self.body(z).float()
         if self.output == "none":
@@ -125,6 +125,6 @@ class VAE(nn.Module):
 
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:
-    """x pushed smoothly into (low, high): the identity well inside, and a gradient everywhere, unlike a clamp."""
+    """X pushed smoothly into (low, high): the identity well inside, and a gradient everywhere, unlike a clamp."""
     x = high - F.softplus(high - x)
     return low + F.softplus(x - low)

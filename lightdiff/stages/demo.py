@@ -40,7 +40,9 @@ def run(settings: DemoSettings) -> Path:
     )
 
     heading("2. encode: images -> cached latents")
-    encode.run(EncodeSettings.model_validate({"run": s.run, "compute": {"device": s.device}} | encode.inherited(s.run, None)))
+    encode.run(
+        EncodeSettings.model_validate({"run": s.run, "compute": {"device": s.device}} | encode.inherited(s.run, None))
+    )
 
     heading("3. scale: latents -> mean, std, scaling factor")
     scale.run(ScaleSettings(run=s.run))
@@ -74,7 +76,8 @@ Originals above their reconstructions are in {run.vae.images}, samples during tr
 
 The same by hand, with images of your own in place of {faces}:
 
-  lightdiff train-vae --data {faces} --resolution {s.resolution} --run runs/mine --steps {s.vae_steps} --lr 1e-3 --lpips-gamma 0
+  lightdiff train-vae --run runs/mine --data {faces} --resolution {s.resolution} \\
+      --steps {s.vae_steps} --lr 1e-3 --lpips-gamma 0
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
   lightdiff train-unet --run runs/mine --steps {s.unet_steps} --lr 1e-3 --model.width 64

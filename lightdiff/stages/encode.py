@@ -15,6 +15,7 @@ from lightdiff.errors import UserError
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import RunFolder, claim, find_vae
 from lightdiff.settings import EncodeSettings, ImageSettings, VAESettings
+from lightdiff.stages.start import begin_anew
 from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers
 from lightdiff.training.progress import Reporter, console
 
@@ -36,6 +37,8 @@ def run(settings: EncodeSettings) -> Path:
     vae, model = load_vae(saved, device)
     files = scan(settings.images.data, settings.images.val_share)
     folder = RunFolder(settings.run).latents
+    if settings.restart:
+        begin_anew(folder)
     claim(folder)
     remove_temporaries(folder)
     index = plan(settings, saved, model, files)

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from lightdiff.checkpoint import Checkpoint, publish_text, remove_temporaries
 from lightdiff.data.files import ImageFile
 from lightdiff.errors import UserError
-from lightdiff.run_folder import StageFolder, claim
+from lightdiff.run_folder import StageFolder, claim, set_aside
+from lightdiff.training.progress import console
 
-FREE = ("loop", "run", "init_from")  # settings that may change when a run is gone on with
+FREE = ("loop", "run", "init_from", "restart")  # settings that may change when a run is gone on with
 FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
 
 
@@ -28,11 +29,20 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def resumed(folder: StageFolder, stage: str) -> Checkpoint | None:
-    """The state to go on from, if the run has been started before."""
+def resumed(folder: StageFolder, stage: str, restart: bool) -> Checkpoint | None:
+    """The state to go on from, if the run has been started before and is not to begin anew."""
+    if restart:
+        begin_anew(folder.path)
     claim(folder.checkpoints)
     remove_temporaries(folder.checkpoints)
     return Checkpoint(folder.last, stage) if folder.last.is_file() else None
+
+
+def begin_anew(folder: Path) -> None:
+    """Set aside what a stage has made so far."""
+    aside = set_aside(folder)
+    if aside is not None:
+        console.print(f"what was in {folder} is now in {aside}")
 
 
 def check_same(saved: Checkpoint, settings: BaseModel, free: tuple[str, ...] = FREE) -> dict[str, tuple[Any, Any]]:

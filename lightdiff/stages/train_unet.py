@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentSet, Scaling
-from lightdiff.data.order import batch_at, generator, item_noise, key
+from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.schedules import alpha_bar_table, noised
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
@@ -18,7 +18,7 @@ from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.settings import GRID, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.start import check_same, history, initial_weights, resumed, write_settings
-from lightdiff.training.compute import autocast, memory_format, pick_device, pick_precision
+from lightdiff.training.compute import autocast, pick_device, pick_precision, place
 from lightdiff.training.loop import Batch, load_weights, train
 from lightdiff.training.progress import console, save_grid
 
@@ -37,8 +37,8 @@ class UNetTask:
         s = self.settings = settings
         self.device, self.latents = device, latents
         torch.manual_seed(s.loop.seed)  # the initial weights
-        form = memory_format(device)
-        self.model: nn.Module = UNet(s.model, s.latent.channels).to(device, memory_format=form)  # type: ignore[call-overload]
+        self.model: nn.Module = UNet(s.model, s.latent.channels)
+        place(self.model, device)
         self.alpha_bar = alpha_bar_table(s.noise).float().to(device)
         self.scaling = Scaling.of(s.latent)
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
@@ -121,7 +121,8 @@ def run(settings: TrainUNetSettings) -> Path:
         raise UserError("the settings of the latents are read from the latents; leave --channels, --shift, ... out")
     settings = resolve(settings, device)
     folder = RunFolder(settings.run).unet
-    saved = resumed(folder, "unet")
+    saved = resumed(folder, "unet", settings.restart)
+    settings = with_changes(settings, restart=False)  # not to be saved: it is said once
     if not latents.train:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
     if latents.nbytes < RESIDENT_SHARE * free_memory(device):

@@ -10,14 +10,14 @@ from lightdiff.checkpoint import Document
 from lightdiff.data.files import ImageFile, scan
 from lightdiff.data.images import BadFiles, ImageDataset, batches, to_float
 from lightdiff.data.images import Batch as ImageBatch
-from lightdiff.data.order import batch_at, generator, item_noise
+from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
 from lightdiff.stages.start import check_same, data_digest, history, initial_weights, resumed, write_settings
-from lightdiff.training.compute import autocast, memory_format, pick_device, pick_precision, pick_workers
+from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers, place
 from lightdiff.training.loop import Batch, load_weights, train
 from lightdiff.training.progress import console, save_grid
 
@@ -39,8 +39,8 @@ class VAETask:
         self.settings, self.device, self.lpips, self.bad = settings, device, lpips, bad
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
-        plain = memory_format(device)
-        self.model: nn.Module = VAE(s.model).to(device, memory_format=plain)  # type: ignore[call-overload]
+        self.model: nn.Module = VAE(s.model)
+        place(self.model, device)
         self.files = files
         self.train = [i for i, f in enumerate(files) if f.split == "train"]
         self.val = [i for i, f in enumerate(files) if f.split == "val"]
@@ -112,7 +112,7 @@ class VAETask:
         x = to_float(self._shown.to(self.device))
         model.eval()
         x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
-        pairs = zip(x.split(columns), x_hat.split(columns), strict=True)
+        pairs = zip(torch.split(x, columns), torch.split(x_hat, columns), strict=True)
         save_grid(path, torch.cat([row for pair in pairs for row in pair]), columns)
 
 
@@ -125,7 +125,8 @@ def run(settings: TrainVAESettings) -> Path:
     lpips = perceptual(settings.loss, device)
     files = scan(settings.images.data, settings.images.val_share)
     folder = RunFolder(settings.run).vae
-    saved = resumed(folder, "vae")
+    saved = resumed(folder, "vae", settings.restart)
+    settings = with_changes(settings, restart=False)  # not to be saved: it is said once
 
     # 2. The task: network, data, loss
     bad = BadFiles(folder.bad_files, [f.path for f in files], len(files), settings.images.max_bad)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import nn
 
 from lightdiff.errors import UserError
 from lightdiff.settings import Device, Precision
@@ -19,7 +20,7 @@ def pick_device(name: Device) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if there[n])  # type: ignore[assignment]
+        name = next(n for n in ("cuda", "mps", "cpu") if there[n])
     elif not there[name]:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
     return torch.device(name)
@@ -33,19 +34,17 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "mps":
         return "fp32"
-    a = torch.ones(512, 512)
-    return "bf16" if _seconds(a.bfloat16()) < 0.75 * _seconds(a) else "fp32"
+    wide = torch.ones(768, 768)
+    narrow = wide.bfloat16()
+    pairs = [(_seconds(wide), _seconds(narrow)) for _ in range(8)]  # in turn, so that other load hits both alike
+    return "bf16" if min(b for _, b in pairs) < 0.8 * min(w for w, _ in pairs) else "fp32"
 
 
 def _seconds(a: torch.Tensor) -> float:
-    """The shortest of five multiplications, after one to warm up."""
+    """How long one multiplication takes."""
+    start = time.perf_counter()
     torch.mm(a, a)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.perf_counter() - start
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -54,16 +53,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def pick_workers(asked: int, device: torch.device) -> int:
-    """Processes that load images: as asked, or so many that on a CPU they leave cores to the networks."""
+    """Processes that load images: as asked, or so many that on a CPU they do not fight the networks for cores."""
     if asked >= 0:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores) if device.type == "cuda" else min(4, cores // 2)
+    return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last for CUDA's tensor cores. Not on a CPU: there GroupNorm's backward is several times slower in it."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def place(model: nn.Module, device: torch.device) -> None:
+    """Put a network on a device, in the memory format that suits it.
+
+    channels_last for CUDA's tensor cores. Not on a CPU: there GroupNorm's backward is several times slower in it.
+    """
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -127,7 +127,7 @@ def open_tensorboard(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
 def save_grid(path: Path, x: Tensor, columns: int, gap: int = 2) -> None:

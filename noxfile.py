@@ -1,0 +1,66 @@
+"""Checks, each in an environment that is kept: `nox -s tests lint types build`."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests", "lint", "types", "build"]
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the package as it stands here, with development groups."""
+    session.install("-e", ".", *(f"--group={group}" for group in groups))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite with coverage; arguments after -- go to pytest."""
+    install(session, "test", "types")
+    session.run("pytest", *(session.posargs or ["--cov", "--cov-report=term", "--durations=10"]))
+
+
+def borrowed(session: nox.Session) -> str:
+    """The Python of the tests' environment: torch is too large to install it for every session."""
+    folder = Path(session.cache_dir).parent / "tests"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        session.run("nox", "-s", "tests", "--install-only", external=True)
+    return str(python)
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check types, in the tests' environment."""
+    session.run(borrowed(session), "-m", "mypy", external=True)
+
+
+@nox.session(venv_backend="none")
+def reference(session: nox.Session) -> None:
+    """Write the settings page of the docs from the settings' models, in the tests' environment."""
+    session.run(borrowed(session), "docs/reference/make_settings.py", external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("--group=lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(reuse_venv=False)
+def build(session: nox.Session) -> None:
+    """Build the wheel, install it into a clean environment, and call it there from elsewhere."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--wheel", "--outdir", folder)
+        (wheel,) = Path(folder).glob("*.whl")
+        session.install(str(wheel))
+        session.chdir(folder)
+        session.run("lightdiff", "--version")
+        session.run("lightdiff", "--help")
+        session.run("lightdiff", "presets")

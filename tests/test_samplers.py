@@ -1,0 +1,216 @@
+"""DDIM against closed forms on Gaussian data, a naive loop, and diffusers."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from oracles import GaussianData, ddpm_variance, naive_ddim, normal
+from torch import Tensor
+
+from lightdiff.diffusion.objectives import Denoise, denoiser
+from lightdiff.diffusion.samplers import ddim
+from lightdiff.diffusion.schedules import CLEAN, Level, alpha_bar_table, sampling_levels
+from lightdiff.settings import ScheduleSettings
+
+SCHEDULES = ["linear", "cosine"]
+DATA = GaussianData(mean=0.8, std=0.5)
+SHAPE = (2, 3, 4, 4)
+
+
+def levels_of(schedule: str, num_steps: int, floor: float = 0.0) -> list[Level]:
+    return sampling_levels(alpha_bar_table(ScheduleSettings.model_validate({"schedule": schedule})), num_steps, floor)
+
+
+def recorded(denoise: Denoise, visited: list[Tensor]) -> Denoise:
+    def inner(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        visited.append(x_t)
+        return denoise(x_t, level)
+
+    return inner
+
+
+def step_noise(step: int) -> Tensor:
+    return normal(*SHAPE, seed=1000 + step)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_n_steps_are_n_calls(num_steps: int, eta: float) -> None:
+    levels = levels_of("cosine", num_steps)
+    asked: list[Level] = []
+
+    def denoise(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        asked.append(level)
+        return DATA.denoise(x_t, level)
+
+    ddim(denoise, levels, normal(*SHAPE), eta, step_noise)
+    assert asked == levels[:-1]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_the_last_step_lands_on_the_predicted_x0(num_steps: int, eta: float) -> None:
+    said: list[Tensor] = []
+
+    def denoise(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        said.append(torch.tanh(x_t) + level.alpha)
+        return said[-1], x_t.square()
+
+    x = ddim(denoise, levels_of("linear", num_steps), normal(*SHAPE), eta, step_noise)
+    assert torch.equal(x, said[-1])
+
+
+def test_fresh_noise_is_asked_for_only_where_it_is_used() -> None:
+    asked: list[int] = []
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return step_noise(step)
+
+    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.0, noise)
+    assert asked == []
+    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.3, noise)
+    assert asked == [0, 1, 2, 3]  # the last step ends clean
+    with pytest.raises(AssertionError, match="eta > 0 needs noise for each step"):
+        ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 3, 20])
+def test_a_point_mass_is_hit_exactly(schedule: str, num_steps: int) -> None:
+    point = GaussianData(mean=-1.3, std=0.0)
+    visited: list[Tensor] = []
+    levels, x = levels_of(schedule, num_steps), normal(*SHAPE)
+    eps = point.eps(x, levels[0])
+    end = ddim(recorded(point.denoise, visited), levels, x)
+    # The exact flow keeps eps: every x on the way is alpha m + sigma eps. atol: float64, at most 20 steps.
+    for level, x_t in zip(levels, [*visited, end], strict=True):
+        torch.testing.assert_close(x_t, level.alpha * -1.3 + level.sigma * eps, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_error_halves_when_steps_double(schedule: str) -> None:
+    x = normal(*SHAPE)
+    errors = []
+    for num_steps in (40, 80, 160, 320):
+        # Without the last levels of the cosine schedule: its trailing strides would begin with one huge step.
+        levels = levels_of(schedule, num_steps, floor=2e-5)
+        exact = DATA.flow(x, levels[0], CLEAN)
+        errors.append(float((ddim(DATA.denoise, levels, x) - exact).abs().max()))
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert errors[-1] < 0.02
+    assert all(1.7 < ratio < 2.3 for ratio in ratios), ratios  # order 1: 2 in the limit
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_each_level_of_a_point_mass_has_its_variance(eta: float) -> None:
+    # DDIM's marginals are q(x_t | x0) whatever eta is (Song et al. 2021, lemma 1), exactly so for a point mass.
+    point, shape = GaussianData(mean=0.4, std=0.0), (1, 1, 200, 200)
+    visited: list[Tensor] = []
+    levels = levels_of("linear", 8)
+    x = levels[0].alpha * 0.4 + levels[0].sigma * normal(*shape)
+    ddim(recorded(point.denoise, visited), levels, x, eta, lambda step: normal(*shape, seed=50 + step))
+    for level, x_t in zip(levels, visited, strict=False):
+        # 40,000 samples: standard errors 0.5 % of sigma, 0.7 % of the variance; the bounds are four of them
+        assert float(x_t.mean()) == pytest.approx(level.alpha * 0.4, abs=0.02 * level.sigma)
+        assert float(x_t.var()) == pytest.approx(level.sigma**2, rel=0.03)
+
+
+def test_eta_1_adds_ddpms_variance_at_each_step() -> None:
+    levels = levels_of("cosine", 10)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for here, there in pairwise(levels[:-1]):
+        # x0 = eps = 0: what is left of a step is its fresh noise
+        fresh = ddim(lambda x, level: (x * 0, x * 0), [here, there], zero, 1.0, lambda step: zero + 1)
+        assert float(fresh) ** 2 == pytest.approx(ddpm_variance(here.alpha**2, there.alpha**2), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ancestral_sampling_gives_gaussian_data_its_variance(schedule: str) -> None:
+    shape = (1, 1, 250, 250)
+    levels = levels_of(schedule, 200, floor=2e-5)
+    first = levels[0]
+    x = first.alpha * DATA.mean + math.sqrt(DATA.variance_at(first)) * normal(*shape)
+    drawn = ddim(DATA.denoise, levels, x, 1.0, lambda step: normal(*shape, seed=7 + step))
+    # 62,500 samples: standard errors 0.002 of the mean and 0.6 % of the variance
+    assert float(drawn.mean()) == pytest.approx(DATA.mean, abs=0.01)
+    assert float(drawn.var()) == pytest.approx(DATA.ddim_variance(levels, 1.0), rel=0.025)
+    # Steps of finite size lose the spread of x0 around its mean: 200 of them a few per cent
+    assert float(drawn.var()) == pytest.approx(DATA.std**2, rel=0.08)
+
+
+def test_ancestral_samplings_variance_converges() -> None:
+    lost = [1 - DATA.ddim_variance(levels_of("linear", n), 1.0) / DATA.std**2 for n in (50, 100, 200, 500)]
+    assert all(0 < b < a for a, b in pairwise(lost))
+
+
+def wavy(x: np.ndarray, t: int) -> np.ndarray:
+    return np.sin(2 * x + t / 300) + 0.3 * x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 7, 30])
+def test_ddim_is_the_naive_loop(schedule: str, eta: float, num_steps: int) -> None:
+    table = alpha_bar_table(ScheduleSettings.model_validate({"schedule": schedule}))
+    levels = sampling_levels(table, num_steps, 1e-3)
+    noise = [step_noise(i).numpy() for i in range(num_steps)]
+    x = normal(*SHAPE)
+    expected = naive_ddim(wavy, table.numpy(), [level.t for level in levels[:-1]], x.numpy(), eta, noise)
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.from_numpy(wavy(x_t.numpy(), int(t[0])))
+
+    visited: list[Tensor] = []
+    end = ddim(recorded(denoiser(network), visited), levels, x, eta, step_noise)
+    for ours, naive in zip([*visited, end], expected, strict=True):
+        # float64 rounding, grown by 1 / alpha of at most 30 and a network that is not contracting
+        torch.testing.assert_close(ours, torch.from_numpy(naive), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("own_table", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 50, 1000])
+@pytest.mark.parametrize(("schedule", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_every_step_is_that_of_diffusers(
+    schedule: str, theirs: str, num_steps: int, eta: float, own_table: bool
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule=theirs,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+    table = alpha_bar_table(ScheduleSettings.model_validate({"schedule": schedule}))
+    # rtol: theirs is a float32 product of 1000 factors; 1 - 0.999 alone is off by 5e-5 in float32
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), table, rtol=2e-4, atol=0)
+    if own_table:  # then nothing but rounding in float64 is left between the two
+        scheduler.alphas_cumprod = table
+    scheduler.set_timesteps(num_steps)
+    levels = sampling_levels(table, num_steps)
+    assert scheduler.timesteps.tolist() == [level.t for level in levels[:-1]]
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        bar = float(table[int(t[0])])
+        return DATA.eps(x_t, Level(int(t[0]), math.sqrt(bar), math.sqrt(1 - bar)))
+
+    x = normal(*SHAPE)
+    expected = [x]
+    for i, t in enumerate(scheduler.timesteps):
+        noise = step_noise(i) if eta > 0 else None
+        eps = network(expected[-1], t.expand(len(x)))
+        expected.append(scheduler.step(eps, t, expected[-1], eta=eta, variance_noise=noise).prev_sample)
+    visited: list[Tensor] = []
+    end = ddim(recorded(denoiser(network), visited), levels, x, eta, step_noise)
+    # Own table: float64. Theirs: float32's rounding of alpha_bar; where the cosine schedule begins, sigma's 3e-8
+    # divided by alpha = 5e-5 is 6e-4 of x0.
+    atol = 1e-8 if own_table else 5e-3
+    for ours, other in zip([*visited, end], expected, strict=True):
+        torch.testing.assert_close(ours, other.double(), rtol=0, atol=atol)

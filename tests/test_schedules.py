@@ -1,0 +1,185 @@
+"""Noise schedules against their formulas, the original scripts' tables and hand-computed spacings."""
+
+import math
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from oracles import GOLDEN, needs_golden, normal
+
+from lightdiff.diffusion.schedules import CLEAN, alpha_bar_table, noised, sampling_levels
+from lightdiff.settings import ScheduleSettings
+
+LINEAR = ScheduleSettings(schedule="linear")
+COSINE = ScheduleSettings(schedule="cosine")
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+schedules = st.builds(
+    ScheduleSettings,
+    schedule=st.sampled_from(["linear", "cosine"]),
+    timesteps=st.integers(2, 1500),
+    beta_start=st.floats(1e-5, 1e-2),
+    beta_end=st.floats(1e-3, 0.05),
+)
+
+
+def betas_of(alpha_bar: torch.Tensor) -> torch.Tensor:
+    return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+
+
+@PROPERTY
+@given(schedules)
+def test_a_table_falls_strictly_inside_0_and_1(schedule: ScheduleSettings) -> None:
+    table = alpha_bar_table(schedule)
+    assert table.shape == (schedule.timesteps,)
+    assert table.dtype == torch.float64
+    assert bool((table > 0).all() and (table < 1).all())
+    assert bool((table.diff() < 0).all())
+
+
+@PROPERTY
+@given(schedules)
+def test_a_table_is_the_product_of_its_betas(schedule: ScheduleSettings) -> None:
+    table = alpha_bar_table(schedule)
+    betas = betas_of(table)
+    assert bool((betas > 0).all() and (betas <= 0.999 + 1e-12).all())
+    # rtol: 1 - beta loses up to 3 of float64's 16 digits where beta is 0.999, the product of 1500 another 3
+    torch.testing.assert_close(torch.cumprod(1 - betas, dim=0), table, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_linear_betas_are_evenly_spaced(steps: int) -> None:
+    table = alpha_bar_table(ScheduleSettings(schedule="linear", timesteps=steps, beta_start=1e-3, beta_end=0.3))
+    product, expected = 1.0, []
+    for i in range(steps):
+        product *= 1 - (1e-3 + (0.3 - 1e-3) * i / (steps - 1))
+        expected.append(product)
+    # rtol: a product of 1000 factors in float64, in another order
+    torch.testing.assert_close(table, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
+
+
+def test_the_linear_default_is_ddpms() -> None:
+    betas = betas_of(alpha_bar_table(LINEAR))
+    assert float(betas[0]) == pytest.approx(1e-4)
+    assert float(betas[-1]) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("steps", [10, 250, 1000, 4000])
+def test_cosine_follows_its_formula_up_to_the_clipped_end(steps: int) -> None:
+    def f(t: int) -> float:  # Nichol & Dhariwal 2021, Eq. 17, s = 0.008
+        return math.cos((t / steps + 0.008) / (1 + 0.008) * math.pi / 2) ** 2
+
+    formula = [f(t + 1) / f(0) for t in range(steps)]  # their t counts from 1, ours from 0
+    clipped = [1 - b / a > 0.999 for a, b in pairwise([1.0, *formula])]
+    first = clipped.index(True)
+    assert first == steps - 1  # only the end, where the formula says beta = 1
+    table = alpha_bar_table(ScheduleSettings(schedule="cosine", timesteps=steps))
+    # rtol: up to 4000 factors against one cosine
+    torch.testing.assert_close(table[:first], torch.tensor(formula[:first], dtype=torch.float64), rtol=1e-9, atol=0)
+    assert float(table[-1] / table[-2]) == pytest.approx(0.001)
+
+
+def test_the_cosine_table_ends_near_2e_9() -> None:
+    assert float(alpha_bar_table(COSINE)[-1]) == pytest.approx(2.43e-9, rel=1e-2)
+
+
+@needs_golden
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_tables_are_those_of_the_original_scripts(name: str) -> None:
+    theirs = safetensors.torch.load_file(GOLDEN / "original_reference.safetensors")[f"{name}.alpha_bar"].double()
+    ours = alpha_bar_table(ScheduleSettings.model_validate({"schedule": name}))
+    if name == "cosine":  # their last entry is the rounding error of cos(pi / 2), not the product of clipped betas
+        assert float(theirs[-1]) < 1e-14
+        ours, theirs = ours[:-1], theirs[:-1]
+    # rtol: theirs is float32 throughout
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_noised_has_the_mean_and_variance_of_its_level() -> None:
+    alpha_bar = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
+    x0 = torch.full((3, 1, 400, 400), 2.0, dtype=torch.float64)
+    x_t = noised(x0, normal(3, 1, 400, 400), alpha_bar)
+    # 160,000 samples: the mean's standard error is 0.0025, the variance's 0.0035
+    torch.testing.assert_close(x_t.mean((1, 2, 3)), 2 * alpha_bar.sqrt(), rtol=0, atol=0.012)
+    torch.testing.assert_close(x_t.var((1, 2, 3)), 1 - alpha_bar, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 5, 5), (4, 3, 2, 4), (2, 2, 3, 5), (1, 4, 4, 4)])
+def test_noised_gives_each_image_its_own_level(shape: tuple[int, ...]) -> None:
+    # Where batch == width, levels broadcast along the width would go unnoticed by shapes alone.
+    x0, eps = normal(*shape, seed=1), normal(*shape, seed=2)
+    alpha_bar = torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64)
+    x_t = noised(x0, eps, alpha_bar)
+    for i in range(shape[0]):
+        a = float(alpha_bar[i])
+        torch.testing.assert_close(x_t[i], math.sqrt(a) * x0[i] + math.sqrt(1 - a) * eps[i])
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "num_steps", "expected"),
+    [
+        (10, 1, [9]),
+        (10, 2, [9, 4]),
+        (10, 5, [9, 7, 5, 3, 1]),
+        (10, 10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+        (10, 3, [9, 6, 2]),  # 10, 6.67, 3.33 rounded, less one
+        (10, 4, [9, 7, 4, 1]),  # 10, 7.5, 5, 2.5: halves go to the even neighbour, as in numpy
+        (2, 2, [1, 0]),
+        (1000, 4, [999, 749, 499, 249]),
+    ],
+)
+def test_spacing_is_trailing(timesteps: int, num_steps: int, expected: list[int]) -> None:
+    table = alpha_bar_table(ScheduleSettings(timesteps=timesteps))
+    levels = sampling_levels(table, num_steps)
+    assert [level.t for level in levels[:-1]] == expected
+    for level in levels[:-1]:
+        assert level.alpha == pytest.approx(math.sqrt(float(table[level.t])), rel=1e-15)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
+
+
+@PROPERTY
+@given(schedules, st.data(), st.sampled_from([0.0, 1e-6, 2e-5, 0.1]))
+def test_levels_fall_without_repetition_and_end_clean(
+    schedule: ScheduleSettings, data: st.DataObject, floor: float
+) -> None:
+    table = alpha_bar_table(schedule)
+    usable = int((table >= floor).sum())
+    assume(usable > 0)
+    num_steps = data.draw(st.integers(1, usable))
+    levels = sampling_levels(table, num_steps, floor)
+    assert len(levels) == num_steps + 1
+    assert levels[-1] == CLEAN == (-1, 1.0, 0.0)
+    assert levels[0].t == usable - 1
+    assert all(a.t > b.t and a.alpha < b.alpha and a.sigma > b.sigma for a, b in pairwise(levels))
+    assert all(level.t >= 0 and level.alpha**2 >= floor * (1 - 1e-12) for level in levels[:-1])
+    strides = -np.diff([level.t for level in levels])
+    assert strides.max() - strides.min() <= 2  # equal but for rounding
+
+
+def test_levels_with_too_little_signal_are_left_out() -> None:
+    table = alpha_bar_table(COSINE)
+    assert sampling_levels(table, 10)[0].t == 999
+    first = sampling_levels(table, 10, 2e-5)[0]
+    assert first.t < 999
+    assert float(table[first.t]) >= 2e-5 > float(table[first.t + 1])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "floor", "text"),
+    [
+        (11, 0.0, "11 steps asked for, but the schedule has 10 usable levels"),
+        (0, 0.0, "0 steps asked for, but the schedule has 10 usable levels"),
+        (-1, 0.0, "-1 steps asked for, but the schedule has 10 usable levels"),
+        (10, 0.01, "10 steps asked for, but the schedule has 9 usable levels"),
+        (1, 0.9999, "1 steps asked for, but the schedule has 0 usable levels"),
+    ],
+)
+def test_more_steps_than_levels_are_refused(num_steps: int, floor: float, text: str) -> None:
+    table = alpha_bar_table(ScheduleSettings(timesteps=10))
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        sampling_levels(table, num_steps, floor)
