@@ -431,7 +431,9 @@ class Batches:
 
     def _loaded(self) -> Iterator[Batch]:
         try:
-            yield from self._loader
+            with _no_sudden_errors():
+                loaded = iter(self._loader)
+            yield from loaded
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"loading images failed: {reason} (fewer --workers need less memory)") from error
@@ -446,6 +448,22 @@ def batches(
 ) -> Iterator[Batch]:
     """One pass over `Batches`, for an order that is used once."""
     return iter(Batches(dataset, order, workers, on_bad, pin))
+
+
+@contextmanager
+def _no_sudden_errors() -> Iterator[None]:
+    """Undoes what starting a loader does to SIGCHLD: an error raised wherever the main process is when a worker dies.
+
+    That might be in the middle of saving. The loader finds out by itself, some seconds after the next batch is due.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _start_worker(_: int) -> None:

@@ -1,0 +1,441 @@
+"""The loop: accumulation, resume, learning rate, checkpoints, failures. On a small task, and on both real ones."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightdiff import checkpoint
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.order import generator
+from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.run_folder import StageFolder
+from lightdiff.settings import (
+    EncodeSettings,
+    ImageSettings,
+    LoopSettings,
+    ScaleSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    UNetSettings,
+    VAELossSettings,
+    VAESettings,
+    with_changes,
+)
+from lightdiff.stages import encode, scale, train_unet, train_vae
+from lightdiff.training.loop import StopOnSignal, Trainer, learning_rate, train
+from lightdiff.training.progress import Reporter, cut_metrics, number, save_grid
+
+TIMING = ("time", "images_per_s", "memory_mb")
+
+
+class Regression:
+    """Fit y = x @ target with noise on x: a task whose every number can be checked."""
+
+    stage = "vae"
+
+    def __init__(self, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.device = torch.device("cpu")
+        self.model = nn.Linear(5, 3).to(dtype)
+        self.target = torch.randn(5, 3, dtype=dtype)
+        self.validations = 0
+        self.poison = -1
+
+    def batches(self, start, steps):
+        for i in range(steps):
+            yield start + 10 * i
+
+    def prepare(self, batch, rng):
+        x = torch.randn(10, 5, dtype=torch.float64, generator=generator("cpu", 0, "data", batch))
+        noise = torch.randn(10, 5, dtype=torch.float64, generator=rng)
+        x = x + 0.01 * noise
+        if batch // 10 == self.poison:
+            x[0, 0] = math.nan
+        return {"x": x, "y": x @ self.target}
+
+    def loss(self, model, part):
+        return {"loss": (model(part["x"]) - part["y"]).square().mean()}
+
+    def validate(self, model):
+        self.validations += 1
+        return {"loss": float((model.weight.T - self.target).square().mean().detach())}
+
+    def picture(self, model, path):
+        save_grid(path, torch.zeros(1, 3, 4, 4), columns=1)
+
+
+def loop(**changes):
+    base = {"batch_size": 10, "lr": 0.02, "warmup_steps": 3, "val_every": 10, "save_every": 5, "log_every": 1}
+    return LoopSettings(**(base | {"precision": "fp32"} | changes))
+
+
+def fit(folder, steps=20, task=None, resume=None, **changes):
+    task = task or Regression()
+    stage = StageFolder(folder)
+    stage.checkpoints.mkdir(parents=True, exist_ok=True)
+    return train(task, loop(**changes), stage, Document(stage="vae"), steps, "fp32", resume), stage
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_timing(rows):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def tensors(path: Path):
+    return Checkpoint(path).tensors("")
+
+
+def assert_same_files(a: Path, b: Path):
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# --- the loop on a small task ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5, 7])
+def test_micro_batches_equal_one_batch(tmp_path, micro):
+    whole, _ = fit(tmp_path / "whole")
+    parts, _ = fit(tmp_path / "parts", micro_batch=micro)
+    # float64: the two differ by the order of additions alone
+    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-11, atol=1e-12)
+
+
+def test_learning_rate_follows_its_formula():
+    settings = loop(lr=1.0, warmup_steps=4, lr_schedule="cosine")
+    rates = [learning_rate(settings, step, 24) for step in range(24)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[14] == pytest.approx(0.5)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert learning_rate(settings, 24, 24) == pytest.approx(0)
+    constant = loop(lr=1.0, warmup_steps=4, lr_schedule="constant")
+    assert [learning_rate(constant, step, 24) for step in (3, 4, 23, 1000)] == [1.0] * 4
+    assert learning_rate(loop(lr=1.0, warmup_steps=0), 0, 10) == 1.0
+
+
+def test_clipping_limits_the_gradient(tmp_path):
+    trainer = Trainer(Regression(), loop(clip=1e-3), "fp32")
+    losses = trainer.train_step(0, 20)
+    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+    assert losses["grad_norm"] > 1e-3
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+    free = Trainer(Regression(), loop(clip=0), "fp32")
+    grad_norm = free.train_step(0, 20)["grad_norm"]
+    norm = torch.cat([p.grad.flatten() for p in free.model.parameters()]).norm()
+    torch.testing.assert_close(norm, grad_norm)
+
+
+def test_it_learns_and_best_is_the_lowest_validation(tmp_path):
+    trainer, stage = fit(tmp_path, steps=300, ema_decay=0.9)
+    rows = [row for row in lines(stage.metrics) if "val_loss" in row]
+    assert rows[-1]["val_loss"] < 0.05 * rows[0]["val_loss"]
+    best = Checkpoint(stage.best).document
+    assert best.metrics["val_loss"] == min(row["val_loss"] for row in rows)
+    assert not Checkpoint(stage.best).names("optimizer.")
+    assert trainer.step == 300
+    assert trainer.images_seen == 3000
+
+
+def test_validation_looks_at_the_averaged_weights(tmp_path):
+    trainer, stage = fit(tmp_path, steps=10, ema_decay=0.9)
+    target = trainer.task.target
+    averaged = float((trainer.ema.model.weight.T - target).square().mean())
+    assert lines(stage.metrics)[-1]["val_loss"] == averaged
+    assert averaged != float((trainer.model.weight.T - target).square().mean().detach())
+
+
+def test_files_and_intervals(tmp_path):
+    task = Regression()
+    _, stage = fit(tmp_path, steps=23, task=task, keep=2)
+    assert [path.name for path in stage.steps()] == ["step-00000015.safetensors", "step-00000020.safetensors"]
+    assert Checkpoint(stage.last).document.step == 23
+    assert task.validations == 3  # at 10, at 20, and at the last step
+    assert sorted(path.name for path in stage.images.iterdir()) == [f"step-{n:08d}.png" for n in (10, 20, 23)]
+    assert [row["step"] for row in lines(stage.metrics)] == list(range(1, 24))
+
+
+def test_no_averaged_weights_when_turned_off(tmp_path):
+    trainer, stage = fit(tmp_path, steps=5, ema_decay=0)
+    assert trainer.ema is None
+    assert not Checkpoint(stage.last).names("ema.")
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7, 10, 13])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
+    fit(tmp_path / "straight", micro_batch=4)
+    step = Trainer.train_step
+
+    def stopping(self, batch, total):
+        losses = step(self, batch, total)
+        if self.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stopping)
+        with pytest.raises(Stopped, match=f"stopped after step {stop_at} of 20") as stopped:
+            fit(tmp_path / "stopped", micro_batch=4)
+    assert stopped.value.exit_code == 143
+    saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
+    assert saved.document.step == stop_at
+    fit(tmp_path / "stopped", micro_batch=4, resume=saved)
+    straight, again = StageFolder(tmp_path / "straight"), StageFolder(tmp_path / "stopped")
+    assert_same_files(straight.last, again.last)
+    assert_same_files(straight.best, again.best)
+    assert without_timing(lines(straight.metrics)) == without_timing(lines(again.metrics))
+
+
+def test_it_goes_on_from_a_step_file(tmp_path):
+    _, straight = fit(tmp_path / "a", steps=20, keep=10)
+    fit(tmp_path / "b", steps=20, resume=Checkpoint(straight.step(10)))
+    assert_same_files(straight.last, StageFolder(tmp_path / "b").last)
+
+
+def test_best_cannot_be_resumed(tmp_path):
+    _, stage = fit(tmp_path)
+    with pytest.raises(UserError, match="holds no optimizer state; use last or step"):
+        fit(tmp_path, resume=Checkpoint(stage.best))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    task = Regression()
+    task.poison = 7
+    with pytest.raises(RunError, match=r"step 8: loss, grad_norm is not finite.*lower --lr"):
+        fit(tmp_path, task=task)
+    kept = Checkpoint(StageFolder(tmp_path).last)
+    assert kept.document.step == 5
+    assert all(torch.isfinite(t).all() for t in kept.tensors("").values())
+
+
+def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
+    fit(tmp_path, steps=5)
+    before = tensors(StageFolder(tmp_path).last)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match="No space left on device; what was saved before is untouched"):
+        fit(tmp_path, steps=20, resume=Checkpoint(StageFolder(tmp_path).last))
+    after = tensors(StageFolder(tmp_path).last)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not list(StageFolder(tmp_path).checkpoints.glob(".*"))
+
+
+def test_a_second_signal_leaves_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_cut_after_the_step_gone_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    cut_metrics(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_reporter_writes_what_it_is_told(tmp_path):
+    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
+        reporter.record({"step": 1, "loss": 0.5})
+        reporter.advance(1, {"loss": 0.5})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    pytest.importorskip("tensorboard")
+    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
+        reporter.record({"step": 1, "loss": 0.5})
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(3.0, "3"), (0.12345, "0.123"), (123.456, "123.5"), (math.inf, "inf"), (1e-5, "1e-05")]
+)
+def test_numbers_are_short(value, words):
+    assert number(value) == words
+
+
+def test_a_grid_shows_each_image_in_its_place(tmp_path):
+    from PIL import Image
+
+    x = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 4, 4)
+    save_grid(tmp_path / "grid.png", x, columns=4)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (4 * 6 - 2, 2 * 6 - 2)
+    assert grid.getpixel((0, 0)) == (0, 0, 0)
+    assert grid.getpixel((7, 7)) == (255, 255, 255)  # the sixth image
+    assert grid.getpixel((13, 7)) == (255, 255, 255)  # nothing: the sheet
+
+
+# --- both trainings -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    draw_dataset(folder, 24, 0, 16)
+    return folder
+
+
+def vae_settings(run, faces, **changes):
+    settings = TrainVAESettings(
+        run=run,
+        images=ImageSettings(data=(faces,), resolution=16, val_share=0.2),
+        loss=VAELossSettings(lpips_gamma=0),
+        loop=loop(steps=8, batch_size=6, micro_batch=4, val_every=4, save_every=4, workers=0, lr=1e-3),
+        model=VAESettings(encoder_width=8, decoder_width=8, encoder_blocks=(1,), decoder_blocks=(1,)),
+    )
+    return with_changes(settings, loop=with_changes(settings.loop, **changes))
+
+
+def unet_settings(run, **changes):
+    settings = TrainUNetSettings.model_validate(
+        {
+            "run": run,
+            "loop": loop(steps=8, batch_size=6, micro_batch=4, val_every=4, save_every=4, lr=1e-3),
+            "model": UNetSettings(width=8, blocks=1, time_dim=16),
+            **train_unet.inherited(run, None),
+        }
+    )
+    return with_changes(settings, loop=with_changes(settings.loop, **changes))
+
+
+def stopped_at(monkeypatch, step_number, run, settings):
+    step = Trainer.train_step
+
+    def stopping(self, batch, total):
+        losses = step(self, batch, total)
+        if self.step == step_number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stopping)
+        with pytest.raises(Stopped) as stopped:
+            run(settings)
+    assert stopped.value.exit_code == 130
+
+
+def test_both_trainings_stopped_and_gone_on_equal_those_never_stopped(tmp_path, faces, monkeypatch):
+    for name in ("straight", "stopped"):
+        settings = vae_settings(tmp_path / name, faces)
+        if name == "stopped":
+            stopped_at(monkeypatch, 5, train_vae.run, settings)
+        train_vae.run(settings)
+    assert_same_files(
+        tmp_path / "straight/vae/checkpoints/last.safetensors", tmp_path / "stopped/vae/checkpoints/last.safetensors"
+    )
+    for name in ("straight", "stopped"):
+        run = tmp_path / name
+        encode.run(EncodeSettings.model_validate({"run": run, **encode.inherited(run, None)}))
+        scale.run(ScaleSettings(run=run))
+        settings = unet_settings(run)
+        if name == "stopped":
+            stopped_at(monkeypatch, 3, train_unet.run, settings)
+        train_unet.run(settings)
+    for stage in ("vae", "unet"):
+        straight, stopped = (tmp_path / name / stage for name in ("straight", "stopped"))
+        assert_same_files(straight / "checkpoints/last.safetensors", stopped / "checkpoints/last.safetensors")
+        assert without_timing(lines(straight / "metrics.jsonl")) == without_timing(lines(stopped / "metrics.jsonl"))
+        picture = "images/step-00000008.png"
+        assert (straight / picture).read_bytes() == (stopped / picture).read_bytes()
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, faces, capsys):
+    train_vae.run(vae_settings(tmp_path, faces))
+    train_vae.run(vae_settings(tmp_path, faces))
+    assert "has its 8 steps already; give more --steps to train on" in " ".join(capsys.readouterr().err.split())
+    train_vae.run(vae_settings(tmp_path, faces, steps=10, lr=5e-4))
+    document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
+    assert document.step == 10
+    assert document.facts["history"] == [{"step": 8, "changed": {"loop.steps": [8, 10], "loop.lr": [1e-3, 5e-4]}}]
+
+
+def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path, faces):
+    train_vae.run(vae_settings(tmp_path, faces))
+    other = with_changes(vae_settings(tmp_path, faces), model=VAESettings(encoder_width=16, decoder_width=8))
+    with pytest.raises(UserError, match=r"--model.encoder-channels \[8, 8\], not \[16, 16\].*another --run"):
+        train_vae.run(other)
+    with pytest.raises(UserError, match="--seed 0, not 1"):
+        train_vae.run(vae_settings(tmp_path, faces, seed=1))
+    train_vae.run(with_changes(other, restart=True))
+    assert (tmp_path / "vae.old-1/checkpoints/last.safetensors").is_file()
+    assert json.loads((tmp_path / "vae/settings.json").read_text())["restart"] is False
+
+
+def test_init_from_starts_at_another_runs_weights(tmp_path, faces):
+    train_vae.run(vae_settings(tmp_path / "first", faces, ema_decay=0))
+    more = with_changes(
+        vae_settings(tmp_path / "second", faces, ema_decay=0, steps=1, lr=1e-12), init_from=tmp_path / "first"
+    )
+    train_vae.run(more)
+    old, new = (
+        Checkpoint(tmp_path / name / "vae/checkpoints/last.safetensors").weights() for name in ("first", "second")
+    )
+    for name in old:
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
+    misfit = with_changes(
+        vae_settings(tmp_path / "third", faces), model=VAESettings(encoder_width=16), init_from=tmp_path / "first"
+    )
+    with pytest.raises(UserError, match="does not fit this architecture"):
+        train_vae.run(misfit)
+
+
+def test_epochs_count_passes_over_the_training_images(tmp_path, faces):
+    train_vae.run(vae_settings(tmp_path, faces, epochs=2))
+    document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
+    trained = sum(1 for _ in faces.rglob("*.png")) - round_val(faces)
+    assert document.step == max(1, round(2 * trained / 6))
+
+
+def round_val(faces):
+    from lightdiff.data.files import scan
+
+    return sum(f.split == "val" for f in scan((faces,), 0.2))
+
+
+def test_an_empty_validation_set_makes_best_the_last(tmp_path, faces):
+    settings = vae_settings(tmp_path, faces, steps=4)
+    settings = with_changes(settings, images=with_changes(settings.images, val_share=0))
+    train_vae.run(settings)
+    last, best = (Checkpoint(tmp_path / f"vae/checkpoints/{name}.safetensors") for name in ("last", "best"))
+    assert best.document.step == last.document.step == 4
+    assert best.weights().keys() == last.weights().keys()
+    assert all(torch.equal(w, last.weights()[n]) for n, w in best.weights().items())
+
+
+@pytest.mark.slow
+def test_a_vae_learns_eight_faces_by_heart(tmp_path, faces):
+    settings = vae_settings(
+        tmp_path, faces, steps=250, batch_size=8, micro_batch=0, val_every=0, save_every=250, lr=3e-3
+    )
+    few = tmp_path / "few"
+    draw_dataset(few, 8, 0, 16)
+    images = ImageSettings(data=(few,), resolution=16, val_share=0, random_crop=1, flip=False)
+    model = VAESettings(encoder_width=16, decoder_width=16, latent_channels=8)
+    train_vae.run(with_changes(settings, images=images, model=model, loss=VAELossSettings(lpips_gamma=0, kl_beta=0)))
+    rows = lines(tmp_path / "vae/metrics.jsonl")
+    assert rows[-1]["mse"] < 0.1 * rows[0]["mse"]
