@@ -24,7 +24,15 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
-from lightdiff.settings import Device, LatentsSettings, ScheduleSettings, TrainUNetSettings, UNetSettings, VAESettings
+from lightdiff.settings import (
+    MIN_ALPHA_BAR,
+    Device,
+    LatentsSettings,
+    ScheduleSettings,
+    TrainUNetSettings,
+    UNetSettings,
+    VAESettings,
+)
 from lightdiff.training.compute import autocast, pick_device, place
 
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
@@ -37,7 +45,7 @@ class Sampling:
     num_steps: int = 50
     eta: float = 0.0
     clamp: float = 0.0
-    min_alpha_bar: float = 2e-5
+    min_alpha_bar: float = MIN_ALPHA_BAR
 
 
 def sample_latents(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
+MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold; where sampling starts
 GRID = (8, 4)  # columns and rows of the grids drawn while training
 
 
@@ -321,7 +322,7 @@ class GenerateSettings(StageSettings):
     ema: bool = Field(True, description="draw with the averaged weights, or with the raw ones")
     clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
     min_alpha_bar: float = Field(
-        2e-5, ge=0, lt=1, description="start at the noisiest level with at least this much signal (alpha_bar)"
+        MIN_ALPHA_BAR, ge=0, lt=1, description="start at the noisiest level with at least this much signal (alpha_bar)"
     )
     compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
 
@@ -332,8 +333,8 @@ class DemoSettings(StageSettings):
     run: Path = Field(Path("runs/demo"), description="run folder")
     resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
     count: int = Field(4000, ge=16, description="faces to draw")
-    vae_steps: int = Field(900, ge=1, description="optimizer steps of the VAE")
-    unet_steps: int = Field(1500, ge=1, description="optimizer steps of the U-Net")
+    vae_steps: int = Field(750, ge=1, description="optimizer steps of the VAE")
+    unet_steps: int = Field(1100, ge=1, description="optimizer steps of the U-Net")
     seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
 

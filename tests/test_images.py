@@ -27,20 +27,8 @@ from PIL import Image
 
 from lightdiff.data import images
 from lightdiff.data.files import ImageFile
-from lightdiff.data.images import (
-    BadFiles,
-    BadImage,
-    Batches,
-    ImageDataset,
-    batches,
-    collate,
-    colour,
-    frame,
-    load_image,
-    random_frame,
-    to_float,
-    to_uint8,
-)
+from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame, to_float, to_uint8
+from lightdiff.data.loading import BadFiles, Batches, ImageDataset, batches, collate
 from lightdiff.errors import RunError, UserError
 from lightdiff.settings import ImageSettings
 
@@ -520,7 +508,7 @@ def run_program(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """What a program of its own does with `data`, the eight images."""
     before = f"""
         from pathlib import Path
-        from lightdiff.data.images import ImageDataset, ImageFile, ImageSettings, batches
+        from lightdiff.data.loading import ImageDataset, ImageFile, ImageSettings, batches
         files = [ImageFile(0, f"{{i}}.png", "train", {{}}) for i in range(8)]
         data = ImageDataset(files, [Path({str(folder)!r})], ImageSettings(resolution=16), seed=0, train=True)
         """

@@ -190,3 +190,8 @@ def _read_fairface(table: Path) -> dict[str, dict[str, str]]:
             }
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--data: the table {table} cannot be read: {error}") from error
+
+
+def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
+    """Where each image lies on this machine."""
+    return [os.path.join(folders[file.root], file.path) for file in files]

@@ -36,6 +36,21 @@ class Level(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.resize = resize
 
+    def descend(self, h: Tensor, time: Tensor, kept: list[Tensor]) -> Tensor:
+        """Apply the stages, keep what each makes, then halve."""
+        for stage in self.stages:
+            h = stage(h, time)
+            kept.append(h)
+        out: Tensor = self.resize(h)
+        return out
+
+    def ascend(self, h: Tensor, time: Tensor, kept: list[Tensor]) -> Tensor:
+        """Double, then apply the stages, each to what it gets and what was kept last."""
+        h = self.resize(h)
+        for stage in self.stages:
+            h = stage(torch.cat([h, kept.pop()], dim=1), time)
+        return h
+
 
 class UNet(nn.Module):
     """(x_t, t) -> eps_hat, the noise in x_t.
@@ -86,14 +101,9 @@ class UNet(nn.Module):
         h = self.stem(x)
         kept: list[Tensor] = []
         for level in self.down:
-            for stage in level.stages:
-                h = stage(h, time)
-                kept.append(h)
-            h = level.resize(h)
+            h = level.descend(h, time, kept)  # type: ignore[operator]
         h = self.mid2(self.mid1(h, time), time)
         for level in self.up:
-            h = level.resize(h)
-            for stage in level.stages:
-                h = stage(torch.cat([h, kept.pop()], dim=1), time)
+            h = level.ascend(h, time, kept)  # type: ignore[operator]
         out: Tensor = self.out(torch.nn.functional.silu(self.norm(h)))
         return out.float()

@@ -20,7 +20,7 @@ class Posterior(NamedTuple):
     logvar: Float[Tensor, "b c h w"]
 
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
+        """A draw: z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
         return self.mu + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -125,6 +125,6 @@ class VAE(nn.Module):
 
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:
-    """X pushed smoothly into (low, high): the identity well inside, and a gradient everywhere, unlike a clamp."""
+    """Push x smoothly into (low, high): the identity well inside, and, unlike a clamp, a gradient beyond the bounds."""
     x = high - F.softplus(high - x)
     return low + F.softplus(x - low)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Document, remove_temporaries
-from lightdiff.data.files import ImageFile, scan
-from lightdiff.data.images import BadFiles, ImageDataset, batches, to_float
+from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
+from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.errors import UserError
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import RunFolder, claim, find_vae
@@ -50,7 +51,9 @@ def run(settings: EncodeSettings) -> Path:
     checkpoint.publish_link(folder / VAE_COPY, saved.path)
 
     # 2. Encode shard by shard; a shard that is there is whole
-    bad = BadFiles(folder / "bad-files.txt", [f.path for f in files], len(files), settings.images.max_bad)
+    bad = BadFiles(
+        folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
+    )
     precision = pick_precision(settings.compute.precision, device)
     encoder = vae.encoder
     digests: list[str] = []

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Document
-from lightdiff.data.files import ImageFile, scan
-from lightdiff.data.images import BadFiles, ImageDataset, batches, to_float
-from lightdiff.data.images import Batch as ImageBatch
+from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.data.images import to_float
+from lightdiff.data.loading import BadFiles, ImageDataset, batches
+from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
@@ -55,14 +56,16 @@ class VAETask:
         images = self.settings.images
         return ImageDataset(files, images.data, images, self.settings.loop.seed, train)
 
+    def _noting(self, items: list[int]) -> Callable[[list[tuple[int, str]]], None]:
+        """List unreadable images, whose numbers count `items`."""
+        return lambda bad: self.bad.add([(items[i], why) for i, why in bad])
+
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
         loop, count = self.settings.loop, len(self.train)
         size = loop.batch_size
         order = (batch_at(start + i * size, size, count, loop.seed) for i in range(steps))
-        for batch in batches(self.train_set, order, pick_workers(loop.workers, self.device)):
-            self.bad.add([(self.train[i], why) for i, why in batch.bad])
-            yield batch
+        yield from batches(self.train_set, order, pick_workers(loop.workers, self.device), self._noting(self.train))
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
         """Images in [-1, 1] and the noise of their posteriors."""
@@ -79,8 +82,7 @@ class VAETask:
         loop = self.settings.loop
         indices = range(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
-        for batch in batches(self.val_set, order, workers=0):
-            self.bad.add([(self.val[i], why) for i, why in batch.bad])
+        for batch in batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
                 yield to_float(batch.x.to(self.device)), noise.to(self.device)
@@ -129,7 +131,7 @@ def run(settings: TrainVAESettings) -> Path:
     settings = with_changes(settings, restart=False)  # not to be saved: it is said once
 
     # 2. The task: network, data, loss
-    bad = BadFiles(folder.bad_files, [f.path for f in files], len(files), settings.images.max_bad)
+    bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
     task = VAETask(settings, files, device, lpips, bad)
     total = settings.loop.total_steps(len(task.train))
 

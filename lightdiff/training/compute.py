@@ -67,7 +67,7 @@ def place(model: nn.Module, device: torch.device) -> None:
     """
     model.to(device)
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
 
 
 def memory_in_use(device: torch.device) -> int:
