@@ -69,7 +69,7 @@ class Checkpoint:
             raise UserError(f"{path} is a folder; name a checkpoint file (.safetensors)")
         try:
             self._file: Any = safe_open(path, framework="pt")
-            metadata: dict[str, str] = self._file.metadata() or {}
+            metadata: dict[str, str] = self._file.metadata() or {}  # type: ignore[no-untyped-call]
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such checkpoint") from None
         except (SafetensorError, OSError, UnicodeDecodeError) as error:

@@ -71,9 +71,8 @@ def spelled(path: tuple[str, ...], field: FieldInfo) -> str:
 
 def values(field: FieldInfo) -> str:
     """What a setting may be: its choices, its kind where that is not plain, its bounds."""
-    limits = [
-        f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)
-    ]
+    pairs = [(sign, getattr(m, name, None)) for m in field.metadata for name, sign in SIGNS.items()]
+    limits = [f"{sign} {bound:g}" for sign, bound in pairs if bound is not None]
     return ", ".join([*kind(field.annotation), *limits])
 
 

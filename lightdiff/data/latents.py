@@ -179,21 +179,17 @@ class LatentSet:
         logvar = torch.stack([self._logvar[number][row, side] for number, row, side in where])
         return mu.float(), logvar.float()
 
-    def settings(self) -> LatentsSettings:
-        """What a U-Net must know of these latents.
 
-        Raises:
-            UserError: If `scale` has not run.
-        """
-        statistics = self.index.statistics
-        if statistics is None:
-            raise UserError(f"{self.folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
-        c, h, w = self.index.shape
-        return LatentsSettings(
-            channels=c,
-            height=h,
-            width=w,
-            shift=tuple(statistics.shift),
-            scale=tuple(statistics.scale),
-            only_mu=statistics.only_mu,
-        )
+def latents_settings(folder: Path) -> LatentsSettings:
+    """What a U-Net must know of a folder's latents.
+
+    Raises:
+        UserError: If `scale` has not run.
+    """
+    index = read_index(folder)
+    if index.statistics is None:
+        raise UserError(f"{folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
+    c, h, w = index.shape
+    shift, scale = tuple(index.statistics.shift), tuple(index.statistics.scale)
+    only_mu = index.statistics.only_mu
+    return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu)

@@ -40,11 +40,16 @@ def import_checkpoint(file: Path, run: Path, resolution: int) -> Path:
         UserError: If the file is none, a network of that kind is there already, or a U-Net comes without its VAE.
     """
     content = read(file)
-    if "VAE_CFG" in content:
-        return import_vae(file, content, RunFolder(run), resolution)
-    if "UNET_CFG" in content:
-        return import_unet(file, content, RunFolder(run), resolution)
-    raise UserError(f"{file} is no checkpoint of the original scripts: it has neither VAE_CFG nor UNET_CFG")
+    kinds = {"VAE_CFG": import_vae, "UNET_CFG": import_unet}
+    kind = next((name for name in kinds if isinstance(content.get(name), dict)), None)
+    if kind is None:
+        raise UserError(f"{file} is no checkpoint of the original scripts: it has neither VAE_CFG nor UNET_CFG")
+    content["args"] = content.get("args") or {}
+    try:
+        return kinds[kind](file, content, RunFolder(run), resolution)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # ValueError: pydantic's too
+        why = str(error).replace("\n", " ")
+        raise UserError(f"{file}: its {kind} or args are not those of the original scripts: {why}") from None
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:
     """Write the VAE as the run's best and last checkpoint."""
-    config, args = content["VAE_CFG"], content.get("args", {})
+    config, args = content["VAE_CFG"], content["args"]
     model = VAESettings(
         latent_channels=config["latent_channels"],
         encoder_channels=tuple(config["enc_channel_args"]),
@@ -88,9 +93,12 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         loop=loop_settings(args, ema_decay=0.0),
         model=model,
     )
+    check_size(resolution, model.factor)
     # The original's modules stand in the same order as ours, so that their weights pair up one by one.
-    expected = VAE(model).state_dict()
-    weights = renamed(file, content["model_state_dict"], zip(content["model_state_dict"], expected, strict=False))
+    expected, theirs = VAE(model).state_dict(), content["model_state_dict"]
+    if len(theirs) != len(expected):
+        raise UserError(f"{file}: {len(theirs)} tensors, but its configuration asks for {len(expected)}")
+    weights = renamed(file, theirs, zip(theirs, expected, strict=True))
     check_fit(file, weights, expected)
     document = Document(stage="vae", settings=settings.model_dump(mode="json"), step=content.get("global_step", 0))
     return write(run.vae.best, run.vae.last, {f"model.{n}": w for n, w in weights.items()}, document)
@@ -104,7 +112,7 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
         )
     vae = Checkpoint(run.vae.best, "vae")
     factor = VAESettings.model_validate(vae.document.settings["model"]).factor
-    config, args = content["UNET_CFG"], content.get("args", {})
+    config, args = content["UNET_CFG"], content["args"]
     channels, blocks = tuple(config["down_channel_args"]), config["num_res_blocks_per_level"]
     if tuple(config["up_channel_args"]) != channels[::-1]:
         raise UserError(
@@ -122,6 +130,7 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
         down_kernel=4,
         zero_init=False,
     )
+    check_size(resolution, factor * model.factor)
     side = resolution // factor
     settings = TrainUNetSettings(
         run=run.path,
@@ -141,7 +150,7 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
     expected = UNet(model, config["latent_channels"]).state_dict()
     tensors: Weights = {}
     for prefix, field in (("model.", "model_state_dict"), ("ema.", "ema_state_dict")):
-        if field in content:
+        if content.get(field):
             weights = renamed(file, content[field], unet_names(len(channels) - 1, blocks, content[field]))
             check_fit(file, weights, expected)
             tensors |= {prefix + name: weight for name, weight in weights.items()}
@@ -197,6 +206,12 @@ def check_fit(file: Path, weights: Weights, expected: Weights) -> None:
         raise UserError(
             f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {wrong[0]} first"
         )
+
+
+def check_size(resolution: int, factor: int) -> None:
+    """See that images of this size fit the networks."""
+    if resolution < factor or resolution % factor:
+        raise UserError(f"--resolution: {resolution} is not divisible by {factor}, as these networks need")
 
 
 def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:

@@ -14,7 +14,7 @@ from lightdiff.errors import UserError
 from lightdiff.run_folder import StageFolder, claim, set_aside
 from lightdiff.training.progress import console
 
-FREE = ("loop", "run", "init_from", "restart")  # settings that may change when a run is gone on with
+FREE = ("loop", "run", "init_from", "restart", "latents", "images.data", "images.max_bad")  # may change on resuming
 FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
 
 
@@ -45,7 +45,7 @@ def begin_anew(folder: Path) -> None:
         console.print(f"what was in {folder} is now in {aside}")
 
 
-def check_same(saved: Checkpoint, settings: BaseModel, free: tuple[str, ...] = FREE) -> dict[str, tuple[Any, Any]]:
+def check_same(saved: Checkpoint, settings: BaseModel) -> dict[str, tuple[Any, Any]]:
     """What differs from a saved run's settings and may: {"loop.lr": (old, new), ...}.
 
     Raises:
@@ -54,7 +54,7 @@ def check_same(saved: Checkpoint, settings: BaseModel, free: tuple[str, ...] = F
     old, new = flat(saved.document.settings), flat(settings.model_dump(mode="json"))
     changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changed.items():
-        if name in FIXED or name.split(".")[0] not in free:
+        if name in FIXED or not {name, name.split(".")[0]} & set(FREE):
             raise UserError(
                 f"{saved.path.parent.parent} holds a run with {flag_of(name)} {before}, not {now}: "
                 "choose another --run, or leave that setting as it was"

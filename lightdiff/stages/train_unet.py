@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, Document
-from lightdiff.data.latents import LatentSet, Scaling
+from lightdiff.data.latents import LatentSet, Scaling, latents_settings
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.schedules import alpha_bar_table, noised
 from lightdiff.errors import UserError
@@ -108,8 +108,7 @@ class UNetTask:
 
 def inherited(run: Path, latents: Path | None) -> dict[str, object]:
     """What train-unet takes over from the latents."""
-    found = LatentSet(find_latents(latents, RunFolder(run)))
-    return {"latent": found.settings().model_dump()}
+    return {"latent": latents_settings(find_latents(latents, RunFolder(run))).model_dump()}
 
 
 def run(settings: TrainUNetSettings) -> Path:
@@ -117,7 +116,7 @@ def run(settings: TrainUNetSettings) -> Path:
     # 1. What there is to train on, and where the results go
     device = pick_device(settings.loop.device)
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
-    if latents.settings() != settings.latent:
+    if latents_settings(latents.folder) != settings.latent:
         raise UserError("the settings of the latents are read from the latents; leave --channels, --shift, ... out")
     settings = resolve(settings, device)
     folder = RunFolder(settings.run).unet

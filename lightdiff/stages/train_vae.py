@@ -138,8 +138,9 @@ def run(settings: TrainVAESettings) -> Path:
     # 3. Fresh, from another's weights, or on from where it was
     document = Document(stage="vae", settings=settings.model_dump(mode="json"), lineage={"data": data_digest(files)})
     if saved:
-        changed = check_same(saved, settings)
-        document.facts = history(saved, changed)
+        document.facts = history(saved, check_same(saved, settings))
+        if saved.document.lineage != document.lineage:
+            console.print("note: the list of images is not the one this run began with")
         if saved.document.step >= total:
             console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
             return folder.best

@@ -1,0 +1,116 @@
+"""What several tests share: the command line called in this process, and one tiny run that went through all stages."""
+
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+WIDE = {"COLUMNS": "400", "LINES": "100", "TERM": "xterm", "NO_COLOR": "1"}  # messages on one line, without colours
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+FRAMES = re.compile(r"[│╭╮╰╯─]+")
+
+VAE_FLAGS = (
+    "--resolution 16 --preset tiny --steps 3 --batch-size 6 --workers 0 --lpips-gamma 0 --val-every 2 --save-every 2 "
+    "--val-share 0.2 --precision fp32 --device cpu"
+).split()
+UNET_FLAGS = "--preset tiny --steps 3 --batch-size 6 --val-every 2 --save-every 2 --precision fp32 --device cpu".split()
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended. `out` and `err` are without frames, and with every white space as one blank."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def out(self) -> str:
+        return normalised(self.stdout)
+
+    @property
+    def err(self) -> str:
+        return normalised(self.stderr)
+
+
+def normalised(text: str) -> str:
+    return " ".join(FRAMES.sub(" ", ESCAPES.sub("", text)).split())
+
+
+def call(*args: object, **environment: str) -> Result:
+    """`lightdiff ARGS` in this process."""
+    from lightdiff.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with (
+        patch.object(sys, "argv", ["lightdiff", *map(str, args)]),
+        patch.dict(os.environ, WIDE | environment),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    return Result(0 if code is None else int(str(code)), out.getvalue(), err.getvalue())
+
+
+def succeed(*args: object) -> Result:
+    """The same, where anything but success is a failure of the test."""
+    result = call(*args)
+    assert result.code == 0, result.stderr
+    return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small networks are fastest on one thread, and two test processes do not fight for cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Call the command line: `cli("show", run)` -> Result."""
+    return call
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 faces of 16 pixels. Not to be written to."""
+    from lightdiff.data.toy_faces import draw_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "faces"
+    draw_dataset(folder, count=24, seed=0, size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
+    """A run that went through all five stages. Not to be written to: see `run`."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    succeed("train-vae", "--run", folder, "--data", faces, *VAE_FLAGS)
+    succeed("encode", "--run", folder, "--workers", 0, "--device", "cpu")
+    succeed("scale", "--run", folder)
+    succeed("train-unet", "--run", folder, *UNET_FLAGS)
+    succeed("generate", "--run", folder, "--num-images", 2, "--num-steps", 2, "--device", "cpu")
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be changed at will."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,0 +1,360 @@
+"""All five stages, by their functions and by the library, on small drawn faces."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.images import frame, load_image, to_float
+from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_index, shard_path
+from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.errors import RunError, UserError
+from lightdiff.options import build
+from lightdiff.pipeline import Pipeline, Sampling
+from lightdiff.settings import (
+    DemoSettings,
+    EncodeSettings,
+    GenerateSettings,
+    ScaleSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+)
+from lightdiff.stages import demo, encode, generate, scale, train_unet, train_vae
+
+LOOP = {"steps": 4, "batch_size": 8, "workers": 0, "val_every": 2, "save_every": 2, "warmup_steps": 0}
+
+
+def train_first(run: Path, faces: Path, resolution: int = 32, **images):
+    layer = {
+        "run": run,
+        "images": {"data": [faces], "resolution": resolution, "val_share": 0.2, **images},
+        "loss": {"lpips_gamma": 0},
+        "loop": {**LOOP, "precision": "fp32"},
+        "model": {"encoder_width": 8, "decoder_width": 8},
+    }
+    return train_vae.run(build(TrainVAESettings, [layer]))
+
+
+def encode_all(run: Path, vae: Path | None = None, **more):
+    layers = [encode.inherited(run, vae), {"run": run, "vae": vae, "compute": {"workers": 0, "precision": "fp32"}, **more}]
+    return encode.run(build(EncodeSettings, layers))
+
+
+def train_second(run: Path, **more):
+    own = {"run": run, "loop": {**LOOP, "lr": 1e-2}, "model": {"width": 16, "blocks": 1, "time_dim": 16}, **more}
+    return train_unet.run(build(TrainUNetSettings, [train_unet.inherited(run, None), own]))
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    draw_dataset(folder, 40, 0, 32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, faces):
+    """A run through the first four stages."""
+    run = tmp_path_factory.mktemp("run")
+    train_first(run, faces)
+    encode_all(run, shard_size=16, dtype="float32")
+    scale.run(ScaleSettings(run=run))
+    train_second(run)
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def pixels(path: Path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# --- files and shapes -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_the_files_it_should(finished):
+    for name in (
+        "vae/checkpoints/last.safetensors",
+        "vae/checkpoints/best.safetensors",
+        "vae/checkpoints/step-00000002.safetensors",
+        "vae/settings.json",
+        "vae/metrics.jsonl",
+        "vae/images/step-00000004.png",
+        "latents/index.json",
+        "latents/shard-00002.safetensors",
+        "latents/vae.safetensors",
+        "unet/checkpoints/last.safetensors",
+        "unet/checkpoints/best.safetensors",
+        "unet/images/step-00000004.png",
+    ):
+        assert (finished / name).is_file(), name
+
+
+def test_default_levels_follow_the_size(finished):
+    assert read_index(finished / "latents").shape == (4, 8, 8)
+    assert Checkpoint(finished / "unet/checkpoints/last.safetensors").document.settings["model"]["channels"] == [16, 16]
+
+
+def test_later_stages_know_what_earlier_ones_saw(finished):
+    unet = Checkpoint(finished / "unet/checkpoints/last.safetensors").document
+    index = read_index(finished / "latents")
+    assert unet.lineage == {"vae": index.vae_digest, "latents": index.digest}
+    assert unet.settings["latent"]["scale"] == index.statistics.scale
+
+
+def test_validation_losses_come_whole_and_by_band(finished):
+    row = json.loads((finished / "unet/metrics.jsonl").read_text().splitlines()[-1])
+    bands = [row[f"val_loss_band_{n}"] for n in (1, 2, 3, 4)]
+    assert row["val_loss"] == pytest.approx(sum(bands) / 4)
+    assert bands[0] > bands[3]  # noise in an almost clean latent is the hardest to see
+
+
+# --- encode ---------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_what_the_encoder_says_of_each_image_and_its_mirror_image(finished, faces):
+    model = Pipeline.load(finished)
+    latents = LatentSet(finished / "latents")
+    for position in (0, 17, 39):
+        root, path = latents.index.files[position]
+        assert root == 0
+        x = to_float(frame(load_image(faces / path, "white"), 32))[None]
+        for mirror, image in ((0, x), (1, x.flip(-1))):
+            mu, logvar = latents.gather([position], torch.tensor([mirror]))
+            posterior = model.vae.encoder(image)
+            torch.testing.assert_close(mu, posterior.mu, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logvar, posterior.logvar, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_encoding_goes_on_and_gives_the_same(copy):
+    shards = [shard_path(copy / "latents", n) for n in range(3)]
+    before = [shard.read_bytes() for shard in shards]
+    index = read_index(copy / "latents")
+    index.digest = ""
+    index.write(copy / "latents")
+    shards[1].unlink()
+    damaged = bytearray(before[2])
+    damaged[-5] ^= 4
+    shards[2].write_bytes(damaged)
+    encode_all(copy, shard_size=16, dtype="float32")
+    assert [shard.read_bytes() for shard in shards] == before
+    assert read_index(copy / "latents").complete
+
+
+def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy):
+    with pytest.raises(UserError, match=r"latents of another --dtype \(float32, now float16\).*encode --restart"):
+        encode_all(copy, shard_size=16)
+    with pytest.raises(UserError, match="another --flip"):
+        encode_all(copy, shard_size=16, dtype="float32", images={"flip": False})
+    encode_all(copy, restart=True, images={"flip": False})
+    assert (copy / "latents.old-1/index.json").is_file()
+    assert LatentSet(copy / "latents").gather([0])[0].shape == (1, 4, 8, 8)
+    assert not read_index(copy / "latents").mirrored
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path, faces):
+    folder = Path(shutil.copytree(faces, tmp_path / "faces"))
+    broken = next(folder.rglob("*.png"))
+    train_first(tmp_path / "run", folder, max_bad=0.1)
+    broken.write_bytes(b"no image")
+    encode_all(tmp_path / "run", images={"max_bad": 0.1})
+    latents = LatentSet(tmp_path / "run/latents")
+    assert len(latents.train) + len(latents.val) == 39
+    assert broken.name in (tmp_path / "run/latents/bad-files.txt").read_text()
+    scale.run(ScaleSettings(run=tmp_path / "run"))
+    train_second(tmp_path / "run")
+    with pytest.raises(RunError, match="--max-bad"):
+        encode_all(tmp_path / "run", restart=True, images={"max_bad": 0.0})
+
+
+def test_unfinished_latents_are_not_used(copy):
+    index = read_index(copy / "latents")
+    index.digest = ""
+    index.write(copy / "latents")
+    for use in (lambda: LatentSet(copy / "latents"), lambda: scale.run(ScaleSettings(run=copy))):
+        with pytest.raises(UserError, match="encoding has not finished: run 'lightdiff encode' again"):
+            use()
+
+
+def test_exchanged_shards_are_noticed(copy):
+    shutil.copy(shard_path(copy / "latents", 0), shard_path(copy / "latents", 1))
+    with pytest.raises(UserError, match="not those of its index"):
+        LatentSet(copy / "latents")
+
+
+def test_latents_on_a_device_are_the_same(finished):
+    positions, mirror = [3, 30, 17], torch.tensor([0, 1, 1])
+    mapped = LatentSet(finished / "latents").gather(positions, mirror)
+    resident = LatentSet(finished / "latents").to(torch.device("cpu")).gather(positions, mirror)
+    for a, b in zip(mapped, resident, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- scale ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only_mu", [True, False])
+def test_statistics_equal_those_of_all_latents_at_once(copy, only_mu):
+    scale.run(ScaleSettings(run=copy, only_mu=only_mu))
+    latents = LatentSet(copy / "latents")
+    both = [latents.gather(latents.train, torch.full((len(latents.train),), m)) for m in (0, 1)]
+    mu, logvar = (torch.cat(parts).double() for parts in zip(*both, strict=True))
+    variance = mu.var((0, 2, 3), correction=0) + (0 if only_mu else logvar.exp().mean((0, 2, 3)))
+    found = latents.index.statistics
+    torch.testing.assert_close(torch.tensor(found.channel_mean).double(), mu.mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.tensor(found.channel_std).double(), variance.sqrt(), rtol=1e-9, atol=1e-9)
+    x0 = Scaling.of(latents_settings(latents.folder)).to_x0(mu.float())
+    assert x0.mean((0, 2, 3)).abs().max() < 1e-4
+    if only_mu:
+        torch.testing.assert_close(x0.std((0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=1e-3)
+
+
+def test_drawn_latents_have_the_statistics_that_scale_states(finished):
+    latents = LatentSet(finished / "latents")
+    mu, logvar = latents.gather(latents.train)
+    noise = torch.randn((200, *mu.shape), generator=torch.Generator().manual_seed(0))
+    z = mu + torch.exp(0.5 * logvar) * noise
+    stated = torch.tensor(latents.index.statistics.channel_std)
+    torch.testing.assert_close(z.std((0, 1, 3, 4)), stated, rtol=0.02, atol=0)  # mirror images are left out here
+
+
+def test_scaling_factor_global_and_by_hand(copy):
+    scale.run(ScaleSettings(run=copy, normalize="global"))
+    found = read_index(copy / "latents").statistics
+    assert found.shift == [0.0]
+    assert found.scale == [pytest.approx(1 / found.std)]
+    scale.run(ScaleSettings(run=copy, scaling_factor=0.9498))
+    found = read_index(copy / "latents").statistics
+    assert (found.shift, found.scale) == ([0.0], [0.9498])
+
+
+def test_a_channel_that_carries_nothing_is_warned_of(finished):
+    statistics = read_index(finished / "latents").statistics
+    dead = statistics.model_copy(
+        update={"only_mu": False, "channel_std": [1.0, 1, 1, 1], "channel_sigma": [0.1, 1.0, 0.1, 0.1]}
+    )
+    assert [w.split(":")[0] for w in scale.warnings(dead)] == ["channel 1 carries nothing (std of mu far below sigma)"]
+
+
+# --- train-unet -----------------------------------------------------------------------------------------------------
+
+
+def test_a_unet_of_other_latents_is_refused(copy, faces, tmp_path):
+    train_first(tmp_path / "other", faces, random_crop=1.0)
+    with pytest.raises(UserError, match=r"was trained on latents of VAE [0-9a-f]{8}, but .* holds [0-9a-f]{8}"):
+        Pipeline.load(copy, vae=tmp_path / "other")
+    encode_all(copy, vae=tmp_path / "other", restart=True)
+    with pytest.raises(UserError, match="no scaling factor yet: run 'lightdiff scale'"):
+        train_second(copy)
+    scale.run(ScaleSettings(run=copy))
+    with pytest.raises(UserError, match="choose another --run, or --restart"):
+        train_second(copy)
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def draw(run: Path, out: Path, **more):
+    settings = {"run": run, "out": out, "num_images": 5, "num_steps": 4, "compute": {"precision": "fp32"}, **more}
+    return generate.run(build(GenerateSettings, [settings]))
+
+
+def test_pictures_do_not_depend_on_the_batch(finished, tmp_path):
+    draw(finished, tmp_path / "a", batch_size=5)
+    draw(finished, tmp_path / "b", batch_size=2, num_images=3)
+    for name in ("00000.png", "00001.png", "00002.png"):
+        assert np.abs(pixels(tmp_path / "a" / name) - pixels(tmp_path / "b" / name)).max() <= 1
+    assert not np.array_equal(pixels(tmp_path / "a/00000.png"), pixels(tmp_path / "a/00001.png"))
+    assert (tmp_path / "a/grid.png").is_file()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"ema": False}, {"eta": 1.0}, {"clamp": 0.1}, {"num_steps": 3}])
+def test_every_setting_of_the_sampler_does_something(finished, tmp_path, change):
+    draw(finished, tmp_path / "a")
+    draw(finished, tmp_path / "b", **change)
+    assert not np.array_equal(pixels(tmp_path / "a/00000.png"), pixels(tmp_path / "b/00000.png"))
+
+
+def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
+    draw(finished, tmp_path / "a", eta=1.0)
+    draw(finished, tmp_path / "b", eta=1.0, batch_size=1, num_images=2)
+    assert np.abs(pixels(tmp_path / "a/00001.png") - pixels(tmp_path / "b/00001.png")).max() <= 1
+
+
+def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
+    draw(finished, tmp_path / "out", seed=3, name="face")
+    image = Image.open(tmp_path / "out/face-00002.png")
+    assert image.size == (32, 32)
+    assert (image.text["seed"], image.text["index"]) == ("3", "2")
+    assert json.loads(image.text["settings"])["num_steps"] == 4
+    assert image.text["unet"] == Checkpoint(finished / "unet/checkpoints/last.safetensors").document.digest
+    assert str(tmp_path) not in str(image.text)
+    assert str(finished) not in str(image.text)
+    assert (tmp_path / "out/face-grid.png").is_file()
+
+
+def test_nothing_is_overwritten(finished, tmp_path):
+    draw(finished, tmp_path / "out")
+    with pytest.raises(UserError, match="holds 00000.png already: choose another --out, or a --name"):
+        draw(finished, tmp_path / "out")
+
+
+def test_calls_without_out_get_folders_of_their_own(copy):
+    folders = [draw(copy, None, num_images=1) for _ in range(2)]
+    assert [folder.name for folder in folders] == ["0001", "0002"]
+
+
+def test_other_sizes_where_the_networks_allow_them(finished, tmp_path):
+    draw(finished, tmp_path / "large", resolution=48, num_images=1)
+    assert Image.open(tmp_path / "large/00000.png").size == (48, 48)
+    with pytest.raises(UserError, match="50 is not divisible by 8; the nearest that fit: 48 or 56"):
+        draw(finished, tmp_path / "odd", resolution=50)
+
+
+def test_more_steps_than_levels_are_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="--num-steps: 5000 steps asked for, but the schedule has"):
+        draw(finished, tmp_path / "out", num_steps=5000)
+
+
+# --- the library ----------------------------------------------------------------------------------------------------
+
+
+def test_the_library_in_four_calls(finished):
+    model = Pipeline.load(finished)
+    assert model.resolution == 32
+    z = model.sample(3, seed=1, sampling=Sampling(num_steps=3))
+    assert z.shape == (3, 4, 8, 8)
+    x = model.decode(z)
+    assert x.shape == (3, 3, 32, 32)
+    assert x.abs().max() <= 1
+    assert model.encode(x).shape == z.shape
+    again = model.sample([2], seed=1, sampling=Sampling(num_steps=3))
+    torch.testing.assert_close(again[0], z[2], rtol=1e-4, atol=1e-4)
+
+
+def test_one_step_is_one_call_of_the_network(finished):
+    model = Pipeline.load(finished)
+    calls = []
+    model.unet.register_forward_hook(lambda *_: calls.append(1))
+    model.sample(2, sampling=Sampling(num_steps=7))
+    assert len(calls) == 7
+
+
+# --- the demo -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demo_runs_all_stages_and_says_where_things_are(tmp_path, capsys):
+    out = demo.run(DemoSettings(run=tmp_path / "demo", count=60, vae_steps=3, unet_steps=3))
+    assert len(list(out.glob("000*.png"))) == 64
+    said = capsys.readouterr().err
+    assert "lightdiff train-unet --run runs/mine" in said
+    assert str(out / "grid.png") in said
