@@ -1,0 +1,517 @@
+"""Settings -> options -> settings: layers, flags, files, and messages that name what the user typed."""
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import given as arbitrary
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lightdiff import settings
+from lightdiff.cli import PRESET_FOLDER, PRESETS
+from lightdiff.errors import UserError
+from lightdiff.options import (
+    EXCLUSIVE,
+    Layer,
+    build,
+    command,
+    default_of,
+    defaults,
+    described,
+    flag,
+    given,
+    leaves,
+    merge,
+    nest,
+    option,
+    panel,
+    read_settings,
+)
+from lightdiff.settings import (
+    DemoSettings,
+    EncodeSettings,
+    GenerateSettings,
+    LoopSettings,
+    ScaleSettings,
+    Settings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    UNetSettings,
+    VAESettings,
+)
+
+PROPERTY = profile(deadline=None, max_examples=150, derandomize=True, database=None)
+STAGES = [TrainVAESettings, EncodeSettings, ScaleSettings, TrainUNetSettings, GenerateSettings, DemoSettings]
+LAYERS = st.recursive(
+    st.fixed_dictionaries({}, optional={name: st.integers(0, 9) for name in ("lr", "seed", *EXCLUSIVE)}),
+    lambda inner: st.tuples(inner, st.dictionaries(st.sampled_from(["loop", "model"]), inner)).map(
+        lambda pair: {**pair[0], **pair[1]}
+    ),
+    max_leaves=6,
+)  # as in real layers, a name holds always a value or always a nested layer
+
+
+def flat(layer: Layer, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Values by their paths: the inverse of `nest`."""
+    rows: dict[tuple[str, ...], Any] = {}
+    for name, value in layer.items():
+        rows |= flat(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}
+    return rows
+
+
+def app_of(model: type[Settings], run: Callable[[Any], object] = lambda built: None, **more: Any) -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command(model, run, **more))
+    return app
+
+
+def parsed(model: type[Settings], *arguments: str, **more: Any) -> Any:
+    """The settings that a command line leads to."""
+    seen: list[Any] = []
+    typer.main.get_command(app_of(model, seen.append, **more)).main(list(arguments), standalone_mode=False)
+    return seen.pop()
+
+
+def said_wrong(model: type[Settings], *arguments: str) -> list[str]:
+    """The lines of the message that a command line is refused with."""
+    with pytest.raises(UserError) as caught:
+        parsed(model, *arguments)
+    return str(caught.value).splitlines()
+
+
+def refused(model: type[Settings], layer: Layer) -> list[str]:
+    """The lines of the message that a layer, over the defaults, is refused with."""
+    with pytest.raises(UserError) as caught:
+        build(model, [defaults(model), layer])
+    return str(caught.value).splitlines()
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@arbitrary(LAYERS, LAYERS)
+def test_the_later_layer_wins(below: Layer, above: Layer) -> None:
+    before = json.dumps([below, above])
+    merged, low, high = flat(merge(below, above)), flat(below), flat(above)
+    assert json.dumps([below, above]) == before
+    for path, value in high.items():
+        assert merged[path] == value
+    for path in low.keys() - high.keys():
+        other = next(({*EXCLUSIVE} - {path[-1]} for _ in [0] if path[-1] in EXCLUSIVE), set())
+        dropped = any((*path[:-1], name) in high for name in other)
+        assert merged.get(path) == (None if dropped else low[path])
+    assert merged.keys() <= low.keys() | high.keys()
+
+
+@PROPERTY
+@arbitrary(LAYERS, LAYERS, LAYERS)
+def test_merging_is_associative(a: Layer, b: Layer, c: Layer) -> None:
+    assert merge(merge(a, b), c) == merge(a, merge(b, c))
+
+
+@PROPERTY
+@arbitrary(LAYERS)
+def test_an_empty_layer_changes_nothing(layer: Layer) -> None:
+    assert merge(layer, {}) == merge({}, layer) == merge(layer, layer) == layer
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([{"steps": 1}, {"epochs": 2}], {"epochs": 2}),
+        ([{"epochs": 1}, {"steps": 2}], {"steps": 2}),
+        ([{"steps": 1, "epochs": 0}, {"steps": 2}], {"steps": 2}),
+        ([{"steps": 1}, {"steps": 2, "epochs": 3}], {"steps": 2, "epochs": 3}),
+        ([{"steps": 1}, {"epochs": 2}, {"steps": 3}], {"steps": 3}),
+        ([{"steps": 1}, {"lr": 1}, {"epochs": 2}], {"lr": 1, "epochs": 2}),
+        ([{"loop": {"steps": 1, "lr": 1}}, {"loop": {"epochs": 2}}], {"loop": {"lr": 1, "epochs": 2}}),
+        ([{"steps": 1}, {"loop": {"epochs": 2}}], {"steps": 1, "loop": {"epochs": 2}}),
+    ],
+)
+def test_steps_and_epochs_exclude_each_other_across_layers(layers: list[Layer], expected: Layer) -> None:
+    whole: Layer = {}
+    for layer in layers:
+        whole = merge(whole, layer)
+    assert whole == expected
+
+
+def test_a_value_replaces_a_layer_and_a_list_replaces_a_list() -> None:
+    assert merge({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    assert merge({"a": [1, 2]}, {"a": [3]}) == {"a": [3]}
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_nest_is_undone_by_flattening(model: type[Settings]) -> None:
+    rows = {path: number for number, (path, _) in enumerate(leaves(model))}
+    assert flat(nest(rows)) == rows
+
+
+def test_nest_of_few() -> None:
+    assert nest({}) == {}
+    assert nest({("a",): 1, ("b", "c"): 2, ("b", "d", "e"): 3}) == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_defaults_alone_build_the_model(model: type[Settings]) -> None:
+    assert build(model, []) == build(model, [defaults(model)]) == model()
+    json.dumps(defaults(model))
+
+
+def test_a_partial_layer_keeps_the_stages_own_defaults() -> None:
+    loop = build(TrainUNetSettings, [defaults(TrainUNetSettings), {"loop": {"seed": 3}}]).loop
+    assert (loop.seed, loop.steps, loop.lr, loop.batch_size) == (3, 50_000, 5e-4, 64)
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_flags_are_unique_and_fields_described(model: type[Settings]) -> None:
+    fields = dict(leaves(model))
+    names = Counter(flag(path) for path in fields)
+    names.update(["settings", "dry-run", "preset", "help"])
+    names.update(f"no-{flag(path)}" for path, field in fields.items() if field.annotation is bool)
+    assert not [name for name, count in names.items() if count > 1]
+    for path, field in fields.items():
+        assert field.description, path
+        assert field.description.strip().rstrip(".") == field.description, path
+    assert len({"__".join(path) for path in fields}) == len(fields)
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_options_say_nothing_unless_given(model: type[Settings]) -> None:
+    assert all(option(model, path, field).default is None for path, field in leaves(model))
+    assert parsed(model) == model()
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_help_names_every_flag(model: type[Settings]) -> None:
+    result = CliRunner().invoke(app_of(model), ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}, terminal_width=200)
+    assert result.exit_code == 0
+    for path, _ in leaves(model):
+        assert f"--{flag(path)}" in result.output
+
+
+def test_flags_panels_and_defaults_of_some_fields() -> None:
+    assert flag(("loop", "lr")) == "lr"
+    assert flag(("images", "random_crop")) == "random-crop"
+    assert flag(("model", "encoder_channels")) == "model.encoder-channels"
+    assert panel(TrainVAESettings, ("run",)) == "Options"
+    assert panel(TrainVAESettings, ("loop", "lr")) == "Training"
+    assert default_of(TrainVAESettings, ("loop", "lr")) == 2e-4
+    assert default_of(TrainUNetSettings, ("loop", "lr")) == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""), ((), ""), ("", ""), ((1,), "1"), ((1, 2), "1,2"), (True, "on"), (False, "off"),
+        (2e-4, "0.0002"), (1.0, "1"), (0.0, "0"), (0, "0"), (20_000, "20000"), ("cosine", "cosine"),
+    ],
+)  # fmt: skip
+def test_defaults_as_help_shows_them(value: Any, text: str) -> None:
+    assert described(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("64,128", (64, 128)), ("64, 128,256", (64, 128, 256)), (" 8,8 ", (8, 8)), ("none", ()), (" none ", ()),
+        ("", ()),
+    ],
+)  # fmt: skip
+def test_lists_take_commas(text: str, numbers: tuple[int, ...]) -> None:
+    assert parsed(TrainVAESettings, "--model.encoder-channels", text).model.encoder_channels == numbers
+
+
+def test_no_level_is_another_thing_than_not_given() -> None:
+    assert parsed(TrainUNetSettings).model.attend_levels is None
+    assert parsed(TrainUNetSettings, "--model.attend-levels", "none").model.attend_levels == ()
+    assert parsed(TrainUNetSettings, "--model.attend-levels", "0,2").model.attend_levels == (0, 2)
+
+
+def test_lists_of_real_numbers_and_of_folders(tmp_path: Path) -> None:
+    latent = parsed(TrainUNetSettings, "--shift", "0.5,-1", "--scale=1e-2").latent
+    assert (latent.shift, latent.scale) == ((0.5, -1.0), (0.01,))
+    one, two = tmp_path / "a,b", tmp_path / "c"
+    assert parsed(TrainVAESettings, "--data", str(one), "--data", str(two)).images.data == (one, two)
+
+
+def test_text_is_not_split() -> None:
+    field = dict(leaves(GenerateSettings))[("name",)]
+    assert given(("name",), field, "a,b") == "a,b"
+    assert parsed(GenerateSettings, "--name", "none").name == "none"
+    assert parsed(TrainVAESettings, "--background", "none").images.background == "none"
+
+
+def test_booleans() -> None:
+    assert parsed(TrainVAESettings, "--model.attention", "on").model.attention is True
+    assert parsed(TrainVAESettings, "--model.attention", "off").model.attention is False
+    assert parsed(TrainUNetSettings, "--model.zero-init", "off").model.zero_init is False
+    assert parsed(TrainUNetSettings, "--model.mid-attention", "on").model.mid_attention is True
+    assert parsed(TrainVAESettings, "--no-flip").images.flip is False
+    assert parsed(TrainVAESettings, "--flip").images.flip is True
+    assert parsed(GenerateSettings, "--no-ema").ema is False
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.attention", "perhaps"],
+        ["--model.attention"],
+        ["--no-model.attention"],
+        ["--device", "abacus"],
+        ["--lr", "quick"],
+        ["--steps", "1.5"],
+        ["--learning-rate", "1"],
+    ],
+)
+def test_typer_refuses_what_cannot_be_parsed(arguments: list[str]) -> None:
+    seen: list[Any] = []
+    assert CliRunner().invoke(app_of(TrainVAESettings, seen.append), arguments).exit_code == 2
+    assert not seen
+
+
+def test_a_choice_of_numbers() -> None:
+    assert parsed(TrainVAESettings, "--model.down-kernel", "4").model.down_kernel == 4
+    assert said_wrong(TrainVAESettings, "--model.down-kernel", "5") == [
+        "--model.down-kernel: Input should be 3 or 4 (found 5)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "steps", "epochs"),
+    [
+        ("", ["--epochs", "3"], None, 3),
+        ("", ["--steps", "3"], 3, 0),
+        ("epochs = 2", [], None, 2),
+        ("epochs = 2", ["--steps", "7"], 7, 0),
+        ("steps = 2", ["--epochs", "7"], None, 7),
+        ("steps = 2", ["--lr", "1"], 2, 0),
+    ],
+)
+def test_steps_or_epochs_whichever_was_said_last(
+    tmp_path: Path, file: str, arguments: list[str], steps: int | None, epochs: float
+) -> None:
+    (tmp_path / "a.toml").write_text(f"[loop]\n{file}\n")
+    loop = parsed(TrainVAESettings, "--settings", str(tmp_path / "a.toml"), *arguments).loop
+    assert loop.epochs == epochs
+    assert steps is None or loop.steps == steps
+
+
+def test_layers_of_a_command(tmp_path: Path) -> None:
+    asked: list[Layer] = []
+
+    def inherit(said: Layer) -> list[Layer]:
+        asked.append(said)
+        return [{"loop": {"lr": 2.0, "clip": 2.0, "beta2": 0.2, "seed": 2}}]
+
+    file = tmp_path / "a.toml"
+    file.write_text("[loop]\nclip = 3.0\nbeta2 = 0.3\n[model]\ngroups = 3\n")
+    built = parsed(
+        TrainVAESettings, "--preset", "p", "--settings", str(file), "--beta2", "0.4", inherit=inherit,
+        preset=lambda name: {"loop": {"lr": 1.0, "clip": 1.0, "keep": 1}, "model": {"mid_blocks": len(name)}},
+        presets=("p", "q"),
+    )  # fmt: skip
+    assert asked == [{"loop": {"clip": 3.0, "beta2": 0.4}, "model": {"groups": 3}}]
+    loop = built.loop
+    assert (loop.keep, loop.lr, loop.seed, loop.clip, loop.beta2) == (1, 2.0, 2, 3.0, 0.4)
+    assert (built.model.groups, built.model.mid_blocks, loop.steps) == (3, 1, 20_000)
+
+
+@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("suffix", ["json", "JSON", "settings"])
+def test_what_a_dry_run_prints_can_be_read_back(model: type[Settings], suffix: str, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    arguments = ["--run", str(tmp_path), "--dry-run"]
+    result = CliRunner().invoke(app_of(model, seen.append), arguments)
+    assert (result.exit_code, seen) == (0, [])
+    file = tmp_path / f"saved.{suffix}"
+    file.write_text(result.output)
+    assert parsed(model, "--settings", str(file)) == parsed(model, "--run", str(tmp_path))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "run = 'ä'\n[loop]\nlr = 0.5"),
+        ("a.TOML", "run = 'ä'\nloop.lr = 0.5"),
+        ("a.json", '{"run": "ä", "loop": {"lr": 0.5}}'),
+        ("a", '{"run": "\\u00e4", "loop": {"lr": 0.5}}'),
+    ],
+)
+def test_settings_files(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_settings(tmp_path / name) == {"run": "ä", "loop": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", b"lr = ", "neither TOML"),
+        ("a.toml", b'{"lr": 1}', "neither TOML"),
+        ("a.toml", b"lr = 1\nlr = 2", "neither TOML"),
+        ("a.json", b"lr = 1", "nor JSON"),
+        ("a.json", b"", "nor JSON"),
+        ("a.json", b'{"lr": "\xff"}', "nor JSON"),
+        ("a.json", b"[1]", "holds no settings"),
+        ("a.json", b"null", "holds no settings"),
+        ("a.json", b"[" * 200_000, "nor JSON"),
+        ("a.toml", b"a = " + b"[" * 20_000, "neither TOML"),
+    ],
+)  # fmt: skip
+def test_settings_files_that_are_none(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_settings(tmp_path / name)
+    assert str(caught.value).startswith(f"--settings: {tmp_path / name} ")
+
+
+def test_settings_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--settings: .*b\.toml cannot be read: No such file or directory$"):
+        read_settings(tmp_path / "b.toml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_settings(tmp_path)
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "start", "rest"),
+    [
+        ({"loop": {"lr": "quick"}}, "--lr: ", "valid number"),
+        ({"loop": {"lr": -1.0}}, "--lr: ", "greater than 0 (found -1.0)"),
+        ({"loop": {"steps": 0}}, "--steps: ", "greater than or equal to 1"),
+        ({"loop": {"steps": 1.5}}, "--steps: ", "found 1.5"),
+        ({"loop": {"steps": None}}, "--steps: ", "valid integer"),
+        ({"loop": {"device": "abacus"}}, "--device: ", "'auto', 'cpu', 'cuda' or 'mps' (found abacus)"),
+        ({"images": {"flip": "perhaps"}}, "--flip: ", "boolean"),
+        ({"images": {"random_crop": 1.5}}, "--random-crop: ", "less than or equal to 1"),
+        ({"images": {"data": [1]}}, "--data: ", "found 1"),
+        ({"model": {"block": "brick"}}, "--model.block: ", "'residual' or 'plain' (found brick)"),
+        ({"model": {"mid_blocks": -1}}, "--model.mid-blocks: ", "(found -1)"),
+        ({"model": {"encoder_channels": ["a"]}}, "--model.encoder-channels: ", "(found a)"),
+        ({"model": {"encoder_channels": 64}}, "--model.encoder-channels: ", "tuple"),
+        ({"model": {"encoder_channels": [0, 64]}}, "--model.encoder-channels: ", "every number must be 1 or more"),
+        ({"model": {"encoder_channels": [64]}}, "--model.*: ", "two numbers or more"),
+        ({"model": {"encoder_blocks": []}}, "--model.*: ", "need at least one number"),
+        ({"model": {"encoder_channels": [8, 8], "decoder_channels": [8] * 3}}, "--model.*: ", "same count"),
+        ({"model": {"logvar_min": 3, "logvar_max": 2}}, "--model.*: ", "not below"),
+        ({"loop": 3}, "--loop.*: ", "dictionary"),
+    ],
+)  # fmt: skip
+def test_one_wrong_value_names_its_flag(layer: Layer, start: str, rest: str) -> None:
+    lines = refused(TrainVAESettings, layer)
+    assert len(lines) == 1
+    assert lines[0].startswith(start)
+    assert rest in lines[0]
+    assert "pydantic" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"channels": [8]}, "--model.channels: needs a stem and at least one level: two numbers or more (found 8)"),
+        ({"heads": 3, "channels": [6, 8]}, "--model.*: heads: 3 does not divide the width 8 of a level with attention"),
+        ({"channels": [8, 8], "attend_levels": [1]}, "--model.*: attend_levels: there is no level 1; levels count"),
+        ({"attend_levels": [-1]}, "--model.*: attend_levels: there is no level -1; levels count from 0"),
+        ({"time_dim": 7}, "--model.time-dim: Input should be a multiple of 2 (found 7)"),
+    ],
+)
+def test_wrong_u_nets(layer: Layer, message: str) -> None:
+    (line,) = refused(TrainUNetSettings, {"model": layer})
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("layer", "line"),
+    [
+        ({"colour": 1}, "unknown setting colour"),
+        ({"loop": {"zeal": 1}}, "unknown setting loop.zeal"),
+        ({"model": {"latents": 1}}, "unknown setting model.latents; similar ones: model.latent-channels"),
+        ({"loop": {"warmup": 1}}, "unknown setting loop.warmup; similar ones: warmup-steps"),
+        ({"lr": 1}, "unknown setting lr; similar ones: lr, lr-schedule"),
+        ({"loop": {"batch-size": 1}}, "unknown setting loop.batch-size; similar ones: batch-size"),
+    ],
+)
+def test_unknown_settings_are_named(layer: Layer, line: str) -> None:
+    assert refused(TrainVAESettings, layer) == [line]
+
+
+def test_an_unknown_setting_of_a_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[loop]\nzeal = 1\n")
+    assert said_wrong(TrainVAESettings, "--settings", str(file)) == ["unknown setting loop.zeal"]
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    lines = refused(
+        TrainVAESettings,
+        {"hue": 1, "loop": {"lr": 0, "keep": 0}, "model": {"encoder_channels": "ab", "groups": "x"}},
+    )
+    assert sorted(line.split(":")[0] for line in lines) == [
+        "--keep", "--lr", "--model.encoder-channels", "--model.groups", "unknown setting hue",
+    ]  # fmt: skip
+
+
+def test_mistakes_on_the_command_line_are_told_by_flag() -> None:
+    lines = said_wrong(TrainVAESettings, "--lr", "0", "--model.encoder-channels", "64,wide", "--val-share", "2")
+    assert [line.split(":")[0] for line in lines] == ["--val-share", "--lr", "--model.encoder-channels"]
+    assert lines[2].endswith("(found wide)")
+    assert said_wrong(GenerateSettings, "--name", "a/b")[0].startswith("--name: ")
+    assert said_wrong(DemoSettings, "--resolution", "20")[0].startswith("--resolution: ")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["lr", "clip", "weight-decay", "ema-decay", "epochs"])
+def test_numbers_that_are_none_are_refused(name: str, number: str) -> None:
+    (line,) = said_wrong(TrainVAESettings, f"--{name}={number}")
+    assert line.startswith(f"--{name}: ")
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("resolution", [32, 64, 256])
+def test_presets_build(name: str, resolution: int) -> None:
+    vae = build(TrainVAESettings, [defaults(TrainVAESettings), read_settings(PRESET_FOLDER / f"vae-{name}.toml")])
+    unet = build(TrainUNetSettings, [defaults(TrainUNetSettings), read_settings(PRESET_FOLDER / f"unet-{name}.toml")])
+    network = vae.model.resolved(resolution)
+    assert resolution % network.factor == 0
+    assert network == network.resolved(resolution)
+    assert unet.model.resolved(resolution // network.factor).factor > 1
+
+
+def test_there_is_no_other_preset() -> None:
+    files = {path.name for path in PRESET_FOLDER.iterdir() if path.suffix == ".toml"}
+    assert files == {f"{network}-{name}.toml" for network in ("vae", "unet") for name in PRESETS}
+
+
+@pytest.mark.parametrize(("network", "model"), [("vae", VAESettings), ("unet", UNetSettings)])
+def test_the_small_preset_is_the_default(network: str, model: type[Settings]) -> None:
+    said = tomllib.loads((PRESET_FOLDER / f"{network}-small.toml").read_text(encoding="utf-8"))
+    assert list(said) == ["model"]
+    assert said["model"]
+    assert model.model_validate(said["model"]) == model()
+
+
+def test_every_settings_model_is_frozen_and_described() -> None:
+    models = [kind for kind in vars(settings).values() if isinstance(kind, type) and issubclass(kind, Settings)]
+    assert {*STAGES, LoopSettings} <= set(models)
+    for model in models:
+        assert model.__doc__
+        assert model.model_config["frozen"]
+        assert model.model_config["extra"] == "forbid"
