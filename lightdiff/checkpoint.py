@@ -29,7 +29,7 @@ STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 class Document(BaseModel):
     """What a snapshot says of itself."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # else a PSNR of inf is saved as null
 
     format: int = FORMAT
     lightdiff: str = __version__
@@ -91,11 +91,12 @@ class Checkpoint:
                     f"this lightdiff {__version__} reads up to format {FORMAT}: upgrade it"
                 )
             document = Document.model_validate(raw)
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+            layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
+            whole = document.seal(layout) == document.digest and set(layout) == set(document.digests)
         except (ValueError, RecursionError, AttributeError, ValidationError):
             raise UserError(f"{self.path} is damaged: its document cannot be read") from None
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
-        if document.seal(layout) != document.digest or set(layout) != set(document.digests):
+        if not whole:
             raise UserError(f"{self.path} is damaged: its header or document does not match its digest")
         return document
 
@@ -178,6 +179,7 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         if temporary is not None:

@@ -1,5 +1,6 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lightdiff import __version__, settings
-from lightdiff.errors import LightdiffError
+from lightdiff.errors import LightdiffError, Stopped
 from lightdiff.options import Layer, command, read_settings
 
 STAGES = "The five stages"
@@ -51,7 +52,10 @@ def stage(name: str) -> Callable[[Any], None]:
     """Call a stage's `run` and print the path of what it made to stdout."""
 
     def run(chosen: Any) -> None:
-        typer.echo(import_module(f"lightdiff.stages.{name}").run(chosen))
+        try:
+            typer.echo(import_module(f"lightdiff.stages.{name}").run(chosen))
+        except KeyboardInterrupt:  # here, as Typer would leave without a word
+            raise Stopped("interrupted; what was saved before is untouched", signal.SIGINT) from None
 
     return run
 
@@ -61,7 +65,7 @@ def saved_settings(said: Layer, name: str) -> list[Layer]:
     from lightdiff.checkpoint import Checkpoint
     from lightdiff.run_folder import RunFolder
 
-    run = Path(said.get("run", settings.StageSettings().run))
+    run = path(said.get("run")) or settings.StageSettings().run
     last = getattr(RunFolder(run), name).last
     if not last.is_file() or said.get("restart"):
         return []
@@ -80,20 +84,20 @@ def inherit_encode(said: Layer) -> list[Layer]:
     """Encode takes the image settings from the VAE."""
     from lightdiff.stages.encode import inherited
 
-    return [inherited(Path(said.get("run", settings.StageSettings().run)), path(said.get("vae")))]
+    return [inherited(path(said.get("run")) or settings.StageSettings().run, path(said.get("vae")))]
 
 
 def inherit_unet(said: Layer) -> list[Layer]:
     """train-unet takes shape and scaling from the latents, and goes on with what its own checkpoint saved."""
     from lightdiff.stages.train_unet import inherited
 
-    run = Path(said.get("run", settings.StageSettings().run))
+    run = path(said.get("run")) or settings.StageSettings().run
     return [*saved_settings(said, "unet"), inherited(run, path(said.get("latents")))]
 
 
 def path(value: Any) -> Path | None:
-    """A path that a flag or a settings file may have given."""
-    return None if value is None else Path(value)
+    """A path that a flag or a settings file may have given; what is none is left for pydantic to refuse."""
+    return Path(value) if isinstance(value, (str, Path)) else None
 
 
 def add(name: str, model: type[settings.Settings], panel: str, **more: Any) -> None:
@@ -177,8 +181,6 @@ def main() -> None:
         if debug:
             raise
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted; what was saved before is untouched", 130)
     except Exception as error:
         if debug:
             raise

@@ -99,6 +99,8 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
     metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
     if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
         kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
+    if get_origin(kind) is Literal and DOTTED in path[:-1]:
+        text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
     return inspect.Parameter(
         "__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
@@ -149,7 +151,7 @@ def read_settings(path: Path) -> Layer:
         value = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
     except OSError as error:
         raise UserError(f"--settings: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--settings: {path} is neither TOML (named .toml) nor JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"--settings: {path} holds no settings")
@@ -176,8 +178,8 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     path = tuple(str(part) for part in row["loc"] if isinstance(part, str))
     message = str(row["msg"]).removeprefix("Value error, ")
     if row["type"] == "extra_forbidden":
-        known = sorted({flag(p) for p, _ in leaves(model)})
-        near = [name for name in known if name.split(".")[-1].startswith(path[-1][:3].replace("_", "-"))]
+        known = sorted(".".join(p) for p, _ in leaves(model))  # only a file can be wrong here: named as files do
+        near = [name for name in known if name.split(".")[-1].startswith(path[-1][:3])]
         hint = f"; similar ones: {', '.join(near)}" if near else ""
         return f"unknown setting {'.'.join(path)}{hint}"
     shown = row.get("input")

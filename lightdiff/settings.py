@@ -154,8 +154,8 @@ class UNetSettings(Settings):
 
     @property
     def factor(self) -> int:
-        """What a latent's side must be divisible by."""
-        return int(2 ** (len(self.channels) - 1))
+        """What a latent's side must be divisible by: with 3 x 3 halvings, which round up, any side will do."""
+        return 1 if self.down_kernel == 3 else int(2 ** (len(self.channels) - 1))
 
 
 class ScheduleSettings(Settings):

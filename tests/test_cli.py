@@ -1,4 +1,4 @@
-"""The command line: help, versions, completion, where each setting's value comes from, and what looking commands show."""
+"""The command line: help, versions, completion, where a setting comes from, and what looking commands show."""
 
 import json
 import os
@@ -420,7 +420,7 @@ def test_show_latents_without_a_scale(cli, run):
 
 
 def test_show_takes_brackets_in_names_as_they_stand(cli, run, tmp_path):
-    place = run.rename(tmp_path / "run[bold]1[/x]")
+    place = run.rename(tmp_path / "run[bold]1")
     result = cli("show", place)
     assert (result.code, result.err) == (0, "")
     assert str(place) in result.out

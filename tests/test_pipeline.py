@@ -213,8 +213,12 @@ def test_statistics_equal_those_of_all_latents_at_once(copy, only_mu):
     mu, logvar = (torch.cat(parts).double() for parts in zip(*both, strict=True))
     variance = mu.var((0, 2, 3), correction=0) + (0 if only_mu else logvar.exp().mean((0, 2, 3)))
     found = latents.index.statistics
-    torch.testing.assert_close(torch.tensor(found.channel_mean, dtype=torch.float64), mu.mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(torch.tensor(found.channel_std, dtype=torch.float64), variance.sqrt(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.tensor(found.channel_mean, dtype=torch.float64), mu.mean((0, 2, 3)), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        torch.tensor(found.channel_std, dtype=torch.float64), variance.sqrt(), rtol=1e-9, atol=1e-9
+    )
     x0 = Scaling.of(latents_settings(latents.folder)).to_x0(mu.float())
     assert x0.mean((0, 2, 3)).abs().max() < 1e-4
     if only_mu:
@@ -318,9 +322,10 @@ def test_calls_without_out_get_folders_of_their_own(copy):
 
 
 def test_other_sizes_where_the_networks_allow_them(finished, tmp_path):
-    draw(finished, tmp_path / "large", resolution=48, num_images=1)
-    assert pixels(tmp_path / "large/00000.png").shape == (48, 48, 3)
-    with pytest.raises(UserError, match="50 is not divisible by 8; the nearest that fit: 48 or 56"):
+    for size in (48, 36):  # the latter's latents are 9 x 9, an odd size
+        draw(finished, tmp_path / str(size), resolution=size, num_images=1)
+        assert pixels(tmp_path / str(size) / "00000.png").shape == (size, size, 3)
+    with pytest.raises(UserError, match="50 is not divisible by 4; the nearest that fit: 48 or 52"):
         draw(finished, tmp_path / "odd", resolution=50)
 
 

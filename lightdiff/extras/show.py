@@ -25,7 +25,7 @@ def show(place: Path, as_json: bool = False) -> None:
     Raises:
         UserError: If it holds nothing of lightdiff.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     found = list(parts(place))
     if not found:
         raise UserError(f"{place} holds no checkpoint and no latents of lightdiff")

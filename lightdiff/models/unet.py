@@ -46,7 +46,7 @@ class Level(nn.Module):
 
     def ascend(self, h: Tensor, time: Tensor, kept: list[Tensor]) -> Tensor:
         """Double, then apply the stages, each to what it gets and what was kept last."""
-        h = self.resize(h)
+        h = self.resize(h)[:, :, : kept[-1].shape[2], : kept[-1].shape[3]]  # an odd size was halved upwards
         for stage in self.stages:
             h = stage(torch.cat([h, kept.pop()], dim=1), time)
         return h
@@ -94,7 +94,7 @@ class UNet(nn.Module):
                 zero_init(module.proj)
 
     def forward(self, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        """Predict the noise, in float32; h and w must be divisible by `factor`, t lies in 0 to T - 1."""
+        """Predict the noise, in float32; h and w are divisible by `UNetSettings.factor`, t lies in 0 to T - 1."""
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {self.factor}")
         time = self.time(t)

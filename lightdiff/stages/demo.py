@@ -62,7 +62,7 @@ def run(settings: DemoSettings) -> Path:
 
 def heading(text: str) -> None:
     """Print what comes next."""
-    console.print(f"\n[bold]{text}[/]")
+    console.print(f"\n{text}", style="bold")
 
 
 def tell(s: DemoSettings, faces: Path, out: Path) -> None:
@@ -70,7 +70,7 @@ def tell(s: DemoSettings, faces: Path, out: Path) -> None:
     run = RunFolder(s.run)
     console.print(
         f"""
-[bold]Done.[/] None of the faces in {out / "grid.png"} is among the {s.count} drawn ones:
+Done. None of the faces in {out / "grid.png"} is among the {s.count} drawn ones:
 a VAE ({run.vae.best}) and a U-Net ({run.unet.last}) made them up.
 Originals above their reconstructions are in {run.vae.images}, samples during training in {run.unet.images}.
 

@@ -103,7 +103,7 @@ def show(index: LatentIndex, s: Statistics, settings: ScaleSettings) -> None:
         after = s.std * settings.scaling_factor
         console.print(f"The scaling factor {settings.scaling_factor} was set by hand: x0 has a std of {after:.3f}.")
     for warning in warnings(s):
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def bits(s: Statistics, channel: int) -> float:

@@ -124,8 +124,8 @@ def run(settings: TrainVAESettings) -> Path:
     device = pick_device(settings.loop.device)
     resolution = settings.images.resolution
     settings = resolve(settings, device)
-    lpips = perceptual(settings.loss, device)
     files = scan(settings.images.data, settings.images.val_share)
+    lpips = perceptual(settings.loss, device)
     folder = RunFolder(settings.run).vae
     saved = resumed(folder, "vae", settings.restart)
     settings = with_changes(settings, restart=False)  # not to be saved: it is said once

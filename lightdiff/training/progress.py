@@ -21,7 +21,7 @@ from torch import Tensor
 from lightdiff.checkpoint import publish_text
 from lightdiff.data.images import to_uint8
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -71,13 +71,13 @@ class Reporter:
             now = time.monotonic()
             if not self._live and (now - self._spoke > PLAIN_EVERY or done == self.total):
                 self._spoke = now
-                console.print(f"{self.title} {done}/{self.total}  {words}", soft_wrap=True, markup=False)
+                console.print(f"{self.title} {done}/{self.total}  {words}", soft_wrap=True)
         else:
             self._progress.update(self._task, completed=done)
 
     def note(self, text: str) -> None:
         """Print a line above the display."""
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
 
     def record(self, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl; `step` is among the values."""
