@@ -21,7 +21,6 @@ from lightdiff.errors import UserError
 
 Layer = dict[str, Any]
 DOTTED = "model"  # the nested model whose flags carry its name
-EXCLUSIVE = ("steps", "epochs")  # two ways to say one thing: the later layer's wins
 
 
 def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -130,10 +129,8 @@ def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
     """Two layers as one; where both speak, `above` wins."""
     result = dict(below)
-    if len(said := [name for name in EXCLUSIVE if name in above]) == 1:
-        for other in EXCLUSIVE:
-            if other not in said:
-                result.pop(other, None)
+    if "steps" in above and "epochs" not in above:  # two ways to say one thing: epochs count unless they are 0
+        result.pop("epochs", None)
     for name, value in above.items():
         old = result.get(name)
         result[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
@@ -158,7 +155,7 @@ def read_settings(path: Path) -> Layer:
     return value
 
 
-def build(model: type[BaseModel], layers: list[Layer], source: str = "") -> Any:
+def build(model: type[BaseModel], layers: list[Layer]) -> Any:
     """One model from layers, the later ones on top.
 
     Raises:

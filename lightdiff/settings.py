@@ -20,7 +20,7 @@ GRID = (8, 4)  # columns and rows of the grids drawn while training
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)

@@ -136,7 +136,7 @@ def test_wrong_values(refused, new, faces, flags, words):
         (["--eta", "2"], ["--eta", "less than or equal to 1", "2"]),
         (["--num-images", "0"], ["--num-images", "1"]),
         (["--name", "a/b"], ["--name", "a/b"]),
-        (["--resolution", "17"], ["--resolution", "17", "16 or 20"]),
+        (["--resolution", "17"], ["--resolution", "17", "16 or 18"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("-") else "",
 )

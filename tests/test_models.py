@@ -110,9 +110,17 @@ def test_group_norms_groups(channels: int, groups: int, group_width: int, expect
     assert group_norm(channels, groups, group_width).num_groups == expected
 
 
+@pytest.mark.parametrize("size", [(6, 8), (8, 10), (7, 7), (1, 5)])
+def test_latents_of_any_size_go_through_halvings_that_round_up(size: tuple[int, int]) -> None:
+    unet = UNet(UNetSettings(channels=(8, 8, 8), blocks=1, time_dim=8, heads=1, zero_init=False), 4)
+    out = unet(torch.randn(1, 4, *size), levels(0))
+    assert out.shape == (1, 4, *size)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [(6, 8), (8, 10), (7, 7)])
 def test_latents_that_cannot_be_halved_are_refused(size: tuple[int, int]) -> None:
-    unet = UNet(UNetSettings(channels=(8, 8, 8), blocks=1, time_dim=8, heads=1), 4)
+    unet = UNet(UNetSettings(channels=(8, 8, 8), blocks=1, time_dim=8, heads=1, down_kernel=4), 4)
     with pytest.raises(ValueError, match=f"^latents of {size[0]} x {size[1]} are not divisible by 4$"):
         unet(torch.zeros(1, 4, *size), levels(0))
 
