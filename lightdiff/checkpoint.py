@@ -142,7 +142,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Document) -> Docum
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = document.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
     document = document.model_copy(update={"digest": document.seal({n: layout_of(t) for n, t in ready.items()})})
-    metadata = {KEY: document.model_dump_json()}
+    metadata = {KEY: json.dumps(document.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
     publish(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
     return document
 
@@ -175,9 +175,10 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.stat().st_nlink == 1:  # a link's mode belongs to its source, which is durable already
+            os.chmod(temporary, 0o666 & ~current_umask())
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         temporary.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
         sync_folder(path.parent)

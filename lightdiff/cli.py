@@ -152,7 +152,7 @@ def show(
 
 @app.command(rich_help_panel=OTHERS)
 def presets(
-    resolution: Annotated[int, typer.Option(help="side of the images, in pixels")] = 64,
+    resolution: Annotated[int, typer.Option(min=8, help="side of the images, in pixels")] = 64,
 ) -> None:
     """List the presets with parameters and memory, for images of a size."""
     from lightdiff.extras.presets import show_presets

@@ -234,6 +234,13 @@ def command(
         lowest = [preset(chosen)] if preset and chosen else []
         below = inherit(merge(from_file, flags)) if inherit else []
         built = build(model, [defaults(model), *lowest, *below, from_file, flags])
+        if (
+            chosen
+            and getattr(build(model, [defaults(model), *below, *lowest, from_file, flags]), DOTTED) != built.model
+        ):
+            raise UserError(
+                f"--preset {chosen}: this run holds another architecture: choose another --run, or --restart"
+            )
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
         else:

@@ -160,6 +160,14 @@ def test_metrics_of_any_value_come_back(tmp_path: Path, number: float) -> None:
     assert str(Checkpoint(tmp_path / "a").document.metrics["psnr"]) == str(number)
 
 
+def test_paths_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"/data/\xff")
+    save(tmp_path / "a", {}, Document(stage="vae", settings={"data": [folder]}, facts={"ä": "☃"}))
+    read = Checkpoint(tmp_path / "a").document
+    assert read.settings == {"data": [folder]}
+    assert read.facts == {"ä": "☃"}
+
+
 def test_names_prefixes_and_weights(tmp_path: Path) -> None:
     file = Checkpoint(saved(tmp_path / "a"))
     tensors = some_tensors()
@@ -319,6 +327,16 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> 
         assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "last"]
     one.unlink()
     assert Checkpoint(last).document.step == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+def test_a_link_leaves_the_mode_of_its_source(tmp_path: Path) -> None:
+    """Encoding with the VAE of another run must not change that run."""
+    source = saved(tmp_path / "a")
+    source.chmod(0o440)
+    publish_link(tmp_path / "b", source)
+    assert source.stat().st_mode & 0o777 == 0o440
+    assert source.samefile(tmp_path / "b")
 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:

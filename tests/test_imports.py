@@ -97,6 +97,11 @@ def test_layers(part: str) -> None:
     assert not found
 
 
+def test_only_training_knows_of_other_processes() -> None:
+    found = {module for module, names in MODULES.items() for name, _ in names if within(name, "torch.distributed")}
+    assert all(within(module, "lightdiff.training") for module in found)
+
+
 @pytest.mark.parametrize("module", [*LIGHT, "lightdiff.cli", "lightdiff.__main__"])
 def test_light_modules_name_no_torch(module: str) -> None:
     assert not [name for name, inside in MODULES[module] if name.split(".")[0].startswith("torch") and not inside]

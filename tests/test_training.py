@@ -387,6 +387,16 @@ def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path,
     assert json.loads((tmp_path / "vae/settings.json").read_text())["restart"] is False
 
 
+def test_another_preset_is_refused_on_a_run_that_exists(tmp_path, faces, cli):
+    start = ["train-vae", "--data", faces, "--run", tmp_path / "run", "--resolution", 16, "--lpips-gamma", 0]
+    start += ["--workers", 0, "--batch-size", 4, "--preset", "tiny"]
+    assert cli(*start, "--steps", 1).code == 0
+    assert cli(*start, "--steps", 2).code == 0
+    refused = cli(*start, "--steps", 3, "--preset", "small")
+    assert refused.code == 2
+    assert "--preset small: this run holds another architecture" in refused.err
+
+
 def test_init_from_starts_at_another_runs_weights(tmp_path, faces):
     train_vae.run(vae_settings(tmp_path / "first", faces, ema_decay=0))
     more = with_changes(

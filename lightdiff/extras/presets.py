@@ -24,6 +24,9 @@ def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
         table.add_column(heading, justify="left" if heading in ("preset", "network", "widths") else "right")
     for name in names:
         vae = build(TrainVAESettings, [read_settings(folder / f"vae-{name}.toml")]).model.resolved(resolution)
+        if resolution % vae.factor:
+            table.add_row(name, "VAE", joined(vae.encoder_channels), f"needs images divisible by {vae.factor}", "", "")
+            continue
         side = resolution // vae.factor
         unet = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")]).model.resolved(side)
         with torch.device("meta"):  # shapes alone: no memory, no time
