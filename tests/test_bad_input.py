@@ -437,6 +437,31 @@ def test_a_file_where_the_run_folder_should_be(refused, new, faces):
     assert "a file of that name is in the way" in told
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_a_full_disk_while_saving(cli, run, stage):
+    """A real write that fails half-way: no file may grow beyond a limit, as on a full disk."""
+    import resource
+
+    last = vae(run, stage)
+    before = last.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        result = cli(f"train-{stage}", "--run", run, "--steps", 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (result.code, result.out) == (1, "")
+    assert "could not be written: " in result.err
+    assert "File too large" in result.err
+    assert "what was saved before is untouched" in result.err
+    assert "Traceback" not in result.err
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob(".*"))
+    assert cli("show", last).code == 0
+    assert cli(f"train-{stage}", "--run", run, "--steps", 5).code == 0  # and it goes on from there
+
+
 def test_images_are_not_overwritten(refused, run):
     out = run / "samples" / "0001"
     before = (out / "00000.png").read_bytes()

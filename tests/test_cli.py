@@ -11,6 +11,7 @@ import pytest
 
 import lightdiff
 from lightdiff import settings
+from lightdiff.cli import PRESET_FOLDER
 from lightdiff.options import flag, leaves
 
 STAGES = {
@@ -262,16 +263,19 @@ def test_flags_over_file_over_saved_run_over_preset_over_defaults(cli, run, tmp_
     assert said(*nowhere) == (32, 2e-4, 32)
     assert said(*nowhere, "--preset", "tiny") == (16, 2e-4, 32)
     assert said(*nowhere, "--preset", "tiny", "--settings", file) == (24, 0.03, 32)
-    assert said("--run", run, "--preset", "base") == (16, 2e-4, 6)  # base says 64, the saved run 16
-    assert said("--run", run, "--preset", "base", "--settings", file) == (24, 0.03, 6)
-    assert said("--run", run, "--preset", "base", "--settings", file, "--lr", "0.5") == (24, 0.5, 6)
+    assert said("--run", run) == said("--run", run, "--preset", "tiny") == (16, 2e-4, 6)
+    assert said("--run", run, "--preset", "tiny", "--settings", file) == (24, 0.03, 6)
+    assert said("--run", run, "--preset", "tiny", "--settings", file, "--lr", "0.5") == (24, 0.5, 6)
     assert said("--run", run, "--settings", file, "--model.encoder-width", 40, "--batch-size", 7) == (40, 0.03, 7)
+    refused = cli("train-vae", "--run", run, "--preset", "base", "--dry-run")  # rather than silently the saved one
+    assert (refused.code, refused.out) == (2, "")
+    assert "--preset base: this run holds another architecture" in refused.err
 
 
 def test_a_unets_settings_have_the_same_order(cli, run, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"run": str(run), "model": {"width": 64}, "noise": {"timesteps": 50}}))
-    said = dry(cli, "train-unet", "--preset", "base", "--settings", file, "--timesteps", 60)
+    said = dry(cli, "train-unet", "--preset", "tiny", "--settings", file, "--timesteps", 60)
     assert (said["model"]["width"], said["model"]["time_dim"], said["noise"]["timesteps"]) == (64, 128, 60)
     assert said["loop"]["steps"] == 3
     assert dry(cli, "train-unet", "--run", run)["run"] == str(run)
@@ -356,7 +360,33 @@ def test_presets_lists_all_four(cli):
 def test_presets_of_a_size_that_fits_none(cli):
     result = cli("presets", "--resolution", 30)
     assert (result.code, result.err) == (0, "")
-    assert "divisible by" in result.out
+    assert "needs images divisible by 8" in result.out  # the original VAE halves three times
+
+
+@pytest.mark.parametrize("resolution", [0, -5])
+def test_presets_of_no_size(cli, resolution):
+    result = cli("presets", f"--resolution={resolution}")
+    assert (result.code, result.out) == (2, "")
+    assert "--resolution" in result.err
+
+
+def test_presets_numbers_are_plausible(cli):
+    """Parameters against a count of what is built, and the original's against what its authors said."""
+    from lightdiff.models.vae import VAE
+    from lightdiff.options import build, read_settings
+
+    rows = [re.split(r" *[│┃] *", line)[1:-1] for line in cli("presets", "--resolution", 256).stdout.splitlines()]
+    kinds = {kind: [row for row in rows if len(row) == 6 and row[1] == kind] for kind in ("VAE", "U-Net")}
+    sizes = {kind: [float(row[3].removesuffix(" M")) for row in found] for kind, found in kinds.items()}
+    for found in sizes.values():
+        assert found[:3] == sorted(found[:3])  # tiny, small, base
+    assert (sizes["VAE"][3], sizes["U-Net"][3]) == (21.48, 201.43)
+    for row in (*kinds["VAE"], *kinds["U-Net"]):
+        fixed, image = (float(cell.removesuffix(" MB")) for cell in row[4:])
+        assert fixed == pytest.approx(20 * float(row[3].removesuffix(" M")), abs=0.7)  # bytes a parameter
+        assert image > 0
+    chosen = build(settings.TrainVAESettings, [read_settings(PRESET_FOLDER / "vae-tiny.toml")]).model.resolved(256)
+    assert f"{sum(p.numel() for p in VAE(chosen).parameters()) / 1e6:.2f}" == f"{sizes['VAE'][0]:.2f}"
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "original"])
