@@ -156,8 +156,9 @@ def test_any_document_comes_back(tmp_path: Path, facts: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 1e-300, 0.1, -0.0])
 def test_metrics_of_any_value_come_back(tmp_path: Path, number: float) -> None:
-    save(tmp_path / "a", {}, Document(stage="vae", metrics={"psnr": number}))
-    assert str(Checkpoint(tmp_path / "a").document.metrics["psnr"]) == str(number)
+    save(tmp_path / "a", {}, Document(stage="vae", metrics={"psnr": number}, facts={"best": number}))
+    read = Checkpoint(tmp_path / "a").document
+    assert str(read.metrics["psnr"]) == str(read.facts["best"]) == str(number)
 
 
 def test_paths_that_are_not_utf_8_come_back(tmp_path: Path) -> None:

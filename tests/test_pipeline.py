@@ -332,6 +332,7 @@ def test_other_sizes_where_the_networks_allow_them(finished, tmp_path):
 def test_more_steps_than_levels_are_refused(finished, tmp_path):
     with pytest.raises(UserError, match="--num-steps: 5000 steps asked for, but the schedule has"):
         draw(finished, tmp_path / "out", num_steps=5000)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the library ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightdiff import __version__
 from lightdiff.checkpoint import Checkpoint, publish
 from lightdiff.data.images import to_uint8
+from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.pipeline import Pipeline, Sampling, vae_behind
 from lightdiff.run_folder import RunFolder, claim, find_unet
@@ -33,6 +34,7 @@ def run(settings: GenerateSettings) -> Path:
     pipeline = Pipeline(unet, vae, device, settings.ema)
     pipeline.precision = pick_precision(settings.compute.precision, device)
     size = latent_size(settings, pipeline)
+    check_steps(settings, pipeline)
     out = settings.out or new_folder(here.samples)
     claim(out)
     names = [file_name(settings, i) for i in range(settings.num_images)]
@@ -43,10 +45,7 @@ def run(settings: GenerateSettings) -> Path:
     shown: list[Tensor] = []
     with Reporter("generate", settings.num_images) as reporter:
         for items in batched(settings.num_images, settings.batch_size):
-            try:
-                z = pipeline.sample(items, settings.seed, sampling, size)
-            except ValueError as error:
-                raise UserError(f"--num-steps: {error}") from None
+            z = pipeline.sample(items, settings.seed, sampling, size)
             x = pipeline.decode(z)
             for i, pixels in zip(items, to_uint8(x), strict=True):
                 save_png(out / names[i], pixels, text_chunks(settings, pipeline, i))
@@ -76,6 +75,18 @@ def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, in
         raise UserError(f"--resolution: {settings.resolution} is not divisible by {step}; the nearest that fit: {fits}")
     side = settings.resolution // pipeline.vae_settings.factor
     return side, side
+
+
+def check_steps(settings: GenerateSettings, pipeline: Pipeline) -> None:
+    """See that the noise schedule has as many levels as steps are asked for.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        sampling_levels(alpha_bar_table(pipeline.settings.noise), settings.num_steps, settings.min_alpha_bar)
+    except ValueError as error:
+        raise UserError(f"--num-steps: {error}") from None
 
 
 def new_folder(samples: Path) -> Path:
