@@ -86,8 +86,9 @@ def parsed_as(annotation: Any) -> Any:
 def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> inspect.Parameter:
     """One field as a parameter that Typer makes an option of."""
     shown = described(default_of(model, path))
-    limits = [str(m) for m in field.metadata]
-    bounds = ", ".join(t.replace("Ge(ge=", ">= ").replace("Gt(gt=", "> ").rstrip(")") for t in limits if t[0] == "G")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [(sign, getattr(m, name)) for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
+    bounds = ", ".join(f"{sign} {limit:g}" for sign, limit in limits)
     note = "; ".join(part for part in (f"default: {shown}" if shown else "", bounds) if part)
     text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
     kind = parsed_as(field.annotation)

@@ -68,7 +68,7 @@ class LatentIndex(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
-        publish_text(folder / "index.json", self.model_dump_json())
+        publish_text(folder / "index.json", json.dumps(self.model_dump(mode="json")))  # ASCII: names may not be UTF-8
 
 
 def shard_path(folder: Path, number: int) -> Path:
