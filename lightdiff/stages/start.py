@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lightdiff.checkpoint import Checkpoint, publish_text, remove_temporaries
+from lightdiff.checkpoint import Checkpoint, Document, publish_text, remove_temporaries
 from lightdiff.data.files import ImageFile
 from lightdiff.errors import UserError
 from lightdiff.run_folder import StageFolder, claim, set_aside
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+from lightdiff.training.loop import Task, load_weights
 from lightdiff.training.progress import console
 
 FREE = ("loop", "run", "init_from", "restart", "latents", "images.data", "images.max_bad")  # may change on resuming
@@ -45,6 +47,32 @@ def begin_anew(folder: Path) -> None:
         console.print(f"what was in {folder} is now in {aside}")
 
 
+def begin(
+    task: Task,
+    settings: TrainVAESettings | TrainUNetSettings,
+    folder: StageFolder,
+    document: Document,
+    saved: Checkpoint | None,
+    total: int,
+) -> bool:
+    """Prepare a run to start, from another's weights if asked to, or to go on; False if it has all its steps.
+
+    Raises:
+        UserError: If the settings are not those of the run that is to go on, or the weights do not fit.
+    """
+    if saved:
+        document.facts = history(saved, check_same(saved, settings))
+        if saved.document.step >= total:
+            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
+            return False
+        console.print(f"going on from step {saved.document.step} of {total}")
+    elif settings.init_from:
+        source = initial_weights(settings.init_from, task.stage)
+        load_weights(task.model, source, source.weights())
+    publish_text(folder.settings, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
+    return True
+
+
 def check_same(saved: Checkpoint, settings: BaseModel) -> dict[str, tuple[Any, Any]]:
     """What differs from a saved run's settings and may: {"loop.lr": (old, new), ...}.
 
@@ -66,11 +94,6 @@ def flag_of(name: str) -> str:
     """A setting's name as the user types it."""
     group, _, field = name.rpartition(".")
     return "--" + (f"{group}.{field}" if group == "model" else field).replace("_", "-")
-
-
-def write_settings(folder: StageFolder, settings: BaseModel) -> None:
-    """Save the settings a stage runs with, all filled in."""
-    publish_text(folder.settings, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
 
 
 def initial_weights(path: Path, stage: str) -> Checkpoint:

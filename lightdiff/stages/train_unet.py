@@ -17,9 +17,9 @@ from lightdiff.pipeline import Sampling, load_vae, sample_latents
 from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.settings import GRID, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
-from lightdiff.stages.start import check_same, history, initial_weights, resumed, write_settings
+from lightdiff.stages.start import begin, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, place
-from lightdiff.training.loop import Batch, load_weights, train
+from lightdiff.training.loop import Batch, train
 from lightdiff.training.progress import console, save_grid
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation
@@ -134,21 +134,13 @@ def run(settings: TrainUNetSettings) -> Path:
     document = Document(stage="unet", settings=settings.model_dump(mode="json"), lineage=lineage)
 
     # 3. Fresh, from another's weights, or on from where it was
-    if saved:
-        if saved.document.lineage != lineage:
-            raise UserError(
-                f"{folder.path} was trained on latents {saved.document.lineage['latents'][:8]}, but "
-                f"{latents.folder} holds {latents.index.digest[:8]}: choose another --run, or --restart"
-            )
-        document.facts = history(saved, check_same(saved, settings))
-        if saved.document.step >= total:
-            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
-            return folder.last
-        console.print(f"going on from step {saved.document.step} of {total}")
-    elif settings.init_from:
-        source = initial_weights(settings.init_from, "unet")
-        load_weights(task.model, source, source.weights())
-    write_settings(folder, settings)
+    if saved and saved.document.lineage != lineage:
+        raise UserError(
+            f"{folder.path} was trained on latents {saved.document.lineage['latents'][:8]}, but "
+            f"{latents.folder} holds {latents.index.digest[:8]}: choose another --run, or --restart"
+        )
+    if not begin(task, settings, folder, document, saved, total):
+        return folder.last
     parameters = sum(p.numel() for p in task.model.parameters())
     console.print(
         f"U-Net: {parameters / 1e6:.2f} M parameters, latents {' x '.join(map(str, task.shape))}; "

@@ -17,9 +17,9 @@ from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import check_same, data_digest, history, initial_weights, resumed, write_settings
+from lightdiff.stages.start import begin, data_digest, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers, place
-from lightdiff.training.loop import Batch, load_weights, train
+from lightdiff.training.loop import Batch, train
 from lightdiff.training.progress import console, save_grid
 
 
@@ -137,18 +137,10 @@ def run(settings: TrainVAESettings) -> Path:
 
     # 3. Fresh, from another's weights, or on from where it was
     document = Document(stage="vae", settings=settings.model_dump(mode="json"), lineage={"data": data_digest(files)})
-    if saved:
-        document.facts = history(saved, check_same(saved, settings))
-        if saved.document.lineage != document.lineage:
-            console.print("note: the list of images is not the one this run began with")
-        if saved.document.step >= total:
-            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
-            return folder.best
-        console.print(f"going on from step {saved.document.step} of {total}")
-    elif settings.init_from:
-        source = initial_weights(settings.init_from, "vae")
-        load_weights(task.model, source, source.weights())
-    write_settings(folder, settings)
+    if saved and saved.document.lineage != document.lineage:
+        console.print("note: the list of images is not the one this run began with")
+    if not begin(task, settings, folder, document, saved, total):
+        return folder.best
     parameters = sum(p.numel() for p in task.model.parameters())
     console.print(
         f"VAE: {parameters / 1e6:.2f} M parameters, {resolution} px -> {shape_words(task.latent_shape)}; "
