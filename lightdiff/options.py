@@ -33,6 +33,12 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple
             yield from leaves(nested, (*path, name))
 
 
+def typed(model: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
+    """The fields that have a flag: all but those of nested models that an earlier stage fills in."""
+    filled_in = {name for name, f in model.model_fields.items() if f.json_schema_extra == {"typed": False}}
+    return {path: field for path, field in leaves(model) if path[0] not in filled_in}
+
+
 def nested_model(field: FieldInfo) -> type[BaseModel] | None:
     """The model a field holds, if it holds one."""
     kind = field.annotation
@@ -204,7 +210,7 @@ def command(
         preset: Name of a preset -> its layer.
         presets: Names of the presets.
     """
-    fields = dict(leaves(model))
+    fields = typed(model)
     extras = [
         inspect.Parameter(
             "settings",

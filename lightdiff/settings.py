@@ -303,7 +303,9 @@ class TrainUNetSettings(StageSettings):
     loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
     model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
-    latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
+    latent: LatentsSettings = Field(
+        LatentsSettings(), title="Latents (read from the latents)", json_schema_extra={"typed": False}
+    )
 
 
 class GenerateSettings(StageSettings):

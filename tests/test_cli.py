@@ -12,7 +12,7 @@ import pytest
 import lightdiff
 from lightdiff import settings
 from lightdiff.cli import PRESET_FOLDER
-from lightdiff.options import flag, leaves
+from lightdiff.options import flag, leaves, typed
 
 STAGES = {
     "train-vae": settings.TrainVAESettings,
@@ -107,16 +107,20 @@ def test_help_imports_nothing_heavy(helped):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting_has_its_flag(helped, name):
-    wanted = {f"--{flag(path)}" for path, _ in leaves(MODELS[name])} | {"--settings", "--dry-run"}
+    wanted = {f"--{flag(path)}" for path in typed(MODELS[name])} | {"--settings", "--dry-run"}
     assert wanted <= flags_in(helped[0][f"200 {name}"][1])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting_is_described(helped, name):
     page = " ".join(re.sub("[│╭╮╰╯─]", " ", helped[0][f"200 {name}"][1]).split())
-    for path, field in leaves(MODELS[name]):
+    for path, field in typed(MODELS[name]).items():
         assert field.description, path
         assert field.description.split(";")[0].split(",")[0] in page, path
+
+
+def test_what_is_read_from_the_latents_has_no_flag(helped):
+    assert {"--shift", "--scale", "--only-mu"}.isdisjoint(flags_in(helped[0]["200 train-unet"][1]))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -32,6 +32,7 @@ from lightdiff.options import (
     option,
     panel,
     read_settings,
+    typed,
 )
 from lightdiff.settings import (
     DemoSettings,
@@ -195,7 +196,7 @@ def test_options_say_nothing_unless_given(model: type[Settings]) -> None:
 def test_help_names_every_flag(model: type[Settings]) -> None:
     result = CliRunner().invoke(app_of(model), ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}, terminal_width=200)
     assert result.exit_code == 0
-    for path, _ in leaves(model):
+    for path in typed(model):
         assert f"--{flag(path)}" in result.output
 
 

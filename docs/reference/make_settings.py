@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lightdiff import settings
-from lightdiff.options import DOTTED, default_of, described, flag, leaves, panel
+from lightdiff.options import DOTTED, default_of, described, flag, panel, typed
 
 PAGE = Path(__file__).with_name("settings.md")
 COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset or without
@@ -46,7 +46,7 @@ def page() -> str:
 def section(name: str, model: type[settings.Settings]) -> str:
     """A command: its purpose and its tables."""
     parts = [f"## {name}\n\n{(model.__doc__ or '').strip()}\n"]
-    for title, rows in groupby(leaves(model), key=lambda leaf: panel(model, leaf[0])):
+    for title, rows in groupby(typed(model).items(), key=lambda leaf: panel(model, leaf[0])):
         lines = ["| Flag | Default | Values | Meaning |", "| --- | --- | --- | --- |"]
         lines += [row(model, path, field) for path, field in rows]
         group = f"### {name}: {title}\n\n" if title != "Options" else ""

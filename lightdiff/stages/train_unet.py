@@ -117,7 +117,7 @@ def run(settings: TrainUNetSettings) -> Path:
     device = pick_device(settings.loop.device)
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
     if latents_settings(latents.folder) != settings.latent:
-        raise UserError("the settings of the latents are read from the latents; leave --channels, --shift, ... out")
+        raise UserError("--settings: its latent section is not that of these latents; leave it out")
     settings = resolve(settings, device)
     folder = RunFolder(settings.run).unet
     saved = resumed(folder, "unet", settings.restart)
