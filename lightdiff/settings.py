@@ -62,6 +62,9 @@ class VAESettings(Settings):
     upsample: Literal["nearest", "transposed"] = Field(
         "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
     )
+    norm: Literal["pixel", "group"] = Field(
+        "pixel", description="LayerNorm of each pixel's channels, or GroupNorm, which can leave droplets in images"
+    )
     groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")

@@ -83,6 +83,7 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         block="plain",
         down_kernel=4,
         upsample="transposed",
+        norm="group",
         groups=8,
         output=config["final_activation"],
     )

@@ -20,6 +20,19 @@ def group_norm(channels: int, groups: int, group_width: int = 0) -> nn.GroupNorm
     return nn.GroupNorm(count, channels)
 
 
+class PixelNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the channels of each pixel, as in ConvNeXt (Liu et al. 2022).
+
+    GroupNorm's statistics run over the whole feature map, and a decoder learns to steer them with a spike of huge
+    values somewhere in it: in the image, a black or coloured droplet (Karras et al. 2020, arXiv:1912.04958, section
+    2). Here, no pixel has a say in another's scale.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (b, c, h, w) to (b, c, h, w)."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: norm, SiLU, conv, twice, added to its input.
 

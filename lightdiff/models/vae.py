@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightdiff.models.layers import Attention, Downsample, Norm, ResBlock, Upsample, group_norm
+from lightdiff.models.layers import Attention, Downsample, Norm, PixelNorm, ResBlock, Upsample, group_norm
 from lightdiff.settings import VAESettings
 
 
@@ -34,7 +34,7 @@ class PlainBlock(nn.Sequential):
 
 def norm_of(settings: VAESettings) -> Norm:
     """The normalisation layers of these settings."""
-    return partial(group_norm, groups=settings.groups)
+    return PixelNorm if settings.norm == "pixel" else partial(group_norm, groups=settings.groups)
 
 
 def level_blocks(settings: VAESettings, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
