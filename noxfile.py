@@ -44,6 +44,24 @@ def reference(session: nox.Session) -> None:
     session.run(borrowed(session), "docs/reference/make_settings.py", external=True)
 
 
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kill both trainings 100 times each and compare; arguments after -- go to tests/faults.py. 15 minutes."""
+    session.run(borrowed(session), "-m", "tests.faults", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Measure what saving costs; arguments after -- go to tests/saving.py."""
+    session.run(borrowed(session), "-m", "tests.saving", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def two_machines(session: nox.Session) -> None:
+    """Train over a network link between two namespaces, and cut it. Needs root and iproute2."""
+    session.run(borrowed(session), "-m", "tests.two_machines", *session.posargs, external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""

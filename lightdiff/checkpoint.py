@@ -7,22 +7,24 @@ anywhere is found when it is read. Files appear by rename: a reader never sees h
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightdiff import __version__
-from lightdiff.errors import RunError, UserError
+from lightdiff.errors import Damaged, RunError, UserError
 
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
+S = TypeVar("S", bound=BaseModel)
 STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 
 
@@ -65,6 +67,7 @@ class Checkpoint:
             UserError: If there is no such file, or it is no snapshot of this stage that this version can read.
         """
         self.path = path
+        self._verified: set[str] = set()
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a checkpoint file (.safetensors)")
         try:
@@ -73,9 +76,9 @@ class Checkpoint:
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such checkpoint") from None
         except (SafetensorError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged or no checkpoint: {error}") from None
+            raise Damaged(f"{path} is damaged or no checkpoint: {error}") from None
         if KEY not in metadata:
-            raise UserError(f"{path} is no checkpoint of lightdiff")
+            raise Damaged(f"{path} is no checkpoint of lightdiff")
         self.document = self._read_document(metadata[KEY])
         if stage is not None and self.document.stage != stage:
             wanted, found = (STAGES.get(s, s) for s in (stage, self.document.stage))
@@ -94,11 +97,25 @@ class Checkpoint:
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
             whole = document.seal(layout) == document.digest and set(layout) == set(document.digests)
-        except (ValueError, RecursionError, AttributeError, ValidationError):
-            raise UserError(f"{self.path} is damaged: its document cannot be read") from None
+        except (ValueError, RecursionError, AttributeError, MemoryError, SafetensorError):
+            raise Damaged(f"{self.path} is damaged: its document cannot be read") from None
         if not whole:
-            raise UserError(f"{self.path} is damaged: its header or document does not match its digest")
+            raise Damaged(f"{self.path} is damaged: its header or document does not match its digest")
         return document
+
+    def settings(self, model: type[S], *path: str) -> S:
+        """The settings saved in it, or a part of them.
+
+        Raises:
+            Damaged: If they are none of this kind.
+        """
+        found: Any = self.document.settings
+        try:
+            for name in path:
+                found = found[name]
+            return model.model_validate(found)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise Damaged(f"{self.path} is damaged: its settings cannot be read") from None
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors below a prefix."""
@@ -109,10 +126,21 @@ class Checkpoint:
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path} is damaged: {name}: {error}") from None
-        if tensor_digest(tensor) != self.document.digests[name]:
-            raise UserError(f"{self.path} is damaged: {name} does not match its digest")
+            raise Damaged(f"{self.path} is damaged: {name}: {error}") from None
+        if name not in self._verified and tensor_digest(tensor) != self.document.digests[name]:
+            raise Damaged(f"{self.path} is damaged: {name} does not match its digest")
+        self._verified.add(name)
         return tensor
+
+    def verify(self) -> "Checkpoint":
+        """Read everything once, so that nothing later finds it damaged.
+
+        Raises:
+            Damaged: If any tensor does not match its digest.
+        """
+        for name in self.names():
+            self.tensor(name)
+        return self
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors below a prefix, verified, by their names without it."""
@@ -145,6 +173,29 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Document) -> Docum
     metadata = {KEY: json.dumps(document.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
     publish(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
     return document
+
+
+def load_weights(model: nn.Module, source: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """Load a snapshot's weights into a network.
+
+    Raises:
+        UserError: If names or shapes differ, as after a change of architecture.
+    """
+    check_fit(model, source, weights)
+    model.load_state_dict(weights)
+
+
+def check_fit(model: nn.Module, source: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """See that a snapshot's weights are those of a network, by names and shapes; it may lie on the meta device.
+
+    Raises:
+        UserError: If not.
+    """
+    expected = model.state_dict()
+    wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
+    wrong += [n for n in weights if n not in expected]
+    if wrong:
+        raise UserError(f"{source.path} does not fit this architecture: {len(wrong)} tensors differ, {wrong[0]} first")
 
 
 def layout_of(tensor: Tensor) -> tuple[str, list[int]]:
@@ -211,6 +262,20 @@ def publish_link(path: Path, source: Path) -> None:
             temporary.write_bytes(source.read_bytes())
 
     publish(path, link)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """See that the disk has room for what is to be saved.
+
+    Raises:
+        RunError: If not, with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
+            "make room, lower --keep, or let old step files go with --drop-oldest"
+        )
 
 
 def remove_temporaries(folder: Path) -> None:

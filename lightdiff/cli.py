@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lightdiff import __version__, settings
-from lightdiff.errors import LightdiffError, Stopped
+from lightdiff import __version__, launch, settings
+from lightdiff.errors import Damaged, LightdiffError, RunError, Stopped
 from lightdiff.options import Layer, command, read_settings
 
 STAGES = "The five stages"
@@ -52,10 +52,23 @@ def stage(name: str) -> Callable[[Any], None]:
     """Call a stage's `run` and print the path of what it made to stdout."""
 
     def run(chosen: Any) -> None:
+        job = getattr(chosen, "job", None)
+        if job is not None and job.nproc_per_node > 1 and not launch.is_worker():
+            launch.launch(job, sys.argv[1:])
+            return
+        if launch.restarted() and getattr(chosen, "restart", False):  # --restart is for the first time
+            chosen = settings.with_changes(chosen, restart=False)
+        from lightdiff.training.ranks import leave, lost_contact_explained
+        from lightdiff.training.stopping import stop_at_once
+
         try:
-            typer.echo(import_module(f"lightdiff.stages.{name}").run(chosen))
+            with stop_at_once(), lost_contact_explained(launch.rank()):
+                made = import_module(f"lightdiff.stages.{name}").run(chosen)
+                leave()
         except KeyboardInterrupt:  # here, as Typer would leave without a word
-            raise Stopped("interrupted; what was saved before is untouched", signal.SIGINT) from None
+            raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
+        if launch.rank() == 0:
+            typer.echo(made)
 
     return run
 
@@ -65,14 +78,20 @@ def saved_settings(said: Layer, name: str) -> list[Layer]:
     from lightdiff.checkpoint import Checkpoint
     from lightdiff.run_folder import RunFolder
 
-    run = path(said.get("run")) or settings.StageSettings().run
-    last = getattr(RunFolder(run), name).last
-    if not last.is_file() or said.get("restart"):
+    folder = getattr(RunFolder(path(said.get("run")) or settings.StageSettings().run), name)
+    if said.get("restart") and not launch.restarted():
         return []
-    layer = dict(Checkpoint(last, name).document.settings)
-    for own in ("run", "init_from", "restart"):
-        layer.pop(own, None)
-    return [layer]
+    problems: list[Damaged] = []
+    for file in folder.resumable():
+        try:
+            layer = dict(Checkpoint(file, name).document.settings)
+        except Damaged as error:  # if an older one is whole, the stage tells of it and goes on from there
+            problems.append(error)
+        else:
+            return [{key: value for key, value in layer.items() if key not in {"run", "init_from", "restart"}}]
+    if problems:
+        raise Damaged(f"{problems[0]}; there is no whole state to go on from: --restart begins anew")
+    return []
 
 
 def inherit_vae(said: Layer) -> list[Layer]:
@@ -175,24 +194,30 @@ def import_original(
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
     debug = "--debug" in sys.argv[1:2]
+    launch.report_for_duty()
     try:
         app()
     except LightdiffError as error:
-        if debug:
+        if debug and not isinstance(error, Stopped):
             raise
-        fail(str(error), error.exit_code)
+        fail(error)
     except Exception as error:
         if debug:
             raise
-        fail(f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where.", 1)
+        text = f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where."
+        fail(RunError(text))
 
 
-def fail(message: str, code: int) -> None:
-    """Print a message to stderr and exit."""
+def fail(error: LightdiffError) -> None:
+    """Tell an error and exit: to stderr, or to the process that started this one, which tells it once for all."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    sys.exit(code)
+    if launch.tell(error):
+        sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
+    head = "stopped:" if isinstance(error, Stopped) else "error:"
+    who = f"process {launch.rank()}: " if launch.rank() else ""
+    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 def escape(text: str) -> str:

@@ -20,9 +20,13 @@ class RunError(LightdiffError):
 
 
 class Stopped(LightdiffError):
-    """The run was asked to stop and has saved its state; `exit_code` is 128 + the signal's number."""
+    """The run was asked to stop and has saved its state; 128 + the signal's number, or 75 when its time is up."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        """Keep the message, and the exit code that shells expect of this signal."""
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep the message, and the exit code that shells and job scripts expect."""
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
+
+
+class Damaged(UserError):
+    """A file that is cut off, has a flipped bit, or is no snapshot at all."""

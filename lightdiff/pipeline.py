@@ -9,18 +9,19 @@ x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint, first_found
+from lightdiff.checkpoint import Checkpoint, check_fit, first_found
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import denoiser
 from lightdiff.diffusion.samplers import ddim
 from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
-from lightdiff.errors import UserError
+from lightdiff.errors import Damaged, UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
@@ -35,6 +36,7 @@ from lightdiff.settings import (
 )
 from lightdiff.training.compute import autocast, pick_device, place
 
+N = TypeVar("N", bound=nn.Module)
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
 
@@ -97,7 +99,7 @@ class Pipeline:
         self.device, self.unet_checkpoint, self.vae_checkpoint = device, unet, vae
         self.precision = "fp32"
         self.vae, self.vae_settings = load_vae(vae, device)
-        self.settings = TrainUNetSettings.model_validate(unet.document.settings)
+        self.settings = unet.settings(TrainUNetSettings)
         self.unet = load_unet(unet, self.settings.model, self.settings.latent.channels, device, ema)
 
     @classmethod
@@ -155,19 +157,30 @@ class Pipeline:
 
 def load_vae(saved: Checkpoint, device: torch.device) -> tuple[VAE, VAESettings]:
     """A VAE ready for use, and its architecture."""
-    model = VAESettings.model_validate(saved.document.settings["model"])
-    vae = VAE(model)
-    vae.load_state_dict(saved.weights())
-    place(vae.requires_grad_(False).eval(), device)
-    return vae, model
+    model = saved.settings(VAESettings, "model")
+    return ready(lambda: VAE(model), saved, saved.weights(), device), model
 
 
 def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: torch.device, ema: bool) -> UNet:
     """A U-Net ready for use."""
-    unet = UNet(model, channels)
-    unet.load_state_dict(saved.weights(ema))
-    place(unet.requires_grad_(False).eval(), device)
-    return unet
+    return ready(lambda: UNet(model, channels), saved, saved.weights(ema), device)
+
+
+def ready(build: Callable[[], N], saved: Checkpoint, weights: dict[str, Tensor], device: torch.device) -> N:
+    """A network with a snapshot's weights, ready for use.
+
+    Raises:
+        UserError: If they do not fit, or the settings make no network.
+    """
+    try:
+        with torch.device("meta"):  # whatever sizes a file claims: no memory is used before its weights fit them
+            check_fit(build(), saved, weights)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise Damaged(f"{saved.path} is damaged: its settings make no network ({error})") from None
+    network = build()
+    network.load_state_dict(weights)
+    place(network.requires_grad_(False).eval(), device)
+    return network
 
 
 def vae_digest(saved: Checkpoint) -> str:

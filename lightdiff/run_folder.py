@@ -1,8 +1,12 @@
 """Where each stage's files lie below a run folder, and how a later stage finds them (design: one folder a stage)."""
 
+import contextlib
+import errno
 import itertools
 import json
 import os
+import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +61,17 @@ class StageFolder:
 
     def steps(self) -> list[Path]:
         """All step files, oldest first."""
-        return sorted(self.checkpoints.glob("step-*.safetensors"))
+        return sorted(self.checkpoints.glob("step-*.safetensors"), key=self.step_of)
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """The step in a step file's name; -1 where it is no number."""
+        number = path.stem.removeprefix("step-")
+        return int(number) if number.isdecimal() else -1
+
+    def resumable(self) -> list[Path]:
+        """All states that a run could go on from, `last` first, then the newest."""
+        return [path for path in (self.last, *reversed(self.steps())) if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,102 @@ def set_aside(folder: Path) -> Path | None:
     """Rename a folder to NAME.old-1 (or -2, ...), so that a new one can take its place; None if there is none."""
     if not folder.exists():
         return None
-    free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-    return folder.rename(folder.with_name(f"{folder.name}.old-{free}"))
+    return folder.rename(free_name(folder))
+
+
+def free_name(path: Path) -> Path:
+    """The first of NAME.old-1, NAME.old-2, ... that does not exist."""
+    names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+LOCK = ".lock"
+LOCKED_BYTE = 1 << 20  # beyond the words in the file
+
+
+class Lock:
+    """That one process writes to a folder. Taken until the process ends, however it ends.
+
+    The operating system holds it (a POSIX record lock, which no child process inherits: after a kill the next start
+    need not wait for loader workers to notice). The file says who has it, for the message, and for file systems that
+    keep locks on each host apart.
+    """
+
+    def __init__(self, force: bool = False) -> None:
+        """Prepare; `force` takes a lock that another host's process has left."""
+        self.force = force
+        self._held: dict[Path, int] = {}
+
+    def take(self, folder: Path) -> None:
+        """Take the folder's lock.
+
+        Raises:
+            UserError: If another process has it.
+        """
+        path = folder / LOCK
+        if path in self._held:
+            self._release(path)
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            host, _, pid = os.read(handle, 1000).decode(errors="replace").strip().rpartition(" ")
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+            locked = try_lock(handle)
+            if not locked or os.fstat(handle).st_nlink:
+                break
+            os.close(handle)  # released, and removed, just after it was opened
+        if not locked:
+            os.close(handle)
+            raise UserError(
+                f"{folder} is in use by {f'process {pid} on {host}' if pid else 'another process'}: "
+                "wait for it, stop it, or choose another --run"
+            )
+        if host and host != socket.gethostname() and not self.force:
+            os.close(handle)
+            raise UserError(
+                f"{folder} was locked by process {pid} on {host}, which ended without a word or still runs: "
+                "if you are sure that it has ended, give --force-unlock"
+            )
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, f"{socket.gethostname()} {os.getpid()}\n".encode())
+        self._held[path] = handle
+
+    def release(self) -> None:
+        """Give all locks back, as the work is done."""
+        for path in list(self._held):
+            self._release(path)
+
+    def _release(self, path: Path) -> None:
+        handle = self._held.pop(path)
+        os.ftruncate(handle, 0)
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        os.close(handle)
+
+    def __enter__(self) -> "Lock":
+        """Nothing is taken yet."""
+        return self
+
+    def __exit__(self, kind: object, error: object, at: object) -> None:
+        """Give back what was taken."""
+        self.release()
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file for this process alone, unless another process has locked it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # from here on; others may still read the file's words
+        else:
+            import fcntl
+
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # from the file's first byte to its end
+    except OSError as error:
+        # Some network file systems have no locks at all; there, the file's words must do.
+        return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,10 +6,13 @@ page are made from it. Nothing in this module imports torch.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
+Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=10)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
@@ -43,19 +46,21 @@ def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ..
 class VAESettings(Settings):
     """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
 
-    latent_channels: int = Field(4, ge=1, description="channels of a latent")
+    latent_channels: Width = Field(4, description="channels of a latent")
     image_channels: Literal[3] = Field(3, description="channels of an image (RGB)")
-    encoder_channels: tuple[int, ...] = Field(
+    encoder_channels: Widths = Field(
         (), description="encoder widths: stem, then each level; empty: encoder-width x 1, 1, 2, 4, as the size asks"
     )
-    decoder_channels: tuple[int, ...] = Field(
+    decoder_channels: Widths = Field(
         (), description="decoder widths from the latent outwards; empty: decoder-width x 4, 2, 1, as the size asks"
     )
-    encoder_width: int = Field(32, ge=1, description="width that encoder-channels is made from when empty")
-    decoder_width: int = Field(32, ge=1, description="width that decoder-channels is made from when empty")
-    encoder_blocks: tuple[int, ...] = Field((1,), description="blocks a level; a short list repeats its last number")
-    decoder_blocks: tuple[int, ...] = Field((2,), description="blocks a level; a short list repeats its last number")
-    mid_blocks: int = Field(1, ge=0, description="residual blocks at the latent's size, in encoder and decoder each")
+    encoder_width: Width = Field(32, description="width that encoder-channels is made from when empty")
+    decoder_width: Width = Field(32, description="width that decoder-channels is made from when empty")
+    encoder_blocks: Counts = Field((1,), description="blocks a level; a short list repeats its last number")
+    decoder_blocks: Counts = Field((2,), description="blocks a level; a short list repeats its last number")
+    mid_blocks: int = Field(
+        1, ge=0, le=64, description="residual blocks at the latent's size, in encoder and decoder each"
+    )
     attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
     block: Literal["residual", "plain"] = Field("residual", description="residual blocks, or plain conv-norm-act")
     down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
@@ -69,11 +74,6 @@ class VAESettings(Settings):
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
     logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
-
-    @field_validator("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks")
-    @classmethod
-    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _all_positive(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "VAESettings":
@@ -106,17 +106,17 @@ class VAESettings(Settings):
 class UNetSettings(Settings):
     """Architecture of the U-Net. Level i works at 1/2^i of the latent's size and ends with a halving."""
 
-    channels: tuple[int, ...] = Field(
+    channels: Widths = Field(
         (), description="widths: stem, then each level; empty: width x 1, 1, 2, 3, 4, as the latent's size asks"
     )
-    width: int = Field(96, ge=1, description="width that channels is made from when empty")
-    blocks: int = Field(2, ge=1, description="residual blocks a level, going down and going up")
+    width: Width = Field(96, description="width that channels is made from when empty")
+    blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
     attend_levels: tuple[int, ...] | None = Field(
         None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
-    time_dim: int = Field(256, ge=4, multiple_of=2, description="width of the time embedding")
+    time_dim: int = Field(256, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")
     groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
     group_width: int = Field(
         0, ge=0, description="channels a group in the blocks, instead of a number of groups; 0: off"
@@ -126,10 +126,10 @@ class UNetSettings(Settings):
 
     @field_validator("channels")
     @classmethod
-    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _two_or_more(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(value) == 1:
             raise ValueError("needs a stem and at least one level: two numbers or more")
-        return _all_positive(value)
+        return value
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "UNetSettings":
@@ -165,7 +165,7 @@ class ScheduleSettings(Settings):
     """The noise schedule: how much signal is left at each level."""
 
     schedule: Literal["linear", "cosine"] = Field("cosine", description="noise schedule")
-    timesteps: int = Field(1000, ge=2, description="levels T of the noise schedule")
+    timesteps: int = Field(1000, ge=2, le=1_000_000, description="levels T of the noise schedule")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of the linear schedule")
     beta_end: float = Field(0.02, gt=0, lt=1, description="last beta of the linear schedule")
 
@@ -231,6 +231,13 @@ class LoopSettings(ComputeSettings):
     val_every: int = Field(1000, ge=0, description="optimizer steps between validations; 0: only at the end")
     save_every: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(2, ge=1, description="step files kept; older ones are removed")
+    keep_every: int = Field(
+        0, ge=0, description="step files of a multiple of this many steps are kept for good; 0: none"
+    )
+    drop_oldest: bool = Field(False, description="remove the oldest step file when the disk is too full to save")
+    skip_nonfinite: int = Field(
+        0, ge=0, description="steps with a loss or gradient that is not finite that may be skipped before the run stops"
+    )
     log_every: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     seed: int = Field(0, ge=0, description="seed that every random number is a function of")
 
@@ -242,6 +249,16 @@ class LoopSettings(ComputeSettings):
     def total_steps(self, train_items: int) -> int:
         """Optimizer steps of the whole run."""
         return max(1, round(self.epochs * train_items / self.batch_size)) if self.epochs else self.steps
+
+
+class JobSettings(Settings):
+    """How many processes, and for how long. Not part of what is trained: may differ at each start."""
+
+    nproc_per_node: int = Field(1, ge=1, description="processes to start on this machine, as a rule one for each GPU")
+    max_restarts: int = Field(0, ge=0, description="times that all processes are started again when one of them dies")
+    timeout: float = Field(600.0, gt=0, description="seconds that processes wait for one that does not answer")
+    max_time: float = Field(0.0, ge=0, description="minutes after which to save and end with exit code 75; 0: no limit")
+    force_unlock: bool = Field(False, description="take over a run folder that another host has locked")
 
 
 class VAELossSettings(Settings):
@@ -260,13 +277,21 @@ class VAELossSettings(Settings):
 class StageSettings(Settings):
     """Base of all stages."""
 
+    SAID_ONCE: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command; not saved
+
+    def to_save(self) -> dict[str, Any]:
+        """What is saved with a checkpoint, as JSON."""
+        return self.model_dump(mode="json", exclude=set(self.SAID_ONCE))
+
     run: Path = Field(Path("runs/default"), description="run folder")
+    job: JobSettings = Field(JobSettings(), title="Processes and time")
 
 
 class TrainVAESettings(StageSettings):
     """Train the VAE on a folder of images."""
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
+    from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
@@ -301,6 +326,7 @@ class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to predict noise."""
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
+    from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
@@ -332,7 +358,7 @@ class GenerateSettings(StageSettings):
     compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
 
 
-class DemoSettings(StageSettings):
+class DemoSettings(Settings):
     """Draw a data set of faces, then run all five stages on it."""
 
     run: Path = Field(Path("runs/demo"), description="run folder")
@@ -342,9 +368,3 @@ class DemoSettings(StageSettings):
     unet_steps: int = Field(1000, ge=1, description="optimizer steps of the U-Net")
     seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
-
-
-def _all_positive(value: tuple[int, ...]) -> tuple[int, ...]:
-    if any(v < 1 for v in value):
-        raise ValueError(f"{', '.join(map(str, value))}: every number must be 1 or more")
-    return value

@@ -11,6 +11,8 @@ from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lightdiff.data.latents import read_index
+
 ON_CPU = ("--device", "cpu")
 DRAW = ("--num-images", 1, "--num-steps", 2, *ON_CPU)
 
@@ -226,8 +228,8 @@ def test_scale_before_encode(refused, run):
 
 
 def test_train_unet_before_scale(refused, run):
-    index = run / "latents" / "index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"statistics": None}))
+    latents = run / "latents"
+    read_index(latents).model_copy(update={"statistics": None}).write(latents)
     assert "run 'lightdiff scale' first" in refused("train-unet", "--run", run)
 
 
@@ -238,8 +240,8 @@ def test_generate_before_training(refused, run, new):
 
 
 def test_unfinished_latents(refused, run):
-    index = run / "latents" / "index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"digest": ""}))
+    latents = run / "latents"
+    read_index(latents).model_copy(update={"digest": ""}).write(latents)
     for command in ("scale", "train-unet"):
         assert "run 'lightdiff encode' again" in refused(command, "--run", run)
 
@@ -327,6 +329,8 @@ def test_a_bad_checkpoint_is_named(refused, run, tmp_path, harm, words, flag, st
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_a_runs_own_bad_checkpoint_is_named(refused, run, harm, words, stage):
     file = vae(run, stage)
+    for older in file.parent.glob("step-*"):  # else one of them is taken instead
+        older.unlink()
     harm(file, run)
     told = refused(f"train-{stage}", "--run", run, "--steps", 4)
     assert str(file) in told
@@ -466,7 +470,7 @@ def test_images_are_not_overwritten(refused, run):
     out = run / "samples" / "0001"
     before = (out / "00000.png").read_bytes()
     told = refused("generate", "--run", run, "--out", out, *DRAW, "--seed", 5)
-    assert f"{out} holds 00000.png already: choose another --out, or a --name" in told
+    assert f"{out} was begun with --seed 0, now 5: choose another --out, or a --name" in told
     assert (out / "00000.png").read_bytes() == before
 
 

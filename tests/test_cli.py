@@ -12,6 +12,7 @@ import pytest
 import lightdiff
 from lightdiff import settings
 from lightdiff.cli import PRESET_FOLDER
+from lightdiff.data.latents import read_index
 from lightdiff.options import flag, leaves, typed
 
 STAGES = {
@@ -249,9 +250,9 @@ def test_so_can_that_of_a_run_that_was_started(cli, run, tmp_path, args):
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_the_settings_kept_in_a_run_can_be_given_back(cli, run, stage):
     saved = json.loads((run / stage / "settings.json").read_text())
-    assert dry(cli, f"train-{stage}", "--settings", run / stage / "settings.json", "--run", run) == saved | {
-        "run": str(run)
-    }
+    back = dry(cli, f"train-{stage}", "--settings", run / stage / "settings.json", "--run", run)
+    assert {name: back[name] for name in saved} == saved | {"run": str(run)}
+    assert back.keys() - saved.keys() == {"job", "restart", "from_step"}  # said anew at each start
 
 
 def test_flags_over_file_over_saved_run_over_preset_over_defaults(cli, run, tmp_path):
@@ -329,7 +330,12 @@ def test_all_stages_leave_what_they_should(trained):
     assert (trained / "unet" / "checkpoints" / "last.safetensors").is_file()
     assert [json.loads(line)["step"] for line in (trained / "vae" / "metrics.jsonl").read_text().splitlines()][-1] == 3
     assert json.loads((trained / "latents" / "index.json").read_text())["statistics"]["count"] > 0
-    assert sorted(p.name for p in (trained / "samples" / "0001").iterdir()) == ["00000.png", "00001.png", "grid.png"]
+    assert sorted(p.name for p in (trained / "samples" / "0001").iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "grid.png",
+        "settings.json",
+    ]
 
 
 def test_a_result_goes_to_stdout_and_words_to_stderr(cli, run):
@@ -448,8 +454,8 @@ def test_show_latents(cli, run, below):
 
 
 def test_show_latents_without_a_scale(cli, run):
-    index = json.loads((run / "latents" / "index.json").read_text())
-    (run / "latents" / "index.json").write_text(json.dumps(index | {"statistics": None}))
+    latents = run / "latents"
+    read_index(latents).model_copy(update={"statistics": None}).write(latents)
     assert "run 'lightdiff scale'" in cli("show", run / "latents").out
 
 

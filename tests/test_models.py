@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import UserError
 from lightdiff.extras.import_original import import_checkpoint
-from lightdiff.models.layers import Attention, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
+from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
 from lightdiff.models.unet import Stage, UNet
 from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, soft_bound
 from lightdiff.options import build, read_settings
@@ -24,10 +24,11 @@ SMALL_VAE = VAESettings(encoder_width=8, decoder_width=8, groups=4)
 SMALL_UNET = UNetSettings(width=16, blocks=1, time_dim=32, groups=4)
 VAES = {
     "default": SMALL_VAE,
+    "group norm": SMALL_VAE.model_copy(update={"norm": "group"}),
     "attention": SMALL_VAE.model_copy(update={"attention": True, "mid_blocks": 2}),
     "no middle": SMALL_VAE.model_copy(update={"attention": True, "mid_blocks": 0}),
     "original": SMALL_VAE.model_copy(
-        update={"block": "plain", "upsample": "transposed", "down_kernel": 4, "mid_blocks": 0}
+        update={"block": "plain", "upsample": "transposed", "down_kernel": 4, "mid_blocks": 0, "norm": "group"}
     ),
     "blocks": SMALL_VAE.model_copy(update={"encoder_blocks": (2, 1), "decoder_blocks": (1, 3), "latent_channels": 7}),
 }
@@ -396,10 +397,25 @@ def test_outputs_fill_the_range_of_images() -> None:
         decoder = randomized(Decoder(SMALL_VAE.model_copy(update={"output": output}).resolved(16)))
         body[output] = decoder(20 * normal(2, 4, 8, 8, dtype=torch.float32))
     x = body["none"]
-    assert float(x.abs().max()) > 1
+    assert float(x.abs().max()) > 0.5
     torch.testing.assert_close(body["tanh"], x.tanh())
     torch.testing.assert_close(body["sigmoid"], (x / 2).tanh())  # 2 sigmoid(x) - 1 = tanh(x / 2)
     assert float(body["sigmoid"].min()) < 0 < float(body["sigmoid"].max())
+
+
+def test_pixel_norm_is_layer_norm_of_each_pixel_alone() -> None:
+    norm = randomized(PixelNorm(6)).double()
+    x = normal(2, 6, 4, 5)
+    y = norm(x)
+    for i in range(4):
+        torch.testing.assert_close(
+            y[:, :, i, 2], torch.nn.functional.layer_norm(x[:, :, i, 2], (6,), norm.weight, norm.bias)
+        )
+    spiked = x.clone()
+    spiked[:, :, 1, 1] *= 1e6  # a spike changes what becomes of its own pixel, of no other: GroupNorm's droplets
+    changed = (norm(spiked) - y).abs().amax((0, 1)) > 0
+    assert changed.nonzero().tolist() == [[1, 1]]
+    assert norm.float()(x.bfloat16()).dtype == torch.bfloat16
 
 
 # --- equivalences -------------------------------------------------------------------------------------------------

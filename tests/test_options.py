@@ -404,7 +404,7 @@ def test_settings_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"model": {"mid_blocks": -1}}, "--model.mid-blocks: ", "(found -1)"),
         ({"model": {"encoder_channels": ["wide"]}}, "--model.encoder-channels: ", "(found wide)"),
         ({"model": {"encoder_channels": 64}}, "--model.encoder-channels: ", "tuple"),
-        ({"model": {"encoder_channels": [0, 64]}}, "--model.encoder-channels: ", "every number must be 1 or more"),
+        ({"model": {"encoder_channels": [0, 64]}}, "--model.encoder-channels: ", "greater than or equal to 1"),
         ({"model": {"encoder_channels": [64]}}, "--model.*: ", "two numbers or more"),
         ({"model": {"encoder_blocks": []}}, "--model.*: ", "need at least one number"),
         ({"model": {"encoder_channels": [8, 8], "decoder_channels": [8] * 3}}, "--model.*: ", "same count"),

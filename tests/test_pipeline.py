@@ -312,8 +312,34 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
 
 def test_nothing_is_overwritten(finished, tmp_path):
     draw(finished, tmp_path / "out")
+    with pytest.raises(UserError, match="was begun with --seed 0, now 1: choose another --out, or a --name"):
+        draw(finished, tmp_path / "out", seed=1)
+    (tmp_path / "out/settings.json").unlink()
     with pytest.raises(UserError, match=r"holds 00000\.png already: choose another --out, or a --name"):
         draw(finished, tmp_path / "out")
+
+
+def test_generate_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
+    """Batches of 2, stopped in the middle of the second: it is drawn again whole, the first is left alone."""
+    whole = draw(finished, tmp_path / "whole", num_images=5, batch_size=2)
+    saved = []
+
+    def stopping(path, *rest):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        return save_png(path, *rest)
+
+    save_png = generate.save_png
+    monkeypatch.setattr(generate, "save_png", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        draw(finished, tmp_path / "out", num_images=5, batch_size=2)
+    monkeypatch.undo()
+    first = (tmp_path / "out/00000.png").stat().st_mtime_ns
+    draw(finished, tmp_path / "out", num_images=5, batch_size=2)
+    assert (tmp_path / "out/00000.png").stat().st_mtime_ns == first
+    for path in whole.glob("*.png"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_calls_without_out_get_folders_of_their_own(copy):

@@ -4,7 +4,12 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +21,11 @@ from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.order import generator
 from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.errors import RunError, Stopped, UserError
-from lightdiff.run_folder import StageFolder
+from lightdiff.run_folder import RunFolder, StageFolder
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
+    JobSettings,
     LoopSettings,
     ScaleSettings,
     TrainUNetSettings,
@@ -30,8 +36,11 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, scale, train_unet, train_vae
-from lightdiff.training.loop import StopOnSignal, Trainer, learning_rate, train
+from lightdiff.training import stopping
+from lightdiff.training.loop import Trainer, learning_rate, train
 from lightdiff.training.progress import Reporter, cut_metrics, number, save_grid
+from lightdiff.training.ranks import Ranks
+from lightdiff.training.stopping import TimeLimit, Watch, Wish
 
 TIMING = ("time", "images_per_s", "memory_mb")
 
@@ -47,7 +56,8 @@ class Regression:
         self.model = nn.Linear(5, 3).to(dtype)
         self.target = torch.randn(5, 3, dtype=dtype)
         self.validations = 0
-        self.poison = -1
+        self.poison = ()
+        self.ranks = Ranks()
 
     def batches(self, start, steps):
         for i in range(steps):
@@ -57,7 +67,7 @@ class Regression:
         x = torch.randn(10, 5, dtype=torch.float64, generator=generator("cpu", 0, "data", batch))
         noise = torch.randn(10, 5, dtype=torch.float64, generator=rng)
         x = x + 0.01 * noise
-        if batch // 10 == self.poison:
+        if batch // 10 in self.poison:
             x[0, 0] = math.nan
         return {"x": x, "y": x @ self.target}
 
@@ -67,6 +77,9 @@ class Regression:
     def validate(self, model):
         self.validations += 1
         return {"loss": float((model.weight.T - self.target).square().mean().detach())}
+
+    def names(self, start):
+        return [f"item-{start + i}" for i in range(10)]
 
     def picture(self, model, path):
         save_grid(path, torch.zeros(1, 3, 4, 4), columns=1)
@@ -213,12 +226,42 @@ def test_best_cannot_be_resumed(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
     task = Regression()
-    task.poison = 7
-    with pytest.raises(RunError, match=r"step 8: loss, grad_norm is not finite.*lower --lr"):
+    task.poison = (7,)
+    with pytest.raises(RunError, match=r"(?s)step 8: loss or gradient is not finite.*item-70.*and 2 more.*lower --lr"):
         fit(tmp_path, task=task)
     kept = Checkpoint(StageFolder(tmp_path).last)
     assert kept.document.step == 5
     assert all(torch.isfinite(t).all() for t in kept.tensors("").values())
+
+
+def test_steps_that_are_not_finite_change_nothing_and_may_be_tolerated(tmp_path):
+    """Skipping steps 3 and 4 of 6 leaves the optimizer as if they had not been; the log is looked at each 5 steps."""
+    task = Regression()
+    task.poison = (2, 3)
+    skipping, stage = fit(tmp_path / "a", steps=6, task=task, skip_nonfinite=2, log_every=5, lr_schedule="constant")
+    assert skipping.skipped == 2
+    assert [row.get("skipped") for row in lines(stage.metrics)] == [2, 2]
+    assert all(torch.isfinite(t).all() for t in tensors(stage.last).values())
+    by_hand = Trainer(Regression(), loop(lr_schedule="constant"), "fp32")
+    for step in (0, 1, 4, 5):
+        by_hand.step = step  # as the learning rate and the noise are functions of it
+        by_hand.train_step(10 * step, 6)
+    torch.testing.assert_close(skipping.model.state_dict(), by_hand.model.state_dict(), rtol=0, atol=0)
+    counts = {float(state["step"]) for state in skipping.optimizer.state.values()}
+    assert counts == {4.0}
+    with pytest.raises(RunError, match="step 3: loss or gradient is not finite"):
+        fit(tmp_path / "b", steps=6, task=task, skip_nonfinite=1, log_every=5)
+
+
+def test_a_run_with_skipped_steps_goes_on_bit_for_bit(tmp_path):
+    def poisoned():
+        task = Regression()
+        task.poison = (2, 12)
+        return task
+
+    _, straight = fit(tmp_path / "a", steps=20, task=poisoned(), skip_nonfinite=2)
+    fit(tmp_path / "b", steps=20, task=poisoned(), skip_nonfinite=2, resume=Checkpoint(straight.step(15)))
+    assert_same_files(straight.last, StageFolder(tmp_path / "b").last)
 
 
 def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
@@ -238,12 +281,103 @@ def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
 
 def test_a_second_signal_leaves_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with StopOnSignal() as stop:
+    with Watch(Ranks(), TimeLimit(0)) as watch:
+        assert watch.wish() == Wish(0, False)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked == signal.SIGINT
+        assert watch.wish() == Wish(130, False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
+    step = Trainer.train_step
+    saved = []
+
+    def asking(self, batch, total):
+        if self.step == 7:
+            saved.append(Checkpoint(StageFolder(tmp_path).last).document.step)
+        losses = step(self, batch, total)
+        if self.step == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return losses
+
+    monkeypatch.setattr(Trainer, "train_step", asking)
+    trainer, _ = fit(tmp_path, steps=20)
+    assert saved == [7]
+    assert trainer.step == 20
+
+
+def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(stopping, "STARTED", 1000.0)
+    monkeypatch.setattr(stopping.time, "time", lambda: clock[0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    limit = TimeLimit(minutes=1, reserve=10)
+    for _ in range(8):  # steps of 5 s; after 40 s, two more of them and the reserve would reach 60 s
+        clock[0] += 5
+        assert not limit.spent()
+    clock[0] += 5
+    assert limit.spent()
+    assert not TimeLimit(minutes=0).spent()
+    with pytest.raises(Stopped, match=r"--max-time 1 minutes: 3 shards done; run the same command again") as stopped:
+        limit.check("3 shards done")
+    assert stopped.value.exit_code == 75
+
+
+def test_max_time_ends_a_training_that_can_go_on(tmp_path):
+    stage = StageFolder(tmp_path)
+    stage.checkpoints.mkdir(parents=True)
+    with pytest.raises(Stopped, match="--max-time 1e-06 minutes: stopped after step 1 of 20, saved to") as stopped:
+        train(Regression(), loop(), stage, Document(stage="vae"), 20, "fp32", job=JobSettings(max_time=1e-6))
+    assert stopped.value.exit_code == 75
+    assert Checkpoint(stage.last).document.step == 1
+
+
+def test_keep_every_keeps_for_good(tmp_path):
+    _, stage = fit(tmp_path, steps=35, keep=1, keep_every=15)
+    assert [StageFolder.step_of(path) for path in stage.steps()] == [15, 30, 35]
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(RunError, match="does not suffice for 10 images at a time: try --micro-batch 5; what was saved"):
+        fit(tmp_path)
+    with pytest.raises(RunError, match="for 1 images at a time: a smaller network"):
+        fit(tmp_path, micro_batch=1)
+
+
+def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(RunError, match=r"has 0.00 GB left, but the next checkpoint needs 0.01 GB"):
+        fit(tmp_path)
+    assert not StageFolder(tmp_path).last.exists()
+
+
+def test_old_step_files_make_room_only_if_allowed(tmp_path, monkeypatch):
+    fit(tmp_path / "a", steps=10, keep=5)
+    fit(tmp_path / "b", steps=10, keep=5)
+    write = checkpoint.save_file
+
+    def nearly_full(tensors, path, metadata):  # there is room for two step files
+        if len(StageFolder(path.parent.parent).steps()) >= 2:
+            raise OSError(28, "No space left on device")
+        write(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", nearly_full)
+    for name, allowed in (("a", False), ("b", True)):
+        stage = StageFolder(tmp_path / name)
+        go_on = partial(fit, tmp_path / name, steps=15, keep=5, resume=Checkpoint(stage.last), drop_oldest=allowed)
+        if allowed:
+            go_on()
+        else:
+            with pytest.raises(RunError, match="No space left"):
+                go_on()
+    assert [StageFolder.step_of(path) for path in StageFolder(tmp_path / "a").steps()] == [5, 10]
+    assert [StageFolder.step_of(path) for path in StageFolder(tmp_path / "b").steps()] == [10, 15]
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
@@ -384,7 +518,76 @@ def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path,
         train_vae.run(vae_settings(tmp_path, faces, seed=1))
     train_vae.run(with_changes(other, restart=True))
     assert (tmp_path / "vae.old-1/checkpoints/last.safetensors").is_file()
-    assert json.loads((tmp_path / "vae/settings.json").read_text())["restart"] is False
+    assert "restart" not in json.loads((tmp_path / "vae/settings.json").read_text())
+
+
+def test_a_damaged_state_is_told_and_an_older_one_taken(tmp_path, faces, capsys):
+    for name in ("whole", "damaged"):
+        train_vae.run(vae_settings(tmp_path / name, faces))
+    stage = RunFolder(tmp_path / "damaged").vae
+    for path in (stage.last, stage.step(8)):  # one file under two names, or two copies of it
+        flip_bit(path, -100)
+    capsys.readouterr()
+    train_vae.run(vae_settings(tmp_path / "damaged", faces))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "last.safetensors is damaged" in said
+    assert "step-00000004.safetensors is taken instead" in said
+    assert "going on from step 4 of 8" in said
+    assert_same_files(RunFolder(tmp_path / "whole").vae.last, stage.last)
+    for path in stage.resumable():
+        flip_bit(path, 20)
+    with pytest.raises(UserError, match="there is no whole state to go on from: --restart begins anew"):
+        train_vae.run(vae_settings(tmp_path / "damaged", faces))
+
+
+def flip_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_from_step_goes_back_and_keeps_what_was_newer_aside(tmp_path, faces, capsys):
+    train_vae.run(vae_settings(tmp_path / "straight", faces))
+    train_vae.run(vae_settings(tmp_path / "back", faces))
+    stage = RunFolder(tmp_path / "back").vae
+    back = with_changes(vae_settings(tmp_path / "back", faces), from_step=4)
+    train_vae.run(back)
+    assert "going on from step 4 of 8" in " ".join(capsys.readouterr().err.split())
+    assert (stage.checkpoints / "after-step-4.old-1/step-00000008.safetensors").is_file()
+    assert_same_files(RunFolder(tmp_path / "straight").vae.last, stage.last)
+    with pytest.raises(UserError, match=r"--from-step 5: .* has no such step file; there are: 4, 8"):
+        train_vae.run(with_changes(back, from_step=5))
+
+
+def test_two_at_once_in_one_run_folder(tmp_path, faces, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(tmp_path / "vae")], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=rf"vae is in use by process {other.pid} on {socket.gethostname()}: wait"):
+            train_vae.run(vae_settings(tmp_path, faces))
+        other.kill()
+    train_vae.run(vae_settings(tmp_path, faces))  # its child lives on, but the lock has gone with the process
+    (tmp_path / "vae/.lock").write_text("elsewhere 17\n")
+    with pytest.raises(UserError, match=r"was locked by process 17 on elsewhere.*--force-unlock"):
+        train_vae.run(vae_settings(tmp_path, faces))
+    settings = vae_settings(tmp_path, faces)
+    train_vae.run(with_changes(settings, job=JobSettings(force_unlock=True)))
+
+
+HOLD_LOCK = """
+import os, sys, time
+from pathlib import Path
+from lightdiff.run_folder import Lock, claim
+folder = Path(sys.argv[1])
+claim(folder)
+Lock().take(folder)
+if os.fork() == 0:
+    os.close(1)
+    time.sleep(30)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(30)
+"""
 
 
 def test_another_preset_is_refused_on_a_run_that_exists(tmp_path, faces, cli):

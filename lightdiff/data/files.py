@@ -8,7 +8,7 @@ import csv
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .gif".split()
 )  # fmt: skip
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+TELL_EVERY = 1000
 FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
 FAIRFACE_LABELS = ("age", "gender", "race")
 
@@ -36,8 +37,12 @@ class ImageFile:
     labels: dict[str, str]
 
 
-def scan(folders: Sequence[Path], val_share: float) -> list[ImageFile]:
+def scan(
+    folders: Sequence[Path], val_share: float, found: Callable[[int], object] = lambda count: None
+) -> list[ImageFile]:
     """Every image below the folders, sorted by folder and path (by code point), with its split and its labels.
+
+    `found` is told now and then how many there are so far.
 
     An image is held out for validation when a hash of its path, a number in [0, 1), lies below `val_share`: adding
     files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
@@ -46,7 +51,12 @@ def scan(folders: Sequence[Path], val_share: float) -> list[ImageFile]:
     _check_folders(folders)
     files: list[ImageFile] = []
     for root, folder in enumerate(folders):
-        paths = sorted(_image_paths(folder))
+        listed: list[str] = []
+        for path in _image_paths(folder):
+            listed.append(path)
+            if len(listed) % TELL_EVERY == 0:
+                found(len(files) + len(listed))
+        paths = sorted(listed)
         if not paths:
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))})")
         recognised = layout(folder, paths)

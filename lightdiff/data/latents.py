@@ -56,6 +56,7 @@ class LatentIndex(BaseModel):
     bad: list[int] = Field(default_factory=list)
     digest: str = ""
     statistics: Statistics | None = None
+    checksum: str = ""
 
     @property
     def complete(self) -> bool:
@@ -68,7 +69,13 @@ class LatentIndex(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
+        self.checksum = self.sum()
         publish_text(folder / "index.json", json.dumps(self.model_dump(mode="json")))  # ASCII: names may not be UTF-8
+
+    def sum(self) -> str:
+        """A digest of all that the index says."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -88,9 +95,12 @@ def read_index(folder: Path) -> LatentIndex:
     if isinstance(raw.get("format"), int) and raw["format"] > 1:
         raise UserError(f"{path} has format {raw['format']}, written by a newer lightdiff: upgrade this one")
     try:
-        return LatentIndex.model_validate(raw)
+        index = LatentIndex.model_validate(raw)
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
+    if index.checksum != index.sum():
+        raise RunError(f"{path} is damaged: it does not match its checksum; run 'lightdiff encode --restart'")
+    return index
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
             f"{run.vae.best} is missing: import the VAE that this U-Net belongs to first, into the same --run"
         )
     vae = Checkpoint(run.vae.best, "vae")
-    factor = VAESettings.model_validate(vae.document.settings["model"]).factor
+    factor = vae.settings(VAESettings, "model").factor
     config, args = content["UNET_CFG"], content["args"]
     channels, blocks = tuple(config["down_channel_args"]), config["num_res_blocks_per_level"]
     if tuple(config["up_channel_args"]) != channels[::-1]:

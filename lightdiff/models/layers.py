@@ -131,6 +131,11 @@ class TimeEmbedding(nn.Module):
         return out
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a network answers, which autocast may have made bf16: float32, or float64 if it computes in that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def zero_init(module: nn.Module) -> None:
     """Set a module's weights and bias to zero, so that the branch it ends adds nothing at first."""
     for parameter in module.parameters(recurse=False):

@@ -7,7 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightdiff.models.layers import Attention, Downsample, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
+from lightdiff.models.layers import (
+    Attention,
+    Downsample,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+    at_least_float32,
+    group_norm,
+    zero_init,
+)
 from lightdiff.settings import UNetSettings
 
 
@@ -106,4 +115,4 @@ class UNet(nn.Module):
         for level in self.up:
             h = level.ascend(h, time, kept)  # type: ignore[operator]
         out: Tensor = self.out(torch.nn.functional.silu(self.norm(h)))
-        return out.float()
+        return at_least_float32(out)

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightdiff.models.layers import Attention, Downsample, Norm, PixelNorm, ResBlock, Upsample, group_norm
+from lightdiff.models.layers import (
+    Attention,
+    Downsample,
+    Norm,
+    PixelNorm,
+    ResBlock,
+    Upsample,
+    at_least_float32,
+    group_norm,
+)
 from lightdiff.settings import VAESettings
 
 
@@ -81,7 +90,8 @@ class Encoder(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Posterior:
         """Encode images in [-1, 1]; the answer is float32 and its logvar lies within the bounds."""
         h = self.body(x)
-        return Posterior(self.mu(h).float(), soft_bound(self.logvar(h).float(), *self.bounds))
+        mu, logvar = at_least_float32(self.mu(h)), at_least_float32(self.logvar(h))
+        return Posterior(mu, soft_bound(logvar, *self.bounds))
 
 
 class Decoder(nn.Module):
@@ -101,7 +111,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
         """Decode latents to images in [-1, 1] (a sigmoid's [0, 1] is stretched; `none` may overshoot)."""
-        x: Tensor = self.body(z).float()
+        x = at_least_float32(self.body(z))
         if self.output == "none":
             return x
         return torch.tanh(x) if self.output == "tanh" else torch.sigmoid(x) * 2 - 1

@@ -1,24 +1,27 @@
 """encode: images + VAE -> cached mu and logvar of every image and of its mirror image."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document, remove_temporaries
-from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.files import ImageFile, full_paths
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.errors import UserError
 from lightdiff.pipeline import load_vae, vae_digest
-from lightdiff.run_folder import RunFolder, claim, find_vae
+from lightdiff.run_folder import Lock, RunFolder, find_vae
 from lightdiff.settings import EncodeSettings, ImageSettings, VAESettings
-from lightdiff.stages.start import begin_anew
-from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers
+from lightdiff.stages.start import enter, list_images
+from lightdiff.training.compute import autocast, out_of_memory_explained, pick_device, pick_precision, pick_workers
 from lightdiff.training.progress import Reporter, console
+from lightdiff.training.ranks import join
+from lightdiff.training.stopping import TimeLimit
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_COPY = "vae.safetensors"
@@ -32,53 +35,81 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
 
 def run(settings: EncodeSettings) -> Path:
     """Encode all images and return the folder of latents."""
+    with Lock(settings.job.force_unlock) as lock:
+        return encode(settings, lock)
+
+
+def encode(settings: EncodeSettings, lock: Lock) -> Path:
+    """The same, in a folder that nobody else writes to."""
     # 1. The VAE, the images, and what the latents will be
     device = pick_device(settings.compute.device)
+    ranks = join(device, settings.job.timeout)
     saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
     vae, model = load_vae(saved, device)
-    files = scan(settings.images.data, settings.images.val_share)
+    files = list_images(settings.images)
     folder = RunFolder(settings.run).latents
-    if settings.restart:
-        begin_anew(folder)
-    claim(folder)
-    remove_temporaries(folder)
     index = plan(settings, saved, model, files)
-    present = check_resumable(folder, index)
-    if present is not None and present.complete:
+    ranks.check_same("list of images", index.files)
+    if ranks.on_first(lambda: prepare(folder, index, saved, settings, lock)):
         console.print(f"{folder} has the latents of all {len(files)} images already")
         return folder
-    index.write(folder)
-    checkpoint.publish_link(folder / VAE_COPY, saved.path)
 
     # 2. Encode shard by shard; a shard that is there is whole
     bad = BadFiles(
         folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
     )
-    precision = pick_precision(settings.compute.precision, device)
+    precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
     encoder = vae.encoder
-    digests: list[str] = []
-    with Reporter("encode", len(files)) as reporter:
-        for number, first in enumerate(range(0, len(files), settings.shard_size)):
-            positions = range(first, min(first + settings.shard_size, len(files)))
+    shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
+    mine = ranks.deal(list(enumerate(shards)))
+    limit = TimeLimit(settings.job.max_time)
+    done = 0
+    with (
+        Reporter("encode", sum(len(positions) for _, positions in mine)) as reporter,
+        out_of_memory_explained("--batch-size", settings.batch_size),
+    ):
+        for number, positions in mine:
             path = shard_path(folder, number)
             document = shard_document(path)
             if document is None:
-                document = encode_shard(path, encoder, files, positions, settings, bad, precision, device, reporter)
+                advance = partial(reporter.step, done)
+                document = encode_shard(path, encoder, files, positions, settings, bad, precision, device, advance)
             else:
                 bad.add([(p, why) for p, why in document.facts["bad"]])
-            digests.append(document.digest)
-            index.bad += [p for p, _ in document.facts["bad"]]
-            reporter.advance(positions[-1] + 1, {})
+            done += len(positions)
+            reporter.advance(done, {})
+            if number != mine[-1][0]:
+                limit.check(f"{done} images encoded")
 
     # 3. Only a finished index has a digest
-    index.digest = index.seal(digests)
+    ranks.wait()
+    ranks.on_first(lambda: finish(folder, index, len(shards)))
+    return folder
+
+
+def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: EncodeSettings, lock: Lock) -> bool:
+    """Make the folder ready for shards; whether it has all of them already."""
+    enter(folder, lock, settings.restart)
+    present = check_resumable(folder, index)
+    if present is not None and present.complete:
+        return True
     index.write(folder)
-    size = sum(shard_path(folder, n).stat().st_size for n in range(len(digests)))
+    checkpoint.publish_link(folder / VAE_COPY, saved.path)
+    return False
+
+
+def finish(folder: Path, index: LatentIndex, shards: int) -> None:
+    """Publish the index of all shards, and say what they hold."""
+    paths = [shard_path(folder, number) for number in range(shards)]
+    documents = [Checkpoint(path, "latents").document for path in paths]
+    index.bad = [p for document in documents for p, _ in document.facts["bad"]]
+    index.digest = index.seal([document.digest for document in documents])
+    index.write(folder)
+    size = sum(path.stat().st_size for path in paths)
     console.print(
-        f"{len(files) - len(index.bad)} images{' and their mirror images' if index.mirrored else ''} encoded to "
+        f"{len(index.files) - len(index.bad)} images{' and their mirror images' if index.mirrored else ''} encoded to "
         f"{' x '.join(map(str, index.shape))} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
     )
-    return folder
 
 
 def plan(settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile]) -> LatentIndex:
@@ -151,9 +182,9 @@ def encode_shard(
     bad: BadFiles,
     precision: str,
     device: torch.device,
-    reporter: Reporter,
+    advance: Callable[[int], None],
 ) -> Document:
-    """Encode the images at these positions and publish their shard."""
+    """Encode the images at these positions and publish their shard; `advance` is told how many are done."""
     images, dtype = settings.images, DTYPES[settings.dtype]
     mu: list[Tensor] = []
     logvar: list[Tensor] = []
@@ -169,7 +200,7 @@ def encode_shard(
             for store, value in ((mu, posterior.mu), (logvar, posterior.logvar)):
                 store.append(torch.stack(value.chunk(len(sides)), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
             kept += at
-            reporter.advance(at[-1] + 1)
+            advance(at[-1] + 1 - positions.start)
     side = images.resolution
     empty = encoder(torch.zeros(1, 3, side, side, device=device)).mu[:0, None].to("cpu", dtype) if not kept else None
     tensors = {"mu": torch.cat(mu) if empty is None else empty, "logvar": torch.cat(logvar) if empty is None else empty}

@@ -3,58 +3,77 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightdiff import __version__
-from lightdiff.checkpoint import Checkpoint, publish
-from lightdiff.data.images import to_uint8
+from lightdiff.checkpoint import Checkpoint, publish, publish_text
+from lightdiff.data.images import to_float, to_uint8
 from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.pipeline import Pipeline, Sampling, vae_behind
-from lightdiff.run_folder import RunFolder, claim, find_unet
+from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
 from lightdiff.settings import GenerateSettings
-from lightdiff.training.compute import pick_device, pick_precision
+from lightdiff.stages.start import enter, flag_of, flat
+from lightdiff.training.compute import out_of_memory_explained, pick_device, pick_precision
 from lightdiff.training.progress import Reporter, console, save_grid
+from lightdiff.training.ranks import join
+from lightdiff.training.stopping import TimeLimit
 
 GRID_IMAGES = 64
-MACHINE_ONLY = {"run", "unet", "vae", "out", "name", "compute"}  # settings that a picture does not tell
+MACHINE_ONLY = {"run", "job", "unet", "vae", "out", "name", "num_images", "compute"}  # a picture tells none of these
 
 
 def run(settings: GenerateSettings) -> Path:
     """Draw images and return the folder they are in."""
+    with Lock(settings.job.force_unlock) as lock:
+        return generate(settings, lock)
+
+
+def generate(settings: GenerateSettings, lock: Lock) -> Path:
+    """The same, in a folder that nobody else writes to."""
     # 1. The networks, and whether they can do what is asked
     device = pick_device(settings.compute.device)
+    ranks = join(device, settings.job.timeout)
     here = RunFolder(settings.run)
     unet = Checkpoint(find_unet(settings.unet, here), "unet")
     vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
     pipeline = Pipeline(unet, vae, device, settings.ema)
-    pipeline.precision = pick_precision(settings.compute.precision, device)
+    pipeline.precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
     size = latent_size(settings, pipeline)
     check_steps(settings, pipeline)
-    out = settings.out or new_folder(here.samples)
-    claim(out)
-    names = [file_name(settings, i) for i in range(settings.num_images)]
-    refuse_overwriting(out, names)
+    out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
+    paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.num_images)]
+    ranks.on_first(lambda: open_folder(out, paths, settings, pipeline, lock))
 
-    # 2. Draw batch by batch
+    # 2. Draw batch by batch; one that is there already is whole
     sampling = Sampling(settings.num_steps, settings.eta, settings.clamp, settings.min_alpha_bar)
-    shown: list[Tensor] = []
-    with Reporter("generate", settings.num_images) as reporter:
-        for items in batched(settings.num_images, settings.batch_size):
-            z = pipeline.sample(items, settings.seed, sampling, size)
-            x = pipeline.decode(z)
-            for i, pixels in zip(items, to_uint8(x), strict=True):
-                save_png(out / names[i], pixels, text_chunks(settings, pipeline, i))
-            shown += x[: GRID_IMAGES - len(shown)].unbind() if len(shown) < GRID_IMAGES else []
-            reporter.advance(items[-1] + 1, {})
+    limit = TimeLimit(settings.job.max_time)
+    mine = ranks.deal(list(batched(settings.num_images, settings.batch_size)))
+    done = 0
+    with (
+        Reporter("generate", sum(map(len, mine))) as reporter,
+        out_of_memory_explained("--batch-size", settings.batch_size),
+    ):
+        for items in mine:
+            if not all(paths[i].is_file() for i in items):
+                x = pipeline.decode(pipeline.sample(items, settings.seed, sampling, size))
+                for i, pixels in zip(items, to_uint8(x), strict=True):
+                    save_png(paths[i], pixels, text_chunks(settings, pipeline, i))
+            done += len(items)
+            reporter.advance(done, {})
+            if items is not mine[-1]:
+                limit.check(f"{done} images drawn")
 
     # 3. All of them at a glance
-    grid = out / (f"{settings.name}-grid.png" if settings.name else "grid.png")
-    save_grid(grid, torch.stack(shown), columns=max(1, min(8, round(len(shown) ** 0.5))))
+    ranks.wait()
+    grid = out / file_name(settings, "grid.png")
+    ranks.on_first(lambda: draw_grid(grid, paths[:GRID_IMAGES]))
     console.print(f"{settings.num_images} images and {grid.name} are in {out}", soft_wrap=True)
     return out
 
@@ -95,20 +114,46 @@ def new_folder(samples: Path) -> Path:
     return samples / f"{max(taken, default=0) + 1:04d}"
 
 
-def file_name(settings: GenerateSettings, item: int) -> str:
-    """The file name of image `item`."""
-    return f"{settings.name}-{item:05d}.png" if settings.name else f"{item:05d}.png"
+def file_name(settings: GenerateSettings, name: str) -> str:
+    """A file's name, behind the prefix if there is one."""
+    return f"{settings.name}-{name}" if settings.name else name
 
 
-def refuse_overwriting(out: Path, names: list[str]) -> None:
-    """See that no image is there already.
+def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, pipeline: Pipeline, lock: Lock) -> None:
+    """Make the folder, or go on in one where the same images were begun.
 
     Raises:
-        UserError: If one is.
+        UserError: If it holds images of the same names, but of other settings or networks, or of unknown ones.
     """
-    there = [name for name in names if (out / name).exists()]
-    if there:
+    enter(out, lock)
+    kept = out / file_name(settings, "settings.json")
+    now = flat({"settings": chosen(settings), **digests(pipeline)})
+    if kept.is_file():
+        before = flat(read_json(kept))
+        for name in [name for name in now if before.get(name) != now[name]]:
+            raise UserError(
+                f"{out} was begun with {flag_of(name)} {before.get(name)}, now {now[name]}: "
+                "choose another --out, or a --name"
+            )
+    elif there := [path.name for path in paths if path.exists()]:
         raise UserError(f"{out} holds {there[0]} already: choose another --out, or a --name")
+    publish_text(kept, json.dumps({"settings": chosen(settings), **digests(pipeline)}, indent=2) + "\n")
+
+
+def chosen(settings: GenerateSettings) -> dict[str, Any]:
+    """The settings that a picture depends on."""
+    return settings.model_dump(mode="json", exclude=MACHINE_ONLY)
+
+
+def digests(pipeline: Pipeline) -> dict[str, str]:
+    """The networks that a picture comes from."""
+    return {"unet": pipeline.unet_checkpoint.document.digest, "vae": pipeline.vae_checkpoint.document.digest}
+
+
+def draw_grid(path: Path, images: list[Path]) -> None:
+    """Save a grid of pictures."""
+    shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in images])
+    save_grid(path, shown, columns=max(1, min(8, round(len(images) ** 0.5))))
 
 
 def batched(count: int, size: int) -> Iterator[range]:
@@ -118,14 +163,13 @@ def batched(count: int, size: int) -> Iterator[range]:
 
 def text_chunks(settings: GenerateSettings, pipeline: Pipeline, item: int) -> PngInfo:
     """What a picture says of its own making: seed, index, settings and models; no path of this machine."""
-    chosen = settings.model_dump(mode="json", exclude=MACHINE_ONLY)
     info = PngInfo()
     info.add_text("Software", f"lightdiff {__version__}")
     info.add_text("seed", str(settings.seed))
     info.add_text("index", str(item))
-    info.add_text("settings", json.dumps(chosen))
-    info.add_text("unet", pipeline.unet_checkpoint.document.digest)
-    info.add_text("vae", pipeline.vae_checkpoint.document.digest)
+    info.add_text("settings", json.dumps(chosen(settings)))
+    for network, digest in digests(pipeline).items():
+        info.add_text(network, digest)
     return info
 
 

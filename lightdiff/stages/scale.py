@@ -10,28 +10,38 @@ from torch import Tensor
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentIndex, Statistics, read_index, shard_path
 from lightdiff.errors import UserError
-from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import ScaleSettings
 from lightdiff.training.progress import console
+from lightdiff.training.ranks import Ranks, join
 
 
 def run(settings: ScaleSettings) -> Path:
     """Compute the statistics, store them in the index, and return its path."""
+    ranks = join(torch.device("cpu"), settings.job.timeout)
     folder = find_latents(settings.latents, RunFolder(settings.run))
     index = read_index(folder)
     if not index.complete:
         raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
     moments = Moments(index.shape[0])
-    for number in range(-(-len(index.files) // index.shard_size)):
+    for number in ranks.deal(range(-(-len(index.files) // index.shard_size))):
         shard = Checkpoint(shard_path(folder, number), "latents")
         rows = [row for row, p in enumerate(shard.document.facts["positions"]) if index.splits[p] == "t"]
         moments.add(shard.tensor("mu")[rows], shard.tensor("logvar")[rows])
+    moments.over(ranks)
     if not moments.count:
         raise UserError(f"{folder} has no latents in the training split; encode more images")
-    index.statistics = statistics(moments, settings)
-    index.write(folder)
-    show(index, index.statistics, settings)
+    index.statistics = found = statistics(moments, settings)
+    with Lock(settings.job.force_unlock) as lock:
+        ranks.on_first(lambda: store(folder, index, lock))
+    show(index, found, settings)
     return folder / "index.json"
+
+
+def store(folder: Path, index: LatentIndex, lock: Lock) -> None:
+    """Replace the index, unless encoding is at it."""
+    lock.take(folder)
+    index.write(folder)
 
 
 class Moments:
@@ -51,6 +61,13 @@ class Moments:
         self.mu += mu.double().sum(others)
         self.mu_squared += mu.double().square().sum(others)
         self.variance += logvar.double().exp().sum(others)
+
+    def over(self, ranks: Ranks) -> None:
+        """Add up what all processes have."""
+        numbers = torch.cat([torch.tensor([self.count]).double(), self.mu, self.mu_squared, self.variance])
+        ranks.sum(numbers)
+        self.count = int(numbers[0])
+        self.mu, self.mu_squared, self.variance = numbers[1:].chunk(3)
 
 
 def statistics(moments: Moments, settings: ScaleSettings) -> Statistics:

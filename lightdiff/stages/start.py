@@ -6,18 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+import torch
 
-from lightdiff.checkpoint import Checkpoint, Document, publish_text, remove_temporaries
-from lightdiff.data.files import ImageFile
-from lightdiff.errors import UserError
-from lightdiff.run_folder import StageFolder, claim, set_aside
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings
-from lightdiff.training.loop import Task, load_weights
+from lightdiff.checkpoint import Checkpoint, Document, load_weights, publish_link, publish_text, remove_temporaries
+from lightdiff.data.files import ImageFile, scan
+from lightdiff.errors import Damaged, UserError
+from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
+from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.training.loop import Task
 from lightdiff.training.progress import console
+from lightdiff.training.ranks import Ranks
 
-FREE = ("loop", "run", "init_from", "restart", "latents", "images.data", "images.max_bad")  # may change on resuming
+FREE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")  # may change on resuming
 FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
+
+
+def list_images(images: ImageSettings) -> list[ImageFile]:
+    """All images of the --data folders; on a terminal it is told how many there are so far."""
+    with console.status("looking for images") as status:
+        return scan(images.data, images.val_share, lambda count: status.update(f"looking for images: {count:,}"))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,20 +38,91 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def resumed(folder: StageFolder, stage: str, restart: bool) -> Checkpoint | None:
-    """The state to go on from, if the run has been started before and is not to begin anew."""
-    if restart:
-        begin_anew(folder.path)
-    claim(folder.checkpoints)
-    remove_temporaries(folder.checkpoints)
-    return Checkpoint(folder.last, stage) if folder.last.is_file() else None
+def resumed(
+    folder: StageFolder, stage: str, settings: TrainVAESettings | TrainUNetSettings, lock: Lock, ranks: Ranks
+) -> Checkpoint | None:
+    """The state to go on from, if the run has been started before and is not to begin anew.
+
+    One process makes the folder, takes the lock and chooses the file; all open it.
+
+    Raises:
+        UserError: If another process writes there, or there is a state but none that is whole.
+    """
+    mine: Checkpoint | None = None  # of the first process, read once already
+
+    def choose() -> Path | None:
+        nonlocal mine
+        enter(folder.path, lock, settings.restart)
+        claim(folder.checkpoints)
+        remove_temporaries(folder.checkpoints)
+        if settings.from_step:
+            go_back(folder, settings.from_step)
+        mine = newest_whole(folder, stage)
+        return mine.path if mine else None
+
+    path = ranks.on_first(choose)
+    ranks.check_same("run folder", path is None or path.is_file())  # else a machine without it would begin at step 0
+    return mine or (Checkpoint(path, stage) if path else None)
 
 
-def begin_anew(folder: Path) -> None:
-    """Set aside what a stage has made so far."""
-    aside = set_aside(folder)
-    if aside is not None:
+def newest_whole(folder: StageFolder, stage: str) -> Checkpoint | None:
+    """The newest state that can be resumed and is not damaged; None if there is none at all.
+
+    Raises:
+        Damaged: If there are some, but all are damaged.
+    """
+    problems: list[Damaged] = []
+    for path in folder.resumable():
+        try:
+            found = Checkpoint(path, stage).verify()
+        except Damaged as error:
+            problems.append(error)
+        else:
+            for problem in problems:
+                console.print(f"{problem}; {path.name} is taken instead", style="yellow")
+            return found
+    if problems:
+        raise Damaged(f"{problems[0]}; there is no whole state to go on from: --restart begins anew")
+    return None
+
+
+def go_back(folder: StageFolder, step: int) -> None:
+    """Make a step file the newest state, and keep aside what was saved after it.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    chosen = folder.step(step)
+    if not chosen.is_file():
+        there = ", ".join(str(folder.step_of(p)) for p in folder.steps()) or "none"
+        raise UserError(f"--from-step {step}: {folder.checkpoints} has no such step file; there are: {there}")
+    newer = [p for p in folder.steps() if folder.step_of(p) > step]
+    if folder.best.is_file() and Checkpoint(folder.best).document.step > step:
+        newer.append(folder.best)
+    if newer:
+        aside = free_name(folder.checkpoints / f"after-step-{step}")
+        aside.mkdir()
+        for path in newer:
+            path.rename(aside / path.name)
+        console.print(f"what was saved after step {step} is now in {aside}")
+    publish_link(folder.last, chosen)
+
+
+def machine(device: torch.device, ranks: Ranks) -> str:
+    """What computes, in words."""
+    return device.type if ranks.size == 1 else f"{ranks.size} processes on {device.type}"
+
+
+def enter(folder: Path, lock: Lock, restart: bool = False) -> None:
+    """Make a stage's folder, lock it, and clear it: of half-written files, or of everything, which is kept aside."""
+    claim(folder)
+    lock.take(folder)
+    if restart and any(path.name != LOCK for path in folder.iterdir()):
+        aside = set_aside(folder)
         console.print(f"what was in {folder} is now in {aside}")
+        claim(folder)
+        lock.take(folder)
+    remove_temporaries(folder)
 
 
 def begin(
@@ -69,17 +147,17 @@ def begin(
     elif settings.init_from:
         source = initial_weights(settings.init_from, task.stage)
         load_weights(task.model, source, source.weights())
-    publish_text(folder.settings, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
+    task.ranks.on_first(lambda: publish_text(folder.settings, json.dumps(settings.to_save(), indent=2) + "\n"))
     return True
 
 
-def check_same(saved: Checkpoint, settings: BaseModel) -> dict[str, tuple[Any, Any]]:
+def check_same(saved: Checkpoint, settings: StageSettings) -> dict[str, tuple[Any, Any]]:
     """What differs from a saved run's settings and may: {"loop.lr": (old, new), ...}.
 
     Raises:
         UserError: If something differs that shapes the weights or the data.
     """
-    old, new = flat(saved.document.settings), flat(settings.model_dump(mode="json"))
+    old, new = flat(saved.document.settings), flat(settings.to_save())
     changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changed.items():
         if name in FIXED or not {name, name.split(".")[0]} & set(FREE):

@@ -14,13 +14,14 @@ from lightdiff.diffusion.schedules import alpha_bar_table, noised
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.pipeline import Sampling, load_vae, sample_latents
-from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import GRID, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
-from lightdiff.stages.start import begin, resumed
+from lightdiff.stages.start import begin, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, place
 from lightdiff.training.loop import Batch, train
 from lightdiff.training.progress import console, save_grid
+from lightdiff.training.ranks import Ranks, join
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation
 PICTURE_STEPS = 50
@@ -32,10 +33,10 @@ class UNetTask:
 
     stage = "unet"
 
-    def __init__(self, settings: TrainUNetSettings, latents: LatentSet, device: torch.device) -> None:
+    def __init__(self, settings: TrainUNetSettings, latents: LatentSet, device: torch.device, ranks: Ranks) -> None:
         """Build the network from resolved settings; `latents` gives the data."""
         s = self.settings = settings
-        self.device, self.latents = device, latents
+        self.device, self.latents, self.ranks = device, latents, ranks
         torch.manual_seed(s.loop.seed)  # the initial weights
         self.model: nn.Module = UNet(s.model, s.latent.channels)
         place(self.model, device)
@@ -44,21 +45,32 @@ class UNetTask:
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
 
     def batches(self, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
-        """The (epoch, item) of each batch, items counting training latents."""
-        loop, count = self.settings.loop, len(self.latents.train)
+        """The (epoch, item) of this process's share of each batch, items counting training latents."""
+        size = self.settings.loop.batch_size
         for i in range(steps):
-            yield batch_at(start + i * loop.batch_size, loop.batch_size, count, loop.seed)
+            yield self._batch_at(start + i * size)[self.ranks.part(size)]
+
+    def _batch_at(self, start: int) -> list[tuple[int, int]]:
+        loop = self.settings.loop
+        return batch_at(start, loop.batch_size, len(self.latents.train), loop.seed)
+
+    def names(self, start: int) -> list[str]:
+        """The images behind the batch that begins after `start` images."""
+        positions = [self.latents.train[i] for _, i in self._batch_at(start)]
+        return [self.latents.index.files[p][1] for p in positions]
 
     def prepare(self, batch: list[tuple[int, int]], rng: torch.Generator) -> Batch:
         """Clean latents x0, their levels t and noise eps; posterior sample, mirror and all are drawn here."""
-        b = len(batch)
+        size = self.settings.loop.batch_size
+        part = self.ranks.part(size)
         mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
         mu, logvar = self.latents.gather([self.latents.train[i] for _, i in batch], mirror)
         mu, logvar = mu.to(self.device), logvar.to(self.device)
-        posterior = torch.randn(mu.shape, generator=rng, device=self.device)
+        whole = (size, *self.shape)
+        posterior = torch.randn(whole, generator=rng, device=self.device)[part]
         z = mu if self.settings.latent.only_mu else mu + torch.exp(0.5 * logvar) * posterior
-        t = torch.randint(len(self.alpha_bar), (b,), generator=rng, device=self.device)
-        eps = torch.randn(mu.shape, generator=rng, device=self.device)
+        t = torch.randint(len(self.alpha_bar), (size,), generator=rng, device=self.device)[part]
+        eps = torch.randn(whole, generator=rng, device=self.device)[part]
         return {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
@@ -76,8 +88,9 @@ class UNetTask:
         loop, levels = self.settings.loop, len(self.alpha_bar)
         items = self.latents.val
         sums = torch.zeros(BANDS, dtype=torch.float64)
-        for first in range(0, len(items), loop.micro):
-            at = range(first, min(first + loop.micro, len(items)))
+        mine = self.ranks.share(len(items))
+        for first in range(mine.start, mine.stop, loop.micro):
+            at = range(first, min(first + loop.micro, mine.stop))
             mu, _ = self.latents.gather([items[i] for i in at])
             x0 = self.scaling.to_x0(mu.to(self.device))
             for band in range(BANDS):
@@ -89,7 +102,7 @@ class UNetTask:
                 sums[band] += error.square().mean((1, 2, 3)).double().sum().cpu()
         if not items:
             return {}
-        means = (sums / len(items)).tolist()
+        means = (self.ranks.sum(sums) / len(items)).tolist()
         return {"loss": sum(means) / BANDS, **{f"loss_band_{band + 1}": mean for band, mean in enumerate(means)}}
 
     @torch.inference_mode()
@@ -113,25 +126,32 @@ def inherited(run: Path, latents: Path | None) -> dict[str, object]:
 
 def run(settings: TrainUNetSettings) -> Path:
     """Train a U-Net and return its last checkpoint."""
+    with Lock(settings.job.force_unlock) as lock:
+        return train_unet(settings, lock)
+
+
+def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
+    """The same, in a run folder that nobody else writes to."""
     # 1. What there is to train on, and where the results go
     device = pick_device(settings.loop.device)
+    ranks = join(device, settings.job.timeout)
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
     if latents_settings(latents.folder) != settings.latent:
         raise UserError("--settings: its latent section is not that of these latents; leave it out")
-    settings = resolve(settings, device)
+    settings = resolve(settings, device, ranks)
+    ranks.check_same("set of latents", latents.index.digest)
     folder = RunFolder(settings.run).unet
-    saved = resumed(folder, "unet", settings.restart)
-    settings = with_changes(settings, restart=False)  # not to be saved: it is said once
+    saved = resumed(folder, "unet", settings, lock, ranks)
     if not latents.train:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
     if latents.nbytes < RESIDENT_SHARE * free_memory(device):
         latents.to(device)
 
     # 2. The task: network, data, loss
-    task = UNetTask(settings, latents, device)
+    task = UNetTask(settings, latents, device, ranks)
     total = settings.loop.total_steps(len(latents.train))
     lineage = {"vae": latents.index.vae_digest, "latents": latents.index.digest}
-    document = Document(stage="unet", settings=settings.model_dump(mode="json"), lineage=lineage)
+    document = Document(stage="unet", settings=settings.to_save(), lineage=lineage)
 
     # 3. Fresh, from another's weights, or on from where it was
     if saved and saved.document.lineage != lineage:
@@ -145,15 +165,15 @@ def run(settings: TrainUNetSettings) -> Path:
     console.print(
         f"U-Net: {parameters / 1e6:.2f} M parameters, latents {' x '.join(map(str, task.shape))}; "
         f"{len(latents.train)} training and {len(latents.val)} validation latents; "
-        f"{total} steps of {settings.loop.batch_size} on {device.type} in {settings.loop.precision}"
+        f"{total} steps of {settings.loop.batch_size} on {machine(device, ranks)} in {settings.loop.precision}"
     )
 
     # 4. Train
-    train(task, settings.loop, folder, document, total, settings.loop.precision, saved)
+    train(task, settings.loop, folder, document, total, settings.loop.precision, saved, settings.job)
     return folder.last
 
 
-def resolve(settings: TrainUNetSettings, device: torch.device) -> TrainUNetSettings:
+def resolve(settings: TrainUNetSettings, device: torch.device, ranks: Ranks) -> TrainUNetSettings:
     """The settings with every `auto` and every size that follows from the latents filled in.
 
     Raises:
@@ -166,7 +186,7 @@ def resolve(settings: TrainUNetSettings, device: torch.device) -> TrainUNetSetti
             f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
             f"but these are {latent.height} x {latent.width}; give fewer widths"
         )
-    precision = pick_precision(settings.loop.precision, device)
+    precision = ranks.on_first(lambda: pick_precision(settings.loop.precision, device))
     return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
 
 

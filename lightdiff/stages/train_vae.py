@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Document
-from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.data.files import ImageFile, full_paths
 from lightdiff.data.images import to_float
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.data.loading import Batch as ImageBatch
@@ -15,12 +15,13 @@ from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE
-from lightdiff.run_folder import RunFolder
+from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import begin, data_digest, resumed
+from lightdiff.stages.start import begin, data_digest, list_images, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers, place
-from lightdiff.training.loop import Batch, train
+from lightdiff.training.loop import Batch, Means, train
 from lightdiff.training.progress import console, save_grid
+from lightdiff.training.ranks import Ranks, join
 
 
 class VAETask:
@@ -35,9 +36,10 @@ class VAETask:
         device: torch.device,
         lpips: Callable[[Tensor, Tensor], Tensor] | None,
         bad: BadFiles,
+        ranks: Ranks,
     ) -> None:
         """Build the network and both data sets from resolved settings."""
-        self.settings, self.device, self.lpips, self.bad = settings, device, lpips, bad
+        self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
         self.model: nn.Module = VAE(s.model)
@@ -62,14 +64,23 @@ class VAETask:
 
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
-        loop, count = self.settings.loop, len(self.train)
-        size = loop.batch_size
-        order = (batch_at(start + i * size, size, count, loop.seed) for i in range(steps))
+        loop = self.settings.loop
+        part = self.ranks.part(loop.batch_size)
+        order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
         yield from batches(self.train_set, order, pick_workers(loop.workers, self.device), self._noting(self.train))
+
+    def _batch_at(self, start: int) -> list[tuple[int, int]]:
+        loop = self.settings.loop
+        return batch_at(start, loop.batch_size, len(self.train), loop.seed)
+
+    def names(self, start: int) -> list[str]:
+        """The files of the batch that begins after `start` images."""
+        return [self.train_set.paths[i] for _, i in self._batch_at(start)]
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
         """Images in [-1, 1] and the noise of their posteriors."""
-        noise = torch.randn((len(batch.x), *self.latent_shape), generator=rng, device=self.device)
+        size = self.settings.loop.batch_size
+        noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.part(size)]
         return {"x": to_float(batch.x.to(self.device)), "noise": noise}
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
@@ -78,9 +89,9 @@ class VAETask:
         return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, noise) of every readable validation image; the noise is the same at each validation."""
+        """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
         loop = self.settings.loop
-        indices = range(len(self.val))
+        indices = self.ranks.share(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
         for batch in batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
             if len(batch.x):
@@ -91,17 +102,13 @@ class VAETask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean loss, its parts and PSNR (dB) over the whole validation set."""
         model.eval()
-        sums: dict[str, float] = {}
-        count = 0
+        means = Means()
         for x, noise in self.validation_batches():
             with autocast(self.device, self.settings.loop.precision):
                 x_hat, posterior = model(x, noise)
                 losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
-            losses["psnr"] = psnr(x, x_hat).mean()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(x)
-            count += len(x)
-        return {name: value / count for name, value in sums.items()}
+            means.add(losses | {"psnr": psnr(x, x_hat).mean()}, len(x))
+        return means.over(self.ranks)
 
     @torch.inference_mode()
     def picture(self, model: nn.Module, path: Path) -> None:
@@ -120,23 +127,30 @@ class VAETask:
 
 def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
+    with Lock(settings.job.force_unlock) as lock:
+        return train_vae(settings, lock)
+
+
+def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
+    """The same, in a run folder that nobody else writes to."""
     # 1. What there is to train on, and where the results go
     device = pick_device(settings.loop.device)
+    ranks = join(device, settings.job.timeout)
     resolution = settings.images.resolution
-    settings = resolve(settings, device)
-    files = scan(settings.images.data, settings.images.val_share)
-    lpips = perceptual(settings.loss, device)
+    settings = resolve(settings, device, ranks)
+    files = list_images(settings.images)
+    ranks.check_same("list of images", data_digest(files))
+    lpips = perceptual(settings.loss, device, ranks)
     folder = RunFolder(settings.run).vae
-    saved = resumed(folder, "vae", settings.restart)
-    settings = with_changes(settings, restart=False)  # not to be saved: it is said once
+    saved = resumed(folder, "vae", settings, lock, ranks)
 
     # 2. The task: network, data, loss
     bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
-    task = VAETask(settings, files, device, lpips, bad)
+    task = VAETask(settings, files, device, lpips, bad, ranks)
     total = settings.loop.total_steps(len(task.train))
 
     # 3. Fresh, from another's weights, or on from where it was
-    document = Document(stage="vae", settings=settings.model_dump(mode="json"), lineage={"data": data_digest(files)})
+    document = Document(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
     if saved and saved.document.lineage != document.lineage:
         console.print("note: the list of images is not the one this run began with")
     if not begin(task, settings, folder, document, saved, total):
@@ -145,17 +159,17 @@ def run(settings: TrainVAESettings) -> Path:
     console.print(
         f"VAE: {parameters / 1e6:.2f} M parameters, {resolution} px -> {shape_words(task.latent_shape)}; "
         f"{len(task.train)} training and {len(task.val)} validation images; "
-        f"{total} steps of {settings.loop.batch_size} on {device.type} in {settings.loop.precision}"
+        f"{total} steps of {settings.loop.batch_size} on {machine(device, ranks)} in {settings.loop.precision}"
     )
 
     # 4. Train
-    train(task, settings.loop, folder, document, total, settings.loop.precision, saved)
+    train(task, settings.loop, folder, document, total, settings.loop.precision, saved, settings.job)
     if bad.count:
         console.print(f"{bad.count} unreadable images are listed in {folder.bad_files}")
     return folder.best
 
 
-def perceptual(loss: VAELossSettings, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+def perceptual(loss: VAELossSettings, device: torch.device, ranks: Ranks) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The LPIPS network, or None where its weight is 0.
 
     Raises:
@@ -165,10 +179,13 @@ def perceptual(loss: VAELossSettings, device: torch.device) -> Callable[[Tensor,
         return None
     from lightdiff.models.perceptual import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
 
-    return PerceptualLoss(loss.lpips_net, find_weights(loss.lpips_net, loss.lpips_weights)).to(device)
+    weights = ranks.on_first(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
+    if not weights.is_file():  # this is another machine, with a cache of its own
+        weights = find_weights(loss.lpips_net, loss.lpips_weights)
+    return PerceptualLoss(loss.lpips_net, weights).to(device)
 
 
-def resolve(settings: TrainVAESettings, device: torch.device) -> TrainVAESettings:
+def resolve(settings: TrainVAESettings, device: torch.device, ranks: Ranks) -> TrainVAESettings:
     """The settings with every `auto` and every size that follows from the images filled in.
 
     Raises:
@@ -180,7 +197,7 @@ def resolve(settings: TrainVAESettings, device: torch.device) -> TrainVAESetting
         below = resolution // model.factor * model.factor
         fits = f"{below} or {below + model.factor}" if below else str(model.factor)
         raise UserError(f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}")
-    precision = pick_precision(settings.loop.precision, device)
+    precision = ranks.on_first(lambda: pick_precision(settings.loop.precision, device))
     return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
 
 

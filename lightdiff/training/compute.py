@@ -2,14 +2,16 @@
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lightdiff.errors import UserError
+from lightdiff.errors import RunError, UserError
 from lightdiff.settings import Device, Precision
+from lightdiff.training.place import Place
 
 
 def pick_device(name: Device) -> torch.device:
@@ -23,6 +25,11 @@ def pick_device(name: Device) -> torch.device:
         name = next(n for n in ("cuda", "mps", "cpu") if there[n])
     elif not there[name]:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
+    if name == "cuda":
+        number, count = Place.of(os.environ).local_rank, torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
+        torch.cuda.set_device(number)
     return torch.device(name)
 
 
@@ -56,8 +63,29 @@ def pick_workers(asked: int, device: torch.device) -> int:
     """Processes that load images: as asked, or so many that on a CPU they do not fight the networks for cores."""
     if asked >= 0:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores() // Place.of(os.environ).local_size
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def out_of_memory_explained(flag: str, images: int) -> Iterator[None]:
+    """Say what to lower, and by how much, when the GPU's memory does not suffice for `images` at a time.
+
+    Raises:
+        RunError: Instead of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
+        advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
+        what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"
+        raise RunError(f"{what}: {advice}; what was saved is untouched") from error
 
 
 def place(model: nn.Module, device: torch.device) -> None:

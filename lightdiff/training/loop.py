@@ -1,51 +1,64 @@
 """The one training loop: accumulate, clip, step, average, validate, save. What is trained is a `Task`."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Document, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
-from lightdiff.settings import LoopSettings
-from lightdiff.training.compute import autocast, memory_in_use
+from lightdiff.settings import JobSettings, LoopSettings
+from lightdiff.training.compute import autocast, memory_in_use, out_of_memory_explained
 from lightdiff.training.ema import EMA
 from lightdiff.training.progress import Reporter
+from lightdiff.training.ranks import Ranks
+from lightdiff.training.stopping import AGAIN, OUT_OF_TIME, TimeLimit, Watch
 
 Batch = dict[str, Tensor]
+SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
+SMALL_FILES = 10_000_000  # room for metrics and pictures beside a checkpoint
+NAMES_SHOWN = 8
 
 
 class Task(Protocol):
-    """What the loop is handed: data, a loss, and how to judge and picture the network."""
+    """What the loop is handed: data, a loss, and how to judge and picture the network.
+
+    Of each batch, a process loads and prepares its share (`ranks.share`); of an empty one, the first item.
+    """
 
     stage: str
     model: nn.Module
     device: torch.device
+    ranks: Ranks
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
-        """`steps` batches, the first one beginning after `start` images."""
+        """This process's share of `steps` batches, the first of which begins after `start` images."""
 
     def prepare(self, batch: Any, rng: torch.Generator) -> Batch:
-        """The whole batch of an optimizer step on the device, with everything random drawn."""
+        """The share of an optimizer step on the device; `rng` draws for the whole batch, of which this is a slice."""
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
         """`loss` and its parts, each a mean over the part."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """`loss` and more, over the whole validation set; empty where that is."""
+        """`loss` and more, over the whole validation set, shared among all processes; empty where that is."""
 
     def picture(self, model: nn.Module, path: Path) -> None:
         """Save a picture of what the network can do."""
+
+    def names(self, start: int) -> list[str]:
+        """What the whole batch is made of that begins after `start` images."""
 
 
 class Trainer:
@@ -53,52 +66,94 @@ class Trainer:
 
     def __init__(self, task: Task, loop: LoopSettings, precision: str) -> None:
         """Start at step 0 from the task's network."""
-        self.task, self.loop, self.precision = task, loop, precision
+        self.task, self.loop, self.precision, self.ranks = task, loop, precision, task.ranks
         self.model = task.model
         self.ema = EMA(self.model, loop.ema_decay) if loop.ema_decay else None
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=loop.lr,
-            betas=(0.9, loop.beta2),
-            weight_decay=loop.weight_decay,
-            fused=task.device.type in ("cuda", "cpu"),
+            self.model.parameters(), lr=loop.lr, betas=(0.9, loop.beta2), weight_decay=loop.weight_decay, fused=True
         )
         self.step = 0
         self.images_seen = 0
         self.best = math.inf
+        self.skipped = 0  # steps without an update, as something was not finite
+        self._sound: list[Tensor] = []  # of each step since the last look, whether all was finite
+        self._network: nn.Module | None = None
 
     @property
     def averaged(self) -> nn.Module:
         """The averaged network where there is one, else the network itself."""
         return self.ema.model if self.ema else self.model
 
+    @property
+    def network(self) -> nn.Module:
+        """The network as it is called in training: with several processes, one that averages their gradients."""
+        if self._network is None:
+            self._network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
+        return self._network
+
     def train_step(self, batch: Any, total_steps: int) -> dict[str, Tensor]:
-        """One optimizer step; the losses stay on the device, so that nothing waits for them."""
-        loop, task = self.loop, self.task
+        """One optimizer step; losses of this process's share stay on the device, so that nothing waits for them.
+
+        The gradient is that of the mean over the whole batch, however it is divided among processes and micro-batches.
+        """
+        loop, task, ranks = self.loop, self.task, self.ranks
         rng = generator(task.device, loop.seed, task.stage, "noise", self.step)
         whole = task.prepare(batch, rng)
         size = len(next(iter(whole.values())))
+        weigh = bool(ranks.share(loop.batch_size))  # an empty share is lent an item, which does not count
         sums: dict[str, Tensor] = {}
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, size, loop.micro):
             part = {name: value[first : first + loop.micro] for name, value in whole.items()}
-            share = len(next(iter(part.values()))) / size  # of the batch: the last part may be smaller
-            with autocast(task.device, self.precision):
-                losses = task.loss(self.model, part)
-            (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            share = weigh * len(next(iter(part.values()))) / loop.batch_size
+            with self._quiet(first + loop.micro < size):
+                with autocast(task.device, self.precision):
+                    losses = task.loss(self.network, part)
+                (losses["loss"] * (share * ranks.size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         limit = loop.clip or math.inf
-        sums["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(loop, self.step, total_steps)
-        self.optimizer.step()
-        self.step += 1
-        self.images_seen += size
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._update(ranks.all_true(norm.isfinite() & sums["loss"].isfinite()), total_steps)
+        self.images_seen += loop.batch_size
         if self.ema:
             self.ema.update(self.model, self.step)
-        return sums
+        return sums | {"grad_norm": norm / ranks.size}  # it is the same in all processes, and sums are summed up
+
+    def _quiet(self, more: bool) -> AbstractContextManager[None]:
+        """Leave gradients where they are while more micro-batches of this step come."""
+        network = self.network
+        return network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext()
+
+    def _update(self, sound: Tensor, total_steps: int) -> None:
+        """Let the optimizer step, or on the device, without waiting for it, leave all as it is if not all is sound."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.loop, self.step, total_steps)
+        self.optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler says it
+        self.optimizer.step()
+        self._sound.append(sound)
+        self.step += 1
+
+    def look(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
+        """The last step's numbers over all processes, and the steps skipped since the last look. Waits for the device.
+
+        Numbers that are not finite are left out.
+        """
+        sound = torch.stack(self._sound).tolist()
+        first = self.step - len(self._sound) + 1
+        skipped = [first + i for i, good in enumerate(sound) if not good]
+        self._sound = []
+        self.skipped += len(skipped)
+        kind = losses["grad_norm"].dtype
+        values = self.ranks.sum(torch.stack([value.to(kind) for value in losses.values()])).tolist()
+        return {name: value for name, value in zip(losses, values, strict=True) if math.isfinite(value)}, skipped
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a resumable snapshot, about."""
+        weights = sum(p.nbytes for p in self.model.parameters())
+        return (4 if self.ema else 3) * weights
 
     def state(self, resumable: bool) -> dict[str, Tensor]:
         """All tensors of a snapshot."""
@@ -126,13 +181,42 @@ class Trainer:
             load_weights(self.ema.model, saved, saved.weights())
         self.step, self.images_seen = saved.document.step, saved.document.images_seen
         self.best = saved.document.facts.get("best", math.inf)
-        where = self.task.device if self.task.device.type == "cuda" else "cpu"  # where fused AdamW counts its steps
+        self.skipped = saved.document.facts.get("skipped", 0)
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step), device=where),
+                "step": torch.tensor(float(self.step - self.skipped), device=parameter.device),
                 "exp_avg": torch.empty_like(parameter).copy_(averages[name]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(squares[name]),
             }
+
+
+def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """The network with gradients averaged over all processes; its buffers are constants, so they stay at home."""
+    newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
+    options: dict[str, bool] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
+
+
+class Means:
+    """Means over items that come in batches and are shared among processes, summed up in float64."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, means: Mapping[str, Tensor], count: int) -> None:
+        """Take in the means over `count` items."""
+        for name, value in means.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.item() * count
+        self._count += count
+
+    def over(self, ranks: Ranks) -> dict[str, float]:
+        """The means over all items of all processes; empty where there are none."""
+        names = ranks.names(self._sums)
+        numbers = torch.tensor([*(self._sums.get(name, 0.0) for name in names), self._count], dtype=torch.float64)
+        *sums, count = ranks.sum(numbers).tolist()
+        return {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
 
 
 def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
@@ -149,20 +233,6 @@ def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
     return loop.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
 
-def load_weights(model: nn.Module, source: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """Load a snapshot's weights into a network.
-
-    Raises:
-        UserError: If names or shapes differ, as after a change of architecture.
-    """
-    expected = model.state_dict()
-    wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
-    wrong += [n for n in weights if n not in expected]
-    if wrong:
-        raise UserError(f"{source.path} does not fit this architecture: {len(wrong)} tensors differ, {wrong[0]} first")
-    model.load_state_dict(weights)
-
-
 def train(
     task: Task,
     loop: LoopSettings,
@@ -171,6 +241,7 @@ def train(
     total_steps: int,
     precision: str,
     resume: Checkpoint | None = None,
+    job: JobSettings | None = None,
 ) -> Trainer:
     """Train up to `total_steps`, validating, drawing and saving on the way.
 
@@ -182,28 +253,37 @@ def train(
         total_steps: Optimizer steps of the whole run.
         precision: fp32 or bf16.
         resume: The snapshot to go on from.
+        job: Its time limit is kept.
 
     Raises:
-        Stopped: If Ctrl-C or SIGTERM asked for it; the state is saved.
-        RunError: If the loss is not finite, or the disk is full.
+        Stopped: If a signal or the time limit asked for it; the state is saved.
+        RunError: If the loss is not finite, or the disk or the GPU's memory is full.
     """
-    trainer = Trainer(task, loop, precision)
+    trainer, ranks = Trainer(task, loop, precision), task.ranks
     if resume is not None:
         trainer.restore(resume)
+    limit = TimeLimit(job.max_time if job else 0, reserve=2 * trainer.nbytes / SLOW_DISK)
+    ranks.on_first(lambda: checkpoint.check_room(folder.checkpoints, room_needed(trainer)))
     metrics: dict[str, float] = dict(resume.document.metrics) if resume else {}
     remaining = total_steps - trainer.step
     began, images_before = time.monotonic(), trainer.images_seen
-    with Reporter(task.stage, total_steps, trainer.step, folder.metrics) as reporter, StopOnSignal() as stop:
+    with (
+        Reporter(task.stage, total_steps, trainer.step, folder.metrics if ranks.first else None) as reporter,
+        Watch(ranks, limit) as watch,
+        out_of_memory_explained("--micro-batch", loop.micro),
+    ):
         for batch in task.batches(trainer.images_seen, remaining):
             losses = trainer.train_step(batch, total_steps)
             step = trainer.step
+            wish = watch.wish()
             validating = step == total_steps or (loop.val_every > 0 and step % loop.val_every == 0)
-            saving = step == total_steps or step % loop.save_every == 0 or stop.asked or validating
+            saving = step == total_steps or step % loop.save_every == 0 or wish.exit_code or wish.save or validating
             if saving or step % loop.log_every == 0:
-                values = {name: value.item() for name, value in losses.items()}  # waits for the device
-                check_finite(values, step, folder)
+                values, skipped = trainer.look(losses)
+                judge_skipped(trainer, skipped, folder, reporter)
                 speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
                 row = {"step": step, "images_seen": trainer.images_seen, **values}
+                row |= {"skipped": trainer.skipped} if trainer.skipped else {}
                 row |= {"lr": trainer.optimizer.param_groups[0]["lr"], "images_per_s": round(speed, 2)}
                 row |= {"memory_mb": round(memory_in_use(task.device) / 1e6), "time": round(time.time(), 3)}
                 if validating:
@@ -221,15 +301,14 @@ def train(
                 save(trainer, folder, document, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
             if validating:
                 picture = folder.images / f"step-{step:08d}.png"
-                task.picture(trainer.averaged, picture)
+                ranks.on_first(partial(task.picture, trainer.averaged, picture))
                 reporter.picture(picture, step)
                 said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
                 reporter.note(f"{task.stage} step {step}: {said}  {picture}")
-            if stop.asked and step < total_steps:
+            if wish.exit_code and step < total_steps:
+                why = f"--max-time {limit.minutes:g} minutes: " if wish.exit_code == OUT_OF_TIME else ""
                 raise Stopped(
-                    f"stopped after step {step} of {total_steps}, saved to {folder.last}; "
-                    "run the same command again to go on",
-                    stop.asked,
+                    f"{why}stopped after step {step} of {total_steps}, saved to {folder.last}; {AGAIN}", wish.exit_code
                 )
     return trainer
 
@@ -242,60 +321,74 @@ def save(
     better = fresh and (loss is None or loss < trainer.best)
     if better and loss is not None:
         trainer.best = loss
+    facts = {"best": trainer.best} if math.isfinite(trainer.best) else {}
+    facts |= {"skipped": trainer.skipped} if trainer.skipped else {}
     now = document.model_copy(
         update={
             "step": trainer.step,
             "images_seen": trainer.images_seen,
             "metrics": metrics,
-            "facts": document.facts | ({"best": trainer.best} if math.isfinite(trainer.best) else {}),
+            "facts": document.facts | facts,
         }
     )
-    if better:
-        checkpoint.save(folder.best, trainer.state(resumable=False), now)
-    if not keep_step:
-        checkpoint.save(folder.last, trainer.state(resumable=True), now)
-        return
-    kept = folder.step(trainer.step)
-    checkpoint.save(kept, trainer.state(resumable=True), now)
-    checkpoint.publish_link(folder.last, kept)
-    for old in folder.steps()[: -trainer.loop.keep]:
-        old.unlink()
+
+    def publish(path: Path, resumable: bool) -> None:
+        while True:
+            try:
+                checkpoint.check_room(folder.checkpoints, room_needed(trainer))
+                checkpoint.save(path, trainer.state(resumable), now)
+                return
+            except RunError:
+                older = folder.steps()[:-1]  # the newest may be all that is left to resume from
+                if not trainer.loop.drop_oldest or not older:
+                    raise
+                older[0].unlink()
+
+    def write() -> None:
+        if better:
+            publish(folder.best, resumable=False)
+        if not keep_step:
+            publish(folder.last, resumable=True)
+            return
+        kept = folder.step(trainer.step)
+        publish(kept, resumable=True)
+        checkpoint.publish_link(folder.last, kept)
+        remove_old(folder, trainer.loop)
+
+    trainer.ranks.on_first(write)
 
 
-def check_finite(values: dict[str, float], step: int, folder: StageFolder) -> None:
-    """Stop a run whose loss or gradient is not a number, before it is saved.
+def room_needed(trainer: Trainer) -> int:
+    """Bytes that must be free for the next save: the new file lies beside the old ones until it is whole."""
+    return trainer.nbytes + SMALL_FILES
+
+
+def remove_old(folder: StageFolder, loop: LoopSettings) -> None:
+    """Remove step files beyond the newest `keep`, but none of a step that `keep_every` divides."""
+    for old in folder.steps()[: -loop.keep]:
+        if not (loop.keep_every and folder.step_of(old) % loop.keep_every == 0):
+            old.unlink()
+
+
+def judge_skipped(trainer: Trainer, skipped: list[int], folder: StageFolder, reporter: Reporter) -> None:
+    """Tell which steps were skipped because something was not finite, and stop the run if they are too many.
 
     Raises:
-        RunError: If one is not finite.
+        RunError: If they are more than tolerated.
     """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise RunError(
-            f"step {step}: {', '.join(bad)} is not finite; the last good state is in {folder.checkpoints}. "
-            "Try a lower --lr, a lower --clip, or --precision fp32"
-        )
-
-
-class StopOnSignal:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop reads between steps; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopOnSignal":
-        """Listen, if this is the main thread, the only one that may."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Put the old handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
+    if not skipped:
+        return
+    loop = trainer.loop
+    step = skipped[0]
+    before = trainer.images_seen - (trainer.step - step + 1) * loop.batch_size
+    names = trainer.task.names(before)
+    shown = "\n".join(f"  {name}" for name in names[:NAMES_SHOWN])
+    more = f"\n  and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    what = f"step {step}: loss or gradient is not finite, so it changed nothing. Its batch:\n{shown}{more}"
+    if trainer.skipped <= loop.skip_nonfinite:
+        reporter.note(f"{what}\n{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
+        return
+    raise RunError(
+        f"{what}\nThe last good state is in {folder.checkpoints}. Look at those images, try a lower --lr, a lower "
+        "--clip or --precision fp32, or let some such steps pass with --skip-nonfinite"
+    )

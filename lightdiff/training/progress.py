@@ -75,13 +75,18 @@ class Reporter:
         else:
             self._progress.update(self._task, completed=done)
 
+    def step(self, before: int, more: int) -> None:
+        """Say that `more` are done beyond those `before`."""
+        self.advance(before + more)
+
     def note(self, text: str) -> None:
         """Print a line above the display."""
         console.print(text, soft_wrap=True)
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl; `step` is among the values."""
-        assert self._metrics is not None
+        """Append one line to metrics.jsonl, where this process writes one; `step` is among the values."""
+        if self._metrics is None:
+            return
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(values)) + "\n")
         if self._board is not None:

@@ -1,0 +1,165 @@
+"""One process of several, for test_ranks.py: `python -m tests.many JOB FOLDER`, with RANK etc. in the environment.
+
+Alone it computes the same things in one process; what it finds, rank 0 leaves in FOLDER.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.files import full_paths, scan
+from lightdiff.data.latents import LatentSet, latents_settings
+from lightdiff.data.loading import BadFiles
+from lightdiff.errors import LightdiffError
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import (
+    EncodeSettings,
+    GenerateSettings,
+    ImageSettings,
+    LoopSettings,
+    ScaleSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    UNetSettings,
+    VAELossSettings,
+    VAESettings,
+)
+from lightdiff.stages import encode, generate, scale, train_unet, train_vae
+from lightdiff.training.loop import train
+from lightdiff.training.progress import save_grid
+from lightdiff.training.ranks import Ranks, join, leave
+
+CPU = torch.device("cpu")
+
+
+def loop(**changes):
+    base = {"steps": 20, "batch_size": 6, "lr": 1e-3, "warmup_steps": 3, "val_every": 10, "save_every": 10}
+    return LoopSettings(**(base | {"precision": "fp32", "workers": 0, "log_every": 1} | changes))
+
+
+def vae_settings(folder: Path, val_share=0.2, **changes) -> TrainVAESettings:
+    return TrainVAESettings(
+        run=folder / "run",
+        images=ImageSettings(data=(folder / "faces",), resolution=16, val_share=val_share),
+        loss=VAELossSettings(lpips_gamma=0),
+        loop=loop(**changes),
+        model=VAESettings(encoder_width=8, decoder_width=8, encoder_blocks=(1,), decoder_blocks=(1,)).resolved(16),
+    )
+
+
+def unet_settings(run: Path, **changes) -> TrainUNetSettings:
+    latent = latents_settings(RunFolder(run).latents)
+    model = UNetSettings(width=8, blocks=1, time_dim=16).resolved(latent.height)
+    return TrainUNetSettings(run=run, loop=loop(**changes), model=model, latent=latent)
+
+
+def blank(task, model, path):
+    """Instead of a picture, which is made in float32."""
+    save_grid(path, torch.zeros(1, 3, 4, 4), columns=1)
+
+
+class DoubleVAE(train_vae.VAETask):
+    """The VAE's task in float64."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model.double()
+
+    def prepare(self, batch, rng):
+        return {name: value.double() for name, value in super().prepare(batch, rng).items()}
+
+    def validation_batches(self):
+        for x, noise in super().validation_batches():
+            yield x.double(), noise.double()
+
+    picture = blank
+
+
+class DoubleUNet(train_unet.UNetTask):
+    """The U-Net's task in float64. Its levels are drawn in float32, exactly as before."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model.double()
+        self.alpha_bar = self.alpha_bar.double()
+
+    def prepare(self, batch, rng):
+        whole = super().prepare(batch, rng)
+        return {name: value.double() if value.is_floating_point() else value for name, value in whole.items()}
+
+    picture = blank
+
+    def validate(self, model):
+        return {}
+
+
+def float64(folder: Path, ranks: Ranks) -> None:
+    """20 steps of both trainings in float64, with micro-batches and a batch that 3 processes share unevenly."""
+    torch.set_num_threads(1)
+    settings = vae_settings(folder, batch_size=7, micro_batch=2)
+    files = scan(settings.images.data, 0.2)
+    run = RunFolder(folder / f"double-{ranks.size}")
+    bad = BadFiles(run.vae.bad_files, full_paths(files, settings.images.data), len(files), 0.01)
+    latents = LatentSet(RunFolder(folder / "run").latents)
+    unet = unet_settings(folder / "run", batch_size=7, micro_batch=2)
+    tasks = (
+        (DoubleVAE(settings, files, CPU, None, bad, ranks), run.vae, settings),
+        (DoubleUNet(unet, latents, CPU, ranks), run.unet, unet),
+    )
+    for task, stage, chosen in tasks:
+        ranks.on_first(lambda stage=stage: stage.checkpoints.mkdir(parents=True))
+        train(task, chosen.loop, stage, Document(stage=task.stage), 20, "fp32")
+
+
+def pipeline(folder: Path, ranks: Ranks) -> None:
+    """All five stages, as the command line calls them."""
+    torch.set_num_threads(1)
+    run = folder / "run"
+    train_vae.run(vae_settings(folder))
+    encode.run(EncodeSettings.model_validate({"run": run, "shard_size": 5, **encode.inherited(run, None)}))
+    scale.run(ScaleSettings(run=run))
+    train_unet.run(unet_settings(run))
+    generate.run(GenerateSettings(run=run, num_images=7, batch_size=2, num_steps=4, out=folder / "out"))
+
+
+def corners(folder: Path, ranks: Ranks) -> None:
+    """More processes than items in a batch, no validation images, other settings on resuming."""
+    torch.set_num_threads(1)
+    train_vae.run(vae_settings(folder, val_share=0.0, batch_size=2, steps=3))
+    assert Checkpoint(RunFolder(folder / "run").vae.best).document.step == 3
+    train_vae.run(vae_settings(folder, val_share=0.0, batch_size=4, steps=5))
+    assert ranks.on_first(lambda: ranks.rank) == 0
+
+
+def refused(folder: Path, ranks: Ranks) -> None:
+    """A mistake that only the first process can see is told by all of them."""
+    (folder / "run/vae").mkdir(parents=True, exist_ok=True)
+    (folder / "run/vae/.lock").write_text("elsewhere 17\n")
+    try:
+        train_vae.run(vae_settings(folder, steps=3))
+    except LightdiffError as error:
+        (folder / f"refused-{ranks.rank}").write_text(str(error))
+    (folder / "run/vae/.lock").unlink(missing_ok=True)
+    settings = vae_settings(folder, steps=3)
+    if ranks.rank:  # as on a machine with other files
+        other = settings.images.model_copy(update={"data": (folder / "other",)})
+        settings = settings.model_copy(update={"images": other})
+    try:
+        train_vae.run(settings)
+    except LightdiffError as error:
+        (folder / f"differs-{ranks.rank}").write_text(str(error))
+
+
+def main() -> None:
+    job, folder = sys.argv[1:]
+    ranks = join(CPU, 30)
+    assert ranks.size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
+    {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused}[job](Path(folder), ranks)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

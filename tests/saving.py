@@ -1,0 +1,90 @@
+"""What saving costs: seconds and bytes of a checkpoint, and of going on from it, beside a training step.
+
+    nox -s bench                           # the original U-Net, 201 M parameters
+    python -m tests.saving --preset tiny   # another one
+
+Steps are those of `train-unet` on latents of 4 x 32 x 32; the share is that of the default --save-every.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lightdiff import checkpoint
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.cli import PRESET_FOLDER
+from lightdiff.models.unet import UNet
+from lightdiff.options import read_settings
+from lightdiff.settings import LoopSettings, UNetSettings
+from lightdiff.training.compute import pick_device, pick_precision, place
+from lightdiff.training.loop import Trainer
+from lightdiff.training.ranks import Ranks
+
+
+class Latents:
+    """As much of train-unet's task as a step needs."""
+
+    stage = "unet"
+    ranks = Ranks()
+
+    def __init__(self, model: UNetSettings, device: torch.device, size: int) -> None:
+        self.device, self.size = device, size
+        self.model = UNet(model, 4)
+        place(self.model, device)
+
+    def prepare(self, batch: object, rng: torch.Generator) -> dict[str, torch.Tensor]:
+        x, eps = (torch.randn(self.size, 4, 32, 32, generator=rng, device=self.device) for _ in range(2))
+        return {"x": x, "t": torch.randint(1000, (self.size,), generator=rng, device=self.device), "eps": eps}
+
+    def loss(self, model: torch.nn.Module, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": F.mse_loss(model(part["x"], part["t"]), part["eps"])}
+
+
+def seconds(what: Callable[[], object], device: torch.device) -> float:
+    """How long something takes."""
+    began = time.perf_counter()
+    what()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", default="original")
+    parser.add_argument("--batch-size", type=int, default=0, help="default: 64 on a GPU, 4 on a CPU")
+    parser.add_argument("--steps", type=int, default=3)
+    chosen = parser.parse_args()
+    device = pick_device("auto")
+    size = chosen.batch_size or (64 if device.type == "cuda" else 4)
+    settings = UNetSettings.model_validate(read_settings(PRESET_FOLDER / f"unet-{chosen.preset}.toml")["model"])
+    precision = pick_precision("auto", device)
+    loop = LoopSettings(batch_size=size, precision=precision)
+    trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]
+    step = min(seconds(lambda: trainer.train_step(None, 1000), device) for _ in range(chosen.steps))
+    with tempfile.TemporaryDirectory(dir=".", prefix=".saving-") as folder:
+        path = Path(folder) / "last.safetensors"
+        save = min(
+            seconds(lambda: checkpoint.save(path, trainer.state(resumable=True), Document(stage="unet")), device)
+            for _ in range(2)
+        )
+        verify = seconds(lambda: Checkpoint(path).verify(), device)
+        restore = seconds(lambda: trainer.restore(Checkpoint(path).verify()), device)
+        size_gb = path.stat().st_size / 1e9
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters / 1e6:.0f} M parameters, {device.type}, {precision}, batch {size}")
+    print(f"training step     {step:8.2f} s")
+    print(f"save              {save:8.2f} s    {size_gb:.2f} GB ({size_gb * 1e9 / parameters:.1f} bytes a parameter)")
+    print(f"verify            {verify:8.2f} s")
+    print(f"verify + restore  {restore:8.2f} s")
+    print(f"time lost by saving every {loop.save_every} steps: {save / (save + loop.save_every * step):.2%}")
+
+
+if __name__ == "__main__":
+    main()

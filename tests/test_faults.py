@@ -1,0 +1,213 @@
+"""Kills, failing disks and hostile files. `nox -s faults` is the long form of the first test."""
+
+import errno
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from lightdiff import checkpoint
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.models.vae import VAE
+from lightdiff.pipeline import load_vae
+from lightdiff.settings import VAESettings
+
+HOME = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="forks and kills")
+def test_five_kills_of_each_training_change_nothing():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--kills", "5"], cwd=HOME, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "vae: 5 of 5 kills" in run.stdout
+    assert "unet: 5 of 5 kills" in run.stdout
+
+
+# --- a disk that fails ----------------------------------------------------------------------------------------------
+
+STEPS_OF_A_SAVE = ("write", "chmod", "fsync", "replace", "fsync of the folder")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs but what the operating system does."""
+
+
+@pytest.mark.parametrize("what", [errno.ENOSPC, errno.EIO, Killed])
+@pytest.mark.parametrize("where", STEPS_OF_A_SAVE)
+def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypatch, where, what):
+    path = tmp_path / "last.safetensors"
+    old, new = ({"model.a": torch.full((1000,), value)} for value in (1.0, 2.0))
+    checkpoint.save(path, old, Document(stage="vae", step=1))
+
+    def fail(*_, **__):
+        raise Killed if what is Killed else OSError(what, os.strerror(what))
+
+    def half_written(tensors, file, metadata):
+        Path(file).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+        fail()
+
+    def folders_fail(handle):
+        if os.fstat(handle).st_mode & 0o040000:
+            fail()
+
+    patches = {
+        "write": (checkpoint, "save_file", half_written),
+        "chmod": (checkpoint.os, "chmod", fail),
+        "fsync": (checkpoint.os, "fsync", fail),
+        "replace": (checkpoint.os, "replace", fail),
+        "fsync of the folder": (checkpoint.os, "fsync", folders_fail),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(*patches[where])
+        if what is Killed:
+            patched.setattr(Path, "unlink", fail)  # a killed process tidies nothing up
+        with pytest.raises(Killed if what is Killed else RunError):
+            checkpoint.save(path, new, Document(stage="vae", step=2))
+    found = Checkpoint(path).verify()
+    published = where == "fsync of the folder"
+    assert found.document.step == (2 if published else 1)
+    torch.testing.assert_close(found.tensor("model.a"), (new if published else old)["model.a"])
+    checkpoint.remove_temporaries(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
+    checkpoint.save(path, new, Document(stage="vae", step=3))
+    assert Checkpoint(path).verify().document.step == 3
+
+
+# --- hostile files --------------------------------------------------------------------------------------------------
+
+
+def opened_safely(path: Path) -> None:
+    """Open and read all of a file that is no VAE: it is refused in a sentence, and nothing else happens."""
+    with pytest.raises(LightdiffError) as refused:
+        load_vae(Checkpoint(path).verify(), torch.device("cpu"))
+    assert str(path) in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def raw_file(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + body
+
+
+def sealed(tensors: dict, settings: dict, **document) -> bytes:
+    """A file whose digests are right but whose settings are hostile."""
+    whole = Document(stage="vae", settings=settings, **document)
+    layout = {name: (kind, shape) for name, (kind, shape, _) in tensors.items()}
+    digests = {n: checkpoint.hashlib.sha256(data).hexdigest() for n, (_, _, data) in tensors.items()}
+    whole = whole.model_copy(update={"digests": digests})
+    whole = whole.model_copy(update={"digest": whole.seal(layout)})
+    header: dict = {"__metadata__": {checkpoint.KEY: json.dumps(whole.model_dump(mode="json"))}}
+    place = 0
+    for name, (kind, shape, data) in tensors.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [place, place + len(data)]}
+        place += len(data)
+    return raw_file(json.dumps(header).encode(), b"".join(data for _, _, data in tensors.values()))
+
+
+FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@FUZZ
+@given(data=st.binary(max_size=400))
+@example(b"")
+@example(raw_file(b"{}", length=1 << 60))
+@example(raw_file(b'{"__metadata__":' + b"[" * 100_000))
+@example(raw_file(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'))
+@example(
+    raw_file(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+        bytes(12),
+    )
+)
+@example(raw_file(b'{"__metadata__":{"lightdiff":"' + b"9" * 100_000 + b'"}}'))
+@example(raw_file(b'{"__metadata__":{"lightdiff":"' + b"[" * 50_000 + b'"}}'))
+def test_any_bytes_are_refused_in_a_sentence(tmp_path, data):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(data)
+    opened_safely(path)
+
+
+@FUZZ
+@given(document=JSON)
+def test_any_document_is_refused_in_a_sentence(tmp_path, document):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(raw_file(json.dumps({"__metadata__": {checkpoint.KEY: json.dumps(document)}}).encode()))
+    opened_safely(path)
+
+
+SIZES = st.integers(-(2**70), 2**70) | st.integers(1, 2**20)
+
+
+@FUZZ
+@given(
+    model=st.fixed_dictionaries(
+        {},
+        optional={
+            "encoder_channels": st.lists(SIZES, max_size=30),
+            "decoder_channels": st.lists(SIZES, max_size=30),
+            "encoder_blocks": st.lists(SIZES, max_size=4),
+            "mid_blocks": SIZES,
+            "latent_channels": SIZES,
+            "groups": SIZES,
+            "attention": st.booleans(),
+            "anything": JSON,
+        },
+    )
+)
+@example({"encoder_channels": [2**14] * 10, "decoder_channels": [2**14] * 10, "mid_blocks": 64})
+@example({"encoder_channels": [2**40, 2**40], "decoder_channels": [2**40, 2**40]})
+def test_no_settings_make_loading_allocate_what_the_file_does_not_hold(tmp_path, model):
+    """The digests are right: the settings alone ask for petabytes. The network is built without memory at first."""
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(sealed({"model.a": ("F32", [2], bytes(8))}, {"model": model}))
+    before = checkpoint_memory()
+    with pytest.raises(UserError):
+        load_vae(Checkpoint(path).verify(), torch.device("cpu"))
+    assert checkpoint_memory() - before < 300e6
+
+
+def checkpoint_memory() -> float:
+    """Peak memory of this process, in bytes."""
+    from lightdiff.training.compute import memory_in_use
+
+    return memory_in_use(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "vae.safetensors"
+    model = VAESettings(encoder_width=4, decoder_width=4, encoder_blocks=(1,), decoder_blocks=(1,)).resolved(8)
+    tensors = {f"model.{name}": value for name, value in VAE(model).state_dict().items()}
+    checkpoint.save(path, tensors, Document(stage="vae", settings={"model": model.model_dump(mode="json")}))
+    load_vae(Checkpoint(path), torch.device("cpu"))
+    return path.read_bytes()
+
+
+@FUZZ
+@given(rng=st.randoms(use_true_random=False), cuts=st.booleans())
+def test_a_changed_file_is_found_to_be_damaged(tmp_path, whole, rng: random.Random, cuts):
+    data = bytearray(whole)
+    if cuts:
+        del data[rng.randrange(len(data)) :]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged|is no checkpoint|there is no such"):
+        Checkpoint(path).verify()

@@ -1,0 +1,210 @@
+"""Several processes do what one does: shares, sums, both trainings, and the stages between them. Over gloo, on CPU."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.latents import LatentSet, read_index
+from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.run_folder import RunFolder
+from lightdiff.training.place import Place, first_host
+from lightdiff.training.ranks import LostContact, Ranks, lost_contact_explained
+
+HOME = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
+
+def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORCH) -> list[str]:
+    """Run tests/many.py in `size` processes; what each wrote to stderr."""
+    shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.many", job, str(folder)],
+            cwd=HOME,
+            env=shared | dict(zip(launcher, map(str, (size, rank, rank, size)), strict=True)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, f"process {rank} of {size}:\n{said[rank]}"
+    return said
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """All stages in one process, in float32, and both trainings in float64."""
+    folder = tmp_path_factory.mktemp("one")
+    draw_dataset(folder / "faces", 19, 0, 16)
+    run_many("pipeline", folder, 1)
+    run_many("float64", folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(one, request, tmp_path_factory):
+    """The same in 2 and in 3 processes."""
+    folder = tmp_path_factory.mktemp(f"several-{request.param}")
+    shutil.copytree(one / "faces", folder / "faces")
+    run_many("pipeline", folder, request.param)
+    return folder
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_in_float64_both_trainings_are_those_of_one_process(one, tmp_path, size):
+    """20 steps, micro-batches of 2 in a batch of 7: equal but for the order of additions."""
+    shutil.copytree(one / "faces", tmp_path / "faces")
+    shutil.copytree(one / "run", tmp_path / "run")
+    run_many("float64", tmp_path, size)
+    for stage in ("vae", "unet"):
+        straight, shared = one / "double-1" / stage, tmp_path / f"double-{size}" / stage
+        a, b = (Checkpoint(folder / "checkpoints/last.safetensors") for folder in (straight, shared))
+        for name in a.names():
+            torch.testing.assert_close(b.tensor(name), a.tensor(name), rtol=1e-8, atol=1e-9)
+        for left, right in zip(rows(straight / "metrics.jsonl"), rows(shared / "metrics.jsonl"), strict=True):
+            for name in left.keys() - {"time", "images_per_s", "memory_mb"}:
+                assert right[name] == pytest.approx(left[name], rel=1e-9), (stage, left["step"], name)
+
+
+def test_in_float32_losses_and_weights_agree_closely(one, several):
+    """Losses to 1e-4 of their size, and weights to half a step of the learning rate, after 20 steps."""
+    for stage in ("vae", "unet"):
+        left, right = (rows(folder / "run" / stage / "metrics.jsonl") for folder in (one, several))
+        assert [row["step"] for row in right] == list(range(1, 21))
+        for a, b in zip(left, right, strict=True):
+            for name in (name for name in a if name.endswith("loss")):
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (stage, a["step"], name)
+        a, b = (
+            Checkpoint(RunFolder(folder / "run").path / stage / "checkpoints/last.safetensors")
+            for folder in (one, several)
+        )
+        for name, value in a.tensors("model.").items():
+            torch.testing.assert_close(b.tensors("model.")[name], value, rtol=0, atol=5e-4)
+
+
+def test_each_validation_image_counts_once(one, several):
+    """The mean over 5 images in shares of 2 and 3, or 1, 2 and 2, is the mean over all."""
+    files = read_index(RunFolder(one / "run").latents).splits
+    assert files.count("v") % 2 == 1  # else shares would be even, and a mean of means right by chance
+    a, b = (rows(folder / "run/vae/metrics.jsonl")[9] for folder in (one, several))
+    for name in (name for name in a if name.startswith("val_")):
+        assert b[name] == pytest.approx(a[name], rel=1e-4)
+
+
+def test_latents_and_their_statistics_agree(one, several):
+    a, b = (LatentSet(RunFolder(folder / "run").latents) for folder in (one, several))
+    assert a.index.files == b.index.files
+    assert (a.train, a.val) == (b.train, b.val)
+    everything = a.train + a.val
+    for left, right in zip(a.gather(everything), b.gather(everything), strict=True):
+        torch.testing.assert_close(right, left, rtol=0, atol=2e-2)  # the VAEs differ a little, float16 rounds
+    assert b.index.statistics.count == a.index.statistics.count
+    assert b.index.statistics.channel_std == pytest.approx(a.index.statistics.channel_std, rel=1e-3)
+
+
+def test_images_agree(one, several):
+    names = [f"{i:05d}.png" for i in range(7)] + ["grid.png"]
+    assert sorted(path.name for path in (several / "out").glob("*.png")) == names
+    for name in names:
+        a, b = (np.asarray(Image.open(folder / "out" / name)).astype(int) for folder in (one, several))
+        assert np.abs(a - b).max() <= 1, name
+
+
+def test_uneven_shares_and_no_validation_images(one, tmp_path):
+    shutil.copytree(one / "faces", tmp_path / "faces")
+    said = run_many("corners", tmp_path, 3)
+    document = Checkpoint(RunFolder(tmp_path / "run").vae.last).document
+    assert document.step == 5
+    assert document.images_seen == 3 * 2 + 2 * 4
+    assert "3 processes on cpu" in " ".join(said[0].split())
+    assert "processes" not in said[1]  # one speaks for all
+
+
+def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
+    shutil.copytree(one / "faces", tmp_path / "faces")
+    draw_dataset(tmp_path / "other", 21, 1, 16)
+    run_many("refused", tmp_path, 2, SLURM)
+    for name, words in (("refused", "was locked by process 17 on elsewhere"), ("differs", "another list of images")):
+        said = [(tmp_path / f"{name}-{rank}").read_text() for rank in (0, 1)]
+        assert said[0] == said[1]
+        assert words in said[0]
+
+
+# --- who is who -----------------------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(0, 100), size=st.integers(1, 12))
+def test_shares_cover_everything_once_and_evenly(count, size):
+    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    dealt = [Ranks(rank, size).deal(range(count)) for rank in range(size)]
+    assert sorted(i for items in dealt for i in items) == list(range(count))
+    parts = [list(range(count))[Ranks(rank, size).part(count)] for rank in range(size)]
+    assert all(parts) or not count
+
+
+def test_alone_nothing_travels():
+    alone = Ranks()
+    value = torch.ones(2)
+    assert alone.sum(value) is value
+    assert alone.all_true(value) is value
+    assert alone.largest(3, 4) == [3, 4]
+    assert alone.on_first(lambda: 5) == 5
+    alone.check_same("anything", 1)
+    alone.wait()
+
+
+def test_torchs_variables_and_slurms():
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert Place.of(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == Place(5, 8, 1, 4, "a", 77)
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456", "SLURM_LOCALID": "0"}
+    assert Place.of(batch) == Place()  # a batch script is no step
+    step = batch | {"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
+    step |= {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    assert Place.of(step) == Place(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
+    assert Place.of({}) == Place()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("node7", "node7"), ("a1,a2", "a1"), ("n[01-04,07]", "n01"), ("n[3,5]", "n3"), ("", "")],
+)
+def test_the_first_of_slurms_hosts(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_errors_of_lost_contact_are_explained_and_others_left_alone():
+    with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
+        with lost_contact_explained(1):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nmore")
+    with pytest.raises(RuntimeError, match="shape mismatch"), lost_contact_explained(1):
+        raise RuntimeError("shape mismatch")
