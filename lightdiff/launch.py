@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -159,6 +160,7 @@ class Launch:
             for pid in self._workers():
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)  # each leads a group, of its loader workers
+            shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(128 + number)
         self.stop = number
 
@@ -178,9 +180,10 @@ class Launch:
                 os.kill(pid, signal.SIGTERM)
 
     def _conclude(self) -> None:
-        """Say how it ended: a worker's own words where there are any, the lowest rank's first."""
+        """Say how it ended: in the workers' own words where there are any, the lowest rank's first."""
         words = sorted((Word(**json.loads(p.read_text())) for p in self.folder.glob("said-*.json")), key=_weight)
-        if self.stop:
+        own = [word for word in words if not word.lost_contact and not word.stopped]
+        if self.stop and not own:
             message = next((w.message for w in words if w.stopped), "stopped; what was saved before is untouched")
             raise Stopped(message, 128 + self.stop)
         if self.failure is None:
@@ -188,7 +191,6 @@ class Launch:
                 raise Stopped(words[0].message, words[0].exit_code)
             return
         dead = deaths(self.failure, {word.rank for word in words})
-        own = [word for word in words if not word.lost_contact and not word.stopped]
         if own:
             error = RunError(f"process {own[0].rank}: {own[0].message}" if own[0].rank else own[0].message)
             error.exit_code = own[0].exit_code

@@ -121,10 +121,10 @@ def test_a_second_ctrl_c_leaves_at_once(faces, tmp_path):
 
 
 def test_max_time_ends_with_its_own_exit_code(faces, tmp_path):
-    command = Command(faces, tmp_path, "--max-time", 0.2)
+    command = Command(faces, tmp_path, "--max-time", 0.15)
     code, said = command.end()
     assert code == 75, said
-    assert "--max-time 0.2 minutes: stopped after step" in said
+    assert "--max-time 0.15 minutes: stopped after step" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds workers below /proc")

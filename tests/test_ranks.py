@@ -59,7 +59,7 @@ def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORC
 def one(tmp_path_factory):
     """All stages in one process, in float32, and both trainings in float64."""
     folder = tmp_path_factory.mktemp("one")
-    draw_dataset(folder / "faces", 19, 0, 16)
+    draw_dataset(folder / "faces", 20, 0, 16)
     run_many("pipeline", folder, 1)
     run_many("float64", folder, 1)
     return folder

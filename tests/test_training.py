@@ -618,6 +618,35 @@ def test_init_from_starts_at_another_runs_weights(tmp_path, faces):
         train_vae.run(misfit)
 
 
+def test_images_that_vanish_or_break_in_mid_run(tmp_path, faces, monkeypatch):
+    """Below --max-bad others stand in for them and the report names them; above it, the run stops."""
+    step = Trainer.train_step
+
+    def harming(folder):
+        files = sorted(folder.rglob("*.png"))
+
+        def stepping(self, batch, total):
+            if self.step == 2:
+                files[0].unlink()
+                files[1].write_bytes(b"no picture any more")
+                files[2].write_bytes(files[3].read_bytes())  # changed, but an image
+            return step(self, batch, total)
+
+        return stepping
+
+    for name in ("tolerated", "stopped"):
+        shutil.copytree(faces, tmp_path / name)
+    tolerant = vae_settings(tmp_path / "a", tmp_path / "tolerated", steps=20)
+    tolerant = with_changes(tolerant, images=with_changes(tolerant.images, max_bad=0.2))
+    monkeypatch.setattr(Trainer, "train_step", harming(tmp_path / "tolerated"))
+    train_vae.run(tolerant)
+    report = (tmp_path / "a/vae/bad-files.txt").read_text().splitlines()
+    assert len(report) == 2
+    monkeypatch.setattr(Trainer, "train_step", harming(tmp_path / "stopped"))
+    with pytest.raises(RunError, match=r"of 24 images .* cannot be read, more than --max-bad 0.01"):
+        train_vae.run(vae_settings(tmp_path / "b", tmp_path / "stopped", steps=20))
+
+
 def test_epochs_count_passes_over_the_training_images(tmp_path, faces):
     train_vae.run(vae_settings(tmp_path, faces, epochs=2))
     document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
