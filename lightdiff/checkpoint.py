@@ -4,6 +4,7 @@ The document holds a digest of every tensor, and one over names, dtypes, shapes 
 anywhere is found when it is read. Files appear by rename: a reader never sees half of one.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightdiff import __version__
-from lightdiff.errors import Damaged, RunError, UserError
+from lightdiff.errors import Damaged, NoRoom, RunError, UserError
 
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
@@ -102,6 +103,10 @@ class Checkpoint:
         if not whole:
             raise Damaged(f"{self.path} is damaged: its header or document does not match its digest")
         return document
+
+    def close(self) -> None:
+        """Let go of the file, which a newer one may replace; the document stays."""
+        self._file = None
 
     def settings(self, model: type[S], *path: str) -> S:
         """The settings saved in it, or a part of them.
@@ -236,7 +241,8 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {reason(error)}; what was saved before is untouched") from error
+        kind = NoRoom if reason(error) == os.strerror(errno.ENOSPC) else RunError
+        raise kind(f"{path} could not be written: {reason(error)}; what was saved before is untouched") from error
     except BaseException:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -268,11 +274,11 @@ def check_room(folder: Path, needed: int) -> None:
     """See that the disk has room for what is to be saved.
 
     Raises:
-        RunError: If not, with both numbers.
+        NoRoom: If not, with both numbers.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise RunError(
+        raise NoRoom(
             f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
             "make room, lower --keep, or let old step files go with --drop-oldest"
         )
@@ -307,7 +313,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    return "No space left on device" if "StorageFull" in text or "os error 28" in text else text
+    return os.strerror(errno.ENOSPC) if "StorageFull" in text or "os error 28" in text else text
 
 
 def first_found(candidates: Iterable[Path]) -> Path | None:

@@ -12,6 +12,7 @@ import typer
 from lightdiff import __version__, launch, settings
 from lightdiff.errors import Damaged, LightdiffError, RunError, Stopped
 from lightdiff.options import Layer, command, read_settings
+from lightdiff.training.place import restarted
 
 STAGES = "The five stages"
 OTHERS = "Looking, listing, importing"
@@ -56,8 +57,9 @@ def stage(name: str) -> Callable[[Any], None]:
         if job is not None and job.nproc_per_node > 1 and not launch.is_worker():
             launch.launch(job, sys.argv[1:])
             return
-        if launch.restarted() and getattr(chosen, "restart", False):  # --restart is for the first time
-            chosen = settings.with_changes(chosen, restart=False)
+        once = {name: default for name, default in (("restart", False), ("from_step", 0)) if getattr(chosen, name, 0)}
+        if restarted() and once:  # these are for the first time
+            chosen = settings.with_changes(chosen, **once)
         from lightdiff.training.ranks import leave, lost_contact_explained
         from lightdiff.training.stopping import stop_at_once
 
@@ -67,6 +69,9 @@ def stage(name: str) -> Callable[[Any], None]:
                 leave()
         except KeyboardInterrupt:  # here, as Typer would leave without a word
             raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
+        except Stopped as stopped:
+            without = " and ".join(f"--{name.replace('_', '-')}" for name in once)
+            raise Stopped(f"{stopped}{f', without {without}' if without else ''}", stopped.exit_code) from None
         if launch.rank() == 0:
             typer.echo(made)
 
@@ -79,7 +84,7 @@ def saved_settings(said: Layer, name: str) -> list[Layer]:
     from lightdiff.run_folder import RunFolder
 
     folder = getattr(RunFolder(path(said.get("run")) or settings.StageSettings().run), name)
-    if said.get("restart") and not launch.restarted():
+    if said.get("restart") and not restarted():
         return []
     problems: list[Damaged] = []
     for file in folder.resumable():

@@ -27,6 +27,14 @@ class Stopped(LightdiffError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
+        """Travel between processes whole."""
+        return Stopped, (str(self), self.exit_code)
+
+
+class NoRoom(RunError):
+    """A disk too full for what is to be saved."""
+
 
 class Damaged(UserError):
     """A file that is cut off, has a flipped bit, or is no snapshot at all."""

@@ -42,11 +42,6 @@ def rank() -> int:
     return Place.of(os.environ).rank
 
 
-def restarted() -> bool:
-    """Whether torch's agent has started this process again, after one has died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def report_for_duty() -> None:
     """Leave this worker's pid, so that signals can be passed on to it."""
     if not is_worker():
@@ -133,6 +128,12 @@ class Launch:
         self._conclude()
 
     def _agent(self) -> None:
+        try:
+            self._launch()
+        except Exception as error:
+            self.failure = error
+
+    def _launch(self) -> None:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
@@ -149,10 +150,7 @@ class Launch:
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=str(self.folder)),
         )
-        try:
-            launch_agent(config, sys.executable, ["-m", "lightdiff", *self.arguments])
-        except Exception as error:
-            self.failure = error
+        launch_agent(config, sys.executable, ["-m", "lightdiff", *self.arguments])
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """Ask all workers to save and stop; asked again, end them at once."""
@@ -183,13 +181,13 @@ class Launch:
         """Say how it ended: in the workers' own words where there are any, the lowest rank's first."""
         words = sorted((Word(**json.loads(p.read_text())) for p in self.folder.glob("said-*.json")), key=_weight)
         own = [word for word in words if not word.lost_contact and not word.stopped]
+        if self.failure is None and not words:
+            return  # all is done, even if a signal came in its last moment
         if self.stop and not own:
             message = next((w.message for w in words if w.stopped), "stopped; what was saved before is untouched")
             raise Stopped(message, 128 + self.stop)
         if self.failure is None:
-            if words:
-                raise Stopped(words[0].message, words[0].exit_code)
-            return
+            raise Stopped(words[0].message, words[0].exit_code)
         dead = deaths(self.failure, {word.rank for word in words})
         if own:
             error = RunError(f"process {own[0].rank}: {own[0].message}" if own[0].rank else own[0].message)

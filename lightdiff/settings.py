@@ -314,6 +314,8 @@ class EncodeSettings(StageSettings):
 class ScaleSettings(StageSettings):
     """Compute mean, std and scaling factor of the latents."""
 
+    NO_FLAG: ClassVar = frozenset({"job.max_time"})  # it takes seconds
+
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     only_mu: bool = Field(False, description="statistics of mu alone instead of samples of the posterior")
     normalize: Literal["channel", "global"] = Field(
@@ -324,6 +326,8 @@ class ScaleSettings(StageSettings):
 
 class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to predict noise."""
+
+    NO_FLAG: ClassVar = frozenset({"loop.workers"})  # there are no images to load
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
@@ -339,6 +343,8 @@ class TrainUNetSettings(StageSettings):
 
 class GenerateSettings(StageSettings):
     """Draw new images."""
+
+    NO_FLAG: ClassVar = frozenset({"compute.workers"})  # there are no images to load
 
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")

@@ -13,13 +13,14 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_index, shard_path
 from lightdiff.data.toy_faces import draw_dataset
-from lightdiff.errors import RunError, UserError
+from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,
     GenerateSettings,
+    JobSettings,
     ScaleSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -319,6 +320,23 @@ def test_nothing_is_overwritten(finished, tmp_path):
         draw(finished, tmp_path / "out")
 
 
+def test_generate_and_encode_keep_to_their_time_and_go_on(finished, copy, tmp_path):
+    short = JobSettings(max_time=1e-6)
+    with pytest.raises(Stopped, match="what is done is saved"):
+        draw(finished, tmp_path / "out", num_images=5, batch_size=2, job=short)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["00000.png", "00001.png"]
+    draw(finished, tmp_path / "out", num_images=5, batch_size=2)
+    assert (tmp_path / "out/grid.png").is_file()
+    chosen = encode.inherited(copy, None) | {"run": copy, "restart": True, "shard_size": 10}
+    with pytest.raises(Stopped) as stopped:
+        encode.run(EncodeSettings.model_validate(chosen | {"job": short}))
+    assert stopped.value.exit_code == 75
+    shards = copy / "latents"
+    assert len(list(shards.glob("shard-*"))) == 1
+    encode.run(EncodeSettings.model_validate(chosen | {"restart": False}))
+    assert read_index(shards).complete
+
+
 def test_generate_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
     """Batches of 2, stopped in the middle of the second: it is drawn again whole, the first is left alone."""
     whole = draw(finished, tmp_path / "whole", num_images=5, batch_size=2)
@@ -332,7 +350,7 @@ def test_generate_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
 
     save_png = generate.save_png
     monkeypatch.setattr(generate, "save_png", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match=r"what is drawn is in .*out: run the same command again to go on"):
         draw(finished, tmp_path / "out", num_images=5, batch_size=2)
     monkeypatch.undo()
     first = (tmp_path / "out/00000.png").stat().st_mtime_ns

@@ -180,7 +180,6 @@ def test_alone_nothing_travels():
     assert alone.largest(3, 4) == [3, 4]
     assert alone.on_first(lambda: 5) == 5
     alone.check_same("anything", 1)
-    alone.wait()
 
 
 def test_torchs_variables_and_slurms():

@@ -320,8 +320,9 @@ def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch
     clock[0] += 5
     assert limit.spent()
     assert not TimeLimit(minutes=0).spent()
-    with pytest.raises(Stopped, match=r"--max-time 1 minutes: 3 shards done; run the same command again") as stopped:
-        limit.check("3 shards done")
+    limit.conclude(False, Ranks())
+    with pytest.raises(Stopped, match=r"--max-time 1 minutes: what is done is saved; run the same") as stopped:
+        limit.conclude(True, Ranks())
     assert stopped.value.exit_code == 75
 
 
@@ -348,6 +349,18 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
         fit(tmp_path)
     with pytest.raises(RunError, match="for 1 images at a time: a smaller network"):
         fit(tmp_path, micro_batch=1)
+
+
+def test_a_picture_that_fails_costs_no_steps(tmp_path):
+    task = Regression()
+
+    def failing(model, path):
+        raise RuntimeError("no colours left")
+
+    task.picture = failing
+    with pytest.raises(RuntimeError, match="no colours left"):
+        fit(tmp_path, task=task)
+    assert Checkpoint(StageFolder(tmp_path).last).document.step == 10
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
@@ -554,8 +567,14 @@ def test_from_step_goes_back_and_keeps_what_was_newer_aside(tmp_path, faces, cap
     back = with_changes(vae_settings(tmp_path / "back", faces), from_step=4)
     train_vae.run(back)
     assert "going on from step 4 of 8" in " ".join(capsys.readouterr().err.split())
-    assert (stage.checkpoints / "after-step-4.old-1/step-00000008.safetensors").is_file()
+    aside = stage.checkpoints / "after-step-4.old-1"
+    assert (aside / "step-00000008.safetensors").is_file()
+    assert Checkpoint(aside / "last.safetensors").document.step == 8
+    assert stage.best.is_file()
     assert_same_files(RunFolder(tmp_path / "straight").vae.last, stage.last)
+    with pytest.raises(UserError, match="--seed 0, not 1"):  # refused before anything is moved
+        train_vae.run(with_changes(vae_settings(tmp_path / "back", faces, seed=1), from_step=4))
+    assert not (stage.checkpoints / "after-step-4.old-2").exists()
     with pytest.raises(UserError, match=r"--from-step 5: .* has no such step file; there are: 4, 8"):
         train_vae.run(with_changes(back, from_step=5))
 

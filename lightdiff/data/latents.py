@@ -46,6 +46,7 @@ class LatentIndex(BaseModel):
     format: int = 1
     shape: tuple[int, int, int]
     dtype: str
+    precision: str = "fp32"
     mirrored: bool
     vae_digest: str
     images: dict[str, Any]

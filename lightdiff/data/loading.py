@@ -1,6 +1,7 @@
 """Images in batches: the data set, its loader, and what to do about files that cannot be read."""
 
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -285,9 +286,11 @@ def _start_worker(_: int) -> None:
     """Leave stopping to the main process, which finishes its step when a signal is sent to all processes."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()  # which a fork server is not
     if sys.platform == "linux":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(main.pid if main else os.getppid(),), daemon=True).start()
 
 
 def _end_when_told_by(parent: int) -> None:

@@ -13,7 +13,7 @@ from lightdiff.data.files import ImageFile, full_paths
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
-from lightdiff.errors import UserError
+from lightdiff.errors import RunError, UserError
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import Lock, RunFolder, find_vae
 from lightdiff.settings import EncodeSettings, ImageSettings, VAESettings
@@ -48,8 +48,9 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     vae, model = load_vae(saved, device)
     files = list_images(settings.images)
     folder = RunFolder(settings.run).latents
-    index = plan(settings, saved, model, files)
-    ranks.check_same("list of images", index.files)
+    precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
+    index = plan(settings, saved, model, files, precision)
+    ranks.check_same("list of images or VAE", (index.files, index.vae_digest))
     if ranks.on_first(lambda: prepare(folder, index, saved, settings, lock)):
         console.print(f"{folder} has the latents of all {len(files)} images already")
         return folder
@@ -58,31 +59,27 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     bad = BadFiles(
         folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
     )
-    precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
     encoder = vae.encoder
     shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
-    mine = ranks.deal(list(enumerate(shards)))
+    mine = ranks.deal([(n, shards[n]) for n in ranks.on_first(lambda: to_encode(folder, len(shards), bad))])
     limit = TimeLimit(settings.job.max_time)
-    done = 0
+    done, unfinished = 0, False
     with (
         Reporter("encode", sum(len(positions) for _, positions in mine)) as reporter,
         out_of_memory_explained("--batch-size", settings.batch_size),
     ):
         for number, positions in mine:
+            advance = partial(reporter.step, done)
             path = shard_path(folder, number)
-            document = shard_document(path)
-            if document is None:
-                advance = partial(reporter.step, done)
-                document = encode_shard(path, encoder, files, positions, settings, bad, precision, device, advance)
-            else:
-                bad.add([(p, why) for p, why in document.facts["bad"]])
+            encode_shard(path, encoder, files, positions, settings, bad, precision, device, advance)
             done += len(positions)
             reporter.advance(done, {})
-            if number != mine[-1][0]:
-                limit.check(f"{done} images encoded")
+            unfinished = number != mine[-1][0]
+            if limit.spent() and unfinished:
+                break
 
     # 3. Only a finished index has a digest
-    ranks.wait()
+    limit.conclude(unfinished, ranks)
     ranks.on_first(lambda: finish(folder, index, len(shards)))
     return folder
 
@@ -95,7 +92,21 @@ def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: Encod
         return True
     index.write(folder)
     checkpoint.publish_link(folder / VAE_COPY, saved.path)
+    if vae_digest(Checkpoint(folder / VAE_COPY, "vae")) != index.vae_digest:
+        raise RunError(f"{saved.path} was replaced by a newer VAE just now; run the same command again")
     return False
+
+
+def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
+    """The shards that are not there, or not whole; what those that are say of unreadable images is listed."""
+    missing = []
+    for number in range(shards):
+        document = shard_document(shard_path(folder, number))
+        if document is None:
+            missing.append(number)
+        else:
+            bad.add([(p, why) for p, why in document.facts["bad"]])
+    return missing
 
 
 def finish(folder: Path, index: LatentIndex, shards: int) -> None:
@@ -112,7 +123,9 @@ def finish(folder: Path, index: LatentIndex, shards: int) -> None:
     )
 
 
-def plan(settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile]) -> LatentIndex:
+def plan(
+    settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile], precision: str
+) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     if images.resolution % model.factor:
@@ -121,6 +134,7 @@ def plan(settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files:
     return LatentIndex(
         shape=(model.latent_channels, side, side),
         dtype=settings.dtype,
+        precision=precision,
         mirrored=images.flip,
         vae_digest=vae_digest(saved),
         images=images.model_dump(mode="json"),
@@ -144,6 +158,7 @@ def check_resumable(folder: Path, index: LatentIndex) -> LatentIndex | None:
     differ = {
         "VAE": (there.vae_digest[:8], index.vae_digest[:8]),
         "--dtype": (there.dtype, index.dtype),
+        "--precision": (there.precision, index.precision),
         "--flip": (there.mirrored, index.mirrored),
         "--shard-size": (there.shard_size, index.shard_size),
         **{f"--{name}": (there.images.get(name), index.images[name]) for name in framing},

@@ -1,6 +1,7 @@
 """generate: noise -> x0 -> z -> images."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,29 @@ from lightdiff import __version__
 from lightdiff.checkpoint import Checkpoint, publish, publish_text
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
-from lightdiff.errors import UserError
+from lightdiff.errors import Stopped, UserError
 from lightdiff.pipeline import Pipeline, Sampling, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
 from lightdiff.settings import GenerateSettings
 from lightdiff.stages.start import enter, flag_of, flat
 from lightdiff.training.compute import out_of_memory_explained, pick_device, pick_precision
+from lightdiff.training.place import restarted
 from lightdiff.training.progress import Reporter, console, save_grid
 from lightdiff.training.ranks import join
 from lightdiff.training.stopping import TimeLimit
 
 GRID_IMAGES = 64
-MACHINE_ONLY = {"run", "job", "unet", "vae", "out", "name", "num_images", "compute"}  # a picture tells none of these
+MACHINE_ONLY = {
+    "run",
+    "job",
+    "unet",
+    "vae",
+    "out",
+    "name",
+    "num_images",
+    "batch_size",
+    "compute",
+}  # a picture tells none of these
 
 
 def run(settings: GenerateSettings) -> Path:
@@ -45,6 +57,7 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
     pipeline = Pipeline(unet, vae, device, settings.ema)
     pipeline.precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
+    ranks.check_same("U-Net or VAE", digests(pipeline))
     size = latent_size(settings, pipeline)
     check_steps(settings, pipeline)
     out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
@@ -54,24 +67,31 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     # 2. Draw batch by batch; one that is there already is whole
     sampling = Sampling(settings.num_steps, settings.eta, settings.clamp, settings.min_alpha_bar)
     limit = TimeLimit(settings.job.max_time)
-    mine = ranks.deal(list(batched(settings.num_images, settings.batch_size)))
-    done = 0
-    with (
-        Reporter("generate", sum(map(len, mine))) as reporter,
-        out_of_memory_explained("--batch-size", settings.batch_size),
-    ):
-        for items in mine:
-            if not all(paths[i].is_file() for i in items):
+    whole = list(batched(settings.num_images, settings.batch_size))
+    there = ranks.on_first(lambda: [all(paths[i].is_file() for i in items) for items in whole])
+    mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
+    done, unfinished = 0, False
+    try:
+        with (
+            Reporter("generate", sum(map(len, mine))) as reporter,
+            out_of_memory_explained("--batch-size", settings.batch_size),
+        ):
+            for items in mine:
                 x = pipeline.decode(pipeline.sample(items, settings.seed, sampling, size))
                 for i, pixels in zip(items, to_uint8(x), strict=True):
                     save_png(paths[i], pixels, text_chunks(settings, pipeline, i))
-            done += len(items)
-            reporter.advance(done, {})
-            if items is not mine[-1]:
-                limit.check(f"{done} images drawn")
+                done += len(items)
+                reporter.advance(done, {})
+                unfinished = items is not mine[-1]
+                if limit.spent() and unfinished:
+                    break
+    except (KeyboardInterrupt, Stopped) as stop:
+        code = stop.exit_code if isinstance(stop, Stopped) else 128 + signal.SIGINT
+        again = "run the same command again" + ("" if settings.out else f" with --out {out}")
+        raise Stopped(f"stopped; what is drawn is in {out}: {again} to go on", code) from None
 
     # 3. All of them at a glance
-    ranks.wait()
+    limit.conclude(unfinished, ranks, "" if settings.out else f" with --out {out}")
     grid = out / file_name(settings, "grid.png")
     ranks.on_first(lambda: draw_grid(grid, paths[:GRID_IMAGES]))
     console.print(f"{settings.num_images} images and {grid.name} are in {out}", soft_wrap=True)
@@ -109,9 +129,10 @@ def check_steps(settings: GenerateSettings, pipeline: Pipeline) -> None:
 
 
 def new_folder(samples: Path) -> Path:
-    """The next free folder below samples/: 0001, 0002, ..."""
+    """The next free folder below samples/: 0001, 0002, ...; after an automatic restart, the last one, to go on."""
     taken = [int(p.name) for p in samples.glob("[0-9]*") if p.name.isdigit()]
-    return samples / f"{max(taken, default=0) + 1:04d}"
+    number = max(taken, default=0)
+    return samples / f"{number if number and restarted() else number + 1:04d}"
 
 
 def file_name(settings: GenerateSettings, name: str) -> str:
@@ -127,7 +148,8 @@ def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, pipeli
     """
     enter(out, lock)
     kept = out / file_name(settings, "settings.json")
-    now = flat({"settings": chosen(settings), **digests(pipeline)})
+    about = {"settings": chosen(settings), "precision": pipeline.precision, **digests(pipeline)}
+    now = flat(about)
     if kept.is_file():
         before = flat(read_json(kept))
         for name in [name for name in now if before.get(name) != now[name]]:
@@ -137,7 +159,7 @@ def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, pipeli
             )
     elif there := [path.name for path in paths if path.exists()]:
         raise UserError(f"{out} holds {there[0]} already: choose another --out, or a --name")
-    publish_text(kept, json.dumps({"settings": chosen(settings), **digests(pipeline)}, indent=2) + "\n")
+    publish_text(kept, json.dumps(about, indent=2) + "\n")
 
 
 def chosen(settings: GenerateSettings) -> dict[str, Any]:

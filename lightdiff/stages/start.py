@@ -55,9 +55,7 @@ def resumed(
         enter(folder.path, lock, settings.restart)
         claim(folder.checkpoints)
         remove_temporaries(folder.checkpoints)
-        if settings.from_step:
-            go_back(folder, settings.from_step)
-        mine = newest_whole(folder, stage)
+        mine = step_file(folder, settings.from_step, stage) if settings.from_step else newest_whole(folder, stage)
         return mine.path if mine else None
 
     path = ranks.on_first(choose)
@@ -86,26 +84,33 @@ def newest_whole(folder: StageFolder, stage: str) -> Checkpoint | None:
     return None
 
 
-def go_back(folder: StageFolder, step: int) -> None:
-    """Make a step file the newest state, and keep aside what was saved after it.
+def step_file(folder: StageFolder, step: int, stage: str) -> Checkpoint:
+    """The state after a number of steps.
 
     Raises:
-        UserError: If there is no such file.
+        UserError: If there is no such file, or it is damaged.
     """
-    chosen = folder.step(step)
-    if not chosen.is_file():
+    path = folder.step(step)
+    if not path.is_file():
         there = ", ".join(str(folder.step_of(p)) for p in folder.steps()) or "none"
         raise UserError(f"--from-step {step}: {folder.checkpoints} has no such step file; there are: {there}")
-    newer = [p for p in folder.steps() if folder.step_of(p) > step]
-    if folder.best.is_file() and Checkpoint(folder.best).document.step > step:
-        newer.append(folder.best)
+    return Checkpoint(path, stage).verify()
+
+
+def go_back(folder: StageFolder, saved: Checkpoint) -> None:
+    """Make a step file the newest state, and keep aside what was saved after it."""
+    step = saved.document.step
+    newer = [path for path in folder.steps() if folder.step_of(path) > step]
+    newer += [path for path in (folder.last, folder.best) if path.is_file() and Checkpoint(path).document.step > step]
+    if folder.best in newer:
+        saved.document.facts.pop("best", None)  # the best of then has been replaced since: begin to look anew
     if newer:
         aside = free_name(folder.checkpoints / f"after-step-{step}")
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
         console.print(f"what was saved after step {step} is now in {aside}")
-    publish_link(folder.last, chosen)
+    publish_link(folder.last, saved.path)
 
 
 def machine(device: torch.device, ranks: Ranks) -> str:
@@ -139,10 +144,17 @@ def begin(
         UserError: If the settings are not those of the run that is to go on, or the weights do not fit.
     """
     if saved:
-        document.facts = history(saved, check_same(saved, settings))
+        changed = check_same(saved, settings)
+        data, before = document.lineage.get("data"), saved.document.lineage.get("data")
+        if data != before:  # files were added or removed
+            console.print("note: the list of images is not the one this run began with")
+            changed["list of images"] = (before, data)
+        document.facts = history(saved, changed)
         if saved.document.step >= total:
             console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
             return False
+        if settings.from_step:  # not before all else has been found to be right
+            task.ranks.on_first(lambda: go_back(folder, saved))
         console.print(f"going on from step {saved.document.step} of {total}")
     elif settings.init_from:
         source = initial_weights(settings.init_from, task.stage)

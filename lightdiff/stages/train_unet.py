@@ -1,5 +1,6 @@
 """train-unet: cached latents + scale -> a U-Net that predicts noise, with averaged weights."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.pipeline import Sampling, load_vae, sample_latents
 from lightdiff.run_folder import Lock, RunFolder, find_latents
-from lightdiff.settings import GRID, TrainUNetSettings, with_changes
+from lightdiff.settings import GRID, MIN_ALPHA_BAR, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.start import begin, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, place
 from lightdiff.training.loop import Batch, train
+from lightdiff.training.place import Place
 from lightdiff.training.progress import console, save_grid
 from lightdiff.training.ranks import Ranks, join
 
@@ -99,7 +101,7 @@ class UNetTask:
                 eps = item_noise(self.shape, list(at), loop.seed, f"validation {band}").to(self.device)
                 with autocast(self.device, loop.precision):
                     error = model(noised(x0, eps, self.alpha_bar[t]), t) - eps
-                sums[band] += error.square().mean((1, 2, 3)).double().sum().cpu()
+                sums[band] += error.square().mean((1, 2, 3)).cpu().double().sum()
         if not items:
             return {}
         means = (self.ranks.sum(sums) / len(items)).tolist()
@@ -111,7 +113,9 @@ class UNetTask:
         model.eval()
         s = self.settings
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
-        sampling = Sampling(num_steps=min(PICTURE_STEPS, s.noise.timesteps // 2))
+        usable = int((self.alpha_bar >= MIN_ALPHA_BAR).sum())
+        start = MIN_ALPHA_BAR if usable else 0.0
+        sampling = Sampling(num_steps=min(PICTURE_STEPS, usable or s.noise.timesteps), min_alpha_bar=start)
         count = GRID[0] * GRID[1] // 2
         with autocast(self.device, s.loop.precision):
             z = sample_latents(model, s.latent, s.noise, range(count), s.loop.seed, self.device, sampling)
@@ -193,10 +197,10 @@ def resolve(settings: TrainUNetSettings, device: torch.device, ranks: Ranks) -> 
 def free_memory(device: torch.device) -> int:
     """Free bytes: of the GPU, or of this machine where that can be told (else 4 GB are assumed)."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return free // Place.of(os.environ).local_size
     except (OSError, StopIteration):
         return 4 * 1024**3

@@ -1,5 +1,6 @@
 """train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_cha
 from lightdiff.stages.start import begin, data_digest, list_images, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers, place
 from lightdiff.training.loop import Batch, Means, train
+from lightdiff.training.place import Place
 from lightdiff.training.progress import console, save_grid
 from lightdiff.training.ranks import Ranks, join
 
@@ -151,8 +153,6 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
 
     # 3. Fresh, from another's weights, or on from where it was
     document = Document(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
-    if saved and saved.document.lineage != document.lineage:
-        console.print("note: the list of images is not the one this run began with")
     if not begin(task, settings, folder, document, saved, total):
         return folder.best
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -180,8 +180,11 @@ def perceptual(loss: VAELossSettings, device: torch.device, ranks: Ranks) -> Cal
     from lightdiff.models.perceptual import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
 
     weights = ranks.on_first(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
-    if not weights.is_file():  # this is another machine, with a cache of its own
-        weights = find_weights(loss.lpips_net, loss.lpips_weights)
+    (missing,) = ranks.largest(int(not weights.is_file()))
+    for turn in (0, 1) if missing else ():  # other machines have caches of their own: there too, one process first
+        if not weights.is_file() and (Place.of(os.environ).local_rank > 0) == bool(turn):
+            weights = find_weights(loss.lpips_net, loss.lpips_weights)
+        ranks.largest(turn)
     return PerceptualLoss(loss.lpips_net, weights).to(device)
 
 

@@ -20,13 +20,17 @@ def pick_device(name: Device) -> torch.device:
     Raises:
         UserError: If it is asked for and absent.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    place = Place.of(os.environ)
+    mps = torch.backends.mps.is_available() and place.size == 1  # gloo knows no tensors of MPS
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(n for n in ("cuda", "mps", "cpu") if there[n])
     elif not there[name]:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
     if name == "cuda":
-        number, count = Place.of(os.environ).local_rank, torch.cuda.device_count()
+        number, count = place.local_rank, torch.cuda.device_count()
+        if count == 1 and "SLURM_PROCID" in os.environ:
+            number = 0  # Slurm shows each task its own GPU alone
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Document, load_weights
 from lightdiff.data.order import generator
-from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.errors import NoRoom, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
 from lightdiff.settings import JobSettings, LoopSettings
 from lightdiff.training.compute import autocast, memory_in_use, out_of_memory_explained
@@ -26,6 +26,7 @@ from lightdiff.training.ranks import Ranks
 from lightdiff.training.stopping import AGAIN, OUT_OF_TIME, TimeLimit, Watch
 
 Batch = dict[str, Tensor]
+MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be told to leave all as it is
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # room for metrics and pictures beside a checkpoint
 NAMES_SHOWN = 8
@@ -70,7 +71,11 @@ class Trainer:
         self.model = task.model
         self.ema = EMA(self.model, loop.ema_decay) if loop.ema_decay else None
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=loop.lr, betas=(0.9, loop.beta2), weight_decay=loop.weight_decay, fused=True
+            self.model.parameters(),
+            lr=loop.lr,
+            betas=(0.9, loop.beta2),
+            weight_decay=loop.weight_decay,
+            fused=task.device.type in MASKING,
         )
         self.step = 0
         self.images_seen = 0
@@ -130,8 +135,11 @@ class Trainer:
         """Let the optimizer step, or on the device, without waiting for it, leave all as it is if not all is sound."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.loop, self.step, total_steps)
-        self.optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler says it
-        self.optimizer.step()
+        if self.task.device.type in MASKING:
+            self.optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler says it
+            self.optimizer.step()
+        elif sound:  # waits for the device
+            self.optimizer.step()
         self._sound.append(sound)
         self.step += 1
 
@@ -182,9 +190,10 @@ class Trainer:
         self.step, self.images_seen = saved.document.step, saved.document.images_seen
         self.best = saved.document.facts.get("best", math.inf)
         self.skipped = saved.document.facts.get("skipped", 0)
+        where = self.task.device if self.task.device.type in MASKING else "cpu"  # where AdamW counts its steps
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step - self.skipped), device=parameter.device),
+                "step": torch.tensor(float(self.step - self.skipped), device=where),
                 "exp_avg": torch.empty_like(parameter).copy_(averages[name]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(squares[name]),
             }
@@ -259,9 +268,13 @@ def train(
         Stopped: If a signal or the time limit asked for it; the state is saved.
         RunError: If the loss is not finite, or the disk or the GPU's memory is full.
     """
-    trainer, ranks = Trainer(task, loop, precision), task.ranks
-    if resume is not None:
-        trainer.restore(resume)
+    ranks = task.ranks
+    pass_size = min(loop.micro, len(ranks.share(loop.batch_size)) or 1)
+    with out_of_memory_explained("--micro-batch", pass_size):
+        trainer = Trainer(task, loop, precision)
+        if resume is not None:
+            trainer.restore(resume)
+            resume.close()
     limit = TimeLimit(job.max_time if job else 0, reserve=2 * trainer.nbytes / SLOW_DISK)
     ranks.on_first(lambda: checkpoint.check_room(folder.checkpoints, room_needed(trainer)))
     metrics: dict[str, float] = dict(resume.document.metrics) if resume else {}
@@ -270,7 +283,7 @@ def train(
     with (
         Reporter(task.stage, total_steps, trainer.step, folder.metrics if ranks.first else None) as reporter,
         Watch(ranks, limit) as watch,
-        out_of_memory_explained("--micro-batch", loop.micro),
+        out_of_memory_explained("--micro-batch", pass_size),
     ):
         for batch in task.batches(trainer.images_seen, remaining):
             losses = trainer.train_step(batch, total_steps)
@@ -297,14 +310,19 @@ def train(
                 reporter.advance(step, shown | extra)
             else:
                 reporter.advance(step)
-            if saving:
-                save(trainer, folder, document, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
             if validating:
                 picture = folder.images / f"step-{step:08d}.png"
-                ranks.on_first(partial(task.picture, trainer.averaged, picture))
+                try:
+                    ranks.on_first(partial(task.picture, trainer.averaged, picture))
+                except Exception:
+                    save(trainer, folder, document, metrics, keep_step=False, fresh=True)
+                    raise
                 reporter.picture(picture, step)
                 said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
                 reporter.note(f"{task.stage} step {step}: {said}  {picture}")
+            if saving:  # last: what a kill cuts off before it is made again
+                reporter.settle()
+                save(trainer, folder, document, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
             if wish.exit_code and step < total_steps:
                 why = f"--max-time {limit.minutes:g} minutes: " if wish.exit_code == OUT_OF_TIME else ""
                 raise Stopped(
@@ -338,8 +356,8 @@ def save(
                 checkpoint.check_room(folder.checkpoints, room_needed(trainer))
                 checkpoint.save(path, trainer.state(resumable), now)
                 return
-            except RunError:
-                older = folder.steps()[:-1]  # the newest may be all that is left to resume from
+            except NoRoom:
+                older = removable(folder, trainer.loop, keep=1)  # the newest may be all that is left to resume from
                 if not trainer.loop.drop_oldest or not older:
                     raise
                 older[0].unlink()
@@ -353,7 +371,8 @@ def save(
         kept = folder.step(trainer.step)
         publish(kept, resumable=True)
         checkpoint.publish_link(folder.last, kept)
-        remove_old(folder, trainer.loop)
+        for old in removable(folder, trainer.loop, trainer.loop.keep):
+            old.unlink()
 
     trainer.ranks.on_first(write)
 
@@ -363,11 +382,10 @@ def room_needed(trainer: Trainer) -> int:
     return trainer.nbytes + SMALL_FILES
 
 
-def remove_old(folder: StageFolder, loop: LoopSettings) -> None:
-    """Remove step files beyond the newest `keep`, but none of a step that `keep_every` divides."""
-    for old in folder.steps()[: -loop.keep]:
-        if not (loop.keep_every and folder.step_of(old) % loop.keep_every == 0):
-            old.unlink()
+def removable(folder: StageFolder, loop: LoopSettings, keep: int) -> list[Path]:
+    """Step files but the newest `keep`, and but those of a step that `keep_every` divides; oldest first."""
+    older = folder.steps()[:-keep]
+    return [path for path in older if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0)]
 
 
 def judge_skipped(trainer: Trainer, skipped: list[int], folder: StageFolder, reporter: Reporter) -> None:

@@ -1,5 +1,6 @@
 """Which process of a run this is. Launchers say so in the environment: torch's, or Slurm's."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class Place:
         port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 20000))
         rank, size, local_rank, local_size = numbers
         return cls(rank, size, local_rank, local_size, address, port)
+
+
+def restarted() -> bool:
+    """Whether torch's agent has started this process again, after one has died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def first_host(hosts: str) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightdiff.checkpoint import publish_text
+from lightdiff.checkpoint import publish, publish_text
 from lightdiff.data.images import to_uint8
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
@@ -93,6 +93,12 @@ class Reporter:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(values["step"]))
 
+    def settle(self) -> None:
+        """See that all lines of metrics.jsonl are on the disk, as a checkpoint follows that says they are."""
+        if self._metrics is not None and self._metrics.exists():
+            with self._metrics.open("a") as file:
+                os.fsync(file.fileno())
+
     def picture(self, path: Path, step: int) -> None:
         """Show a saved picture in TensorBoard too."""
         if self._board is not None:
@@ -115,7 +121,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):  # half a line, from a process that was killed
@@ -144,5 +150,5 @@ def save_grid(path: Path, x: Tensor, columns: int, gap: int = 2) -> None:
     for i, image in enumerate(to_uint8(x.cpu())):
         top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
         sheet[:, top : top + h, left : left + w] = image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    image = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    publish(path, lambda temporary: image.save(temporary, format="PNG"))

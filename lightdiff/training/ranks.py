@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from lightdiff.errors import LightdiffError, RunError, UserError
 from lightdiff.training.place import Place
 from lightdiff.training.progress import console
 
 T = TypeVar("T")
+PATIENT: list[Any] = []  # all processes, for a wait without the usual limit
 ORPHAN_SECONDS = 0.5  # how often a process looks whether the one that started it is still there
 
 
@@ -69,12 +68,15 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MIN)
         return number > 0
 
-    def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number over all processes; waits for them, but for no GPU."""
+    def largest(self, *numbers: int, patient: bool = False) -> list[int]:
+        """The largest of each number over all processes; waits for them, but for no GPU.
+
+        With `patient` for days, where one may have much more to do than another; one that is gone is noticed at once.
+        """
         if self.size == 1:
             return list(numbers)
         together = torch.tensor(numbers)
-        dist.all_reduce(together, dist.ReduceOp.MAX)
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=PATIENT[0] if patient else None)
         return [int(n) for n in together]
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -87,6 +89,8 @@ class Ranks:
                 said = [(work(), None)]
             except LightdiffError as error:
                 said = [(None, error)]
+            except Exception as error:  # the others must not wait for what will not come
+                said = [(None, RunError(f"{type(error).__name__}: {error}"))]
         dist.broadcast_object_list(said, 0, device=torch.device("cpu"))
         result, problem = said[0]
         if problem is not None:
@@ -117,10 +121,6 @@ class Ranks:
         dist.all_gather_object(everywhere, list(found))
         return list(dict.fromkeys(name for names in everywhere for name in names))
 
-    def wait(self) -> None:
-        """Wait until all processes have come here."""
-        self.largest(0)
-
 
 def join(device: torch.device, timeout: float) -> Ranks:
     """Meet the other processes of this run, if a launcher has started several.
@@ -135,6 +135,9 @@ def join(device: torch.device, timeout: float) -> Ranks:
     place = Place.of(os.environ)
     if place.size == 1:
         return Ranks()
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # some builds of torch have none
+    from torch.distributed.rendezvous import rendezvous
+
     if not dist.is_initialized():
         end_with_parent()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -147,6 +150,7 @@ def join(device: torch.device, timeout: float) -> Ranks:
                 # After a restart torch's agent keeps its store, and in it the addresses of processes that are dead.
                 store = PrefixStore(f"attempt-{attempt}", store)
                 dist.init_process_group(backend, timeout=wait, world_size=place.size, rank=place.rank, store=store)
+                PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
             raise UserError(f"what the launcher left in the environment makes no sense: {error}") from None
     console.quiet = place.rank > 0  # one speaks for all

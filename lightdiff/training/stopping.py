@@ -33,14 +33,14 @@ class TimeLimit:
         self._longest, self._last = max(self._longest, now - self._last), now
         return self.minutes > 0 and time.time() - STARTED + 2 * self._longest + self.reserve > 60 * self.minutes
 
-    def check(self, done: str) -> None:
-        """Stop here if it is time, saying what has been done.
+    def conclude(self, unfinished: bool, ranks: "Ranks", how: str = "") -> None:
+        """Wait for all processes, as long as it takes, and stop if any of them has not finished its share.
 
         Raises:
-            Stopped: With the exit code by which job scripts know to start again.
+            Stopped: In all of them, with the exit code by which job scripts know to start again.
         """
-        if self.spent():
-            raise Stopped(f"--max-time {self.minutes:g} minutes: {done}; {AGAIN}", OUT_OF_TIME)
+        if any(ranks.largest(int(unfinished), patient=True)):
+            raise Stopped(f"--max-time {self.minutes:g} minutes: what is done is saved; {AGAIN}{how}", OUT_OF_TIME)
 
 
 AGAIN = "run the same command again to go on"
@@ -55,7 +55,7 @@ class Wish:
 
 
 class Watch:
-    """Signals and the time limit as a wish that the loop reads between steps; a second signal leaves at once."""
+    """Signals and the time limit as a wish that the loop reads between steps; a second Ctrl-C leaves at once."""
 
     def __init__(self, ranks: "Ranks", limit: TimeLimit) -> None:
         """Speak for all processes of a run."""
@@ -76,14 +76,14 @@ class Watch:
     def wish(self) -> Wish:
         """What to do after this step, the same in every process though a signal may have reached only one."""
         code = 128 + self._signal if self._signal else OUT_OF_TIME if self.limit.spent() else 0
-        code, save = self.ranks.largest(code, int(self._save))
-        self._save = False
-        return Wish(code, bool(save))
+        save, self._save = self._save, False
+        code, saving = self.ranks.largest(code, int(save))
+        return Wish(code, bool(saving))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
+        if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = number
+        self._signal = number  # SIGTERM may come twice: a cluster sends it to each process, and so does a launcher
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         self._save = True
