@@ -220,7 +220,7 @@ def fail(error: LightdiffError) -> None:
     if launch.tell(error):
         sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
     head = "stopped:" if isinstance(error, Stopped) else "error:"
-    who = f"process {launch.rank()}: " if launch.rank() else ""
+    who = f"process {launch.rank()}: " if launch.rank() and not str(error).startswith("process ") else ""
     Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
     sys.exit(error.exit_code)
 

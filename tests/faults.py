@@ -32,13 +32,13 @@ from lightdiff.training.ranks import leave  # noqa: F401
 
 TIMING = ("time", "images_per_s", "memory_mb")
 STEPS = 240
-LOOP = ["--steps", STEPS, "--batch-size", 6, "--micro-batch", 4, "--warmup-steps", 20, "--workers", 0]
+LOOP = ["--steps", STEPS, "--batch-size", 6, "--micro-batch", 4, "--warmup-steps", 20]
 LOOP += ["--save-every", 7, "--val-every", 30, "--log-every", 3, "--precision", "fp32", "--keep", 2]
 
 
 def vae_command(home: Path) -> list[object]:
     """train-vae on small drawn faces."""
-    images = ["--data", home / "faces", "--resolution", 16, "--lpips-gamma", 0]
+    images = ["--data", home / "faces", "--resolution", 16, "--lpips-gamma", 0, "--workers", 0]
     return ["train-vae", "--run", home / "run", *images, "--model.encoder-width", 8, "--model.decoder-width", 8, *LOOP]
 
 
@@ -161,6 +161,7 @@ def main() -> None:
     """Print the table; exit code 1 if any run differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="kills for each training")
+    parser.add_argument("--only", choices=["vae", "unet"], help="kill this training alone")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     rng = random.Random(chosen.seed)
@@ -174,7 +175,8 @@ def main() -> None:
         finish_drawing(home)
         for stage, command in (("vae", vae_command(home)), ("unet", unet_command(home))):
             began = time.monotonic()
-            found = disturb(stage, command, home, chosen.kills, rng, console.print)
+            kills = chosen.kills if chosen.only in (None, stage) else 0
+            found = disturb(stage, command, home, kills, rng, console.print)
             numbers = (found["kills"], found["while saving"], found["runs"], found["equal"])
             table.add_row(f"train-{stage}", *map(str, numbers), f"{time.monotonic() - began:.0f}")
             bad += found["runs"] - found["equal"]

