@@ -34,7 +34,7 @@ def run(settings: DemoSettings) -> Path:
         steps=s.vae_steps, batch_size=32, lr=1e-3, val_every=s.vae_steps, save_every=300, seed=s.seed, device=s.device
     )
     images = ImageSettings(data=(faces,), resolution=s.resolution, random_crop=1.0, flip=False)
-    loss = VAELossSettings(lpips_gamma=0.0, reconstruction="l1", kl_beta=1e-3)
+    loss = VAELossSettings(lpips_gamma=0.0, reconstruction="l1", kl_beta=3e-3)
     train_vae.run(
         TrainVAESettings(run=s.run, images=images, loss=loss, loop=vae_loop, model=VAESettings(decoder_width=32))
     )
@@ -78,7 +78,7 @@ The same by hand, with images of your own in place of {faces}:
 
   lightdiff train-vae --run runs/mine --data {faces} --resolution {s.resolution} \\
       --no-flip --random-crop 1 --steps {s.vae_steps} --lr 1e-3 \\
-      --reconstruction l1 --kl-beta 1e-3 --lpips-gamma 0
+      --reconstruction l1 --kl-beta 3e-3 --lpips-gamma 0
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
   lightdiff train-unet --run runs/mine --steps {s.unet_steps} --lr 1e-3 --model.width 64
