@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lightdiff import __version__, launch, settings
-from lightdiff.errors import Damaged, LightdiffError, RunError, Stopped
+from lightdiff.errors import LightdiffError, RunError, Stopped
 from lightdiff.options import Layer, command, read_settings
 from lightdiff.training.place import restarted
 
@@ -80,23 +80,17 @@ def stage(name: str) -> Callable[[Any], None]:
 
 def saved_settings(said: Layer, name: str) -> list[Layer]:
     """What a stopped run of this stage saved, so that the same command goes on with it."""
-    from lightdiff.checkpoint import Checkpoint
     from lightdiff.run_folder import RunFolder
+    from lightdiff.stages.start import newest
 
     folder = getattr(RunFolder(path(said.get("run")) or settings.StageSettings().run), name)
     if said.get("restart") and not restarted():
         return []
-    problems: list[Damaged] = []
-    for file in folder.resumable():
-        try:
-            layer = dict(Checkpoint(file, name).document.settings)
-        except Damaged as error:  # if an older one is whole, the stage tells of it and goes on from there
-            problems.append(error)
-        else:
-            return [{key: value for key, value in layer.items() if key not in {"run", "init_from", "restart"}}]
-    if problems:
-        raise Damaged(f"{problems[0]}; there is no whole state to go on from: --restart begins anew")
-    return []
+    saved = newest(folder, name, whole=False)  # the stage will read the rest, and tell what is damaged
+    if saved is None:
+        return []
+    layer = saved.document.settings.items()
+    return [{key: value for key, value in layer if key not in {"run", "init_from", "restart"}}]
 
 
 def inherit_vae(said: Layer) -> list[Layer]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightdiff.errors import LightdiffError, RunError, Stopped
+from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
 from lightdiff.settings import JobSettings
+from lightdiff.training.place import Place
 
 FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave word; set for them alone
 FATAL = 2  # a mistake of the user's: starting again would not help
@@ -37,8 +38,6 @@ def is_worker() -> bool:
 
 def rank() -> int:
     """This process's number among those of the run, 0 where it is alone."""
-    from lightdiff.training.place import Place
-
     return Place.of(os.environ).rank
 
 
@@ -60,7 +59,7 @@ def tell(error: LightdiffError) -> bool:
     """Leave what a worker has to say for the launching process; False if this is no worker."""
     if not is_worker():
         return False
-    word = Word(rank(), str(error), error.exit_code, isinstance(error, Stopped), type(error).__name__ == "LostContact")
+    word = Word(rank(), str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
     write(Path(os.environ[FOLDER]) / f"said-{rank()}.json", json.dumps(vars(word)))
     return True
 

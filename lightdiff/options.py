@@ -35,9 +35,8 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 def typed(model: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
     """The fields that have a flag: all but what an earlier stage fills in, and what would do nothing in this one."""
-    filled_in = {name for name, f in model.model_fields.items() if f.json_schema_extra == {"typed": False}}
     no_flag: frozenset[str] = getattr(model, "NO_FLAG", frozenset())
-    return {path: f for path, f in leaves(model) if path[0] not in filled_in and ".".join(path) not in no_flag}
+    return {path: f for path, f in leaves(model) if not {path[0], ".".join(path)} & no_flag}
 
 
 def nested_model(field: FieldInfo) -> type[BaseModel] | None:

@@ -327,7 +327,7 @@ class ScaleSettings(StageSettings):
 class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to predict noise."""
 
-    NO_FLAG: ClassVar = frozenset({"loop.workers"})  # there are no images to load
+    NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
@@ -336,9 +336,7 @@ class TrainUNetSettings(StageSettings):
     loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
     model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
-    latent: LatentsSettings = Field(
-        LatentsSettings(), title="Latents (read from the latents)", json_schema_extra={"typed": False}
-    )
+    latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
 
 
 class GenerateSettings(StageSettings):

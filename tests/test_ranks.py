@@ -18,9 +18,10 @@ from PIL import Image
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentSet, read_index
 from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.errors import LostContact
 from lightdiff.run_folder import RunFolder
 from lightdiff.training.place import Place, first_host
-from lightdiff.training.ranks import LostContact, Ranks, lost_contact_explained
+from lightdiff.training.ranks import Ranks, lost_contact_explained
 
 HOME = Path(__file__).parent.parent
 

@@ -180,12 +180,10 @@ def shard_document(path: Path) -> Document | None:
     if not path.is_file():
         return None
     try:
-        shard = Checkpoint(path, "latents")
-        shard.tensors("")  # verifies them
+        return Checkpoint(path, "latents").verify().document
     except UserError as error:
         console.print(f"{error}; it is encoded again")
         return None
-    return shard.document
 
 
 def encode_shard(
@@ -198,7 +196,7 @@ def encode_shard(
     precision: str,
     device: torch.device,
     advance: Callable[[int], None],
-) -> Document:
+) -> None:
     """Encode the images at these positions and publish their shard; `advance` is told how many are done."""
     images, dtype = settings.images, DTYPES[settings.dtype]
     mu: list[Tensor] = []
@@ -219,7 +217,7 @@ def encode_shard(
     side = images.resolution
     empty = encoder(torch.zeros(1, 3, side, side, device=device)).mu[:0, None].to("cpu", dtype) if not kept else None
     tensors = {"mu": torch.cat(mu) if empty is None else empty, "logvar": torch.cat(logvar) if empty is None else empty}
-    return checkpoint.save(path, tensors, Document(stage="latents", facts={"positions": kept, "bad": found_bad}))
+    checkpoint.save(path, tensors, Document(stage="latents", facts={"positions": kept, "bad": found_bad}))
 
 
 def readable(

@@ -1,4 +1,4 @@
-"""How both trainings start: fresh, from another's weights, or where they were stopped."""
+"""How stages start: in a folder of their own, fresh, from another's weights, or where they were stopped."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def resumed(
         enter(folder.path, lock, settings.restart)
         claim(folder.checkpoints)
         remove_temporaries(folder.checkpoints)
-        mine = step_file(folder, settings.from_step, stage) if settings.from_step else newest_whole(folder, stage)
+        mine = step_file(folder, settings.from_step, stage) if settings.from_step else newest(folder, stage, whole=True)
         return mine.path if mine else None
 
     path = ranks.on_first(choose)
@@ -63,8 +63,10 @@ def resumed(
     return mine or (Checkpoint(path, stage) if path else None)
 
 
-def newest_whole(folder: StageFolder, stage: str) -> Checkpoint | None:
+def newest(folder: StageFolder, stage: str, whole: bool) -> Checkpoint | None:
     """The newest state that can be resumed and is not damaged; None if there is none at all.
+
+    With `whole` its tensors are read too, and damaged ones that it stands in for are told; else only documents are.
 
     Raises:
         Damaged: If there are some, but all are damaged.
@@ -72,11 +74,13 @@ def newest_whole(folder: StageFolder, stage: str) -> Checkpoint | None:
     problems: list[Damaged] = []
     for path in folder.resumable():
         try:
-            found = Checkpoint(path, stage).verify()
+            found = Checkpoint(path, stage)
+            if whole:
+                found.verify()
         except Damaged as error:
             problems.append(error)
         else:
-            for problem in problems:
+            for problem in problems if whole else ():
                 console.print(f"{problem}; {path.name} is taken instead", style="yellow")
             return found
     if problems:

@@ -82,19 +82,13 @@ class Trainer:
         self.best = math.inf
         self.skipped = 0  # steps without an update, as something was not finite
         self._sound: list[Tensor] = []  # of each step since the last look, whether all was finite
-        self._network: nn.Module | None = None
+        # As it is called in training: with several processes, it averages their gradients.
+        self.network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
 
     @property
     def averaged(self) -> nn.Module:
         """The averaged network where there is one, else the network itself."""
         return self.ema.model if self.ema else self.model
-
-    @property
-    def network(self) -> nn.Module:
-        """The network as it is called in training: with several processes, one that averages their gradients."""
-        if self._network is None:
-            self._network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
-        return self._network
 
     def train_step(self, batch: Any, total_steps: int) -> dict[str, Tensor]:
         """One optimizer step; losses of this process's share stay on the device, so that nothing waits for them.

@@ -16,17 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.errors import LightdiffError, LostContact, RunError, UserError
 from lightdiff.training.place import Place
 from lightdiff.training.progress import console
 
 T = TypeVar("T")
 PATIENT: list[Any] = []  # all processes, for a wait without the usual limit
 ORPHAN_SECONDS = 0.5  # how often a process looks whether the one that started it is still there
-
-
-class LostContact(RunError):
-    """Another process is gone or does not answer: seldom the cause, so it is told when no other error is known."""
 
 
 @dataclass(frozen=True)
