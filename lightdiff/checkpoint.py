@@ -147,6 +147,10 @@ class Checkpoint:
             self.tensor(name)
         return self
 
+    def shapes(self, prefix: str) -> dict[str, list[int]]:
+        """The shapes of all tensors below a prefix, by their names without it; no tensor is read."""
+        return {name.removeprefix(prefix): self._file.get_slice(name).get_shape() for name in self.names(prefix)}
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors below a prefix, verified, by their names without it."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
@@ -180,25 +184,38 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Document) -> Docum
     return document
 
 
-def load_weights(model: nn.Module, source: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """Load a snapshot's weights into a network.
+def load_weights(model: nn.Module, source: Checkpoint, prefix: str) -> None:
+    """Load a snapshot's tensors below a prefix into a network.
 
     Raises:
         UserError: If names or shapes differ, as after a change of architecture.
     """
-    check_fit(model, source, weights)
-    model.load_state_dict(weights)
+    check_fit(model, source, prefix)
+    model.load_state_dict(source.tensors(prefix))
 
 
-def check_fit(model: nn.Module, source: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """See that a snapshot's weights are those of a network, by names and shapes; it may lie on the meta device.
+def check_own(build: Callable[[], nn.Module], source: Checkpoint, prefix: str) -> None:
+    """See that a snapshot's settings make the network that its tensors are of, whatever sizes it claims: in no memory.
 
     Raises:
         UserError: If not.
     """
-    expected = model.state_dict()
-    wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
-    wrong += [n for n in weights if n not in expected]
+    try:
+        with torch.device("meta"):
+            check_fit(build(), source, prefix)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise Damaged(f"{source.path} is damaged: its settings make no network ({error})") from None
+
+
+def check_fit(model: nn.Module, source: Checkpoint, prefix: str) -> None:
+    """See that a snapshot's tensors below a prefix are those of a network, by names and shapes.
+
+    Raises:
+        UserError: If not.
+    """
+    expected, found = model.state_dict(), source.shapes(prefix)
+    wrong = [n for n in expected if n not in found or found[n] != list(expected[n].shape)]
+    wrong += [n for n in found if n not in expected]
     if wrong:
         raise UserError(f"{source.path} does not fit this architecture: {len(wrong)} tensors differ, {wrong[0]} first")
 

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from lightdiff import __version__, launch, settings
-from lightdiff.errors import LightdiffError, RunError, Stopped
+from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
 from lightdiff.options import Layer, command, read_settings
-from lightdiff.training.place import restarted
+from lightdiff.training.place import may_restart_elsewhere, restarted
 
 STAGES = "The five stages"
 OTHERS = "Looking, listing, importing"
@@ -58,6 +58,10 @@ def stage(name: str) -> Callable[[Any], None]:
             launch.launch(job, sys.argv[1:])
             return
         once = {name: default for name, default in (("restart", False), ("from_step", 0)) if getattr(chosen, name, 0)}
+        if once and may_restart_elsewhere():  # there, restarted() may be true in one process and not in another
+            raise UserError(
+                f"{once_flags(once)} would be repeated by torchrun's --max-restarts: start once without that"
+            )
         if restarted() and once:  # these are for the first time
             chosen = settings.with_changes(chosen, **once)
         from lightdiff.training.ranks import leave, lost_contact_explained
@@ -70,12 +74,16 @@ def stage(name: str) -> Callable[[Any], None]:
         except KeyboardInterrupt:  # here, as Typer would leave without a word
             raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
         except Stopped as stopped:
-            without = " and ".join(f"--{name.replace('_', '-')}" for name in once)
-            raise Stopped(f"{stopped}{f', without {without}' if without else ''}", stopped.exit_code) from None
+            raise Stopped(f"{stopped}{f', without {once_flags(once)}' if once else ''}", stopped.exit_code) from None
         if launch.rank() == 0:
             typer.echo(made)
 
     return run
+
+
+def once_flags(names: Iterable[str]) -> str:
+    """Settings for a run's first start, as they are typed."""
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def saved_settings(said: Layer, name: str) -> list[Layer]:

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint, check_fit, first_found
+from lightdiff.checkpoint import Checkpoint, check_own, first_found, load_weights
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import denoiser
 from lightdiff.diffusion.samplers import ddim
 from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
-from lightdiff.errors import Damaged, UserError
+from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
@@ -158,27 +158,23 @@ class Pipeline:
 def load_vae(saved: Checkpoint, device: torch.device) -> tuple[VAE, VAESettings]:
     """A VAE ready for use, and its architecture."""
     model = saved.settings(VAESettings, "model")
-    return ready(lambda: VAE(model), saved, saved.weights(), device), model
+    return ready(lambda: VAE(model), saved, saved.weights_prefix(), device), model
 
 
 def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: torch.device, ema: bool) -> UNet:
     """A U-Net ready for use."""
-    return ready(lambda: UNet(model, channels), saved, saved.weights(ema), device)
+    return ready(lambda: UNet(model, channels), saved, saved.weights_prefix(ema), device)
 
 
-def ready(build: Callable[[], N], saved: Checkpoint, weights: dict[str, Tensor], device: torch.device) -> N:
-    """A network with a snapshot's weights, ready for use.
+def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.device) -> N:
+    """A network with a snapshot's tensors below a prefix, ready for use.
 
     Raises:
         UserError: If they do not fit, or the settings make no network.
     """
-    try:
-        with torch.device("meta"):  # whatever sizes a file claims: no memory is used before its weights fit them
-            check_fit(build(), saved, weights)
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise Damaged(f"{saved.path} is damaged: its settings make no network ({error})") from None
+    check_own(build, saved, prefix)
     network = build()
-    network.load_state_dict(weights)
+    load_weights(network, saved, prefix)
     place(network.requires_grad_(False).eval(), device)
     return network
 

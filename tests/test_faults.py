@@ -19,7 +19,11 @@ from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.errors import LightdiffError, RunError, UserError
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import load_vae
-from lightdiff.settings import VAESettings
+from lightdiff.run_folder import Lock, RunFolder
+from lightdiff.settings import TrainVAESettings, VAESettings
+from lightdiff.stages.start import resumed
+from lightdiff.stages.train_vae import network
+from lightdiff.training.ranks import Ranks
 
 HOME = Path(__file__).parent.parent
 
@@ -179,6 +183,20 @@ def test_no_settings_make_loading_allocate_what_the_file_does_not_hold(tmp_path,
     before = checkpoint_memory()
     with pytest.raises(UserError):
         load_vae(Checkpoint(path).verify(), torch.device("cpu"))
+    assert checkpoint_memory() - before < 300e6
+
+
+def test_a_state_whose_settings_are_not_those_of_its_tensors_is_not_resumed(tmp_path):
+    """Each process looks before it builds the network; 2 TB are asked for here."""
+    folder = RunFolder(tmp_path).vae
+    folder.checkpoints.mkdir(parents=True)
+    model = VAESettings(encoder_channels=(2**14,) * 8, decoder_channels=(2**14,) * 8, mid_blocks=64)
+    hostile = TrainVAESettings(model=model, images={"data": [tmp_path]}).model_dump(mode="json")
+    tensors = {"model.a": ("F32", [2], bytes(8)), "optimizer.exp_avg.a": ("F32", [2], bytes(8))}
+    folder.last.write_bytes(sealed(tensors, hostile))
+    before = checkpoint_memory()
+    with Lock() as lock, pytest.raises(UserError, match="does not fit this architecture"):
+        resumed(folder, "vae", TrainVAESettings(images={"data": [tmp_path]}), lock, Ranks(), network)
     assert checkpoint_memory() - before < 300e6
 
 

@@ -173,6 +173,14 @@ def test_max_restarts_starts_again_by_itself(faces, tmp_path):
     assert not list(tmp_path.glob("vae.old*"))
 
 
+def test_what_would_begin_anew_is_refused_where_several_machines_restart(faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    code, said = Command(faces, tmp_path, "--restart", processes=1).end()
+    assert code == 2
+    assert "--restart would be repeated by torchrun's --max-restarts" in said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds workers below /proc")
 def test_workers_leave_when_the_command_is_killed_and_a_restart_works_at_once(faces, tmp_path):
     command = Command(faces, tmp_path).wait_for_step(60)

@@ -534,6 +534,14 @@ def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path,
     assert "restart" not in json.loads((tmp_path / "vae/settings.json").read_text())
 
 
+def test_automatic_precision_stays_what_it_was(tmp_path, faces, monkeypatch):
+    train_vae.run(vae_settings(tmp_path, faces, precision="bf16"))
+    monkeypatch.setattr("lightdiff.stages.start.pick_precision", lambda name, _: "fp32" if name == "auto" else name)
+    train_vae.run(vae_settings(tmp_path, faces, precision="auto", steps=10))
+    saved = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document.settings
+    assert (saved["loop"]["precision"], saved["loop"]["steps"]) == ("bf16", 10)
+
+
 def test_a_damaged_state_is_told_and_an_older_one_taken(tmp_path, faces, capsys):
     for name in ("whole", "damaged"):
         train_vae.run(vae_settings(tmp_path / name, faces))

@@ -3,6 +3,7 @@
     nox -s two_machines                    # needs root and iproute2
 
 One of torch's agents in each namespace, rendezvous over the link. First a run to its end, compared with one process;
+then one in which a process is killed, upon which torch's agents must start both again;
 then the same with the link cut, upon which the processes on both sides must end with a message and without a hang; then
 the same command again, which must go on. (torch's own agent may wait for its rendezvous long after its process has
 ended; then it is killed, as a queue would do it.)
@@ -10,6 +11,7 @@ ended; then it is killed, as a queue would do it.)
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from lightdiff.run_folder import RunFolder
 NAMES = ("lightdiff-a", "lightdiff-b")
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 CABLE = ("ldcable-a", "ldcable-b")
+APART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # each attempt to meet gets a store of its own
 TIMEOUT = 20  # seconds that a process waits for the other one
 
 
@@ -71,7 +74,7 @@ class Machine:
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                agent, env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"}, stderr=stream
+                agent, env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"} | APART, stderr=stream
             )
 
     @property
@@ -79,21 +82,33 @@ class Machine:
         """All so far."""
         return self.log.read_text()
 
+    def kill_worker(self) -> None:
+        """Kill its training process, and leave its agent."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+
     def ended(self) -> bool:
         """Whether its training process has ended."""
         return self.process.poll() is not None or "error:" in self.said
 
 
-def start(home: Path, run: str, steps: int, port: int) -> list[Machine]:
+def start(home: Path, run: str, steps: int, port: int, restarts: int = 0) -> list[Machine]:
     """One agent in each namespace."""
     machines = []
     for number, (name, address, end) in enumerate(zip(NAMES, ADDRESSES, CABLE, strict=True)):
         agent = f"""ip netns exec {name} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
         --node-rank {number} --rdzv-backend c10d --rdzv-endpoint {ADDRESSES[0]}:{port} --rdzv-id {run}-{port}
-        --rdzv-conf timeout={TIMEOUT},is_host={int(number == 0)} --local-addr {address}"""
+        --rdzv-conf timeout={TIMEOUT},is_host={int(number == 0)} --local-addr {address}
+        --max-restarts {restarts}"""
         log = home / f"{run}-{number}-{port}.err"
         machines.append(Machine([*agent.split(), *command(home, run, steps, separator=" --")], log, end))
     return machines
+
+
+def wait_for_step(run: Path, step: int, machines: list[Machine]) -> None:
+    """Wait until a step is saved, or a machine has ended."""
+    while step_of(run) < step and not any(machine.ended() for machine in machines):
+        time.sleep(0.1)
 
 
 def wait(machines: list[Machine], seconds: float) -> float:
@@ -145,9 +160,17 @@ def main() -> None:
             print(f"two machines, {steps} steps: both ended with 0 after {time.monotonic() - began:.0f} s; ", end="")
             print(f"weights differ from one process's by {apart:.1e} at most")
 
+            machines = start(home, "killed", steps, 29614, restarts=3)
+            wait_for_step(home / "killed", 20, machines)
+            machines[1].kill_worker()
+            finished(machines)
+            assert "going on from step" in machines[0].said, machines[0].said
+            apart = difference(home / "alone", home / "killed")
+            print("process of machine 1 killed: torch's agents restarted both; ", end="")
+            print(f"both ended with 0, weights differ from one process's by {apart:.1e} at most")
+
             machines = start(home, "cut", 100 * steps, 29612)
-            while step_of(home / "cut") < 20 and not any(machine.ended() for machine in machines):
-                time.sleep(0.1)
+            wait_for_step(home / "cut", 20, machines)
             cut(down=True)
             took = wait(machines, 6 * TIMEOUT)
             reached = step_of(home / "cut")

@@ -2,21 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from lightdiff.checkpoint import Checkpoint, Document, load_weights, publish_link, publish_text, remove_temporaries
+from lightdiff.checkpoint import (
+    Checkpoint,
+    Document,
+    check_own,
+    load_weights,
+    publish_link,
+    publish_text,
+    remove_temporaries,
+)
 from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
-from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, with_changes
+from lightdiff.training.compute import pick_precision
 from lightdiff.training.loop import Task
 from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks
 
+S = TypeVar("S", TrainVAESettings, TrainUNetSettings)
 FREE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")  # may change on resuming
 FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
 
@@ -39,11 +50,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resumed(
-    folder: StageFolder, stage: str, settings: TrainVAESettings | TrainUNetSettings, lock: Lock, ranks: Ranks
+    folder: StageFolder, stage: str, settings: S, lock: Lock, ranks: Ranks, build: Callable[[S], nn.Module]
 ) -> Checkpoint | None:
     """The state to go on from, if the run has been started before and is not to begin anew.
 
-    One process makes the folder, takes the lock and chooses the file; all open it.
+    One process makes the folder, takes the lock and chooses the file; all open it. `build` makes a network of settings.
 
     Raises:
         UserError: If another process writes there, or there is a state but none that is whole.
@@ -60,7 +71,11 @@ def resumed(
 
     path = ranks.on_first(choose)
     ranks.check_same("run folder", path is None or path.is_file())  # else a machine without it would begin at step 0
-    return mine or (Checkpoint(path, stage) if path else None)
+    saved = mine or (Checkpoint(path, stage) if path else None)
+    if saved:
+        own = saved.settings(type(settings))
+        check_own(lambda: build(own), saved, "model.")
+    return saved
 
 
 def newest(folder: StageFolder, stage: str, whole: bool) -> Checkpoint | None:
@@ -117,6 +132,15 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
     publish_link(folder.last, saved.path)
 
 
+def with_precision(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Ranks) -> S:
+    """The settings with `--precision auto` resolved: as the run has had it so far, else by trying."""
+    chosen = settings.loop.precision
+    if chosen == "auto":
+        chosen = saved.settings(type(settings)).loop.precision if saved else chosen
+        chosen = ranks.on_first(lambda: pick_precision(chosen, device))
+    return with_changes(settings, loop=with_changes(settings.loop, precision=chosen))
+
+
 def machine(device: torch.device, ranks: Ranks) -> str:
     """What computes, in words."""
     return device.type if ranks.size == 1 else f"{ranks.size} processes on {device.type}"
@@ -162,7 +186,7 @@ def begin(
         console.print(f"going on from step {saved.document.step} of {total}")
     elif settings.init_from:
         source = initial_weights(settings.init_from, task.stage)
-        load_weights(task.model, source, source.weights())
+        load_weights(task.model, source, source.weights_prefix())
     task.ranks.on_first(lambda: publish_text(folder.settings, json.dumps(settings.to_save(), indent=2) + "\n"))
     return True
 

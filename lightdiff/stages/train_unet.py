@@ -18,8 +18,8 @@ from lightdiff.pipeline import Sampling, load_vae, sample_latents
 from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import GRID, MIN_ALPHA_BAR, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
-from lightdiff.stages.start import begin, machine, resumed
-from lightdiff.training.compute import autocast, pick_device, pick_precision, place
+from lightdiff.stages.start import begin, machine, resumed, with_precision
+from lightdiff.training.compute import autocast, pick_device, place
 from lightdiff.training.loop import Batch, train
 from lightdiff.training.place import Place
 from lightdiff.training.progress import console, save_grid
@@ -40,7 +40,7 @@ class UNetTask:
         s = self.settings = settings
         self.device, self.latents, self.ranks = device, latents, ranks
         torch.manual_seed(s.loop.seed)  # the initial weights
-        self.model: nn.Module = UNet(s.model, s.latent.channels)
+        self.model = network(s)
         place(self.model, device)
         self.alpha_bar = alpha_bar_table(s.noise).float().to(device)
         self.scaling = Scaling.of(s.latent)
@@ -123,6 +123,11 @@ class UNetTask:
         save_grid(path, x.clamp(-1, 1), GRID[0])
 
 
+def network(settings: TrainUNetSettings) -> nn.Module:
+    """The network that resolved settings describe."""
+    return UNet(settings.model, settings.latent.channels)
+
+
 def inherited(run: Path, latents: Path | None) -> dict[str, object]:
     """What train-unet takes over from the latents."""
     return {"latent": latents_settings(find_latents(latents, RunFolder(run))).model_dump()}
@@ -142,10 +147,11 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
     if latents_settings(latents.folder) != settings.latent:
         raise UserError("--settings: its latent section is not that of these latents; leave it out")
-    settings = resolve(settings, device, ranks)
+    settings = resolve(settings)
     ranks.check_same("set of latents", latents.index.digest)
     folder = RunFolder(settings.run).unet
-    saved = resumed(folder, "unet", settings, lock, ranks)
+    saved = resumed(folder, "unet", settings, lock, ranks, network)
+    settings = with_precision(settings, saved, device, ranks)
     if not latents.train:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
     if latents.nbytes < RESIDENT_SHARE * free_memory(device):
@@ -177,8 +183,8 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     return folder.last
 
 
-def resolve(settings: TrainUNetSettings, device: torch.device, ranks: Ranks) -> TrainUNetSettings:
-    """The settings with every `auto` and every size that follows from the latents filled in.
+def resolve(settings: TrainUNetSettings) -> TrainUNetSettings:
+    """The settings with every size that follows from the latents filled in.
 
     Raises:
         UserError: If the latents' size does not fit the architecture.
@@ -190,8 +196,7 @@ def resolve(settings: TrainUNetSettings, device: torch.device, ranks: Ranks) -> 
             f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
             f"but these are {latent.height} x {latent.width}; give fewer widths"
         )
-    precision = ranks.on_first(lambda: pick_precision(settings.loop.precision, device))
-    return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
+    return with_changes(settings, model=model)
 
 
 def free_memory(device: torch.device) -> int:

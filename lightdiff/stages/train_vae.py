@@ -18,8 +18,8 @@ from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import begin, data_digest, list_images, machine, resumed
-from lightdiff.training.compute import autocast, pick_device, pick_precision, pick_workers, place
+from lightdiff.stages.start import begin, data_digest, list_images, machine, resumed, with_precision
+from lightdiff.training.compute import autocast, pick_device, pick_workers, place
 from lightdiff.training.loop import Batch, Means, train
 from lightdiff.training.place import Place
 from lightdiff.training.progress import console, save_grid
@@ -44,7 +44,7 @@ class VAETask:
         self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
-        self.model: nn.Module = VAE(s.model)
+        self.model = network(s)
         place(self.model, device)
         self.files = files
         self.train = [i for i, f in enumerate(files) if f.split == "train"]
@@ -127,6 +127,11 @@ class VAETask:
         save_grid(path, torch.cat([row for pair in pairs for row in pair]), columns)
 
 
+def network(settings: TrainVAESettings) -> nn.Module:
+    """The network that resolved settings describe."""
+    return VAE(settings.model)
+
+
 def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with Lock(settings.job.force_unlock) as lock:
@@ -139,12 +144,13 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     device = pick_device(settings.loop.device)
     ranks = join(device, settings.job.timeout)
     resolution = settings.images.resolution
-    settings = resolve(settings, device, ranks)
+    settings = resolve(settings)
     files = list_images(settings.images)
     ranks.check_same("list of images", data_digest(files))
     lpips = perceptual(settings.loss, device, ranks)
     folder = RunFolder(settings.run).vae
-    saved = resumed(folder, "vae", settings, lock, ranks)
+    saved = resumed(folder, "vae", settings, lock, ranks, network)
+    settings = with_precision(settings, saved, device, ranks)
 
     # 2. The task: network, data, loss
     bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
@@ -188,8 +194,8 @@ def perceptual(loss: VAELossSettings, device: torch.device, ranks: Ranks) -> Cal
     return PerceptualLoss(loss.lpips_net, weights).to(device)
 
 
-def resolve(settings: TrainVAESettings, device: torch.device, ranks: Ranks) -> TrainVAESettings:
-    """The settings with every `auto` and every size that follows from the images filled in.
+def resolve(settings: TrainVAESettings) -> TrainVAESettings:
+    """The settings with every size that follows from the images filled in.
 
     Raises:
         UserError: If the resolution does not fit the architecture.
@@ -200,8 +206,7 @@ def resolve(settings: TrainVAESettings, device: torch.device, ranks: Ranks) -> T
         below = resolution // model.factor * model.factor
         fits = f"{below} or {below + model.factor}" if below else str(model.factor)
         raise UserError(f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}")
-    precision = ranks.on_first(lambda: pick_precision(settings.loop.precision, device))
-    return with_changes(settings, model=model, loop=with_changes(settings.loop, precision=precision))
+    return with_changes(settings, model=model)
 
 
 def shape_words(shape: tuple[int, ...]) -> str:

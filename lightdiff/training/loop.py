@@ -178,9 +178,9 @@ class Trainer:
         averages, squares = saved.tensors("optimizer.exp_avg."), saved.tensors("optimizer.exp_avg_sq.")
         if not averages:
             raise UserError(f"{saved.path} cannot be resumed: it holds no optimizer state; use last or step-*")
-        load_weights(self.model, saved, saved.tensors("model."))
+        load_weights(self.model, saved, "model.")
         if self.ema:
-            load_weights(self.ema.model, saved, saved.weights())
+            load_weights(self.ema.model, saved, saved.weights_prefix())
         self.step, self.images_seen = saved.document.step, saved.document.images_seen
         self.best = saved.document.facts.get("best", math.inf)
         self.skipped = saved.document.facts.get("skipped", 0)

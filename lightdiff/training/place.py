@@ -37,6 +37,11 @@ class Place:
         return cls(rank, size, local_rank, local_size, address, port)
 
 
+def may_restart_elsewhere() -> bool:
+    """Whether torch's agents on several machines may start processes again, each counting for itself how often."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def restarted() -> bool:
     """Whether torch's agent has started this process again, after one has died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

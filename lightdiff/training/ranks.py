@@ -138,13 +138,13 @@ def join(device: torch.device, timeout: float) -> Ranks:
         end_with_parent()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         method = "env://" if "RANK" in os.environ else f"tcp://{place.address}:{place.port}"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         wait = timedelta(seconds=timeout)
         try:
             with lost_contact_explained(place.rank):
                 store, _, _ = next(rendezvous(method, place.rank, place.size, timeout=wait))
-                # After a restart torch's agent keeps its store, and in it the addresses of processes that are dead.
-                store = PrefixStore(f"attempt-{attempt}", store)
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    # After a restart the agent's store still has the addresses of processes that are dead.
+                    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
                 dist.init_process_group(backend, timeout=wait, world_size=place.size, rank=place.rank, store=store)
                 PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
