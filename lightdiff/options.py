@@ -52,13 +52,14 @@ def flag(path: tuple[str, ...]) -> str:
 
 
 def panel(model: type[BaseModel], path: tuple[str, ...]) -> str:
-    """The help panel of a field: the title of the nested model it belongs to."""
+    """The help panel of a field: its own, else the title of the nested model it belongs to."""
     title = "Options"
     for name in path[:-1]:
         field = model.model_fields[name]
         title = field.title or name
         model = nested_model(field) or model
-    return title
+    extra = model.model_fields[path[-1]].json_schema_extra
+    return str(extra["panel"]) if isinstance(extra, dict) and "panel" in extra else title
 
 
 def default_of(model: type[BaseModel], path: tuple[str, ...]) -> Any:
@@ -89,6 +90,9 @@ def parsed_as(annotation: Any) -> Any:
     return annotation
 
 
+LONGEST_PAIR = 20  # of a name that also gets a --no-; with a longer one, there is no room for its description
+
+
 def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> inspect.Parameter:
     """One field as a parameter that Typer makes an option of."""
     shown = described(default_of(model, path))
@@ -101,7 +105,8 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
     name = flag(path)
     if kind is bool and DOTTED in path[:-1]:
         kind = Literal["on", "off"]  # a second flag --model.no-... would squeeze the help of all others
-    declaration = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    pair = kind is bool and len(name) <= LONGEST_PAIR
+    declaration = f"--{name}/--no-{name}" if pair else f"--{name}"
     metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
     if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
         kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number

@@ -29,12 +29,13 @@ from lightdiff.settings import (
     MIN_ALPHA_BAR,
     Device,
     LatentsSettings,
+    Precision,
     ScheduleSettings,
     TrainUNetSettings,
     UNetSettings,
     VAESettings,
 )
-from lightdiff.training.compute import autocast, pick_device, place
+from lightdiff.training.compute import autocast, in_low_precision, pick_device, pick_precision, place
 
 N = TypeVar("N", bound=nn.Module)
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
@@ -89,7 +90,9 @@ def sample_latents(
 class Pipeline:
     """A trained VAE and U-Net, ready for use."""
 
-    def __init__(self, unet: Checkpoint, vae: Checkpoint, device: torch.device, ema: bool = True) -> None:
+    def __init__(
+        self, unet: Checkpoint, vae: Checkpoint, device: torch.device, ema: bool = True, precision: str = "fp32"
+    ) -> None:
         """Build both networks from their checkpoints.
 
         Raises:
@@ -97,10 +100,11 @@ class Pipeline:
         """
         check_lineage(unet, vae)
         self.device, self.unet_checkpoint, self.vae_checkpoint = device, unet, vae
-        self.precision = "fp32"
-        self.vae, self.vae_settings = load_vae(vae, device)
+        self.precision = precision
+        self.vae, self.vae_settings = load_vae(vae, device, precision)
         self.settings = unet.settings(TrainUNetSettings)
-        self.unet = load_unet(unet, self.settings.model, self.settings.latent.channels, device, ema)
+        channels = self.settings.latent.channels
+        self.unet = in_low_precision(load_unet(unet, self.settings.model, channels, device, ema), precision)
 
     @classmethod
     def load(
@@ -109,6 +113,7 @@ class Pipeline:
         unet: Path | None = None,
         vae: Path | None = None,
         device: Device = "auto",
+        precision: Precision = "fp32",
     ) -> "Pipeline":
         """The newest U-Net of a run, with its averaged weights, and the VAE behind its latents.
 
@@ -116,7 +121,9 @@ class Pipeline:
             UserError: If one is missing, damaged, or they do not belong together.
         """
         opened = Checkpoint(find_unet(unet, RunFolder(Path(run))), "unet")
-        return cls(opened, Checkpoint(vae_behind(opened, vae, RunFolder(Path(run))), "vae"), pick_device(device))
+        behind = Checkpoint(vae_behind(opened, vae, RunFolder(Path(run))), "vae")
+        where = pick_device(device)
+        return cls(opened, behind, where, precision=pick_precision(precision, where))
 
     @property
     def resolution(self) -> int:
@@ -126,7 +133,8 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
         """Latents (the posterior's mean) of images in [-1, 1]; h and w divisible by the VAE's factor."""
-        mu: Tensor = self.vae.encoder(x.to(self.device)).mu
+        with autocast(self.device, self.precision):
+            mu: Tensor = self.vae.encoder(x.to(self.device)).mu
         return mu
 
     @torch.inference_mode()
@@ -155,10 +163,12 @@ class Pipeline:
         return torch.cat(parts)
 
 
-def load_vae(saved: Checkpoint, device: torch.device) -> tuple[VAE, VAESettings]:
+def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -> tuple[VAE, VAESettings]:
     """A VAE ready for use, and its architecture."""
     model = saved.settings(VAESettings, "model")
-    return ready(lambda: VAE(model), saved, saved.weights_prefix(), device), model
+    vae = ready(lambda: VAE(model), saved, saved.weights_prefix(), device)
+    vae.to(memory_format=torch.channels_last)  # without a backward pass it is faster on CPUs, too
+    return in_low_precision(vae, precision), model
 
 
 def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: torch.device, ema: bool) -> UNet:

@@ -15,6 +15,7 @@ Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=10)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold; where sampling starts
 GRID = (8, 4)  # columns and rows of the grids drawn while training
@@ -212,6 +213,9 @@ class ComputeSettings(Settings):
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
     precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where it is faster")
     workers: int = Field(-1, ge=-1, description="processes that load images; -1: chosen from the number of cores")
+    compile: Compile = Field(
+        "auto", description="translate the network with torch.compile; auto: on a GPU, if there is enough to do"
+    )
 
 
 class LoopSettings(ComputeSettings):
@@ -220,7 +224,14 @@ class LoopSettings(ComputeSettings):
     steps: int = Field(20_000, ge=1, description="optimizer steps")
     epochs: float = Field(0.0, ge=0, description="passes over the training images, instead of steps; 0: count steps")
     batch_size: int = Field(32, ge=1, description="images an optimizer step")
-    micro_batch: int = Field(0, ge=0, description="images a forward pass, to save memory; 0: the whole batch")
+    micro_batch: int = Field(
+        0, ge=0, description="images a forward pass; 0: the whole batch", json_schema_extra={"panel": "Memory"}
+    )
+    checkpoint_activations: bool = Field(
+        False,
+        description="keep fewer activations and compute them again: about a third more time",
+        json_schema_extra={"panel": "Memory"},
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
@@ -302,13 +313,15 @@ class TrainVAESettings(StageSettings):
 class EncodeSettings(StageSettings):
     """Encode every image, and its mirror image, to mu and logvar."""
 
+    NO_FLAG: ClassVar = frozenset({"compute.compile"})  # loading images takes longer
+
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
     batch_size: int = Field(64, ge=1, description="images a forward pass")
     dtype: LatentDtype = Field("float16", description="type the latents are stored in")
     shard_size: int = Field(2048, ge=1, description="images a shard file")
     images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
-    compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
+    compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 
 
 class ScaleSettings(StageSettings):
@@ -359,7 +372,7 @@ class GenerateSettings(StageSettings):
     min_alpha_bar: float = Field(
         MIN_ALPHA_BAR, ge=0, lt=1, description="start at the noisiest level with at least this much signal (alpha_bar)"
     )
-    compute: ComputeSettings = Field(ComputeSettings(precision="fp32"), title="Compute")
+    compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 
 
 class DemoSettings(Settings):

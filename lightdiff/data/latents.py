@@ -7,6 +7,8 @@ latents/vae.safetensors           the VAE they came from
 
 import hashlib
 import json
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from lightdiff.checkpoint import Checkpoint, publish_text
 from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import read_json
-from lightdiff.settings import LatentsSettings
+from lightdiff.settings import LatentsSettings, Precision
 
 
 class Statistics(BaseModel):
@@ -46,7 +48,7 @@ class LatentIndex(BaseModel):
     format: int = 1
     shape: tuple[int, int, int]
     dtype: str
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     mirrored: bool
     vae_digest: str
     images: dict[str, Any]
@@ -146,19 +148,23 @@ class LatentSet:
         self._mu: list[Tensor] = []
         self._logvar: list[Tensor] = []
         digests: list[str] = []
-        places: dict[int, tuple[int, int]] = {}
+        self._shard = torch.full((count,), -1, dtype=torch.int32)  # where each position lies; -1: nowhere
+        self._row = torch.zeros(count, dtype=torch.int32)
         for number in range(-(-count // size)):
             shard = Checkpoint(shard_path(folder, number), "latents")
-            for row, position in enumerate(shard.document.facts["positions"]):
-                places[position] = (number, row)
+            positions = torch.tensor(shard.document.facts["positions"], dtype=torch.int64)
+            self._shard[positions] = number
+            self._row[positions] = torch.arange(len(positions), dtype=torch.int32)
             self._mu.append(shard.tensor("mu"))
             self._logvar.append(shard.tensor("logvar"))
             digests.append(shard.document.digest)
         if self.index.seal(digests) != self.index.digest:
             raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
-        self._places = places
-        self.train = [p for p in sorted(places) if self.index.splits[p] == "t"]
-        self.val = [p for p in sorted(places) if self.index.splits[p] == "v"]
+        there = self._shard.ge(0).tolist()
+        self.train, self.val = (
+            array("q", (p for p, split in enumerate(self.index.splits) if split == wanted and there[p]))
+            for wanted in "tv"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -167,28 +173,37 @@ class LatentSet:
 
     def to(self, device: torch.device) -> "LatentSet":
         """Put all latents on a device, as one tensor."""
-        starts = torch.tensor([0, *(len(mu) for mu in self._mu)]).cumsum(0).tolist()
-        self._places = {p: (0, starts[number] + row) for p, (number, row) in self._places.items()}
-        self._mu = [torch.cat(self._mu).to(device)]
-        self._logvar = [torch.cat(self._logvar).to(device)]
+        starts = torch.tensor([0, *(len(mu) for mu in self._mu)]).cumsum(0).int()
+        self._row += starts[self._shard.clamp(min=0)]
+        self._shard.clamp_(max=0)
+        self._mu, self._logvar = (
+            [torch.cat([part.to(device) for part in parts])] for parts in (self._mu, self._logvar)
+        )
         return self
 
-    def gather(self, positions: list[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mu and logvar (b, c, h, w), float32, of images at these positions.
+    def gather(self, positions: Sequence[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mu and logvar (b, c, h, w), float32, of images at these positions; one copy for each shard they lie in.
 
         Args:
             positions: Positions in the index.
             mirror: Which of them to take mirrored, (b,) of 0 and 1; none if not given.
         """
-        sides = mirror.tolist() if mirror is not None and self.index.mirrored else [0] * len(positions)
-        where = [(*self._places[p], side) for p, side in zip(positions, sides, strict=True)]
-        if len(self._mu) == 1:  # one tensor: one gather instead of a loop over items
-            rows = torch.tensor([row for _, row, _ in where], device=self._mu[0].device)
-            side = torch.tensor(sides, device=rows.device)
-            return self._mu[0][rows, side].float(), self._logvar[0][rows, side].float()
-        mu = torch.stack([self._mu[number][row, side] for number, row, side in where])
-        logvar = torch.stack([self._logvar[number][row, side] for number, row, side in where])
-        return mu.float(), logvar.float()
+        at = torch.as_tensor(positions)
+        number, row = self._shard[at], self._row[at].long()
+        side = mirror if mirror is not None and self.index.mirrored else torch.zeros_like(row)
+        device = self._mu[0].device
+        found = torch.empty(2, len(at), *self.index.shape, device=device)
+        for shard in set(number.tolist()):
+            chosen = (number == shard).nonzero().flatten()
+            place, rows, sides = (to_device(index, device) for index in (chosen, row[chosen], side[chosen]))
+            found[0, place] = self._mu[shard][rows, sides].float()
+            found[1, place] = self._logvar[shard][rows, sides].float()
+        return found[0], found[1]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; on its way to a GPU nothing waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x
 
 
 def latents_settings(folder: Path) -> LatentsSettings:

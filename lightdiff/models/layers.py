@@ -40,6 +40,8 @@ class ResBlock(nn.Module):
     (Dhariwal & Nichol 2021, arXiv:2105.05233, Eq. 1, "adaptive group normalisation").
     """
 
+    recomputable = True
+
     def __init__(self, in_channels: int, out_channels: int, norm: Norm, time_dim: int = 0) -> None:
         """Build a block (b, in_channels, h, w) -> (b, out_channels, h, w); `time_dim` 0 means no conditioning."""
         super().__init__()
@@ -65,6 +67,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions of a feature map, added to its input (Vaswani et al. 2017, Eq. 1)."""
 
+    recomputable = True
+
     def __init__(self, channels: int, heads: int, norm: Norm) -> None:
         """Build it with `heads` heads, which must divide `channels`."""
         super().__init__()
@@ -82,6 +86,16 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         out: Tensor = x + self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
         return out
+
+
+class PlainBlock(nn.Sequential):
+    """Convolution, GroupNorm, SiLU: the building block of the original scripts."""
+
+    recomputable = True
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
+        """Build (b, in, h, w) -> (b, out, h, w)."""
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1), norm(out_channels), nn.SiLU())
 
 
 class Downsample(nn.Conv2d):

@@ -14,6 +14,7 @@ from lightdiff.models.layers import (
     Downsample,
     Norm,
     PixelNorm,
+    PlainBlock,
     ResBlock,
     Upsample,
     at_least_float32,
@@ -31,14 +32,6 @@ class Posterior(NamedTuple):
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """A draw: z = mu + sigma * noise, sigma = exp(logvar / 2) (Kingma & Welling 2013, Eq. 10)."""
         return self.mu + torch.exp(0.5 * self.logvar) * noise
-
-
-class PlainBlock(nn.Sequential):
-    """Convolution, GroupNorm, SiLU: the building block of the original scripts."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
-        """Build (b, in, h, w) -> (b, out, h, w)."""
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1), norm(out_channels), nn.SiLU())
 
 
 def norm_of(settings: VAESettings) -> Norm:

@@ -1,6 +1,7 @@
 """encode: images + VAE -> cached mu and logvar of every image and of its mirror image."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.errors import RunError, UserError
+from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import Lock, RunFolder, find_vae
-from lightdiff.settings import EncodeSettings, ImageSettings, VAESettings
+from lightdiff.settings import EncodeSettings, Precision, VAESettings
 from lightdiff.stages.start import enter, list_images
+from lightdiff.training.background import Background
 from lightdiff.training.compute import autocast, out_of_memory_explained, pick_device, pick_precision, pick_workers
 from lightdiff.training.progress import Reporter, console
 from lightdiff.training.ranks import join
@@ -45,35 +48,37 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     device = pick_device(settings.compute.device)
     ranks = join(device, settings.job.timeout)
     saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
-    vae, model = load_vae(saved, device)
     files = list_images(settings.images)
     folder = RunFolder(settings.run).latents
-    precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
+    asked = settings.compute.precision
+    precision = ranks.on_first(lambda: pick_precision(begun_in(folder) if asked == "auto" else asked, device))
+    vae, model = load_vae(saved, device, precision)
     index = plan(settings, saved, model, files, precision)
     ranks.check_same("list of images or VAE", (index.files, index.vae_digest))
     if ranks.on_first(lambda: prepare(folder, index, saved, settings, lock)):
         console.print(f"{folder} has the latents of all {len(files)} images already")
         return folder
 
-    # 2. Encode shard by shard; a shard that is there is whole
+    # 2. Encode shard by shard, and write each while the next is encoded; a shard that is there is whole
     bad = BadFiles(
         folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
     )
-    encoder = vae.encoder
     shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
     mine = ranks.deal([(n, shards[n]) for n in ranks.on_first(lambda: to_encode(folder, len(shards), bad))])
     limit = TimeLimit(settings.job.max_time)
-    done, unfinished = 0, False
+    empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
+    unfinished = False
     with (
         Reporter("encode", sum(len(positions) for _, positions in mine)) as reporter,
         out_of_memory_explained("--batch-size", settings.batch_size),
+        Background() as writing,
     ):
-        for number, positions in mine:
-            advance = partial(reporter.step, done)
-            path = shard_path(folder, number)
-            encode_shard(path, encoder, files, positions, settings, bad, precision, device, advance)
-            done += len(positions)
+
+        def advance(done: int) -> None:
             reporter.advance(done, {})
+
+        for number, shard in encoded(vae.encoder, mine, files, settings, bad, precision, device, advance):
+            writing.do(partial(shard.publish, shard_path(folder, number), empty))
             unfinished = number != mine[-1][0]
             if limit.spent() and unfinished:
                 break
@@ -82,6 +87,12 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     limit.conclude(unfinished, ranks)
     ranks.on_first(lambda: finish(folder, index, len(shards)))
     return folder
+
+
+def begun_in(folder: Path) -> Precision:
+    """The precision of unfinished latents, which are to be gone on with in the same."""
+    there = folder / "index.json"
+    return read_index(folder).precision if there.is_file() else "auto"
 
 
 def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: EncodeSettings, lock: Lock) -> bool:
@@ -186,47 +197,61 @@ def shard_document(path: Path) -> Document | None:
         return None
 
 
-def encode_shard(
-    path: Path,
+@dataclass
+class Shard:
+    """The latents of some images, as they come in."""
+
+    positions: range
+    mu: list[Tensor] = field(default_factory=list)
+    logvar: list[Tensor] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, posterior: Posterior, sides: int, positions: list[int], dtype: torch.dtype) -> None:
+        """Take in a batch: each image, followed, behind all of them, by its mirror image."""
+        for store, value in ((self.mu, posterior.mu), (self.logvar, posterior.logvar)):
+            store.append(torch.stack(value.chunk(sides), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
+        self.kept += positions
+
+    def publish(self, path: Path, empty: Tensor) -> None:
+        """Write its file; `empty` stands for latents where no image was readable."""
+        tensors = {"mu": torch.cat([empty, *self.mu]), "logvar": torch.cat([empty, *self.logvar])}
+        checkpoint.save(path, tensors, Document(stage="latents", facts={"positions": self.kept, "bad": self.bad}))
+
+
+def encoded(
     encoder: torch.nn.Module,
+    shards: Sequence[tuple[int, range]],
     files: list[ImageFile],
-    positions: range,
     settings: EncodeSettings,
     bad: BadFiles,
     precision: str,
     device: torch.device,
     advance: Callable[[int], None],
-) -> None:
-    """Encode the images at these positions and publish their shard; `advance` is told how many are done."""
-    images, dtype = settings.images, DTYPES[settings.dtype]
-    mu: list[Tensor] = []
-    logvar: list[Tensor] = []
-    kept: list[int] = []
-    found_bad: list[tuple[int, str]] = []
-    for x, at, unreadable in readable(files, positions, images, settings.batch_size, device, settings.compute.workers):
-        bad.add(unreadable)
-        found_bad += unreadable
-        if len(at):
+) -> Iterator[tuple[int, Shard]]:
+    """Each shard's number, and the shard when it is full; `advance` is told how many images are done in all.
+
+    One set of worker processes loads the images of all shards, ahead of the encoder.
+    """
+    images, size, dtype = settings.images, settings.batch_size, DTYPES[settings.dtype]
+    dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    parts = [
+        (number, whole, whole[first : first + size]) for number, whole in shards for first in range(0, len(whole), size)
+    ]
+    order = ([(0, position) for position in part] for _, _, part in parts)
+    workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
+    done, shard = 0, Shard(range(0))
+    for (number, whole, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
+        if part.start == whole.start:
+            shard = Shard(whole)
+        shard.bad += batch.bad
+        if len(batch.x):
+            x = to_float(batch.x.to(device, non_blocking=True))
+            sides = [x, x.flip(-1)] if images.flip else [x]
             with torch.inference_mode(), autocast(device, precision):
-                sides = [x, x.flip(-1)] if images.flip else [x]
                 posterior = encoder(torch.cat(sides))
-            for store, value in ((mu, posterior.mu), (logvar, posterior.logvar)):
-                store.append(torch.stack(value.chunk(len(sides)), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
-            kept += at
-            advance(at[-1] + 1 - positions.start)
-    side = images.resolution
-    empty = encoder(torch.zeros(1, 3, side, side, device=device)).mu[:0, None].to("cpu", dtype) if not kept else None
-    tensors = {"mu": torch.cat(mu) if empty is None else empty, "logvar": torch.cat(logvar) if empty is None else empty}
-    checkpoint.save(path, tensors, Document(stage="latents", facts={"positions": kept, "bad": found_bad}))
-
-
-def readable(
-    files: list[ImageFile], positions: range, images: ImageSettings, size: int, device: torch.device, workers: int
-) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
-    """Batches of framed images in [-1, 1], their positions, and the unreadable ones among them."""
-    dataset = ImageDataset([files[p] for p in positions], images.data, images, seed=0, train=False)
-    count = len(positions)
-    order = ([(0, i) for i in range(k, min(k + size, count))] for k in range(0, count, size))
-    for batch in batches(dataset, order, pick_workers(workers, device)):
-        at = [positions[i] for i in batch.index.tolist()]
-        yield to_float(batch.x.to(device)), at, [(positions[i], why) for i, why in batch.bad]
+            shard.add(posterior, len(sides), batch.index.tolist(), dtype)
+        done += len(part)
+        advance(done)
+        if part.stop == whole.stop:
+            yield number, shard

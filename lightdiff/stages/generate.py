@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
 from lightdiff.errors import Stopped, UserError
 from lightdiff.pipeline import Pipeline, Sampling, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
-from lightdiff.settings import GenerateSettings
+from lightdiff.settings import GenerateSettings, Precision
 from lightdiff.stages.start import enter, flag_of, flat
-from lightdiff.training.compute import out_of_memory_explained, pick_device, pick_precision
+from lightdiff.training.background import Background
+from lightdiff.training.compute import (
+    out_of_memory_explained,
+    pick_compile,
+    pick_device,
+    pick_precision,
+    translate,
+    usable_cores,
+)
 from lightdiff.training.place import restarted
 from lightdiff.training.progress import Reporter, console, save_grid
 from lightdiff.training.ranks import join
@@ -55,12 +64,13 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     here = RunFolder(settings.run)
     unet = Checkpoint(find_unet(settings.unet, here), "unet")
     vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
-    pipeline = Pipeline(unet, vae, device, settings.ema)
-    pipeline.precision = ranks.on_first(lambda: pick_precision(settings.compute.precision, device))
+    out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
+    asked = settings.compute.precision
+    precision = ranks.on_first(lambda: pick_precision(begun_in(out, settings) if asked == "auto" else asked, device))
+    pipeline = Pipeline(unet, vae, device, settings.ema, precision)
     ranks.check_same("U-Net or VAE", digests(pipeline))
     size = latent_size(settings, pipeline)
     check_steps(settings, pipeline)
-    out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
     paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.num_images)]
     ranks.on_first(lambda: open_folder(out, paths, settings, pipeline, lock))
 
@@ -71,15 +81,19 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     there = ranks.on_first(lambda: [all(paths[i].is_file() for i in items) for items in whole])
     mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
     done, unfinished = 0, False
+    calls = len(mine) * settings.num_steps
+    if ranks.on_first(lambda: pick_compile(settings.compute.compile, device, calls)) == "on":
+        translate(pipeline.unet, device)
     try:
         with (
             Reporter("generate", sum(map(len, mine))) as reporter,
             out_of_memory_explained("--batch-size", settings.batch_size),
+            Background(max(1, min(8, usable_cores() // 2))) as writing,
         ):
             for items in mine:
                 x = pipeline.decode(pipeline.sample(items, settings.seed, sampling, size))
                 for i, pixels in zip(items, to_uint8(x), strict=True):
-                    save_png(paths[i], pixels, text_chunks(settings, pipeline, i))
+                    writing.do(partial(save_png, paths[i], pixels, text_chunks(settings, pipeline, i)))
                 done += len(items)
                 reporter.advance(done, {})
                 unfinished = items is not mine[-1]
@@ -96,6 +110,13 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     ranks.on_first(lambda: draw_grid(grid, paths[:GRID_IMAGES]))
     console.print(f"{settings.num_images} images and {grid.name} are in {out}", soft_wrap=True)
     return out
+
+
+def begun_in(out: Path, settings: GenerateSettings) -> Precision:
+    """The precision that images were begun in that are to be gone on with."""
+    kept = out / file_name(settings, "settings.json")
+    before = read_json(kept).get("precision") if kept.is_file() else None
+    return before if before in ("fp32", "bf16") else "auto"
 
 
 def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
 from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, with_changes
-from lightdiff.training.compute import pick_precision
+from lightdiff.training.compute import pick_compile, pick_precision
 from lightdiff.training.loop import Task
 from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks
@@ -132,13 +132,17 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
     publish_link(folder.last, saved.path)
 
 
-def with_precision(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Ranks) -> S:
-    """The settings with `--precision auto` resolved: as the run has had it so far, else by trying."""
-    chosen = settings.loop.precision
-    if chosen == "auto":
-        chosen = saved.settings(type(settings)).loop.precision if saved else chosen
-        chosen = ranks.on_first(lambda: pick_precision(chosen, device))
-    return with_changes(settings, loop=with_changes(settings.loop, precision=chosen))
+def decided(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Ranks, total: int) -> S:
+    """The settings with every `auto` of the loop resolved: as the run has had it so far, else by trying."""
+    before = saved.settings(type(settings)).loop if saved else settings.loop
+    chosen = {
+        name: getattr(before if getattr(settings.loop, name) == "auto" else settings.loop, name)
+        for name in ("precision", "compile")
+    }
+    precision, compiling = ranks.on_first(
+        lambda: (pick_precision(chosen["precision"], device), pick_compile(chosen["compile"], device, total))
+    )
+    return with_changes(settings, loop=with_changes(settings.loop, precision=precision, compile=compiling))
 
 
 def machine(device: torch.device, ranks: Ranks) -> str:

@@ -1,7 +1,7 @@
 """train-unet: cached latents + scale -> a U-Net that predicts noise, with averaged weights."""
 
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,25 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, Document
-from lightdiff.data.latents import LatentSet, Scaling, latents_settings
+from lightdiff.data.latents import LatentSet, Scaling, latents_settings, to_device
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.schedules import alpha_bar_table, noised
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
+from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import Sampling, load_vae, sample_latents
 from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import GRID, MIN_ALPHA_BAR, TrainUNetSettings, with_changes
 from lightdiff.stages.encode import VAE_COPY
-from lightdiff.stages.start import begin, machine, resumed, with_precision
+from lightdiff.stages.start import begin, decided, machine, resumed
+from lightdiff.training.background import ahead
 from lightdiff.training.compute import autocast, pick_device, place
 from lightdiff.training.loop import Batch, train
-from lightdiff.training.place import Place
 from lightdiff.training.progress import console, save_grid
 from lightdiff.training.ranks import Ranks, join
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation
 PICTURE_STEPS = 50
-RESIDENT_SHARE = 0.25  # latents larger than this share of free memory stay on disk
+RESIDENT_SHARE = 0.25  # of a GPU's free memory, that latents may take up
 
 
 class UNetTask:
@@ -46,11 +47,17 @@ class UNetTask:
         self.scaling = Scaling.of(s.latent)
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
 
-    def batches(self, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
-        """The (epoch, item) of this process's share of each batch, items counting training latents."""
+    def batches(self, start: int, steps: int) -> Iterator[Posterior]:
+        """This process's share of each batch, on the device; the next one is read meanwhile."""
         size = self.settings.loop.batch_size
-        for i in range(steps):
-            yield self._batch_at(start + i * size)[self.ranks.part(size)]
+        part = self.ranks.part(size)
+        return ahead(partial(self._read, self._batch_at(start + i * size)[part]) for i in range(steps))
+
+    def _read(self, batch: list[tuple[int, int]]) -> Posterior:
+        """The posteriors of (epoch, item), items counting training latents; half of them mirrored."""
+        mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
+        mu, logvar = self.latents.gather([self.latents.train[i] for _, i in batch], mirror)
+        return Posterior(to_device(mu, self.device), to_device(logvar, self.device))
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -61,16 +68,13 @@ class UNetTask:
         positions = [self.latents.train[i] for _, i in self._batch_at(start)]
         return [self.latents.index.files[p][1] for p in positions]
 
-    def prepare(self, batch: list[tuple[int, int]], rng: torch.Generator) -> Batch:
-        """Clean latents x0, their levels t and noise eps; posterior sample, mirror and all are drawn here."""
+    def prepare(self, batch: Posterior, rng: torch.Generator) -> Batch:
+        """Clean latents x0, their levels t and noise eps; posterior sample and all are drawn here."""
         size = self.settings.loop.batch_size
         part = self.ranks.part(size)
-        mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
-        mu, logvar = self.latents.gather([self.latents.train[i] for _, i in batch], mirror)
-        mu, logvar = mu.to(self.device), logvar.to(self.device)
         whole = (size, *self.shape)
         posterior = torch.randn(whole, generator=rng, device=self.device)[part]
-        z = mu if self.settings.latent.only_mu else mu + torch.exp(0.5 * logvar) * posterior
+        z = batch.mu if self.settings.latent.only_mu else batch.sample(posterior)
         t = torch.randint(len(self.alpha_bar), (size,), generator=rng, device=self.device)[part]
         eps = torch.randn(whole, generator=rng, device=self.device)[part]
         return {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
@@ -94,7 +98,7 @@ class UNetTask:
         for first in range(mine.start, mine.stop, loop.micro):
             at = range(first, min(first + loop.micro, mine.stop))
             mu, _ = self.latents.gather([items[i] for i in at])
-            x0 = self.scaling.to_x0(mu.to(self.device))
+            x0 = self.scaling.to_x0(to_device(mu, self.device))
             for band in range(BANDS):
                 place = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
                 t = torch.tensor([int((band + p) * levels / BANDS) for p in place], device=self.device)
@@ -151,15 +155,15 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     ranks.check_same("set of latents", latents.index.digest)
     folder = RunFolder(settings.run).unet
     saved = resumed(folder, "unet", settings, lock, ranks, network)
-    settings = with_precision(settings, saved, device, ranks)
+    total = settings.loop.total_steps(len(latents.train))
+    settings = decided(settings, saved, device, ranks, total)
     if not latents.train:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
-    if latents.nbytes < RESIDENT_SHARE * free_memory(device):
-        latents.to(device)
+    if device.type == "cuda" and latents.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        latents.to(device)  # else they are read as they are needed, from files that all processes share in memory
 
     # 2. The task: network, data, loss
     task = UNetTask(settings, latents, device, ranks)
-    total = settings.loop.total_steps(len(latents.train))
     lineage = {"vae": latents.index.vae_digest, "latents": latents.index.digest}
     document = Document(stage="unet", settings=settings.to_save(), lineage=lineage)
 
@@ -197,15 +201,3 @@ def resolve(settings: TrainUNetSettings) -> TrainUNetSettings:
             f"but these are {latent.height} x {latent.width}; give fewer widths"
         )
     return with_changes(settings, model=model)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes: of the GPU, or of this machine where that can be told (else 4 GB are assumed)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        return free // Place.of(os.environ).local_size
-    except (OSError, StopIteration):
-        return 4 * 1024**3

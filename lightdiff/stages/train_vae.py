@@ -18,7 +18,7 @@ from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import begin, data_digest, list_images, machine, resumed, with_precision
+from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_workers, place
 from lightdiff.training.loop import Batch, Means, train
 from lightdiff.training.place import Place
@@ -69,7 +69,8 @@ class VAETask:
         loop = self.settings.loop
         part = self.ranks.part(loop.batch_size)
         order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
-        yield from batches(self.train_set, order, pick_workers(loop.workers, self.device), self._noting(self.train))
+        workers, on_gpu = pick_workers(loop.workers, self.device), self.device.type == "cuda"
+        yield from batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -83,7 +84,7 @@ class VAETask:
         """Images in [-1, 1] and the noise of their posteriors."""
         size = self.settings.loop.batch_size
         noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.part(size)]
-        return {"x": to_float(batch.x.to(self.device)), "noise": noise}
+        return {"x": to_float(batch.x.to(self.device, non_blocking=True)), "noise": noise}
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
         """The VAE's loss."""
@@ -150,12 +151,12 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     lpips = perceptual(settings.loss, device, ranks)
     folder = RunFolder(settings.run).vae
     saved = resumed(folder, "vae", settings, lock, ranks, network)
-    settings = with_precision(settings, saved, device, ranks)
+    total = settings.loop.total_steps(sum(file.split == "train" for file in files))
+    settings = decided(settings, saved, device, ranks, total)
 
     # 2. The task: network, data, loss
     bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
     task = VAETask(settings, files, device, lpips, bad, ranks)
-    total = settings.loop.total_steps(len(task.train))
 
     # 3. Fresh, from another's weights, or on from where it was
     document = Document(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})

@@ -1,17 +1,27 @@
 """Where and how to compute: device, precision, memory format, worker processes."""
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightdiff.errors import RunError, UserError
-from lightdiff.settings import Device, Precision
+from lightdiff.settings import Compile, Device, Precision
 from lightdiff.training.place import Place
+from lightdiff.training.progress import console
+
+N = TypeVar("N", bound=nn.Module)
+COMPILED_CALLS = 2000  # of a network, that pay for compiling it
+GRAPHED_PARAMETERS = 50e6
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 def pick_device(name: Device) -> torch.device:
@@ -61,6 +71,67 @@ def _seconds(a: torch.Tensor) -> float:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """A context that computes in bf16 where that is the precision; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def pick_compile(name: Compile, device: torch.device, calls: int) -> Literal["on", "off"]:
+    """Whether to translate a network that will be called so often.
+
+    `auto` does so on a GPU where the minutes that it takes are won back. On a CPU convolutions take most of the time,
+    which it leaves as they are. Where there is no compiler, it is said, and not done.
+    """
+    wanted = name == "on" or (name == "auto" and device.type == "cuda" and calls >= COMPILED_CALLS)
+    if not wanted:
+        return "off"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lightdiff" / "compiled"))
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python it does not know: any number of kinds
+        reason = str(error).strip().splitlines()[0]
+        console.print(f"torch.compile does not work here, so the network runs as it is ({reason})", soft_wrap=True)
+        return "off"
+    return "on"
+
+
+def translate(network: nn.Module, device: torch.device) -> None:
+    """Let a network be compiled when it is first called; its tensors and their names stay as they are.
+
+    A small network on a GPU spends its time on starting kernels: there they are recorded and replayed as CUDA graphs.
+    """
+    small = sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
+    network.compile(mode="reduce-overhead" if device.type == "cuda" and small else None, dynamic=False)
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Let each recomputable block of a network keep its input alone, and compute the rest again on the way back.
+
+    Memory for activations falls to a fraction; time grows by a forward pass (Chen et al. 2016, arXiv:1604.06174).
+    """
+    for block in network.modules():
+        if getattr(block, "recomputable", False):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def in_low_precision(network: N, precision: str) -> N:
+    """A network to be used, not trained, under autocast: weights that each call would convert are converted once."""
+    if precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                module.bfloat16()
+    return network
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory that tensors free for the next ones, where that is the C library.
+
+    It gives large blocks back to the system at once, which then has to clear every page again: a fifth of a training
+    step on a CPU.
+    """
+    try:
+        tune = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return
+    tune(M_MMAP_MAX, 0)
+    tune(M_TRIM_THRESHOLD, -1)
 
 
 def pick_workers(asked: int, device: torch.device) -> int:

@@ -19,7 +19,14 @@ from lightdiff.data.order import generator
 from lightdiff.errors import NoRoom, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
 from lightdiff.settings import JobSettings, LoopSettings
-from lightdiff.training.compute import autocast, memory_in_use, out_of_memory_explained
+from lightdiff.training.compute import (
+    autocast,
+    keep_memory,
+    memory_in_use,
+    out_of_memory_explained,
+    recompute_activations,
+    translate,
+)
 from lightdiff.training.ema import EMA
 from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
@@ -82,6 +89,10 @@ class Trainer:
         self.best = math.inf
         self.skipped = 0  # steps without an update, as something was not finite
         self._sound: list[Tensor] = []  # of each step since the last look, whether all was finite
+        if loop.checkpoint_activations:
+            recompute_activations(self.model)
+        if loop.compile == "on":
+            translate(self.model, task.device)
         # As it is called in training: with several processes, it averages their gradients.
         self.network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
 
@@ -106,6 +117,8 @@ class Trainer:
         for first in range(0, size, loop.micro):
             part = {name: value[first : first + loop.micro] for name, value in whole.items()}
             share = weigh * len(next(iter(part.values()))) / loop.batch_size
+            if loop.compile == "on":  # what a CUDA graph has answered may be overwritten now
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with self._quiet(first + loop.micro < size):
                 with autocast(task.device, self.precision):
                     losses = task.loss(self.network, part)
@@ -263,6 +276,8 @@ def train(
         RunError: If the loss is not finite, or the disk or the GPU's memory is full.
     """
     ranks = task.ranks
+    if task.device.type == "cpu":
+        keep_memory()
     pass_size = min(loop.micro, len(ranks.share(loop.batch_size)) or 1)
     with out_of_memory_explained("--micro-batch", pass_size):
         trainer = Trainer(task, loop, precision)

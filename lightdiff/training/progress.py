@@ -75,10 +75,6 @@ class Reporter:
         else:
             self._progress.update(self._task, completed=done)
 
-    def step(self, before: int, more: int) -> None:
-        """Say that `more` are done beyond those `before`."""
-        self.advance(before + more)
-
     def note(self, text: str) -> None:
         """Print a line above the display."""
         console.print(text, soft_wrap=True)

@@ -1,0 +1,459 @@
+"""What is measured: every case prepares each of its contenders in a process of that contender's own."""
+
+import itertools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lightdiff import checkpoint
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.cli import PRESET_FOLDER
+from lightdiff.data.files import scan
+from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
+from lightdiff.data.loading import Batch as ImageBatch
+from lightdiff.data.loading import ImageDataset, batches
+from lightdiff.losses import vae_loss
+from lightdiff.models.unet import UNet
+from lightdiff.models.vae import VAE
+from lightdiff.options import read_settings
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import (
+    ImageSettings,
+    JobSettings,
+    LatentsSettings,
+    LoopSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    UNetSettings,
+    VAELossSettings,
+    VAESettings,
+)
+from lightdiff.stages import encode as encode_stage
+from lightdiff.stages import scale as scale_stage
+from lightdiff.stages.train_unet import UNetTask
+from lightdiff.training.compute import pick_precision, place
+from lightdiff.training.loop import Trainer
+from lightdiff.training.ranks import Ranks
+from tests.bench import peers
+from tests.bench.contest import Case, Work, flops_of, parameters_of
+
+STEPS = 1000  # of the run that timed steps belong to
+ORIGINAL_UNET = read_settings(PRESET_FOLDER / "unet-original.toml")["model"]
+ORIGINAL_VAE = read_settings(PRESET_FOLDER / "vae-original.toml")["model"]
+SMALL, LARGE = (32, 64, 128, 256), (128, 256, 512, 1024)  # widths of the original's U-Nets
+ROOMS: list[Any] = []  # temporary folders of this process, which go when it ends
+
+
+def room() -> Path:
+    """A temporary folder."""
+    ROOMS.append(tempfile.TemporaryDirectory(prefix="lightdiff-bench-"))
+    return Path(ROOMS[-1].name)
+
+
+# --- U-Net --------------------------------------------------------------------------------------------------------
+
+
+def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048) -> Path:
+    """Finished latents of noise: `count` images without mirror images, a twentieth of them for validation."""
+    index = LatentIndex(
+        shape=(4, side, side),
+        dtype="float16",
+        mirrored=False,
+        vae_digest="none",
+        images={},
+        shard_size=shard_size,
+        files=[(0, f"{i:07d}.jpg") for i in range(count)],
+        splits="".join("v" if i % 20 == 0 else "t" for i in range(count)),
+        labels=[{}] * count,
+    )
+    digests = []
+    noise = torch.randn(2, min(shard_size, count), 1, 4, side, side).half()
+    for number, first in enumerate(range(0, count, shard_size)):
+        positions = list(range(first, min(first + shard_size, count)))
+        mu, logvar = noise[:, : len(positions)]
+        document = Document(stage="latents", facts={"positions": positions, "bad": []})
+        digests.append(checkpoint.save(shard_path(folder, number), {"mu": mu, "logvar": logvar - 6}, document).digest)
+    index.digest = index.seal(digests)
+    index.write(folder)
+    return folder
+
+
+def several(step: Callable[[], object], steps: int, batch: int, flops: float, model: nn.Module, precision: str) -> Work:
+    """Some training steps one after the other, as a round; `flops` are those of an image."""
+
+    def round_of_steps() -> None:
+        for _ in range(steps):
+            step()
+
+    images = steps * batch
+    return Work(round_of_steps, images, flops * images, parameters_of(model), precision)
+
+
+def unet_step(
+    contender: str, device: torch.device, *, model: dict[str, Any], side: int, batch: int, peer: Any = None, steps: int
+) -> Work:
+    """Training steps of a U-Net: batch, noise, forward, backward, clip, AdamW, EMA."""
+    shape = (batch, 4, side, side)
+    example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
+    if contender.startswith("lightdiff"):
+        precision = "fp32" if contender.endswith("fp32") else pick_precision("auto", device)
+        settings = UNetSettings.model_validate(model).resolved(side)
+        latent = LatentsSettings(height=side, width=side)
+        loop = LoopSettings(batch_size=batch, precision=precision, steps=STEPS)
+        latents = LatentSet(made_up_latents(room(), 512, side))
+        if device.type == "cuda":
+            latents.to(device)
+        task = UNetTask(TrainUNetSettings(model=settings, latent=latent, loop=loop), latents, device, Ranks())
+        flops = flops_of(task.model.to("cpu"), *example, backward=True)
+        place(task.model, device)
+        trainer = Trainer(task, loop, precision)
+        order = task.batches(0, 10**9)
+        return several(lambda: trainer.train_step(next(order), STEPS), steps, batch, flops, task.model, precision)
+    bf16 = contender.endswith("bf16")
+    if contender == "original":
+        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        flops = flops_of(network, *example, backward=True)
+        taught = peers.DenoiserSteps(network, lambda net, x, t: net(x, t), shape, device, bf16)
+    else:
+        network = peers.diffusers_unet(*peer, side)
+        flops = flops_of(network, *example, backward=True)
+        taught = peers.DiffusersSteps(network, lambda net, x, t: net(x, t, return_dict=False)[0], shape, device, bf16)
+    return several(taught.step, steps, batch, flops, network, "bf16" if bf16 else "fp32")
+
+
+SMALL_UNET = {**ORIGINAL_UNET, "channels": SMALL}
+LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
+
+
+# --- VAE ----------------------------------------------------------------------------------------------------------
+
+
+def some_lpips(folder: Path) -> Any:
+    """LPIPS on SqueezeNet with random weights: as fast as with trained ones, and nothing has to be fetched."""
+    from torchvision.models import squeezenet1_1
+
+    from lightdiff.models.perceptual import PerceptualLoss
+
+    weights = folder / "squeezenet.pth"
+    torch.save(squeezenet1_1(weights=None).state_dict(), weights)
+    return PerceptualLoss("squeeze", weights)
+
+
+class VAEStepTask:
+    """As much of train-vae's task as a step needs; its images lie in memory."""
+
+    stage = "vae"
+    ranks = Ranks()
+
+    def __init__(self, settings: TrainVAESettings, device: torch.device, lpips: Any):
+        self.settings, self.device, self.lpips = settings, device, lpips
+        self.model = VAE(settings.model)
+        place(self.model, device)
+        side = settings.images.resolution // settings.model.factor
+        self.latent_shape = (settings.model.latent_channels, side, side)
+
+    def prepare(self, batch: ImageBatch, rng: torch.Generator) -> dict[str, Tensor]:
+        noise = torch.randn((len(batch.x), *self.latent_shape), generator=rng, device=self.device)
+        return {"x": batch.x.to(self.device).float() / 127.5 - 1, "noise": noise}
+
+    def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        x_hat, posterior = model(part["x"], part["noise"])
+        return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
+
+
+def vae_step(
+    contender: str, device: torch.device, *, side: int, batch: int, lpips: bool = False, steps: int = 3
+) -> Work:
+    """Training steps of a VAE: forward, backward, clip, AdamW, EMA."""
+    model = VAESettings.model_validate(SMALL_VAE).resolved(side)
+    example = torch.randn(1, 3, side, side)
+    distance = some_lpips(room()).to(device) if lpips else None
+    pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
+    own = VAE(model)
+    factor = model.factor
+    flops = flops_of(own, example, torch.randn(1, 4, side // factor, side // factor), backward=True)
+    if distance is not None:
+        flops += 3 * flops_of(distance.to("cpu"), example, example) / 2 + flops_of(distance, example, example) / 2
+        distance.to(device)
+    if contender == "lightdiff":
+        precision = pick_precision("auto", device)
+        loop = LoopSettings(batch_size=batch, precision=precision, steps=STEPS)
+        loss = VAELossSettings(lpips_gamma=0.5 if lpips else 0)
+        images = ImageSettings(resolution=side)
+        settings = TrainVAESettings(model=model, loop=loop, loss=loss, images=images)
+        task = VAEStepTask(settings, device, distance)
+        trainer = Trainer(task, loop, precision)  # type: ignore[arg-type]
+        loaded = ImageBatch(pixels, torch.arange(batch), [], 0)
+        return several(lambda: trainer.train_step(loaded, STEPS), steps, batch, flops, task.model, precision)
+    x = (pixels.float() / 127.5 - 1).to(device)
+    if contender == "original":
+
+        def reconstruct(net: Any, x: Tensor) -> Any:
+            x_hat, posterior = net(x, torch.randn(batch, *shape, device=device))
+            return x_hat, posterior.mu, posterior.logvar
+
+        shape = (4, side // factor, side // factor)
+        network: nn.Module = own
+    else:
+
+        def reconstruct(net: Any, x: Tensor) -> Any:
+            posterior = net.encode(x).latent_dist
+            return net.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
+
+        network = peers.diffusers_vae((32, 64, 128), 2)
+        flops = flops_of(network, example, backward=True)
+    taught = peers.VAESteps(network, reconstruct, x, distance)
+    return several(taught.step, steps, batch, flops, network, "fp32")
+
+
+SMALL_VAE = {**ORIGINAL_VAE, "encoder_channels": SMALL, "decoder_channels": SMALL[::-1]} | {
+    "encoder_blocks": (2,),
+    "decoder_blocks": (2,),
+}
+
+
+# --- images and latents -------------------------------------------------------------------------------------------
+
+
+def photographs(folder: Path, count: int, side: int) -> Path:
+    """JPEG files that take as long to decode as photographs: smooth shapes under some noise."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
+        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (side, side, 3), dtype=np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i:05d}.jpg", quality=90)
+    return folder
+
+
+def image_pipeline(contender: str, device: torch.device, *, file_side: int, side: int = 256, workers: int = 2) -> Work:
+    """Files -> training batches, with two processes that load."""
+    count, batch, per_round = 128 if file_side > 512 else 256, 32, 8
+    folder = photographs(room() / "images", count, file_side)
+    if contender == "lightdiff":
+        images = ImageSettings(data=(folder,), resolution=side, val_share=0)
+        dataset = ImageDataset(scan(images.data, 0), images.data, images, seed=0, train=True)
+        order = ([(epoch, i) for i in range(k, k + batch)] for epoch in range(10**6) for k in range(0, count, batch))
+        loaded: Any = batches(dataset, order, workers)
+        return Work(lambda: [next(loaded).x.float().div(127.5) for _ in range(per_round)], batch * per_round)
+    loader = torch.utils.data.DataLoader(
+        peers.Photographs(folder, side, augment=True), batch_size=batch, shuffle=True, num_workers=workers,
+        persistent_workers=True,
+    )  # fmt: skip
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    return Work(lambda: [next(endless) for _ in range(per_round)], batch * per_round)
+
+
+def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
+    """Files of 256 px -> latents of 64 px images. lightdiff encodes each image's mirror image, too."""
+    home = room()
+    folder = photographs(home / "images", count, 256)
+    model = VAESettings.model_validate(SMALL_VAE).resolved(64)
+    vae = VAE(model)
+    example = torch.randn(1, 3, 64, 64)
+    flops = flops_of(vae.encoder, example)
+    if contender == "original":
+        flops = flops_of(vae, example, torch.randn(1, 4, 8, 8))
+        vae.eval()
+        return Work(
+            lambda: peers.encode_all(vae, folder, 64, home / "latents.pkl"), count, flops * count, parameters_of(vae)
+        )
+    images = ImageSettings(data=(folder,), resolution=64)
+    settings = TrainVAESettings(model=model, images=images)
+    path = RunFolder(home / "vae").vae.best
+    tensors = {f"model.{name}": value for name, value in vae.state_dict().items()}
+    checkpoint.save(path, tensors, Document(stage="vae", settings=settings.to_save()))
+    runs = itertools.count()
+    precision = "fp32"
+
+    def once() -> None:
+        wanted = {"run": home / f"run-{next(runs)}", "vae": path, "images": images}
+        encode_stage.run(encode_stage.EncodeSettings.model_validate(wanted))
+
+    return Work(once, 2 * count, flops * 2 * count, parameters_of(vae), precision)
+
+
+def scale(contender: str, device: torch.device, *, count: int = 20_000) -> Work:
+    """Statistics of latents of 4 x 32 x 32."""
+    home = room()
+    if contender == "original":
+        made = torch.randn(count, 4, 32, 32)
+        peers.write_pickle(home / "latents.pkl", [m.clone() for m in made], [m.clone() for m in made])
+        del made
+        return Work(lambda: peers.scaling_factor(home / "latents.pkl"), count)
+    made_up_latents(home, count, 32)
+    settings = scale_stage.ScaleSettings(latents=home, job=JobSettings())
+    return Work(lambda: scale_stage.run(settings), count)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+def sampling(contender: str, device: torch.device, *, batch: int, steps: int = 50) -> Work:
+    """DDIM of latents of 4 x 16 x 16."""
+    side, shape = 16, (batch, 4, 16, 16)
+    example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
+    if contender == "diffusers":
+        from diffusers import DDIMScheduler
+
+        network: Any = peers.diffusers_unet(SMALL, 2, side).to(device).eval()
+        scheduler = DDIMScheduler(num_train_timesteps=1000)
+
+        @torch.no_grad()
+        def draw() -> None:
+            scheduler.set_timesteps(steps)
+            x = torch.randn(shape, device=device)
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x, t).sample, t, x).prev_sample
+
+        flops = flops_of(network.to("cpu"), *example) * batch * steps
+        network.to(device)
+        return Work(draw, batch, flops, parameters_of(network))
+    settings = UNetSettings.model_validate(SMALL_UNET).resolved(side)
+    model = UNet(settings, 4)
+    nn.init.normal_(model.out.weight, std=0.01)
+    flops = flops_of(model, *example) * batch * steps
+    if contender == "original":
+        model.to(device)
+        alpha_bar = torch.cos(torch.linspace(0, 1.5, 1000, device=device)).square()
+        chosen = torch.linspace(999, 0, steps).long().tolist()
+
+        @torch.no_grad()
+        def walk() -> None:
+            x = torch.randn(shape, device=device)
+            for here, there in itertools.pairwise([*chosen, -1]):
+                a, b = alpha_bar[here], alpha_bar[there] if there >= 0 else torch.ones((), device=device)
+                eps = model(x, torch.full((batch,), here, device=device))
+                x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+
+        return Work(walk, batch, flops, parameters_of(model))
+    return lightdiff_sampling(model, settings, device, batch, steps, flops)
+
+
+def lightdiff_sampling(
+    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float
+) -> Work:
+    """The same through a saved run, as `generate` draws."""
+    from lightdiff.pipeline import Pipeline, Sampling, vae_digest
+
+    home = room()
+    vae_settings = VAESettings().resolved(64)
+    vae_path, unet_path = home / "vae.safetensors", home / "unet.safetensors"
+    weights = {f"model.{name}": value for name, value in VAE(vae_settings).state_dict().items()}
+    checkpoint.save(vae_path, weights, Document(stage="vae", settings=TrainVAESettings(model=vae_settings).to_save()))
+    vae = Checkpoint(vae_path)
+    document = Document(
+        stage="unet", settings=TrainUNetSettings(model=settings).to_save(), lineage={"vae": vae_digest(vae)}
+    )
+    checkpoint.save(unet_path, {f"model.{name}": value for name, value in model.state_dict().items()}, document)
+    precision = pick_precision("auto", device)
+    pipeline = Pipeline(Checkpoint(unet_path), vae, device)
+    pipeline.precision = precision
+    chosen = Sampling(num_steps=steps)
+    return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
+
+
+# --- starting -----------------------------------------------------------------------------------------------------
+
+
+def start(contender: str, device: torch.device, *, command: str) -> Work:
+    """From the shell to a command's help, or to the end of a first training step."""
+    home = room()
+    run = home / "run"
+    if command == "help":
+        words = [sys.executable, "-m", "lightdiff", "train-unet", "--help"]
+        if contender == "import torch":
+            words = [sys.executable, "-c", "import torch, typer, pydantic, rich"]
+    else:
+        made_up_latents(RunFolder(run).latents, 2048, 16)
+        scale_stage.run(scale_stage.ScaleSettings(run=run))
+        words = [sys.executable, "-m", "lightdiff", "train-unet", "--run", str(run), "--steps", "1", "--restart"]
+        words += ["--preset", "tiny", "--val-every", "0"]
+        if contender == "import torch":
+            words = [sys.executable, "-c", "import torch"]
+    return Work(lambda: subprocess.run(words, check=True, capture_output=True), 1)
+
+
+UNET_PEERS = ("lightdiff", "original")
+OWN_PEERS = ("lightdiff", "diffusers", "diffusers bf16")
+VAE_PEERS = ("lightdiff", "original", "diffusers")
+
+CASES: dict[str, Case] = {
+    "unet-small": Case(
+        "U-Net step, original architecture, 4 x 16 x 16, batch 32",
+        UNET_PEERS,
+        partial(unet_step, model=SMALL_UNET, side=16, batch=32, steps=5),
+        {"original": 2.0},
+        rounds=7,
+    ),
+    "unet-large": Case(
+        "U-Net step, original architecture, 4 x 32 x 32, batch 4",
+        UNET_PEERS,
+        partial(unet_step, model=LARGE_UNET, side=32, batch=4, steps=1),
+        {"original": 2.0},
+        rounds=5,
+    ),
+    "vae-64": Case(
+        "VAE step without LPIPS, 64 px, batch 16",
+        VAE_PEERS,
+        partial(vae_step, side=64, batch=16),
+        {"original": 2.0, "diffusers": 2.0},
+    ),
+    "vae-128": Case(
+        "VAE step without LPIPS, 128 px, batch 4",
+        VAE_PEERS,
+        partial(vae_step, side=128, batch=4),
+        {"original": 2.0, "diffusers": 2.0},
+    ),
+    "vae-lpips": Case(
+        "VAE step with LPIPS squeeze, 64 px, batch 16",
+        ("lightdiff", "original"),
+        partial(vae_step, side=64, batch=16, lpips=True),
+        {"original": 2.0},
+    ),
+    "encode": Case(
+        "encode, 64 px from files of 256 px", ("lightdiff", "original"), encode, {"original": 3.0}, rounds=5
+    ),
+    "sampling-4": Case(
+        "DDIM, 50 steps, 4 images at a time",
+        ("lightdiff", "original", "diffusers"),
+        partial(sampling, batch=4),
+        {"original": 2.5, "diffusers": 2.5},
+    ),
+    "sampling-32": Case(
+        "DDIM, 50 steps, 32 images at a time",
+        ("lightdiff", "original", "diffusers"),
+        partial(sampling, batch=32),
+        {"original": 2.5, "diffusers": 2.5},
+        rounds=3,
+    ),
+    "scale": Case("scale, 20,000 latents of 4 x 32 x 32", ("lightdiff", "original"), scale, {"original": 20.0}, 3),
+    "images-256": Case(
+        "image pipeline, JPEG of 256 px -> 256 px, 2 workers",
+        ("lightdiff", "original"),
+        partial(image_pipeline, file_side=256),
+        {"original": 3.0},
+    ),
+    "images-1024": Case(
+        "image pipeline, JPEG of 1024 px -> 256 px, 2 workers",
+        ("lightdiff", "original"),
+        partial(image_pipeline, file_side=1024),
+        {"original": 3.0},
+    ),
+    "help": Case("--help of a command", ("lightdiff", "import torch"), partial(start, command="help"), rounds=5),
+    "first-step": Case(
+        "train-unet, from the shell to the end of one step",
+        ("lightdiff", "import torch"),
+        partial(start, command="train-unet"),
+        rounds=3,
+    ),
+}
