@@ -154,6 +154,25 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same(copy):
     assert read_index(copy / "latents").complete
 
 
+def test_automatic_precision_stays_what_it_was_begun_in(copy, tmp_path, monkeypatch):
+    def faster_by_now(name, _):
+        return "bf16" if name == "auto" else name
+
+    index = read_index(copy / "latents")
+    index.digest = ""
+    index.write(copy / "latents")
+    monkeypatch.setattr("lightdiff.stages.encode.pick_precision", faster_by_now)
+    encode_all(copy, shard_size=16, dtype="float32", compute={"workers": 0})
+    assert read_index(copy / "latents").precision == "fp32"
+    draw(copy, tmp_path / "out")
+    (tmp_path / "out/00004.png").unlink()
+    monkeypatch.setattr("lightdiff.stages.generate.pick_precision", faster_by_now)
+    draw(copy, tmp_path / "out", compute={})
+    draw(copy, tmp_path / "new", compute={})
+    kept = [json.loads((tmp_path / name / "settings.json").read_text())["precision"] for name in ("out", "new")]
+    assert kept == ["fp32", "bf16"]
+
+
 def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy):
     with pytest.raises(UserError, match=r"latents of another --dtype \(float32, now float16\).*encode --restart"):
         encode_all(copy, shard_size=16)

@@ -1,0 +1,263 @@
+"""Precision, compiling, memory: each changes how something is computed, not what."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightdiff.models.unet import UNet
+from lightdiff.models.vae import VAE
+from lightdiff.settings import UNetSettings, VAESettings
+from lightdiff.training import compute
+from lightdiff.training.background import Background, ahead
+from lightdiff.training.compute import (
+    autocast,
+    in_low_precision,
+    keep_memory,
+    pick_compile,
+    recompute_activations,
+    translate,
+)
+from lightdiff.training.ema import EMA
+
+CPU = torch.device("cpu")
+UNET = UNetSettings(width=16, blocks=1, time_dim=16).resolved(8)
+NETWORKS = {
+    "unet": (lambda: UNet(UNET, 4), (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]))),
+    "vae": (lambda: VAE(VAESettings(encoder_width=8, decoder_width=8, attention=True).resolved(32)),
+            (torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8))),
+    "original vae": (lambda: VAE(VAESettings(encoder_width=8, decoder_width=8, block="plain", norm="group",
+                                             upsample="transposed").resolved(32)),
+                     (torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8))),
+}  # fmt: skip
+
+
+def made(name):
+    """A network whose every branch does something, and what it is called with."""
+    torch.manual_seed(0)
+    build, inputs = NETWORKS[name]
+    network = build()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return network, inputs
+
+
+def answer(network, inputs):
+    """The network's tensor, or the image and mu of a VAE."""
+    found = network(*inputs)
+    return found if isinstance(found, torch.Tensor) else torch.cat([found[0].flatten(), found[1].mu.flatten()])
+
+
+def gradients(network, inputs):
+    """All gradients, and how many bytes were kept for them."""
+    kept = 0
+
+    def count(x):
+        nonlocal kept
+        kept += x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        loss = answer(network, inputs).square().mean()
+    loss.backward()
+    return [p.grad for p in network.parameters()], kept
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_activations_computed_again_give_the_same_gradients_in_less_memory(name):
+    network, inputs = made(name)
+    before, kept = gradients(network, inputs)
+    again, _ = made(name)
+    recompute_activations(again)
+    after, fewer = gradients(again, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert fewer < 0.6 * kept
+    assert list(again.state_dict()) == list(network.state_dict())
+
+
+def test_an_average_of_a_recomputing_network_is_a_network_of_its_own():
+    network, inputs = made("unet")
+    recompute_activations(network)
+    ema = EMA(network, 0.9)
+    with torch.no_grad():
+        before = answer(ema.model, inputs)
+        for parameter in network.parameters():
+            parameter.zero_()
+        assert torch.equal(answer(ema.model, inputs), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_converted_once_give_what_converting_them_each_time_gives(name):
+    network, inputs = made(name)
+    network.requires_grad_(False)
+    with torch.inference_mode(), autocast(CPU, "bf16"):
+        before = answer(network, inputs)
+        after = answer(in_low_precision(network, "bf16"), inputs)
+    assert torch.equal(before, after)
+    assert {p.dtype for m in network.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters()} <= {
+        torch.float32
+    }
+
+
+def test_fp32_leaves_all_weights_as_they_are():
+    network, _ = made("unet")
+    assert {p.dtype for p in in_low_precision(network, "fp32").parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, on the way to a compiled network
+def test_a_compiled_network_computes_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if pick_compile("on", CPU, 1) == "off":
+        pytest.skip("there is no C++ compiler")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(2, 4, 8, 8)
+    names, before = list(network.state_dict()), network(x)
+    translate(network, CPU)
+    torch.testing.assert_close(network(x), before)
+    assert list(network.state_dict()) == names
+    assert any(path.is_file() for path in tmp_path.rglob("*"))  # kept for the next start
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_compiler_it_is_said_in_a_line_and_the_network_runs_as_it_is(monkeypatch, capsys):
+    def broken(*_, **__):
+        def call(*_):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    assert pick_compile("on", CPU, 10) == "off"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "so the network runs as it is (InvalidCxxCompiler: No working C++ compiler found)" in said
+    assert "and much more" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "calls", "wanted"),
+    [("off", "cuda", 10**6, False), ("auto", "cpu", 10**6, False), ("auto", "cuda", 100, False),
+     ("auto", "cuda", 10**5, True), ("on", "cpu", 1, True)],
+)  # fmt: skip
+def test_when_compiling_pays(monkeypatch, name, device, calls, wanted):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda _: tried.append)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    assert pick_compile(name, torch.device(device), calls) == ("on" if wanted else "off")
+    assert bool(tried) == wanted
+
+
+def test_compiled_code_has_a_home_that_outlives_tmp(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda _: lambda _: None)
+    pick_compile("on", CPU, 1)
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR").endswith("lightdiff/compiled")
+
+
+def test_memory_is_kept_where_there_is_glibc(monkeypatch):
+    calls = []
+
+    class Library:
+        @staticmethod
+        def mallopt(what, value):
+            calls.append((what, value))
+
+    monkeypatch.setattr(compute.ctypes, "CDLL", lambda _: Library)
+    keep_memory()
+    assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+
+
+@pytest.mark.parametrize("problem", [OSError("no library"), AttributeError("no mallopt"), TypeError("Windows")])
+def test_elsewhere_memory_is_left_alone(monkeypatch, problem):
+    def absent(_):
+        raise problem
+
+    monkeypatch.setattr(compute.ctypes, "CDLL", absent)
+    keep_memory()
+
+
+# --- background -----------------------------------------------------------------------------------------------------
+
+
+def test_background_work_is_done_at_the_end_and_never_piles_up():
+    gate, done = threading.Event(), []
+
+    def work(i):
+        gate.wait()
+        done.append(i)
+
+    def open_later():
+        time.sleep(0.2)
+        gate.set()
+
+    threading.Thread(target=open_later).start()
+    with Background() as background:
+        for i in range(10):
+            background.do(lambda i=i: work(i))
+            assert i - len(done) <= 5  # one at work, four waiting
+    assert done == list(range(10))
+
+
+def test_what_background_work_raises_comes_out():
+    done = []
+
+    def fail():
+        raise OSError("the disk is full")
+
+    def at_the_end():
+        with Background() as background:
+            background.do(fail)
+
+    def with_the_next():
+        with Background() as background:
+            for _ in range(100):
+                background.do(fail)
+                time.sleep(0.01)
+                done.append(1)
+
+    for work in (at_the_end, with_the_next):
+        with pytest.raises(OSError, match="the disk is full"):
+            work()
+    assert len(done) < 100
+
+
+def test_an_error_elsewhere_leaves_nothing_half_done():
+    begun, ended = threading.Event(), []
+
+    def slow():
+        begun.set()
+        time.sleep(0.1)
+        ended.append(1)
+
+    def interrupted():
+        with Background() as background:
+            background.do(slow)
+            begun.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert ended == [1]
+
+
+def test_the_next_is_at_work_while_one_is_used():
+    begun = [threading.Event() for _ in range(5)]
+
+    def work(i):
+        begun[i].set()
+        return i
+
+    for i in ahead(lambda i=i: work(i) for i in range(5)):
+        assert i == 4 or begun[i + 1].wait(5)
+        assert i >= 3 or not begun[i + 2].is_set()
+
+
+def test_nothing_ahead_of_nothing():
+    assert list(ahead([])) == []
