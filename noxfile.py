@@ -52,6 +52,13 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
+    """Measure speed and memory beside the peers'; arguments after -- go to tests/bench. 15 minutes on a CPU."""
+    session.run(borrowed(session), "-m", "pip", "install", "-q", "--group=bench", external=True)
+    session.run(borrowed(session), "-m", "tests.bench", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def saving(session: nox.Session) -> None:
     """Measure what saving costs; arguments after -- go to tests/saving.py."""
     session.run(borrowed(session), "-m", "tests.saving", *session.posargs, external=True)
 

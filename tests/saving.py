@@ -1,6 +1,6 @@
 """What saving costs: seconds and bytes of a checkpoint, and of going on from it, beside a training step.
 
-    nox -s bench                           # the original U-Net, 201 M parameters
+    nox -s saving                          # the original U-Net, 201 M parameters
     python -m tests.saving --preset tiny   # another one
 
 Steps are those of `train-unet` on latents of 4 x 32 x 32; the share is that of the default --save-every.

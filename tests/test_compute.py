@@ -145,13 +145,20 @@ def test_without_a_compiler_it_is_said_in_a_line_and_the_network_runs_as_it_is(m
     [("off", "cuda", 10**6, False), ("auto", "cpu", 10**6, False), ("auto", "cuda", 100, False),
      ("auto", "cuda", 10**5, True), ("on", "cpu", 1, True)],
 )  # fmt: skip
-def test_when_compiling_pays(monkeypatch, name, device, calls, wanted):
+def test_when_compiling_a_training_pays(monkeypatch, name, device, calls, wanted):
     tried = []
     monkeypatch.setattr(torch, "compile", lambda _: tried.append)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: 1)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     assert pick_compile(name, torch.device(device), calls) == ("on" if wanted else "off")
     assert bool(tried) == wanted
+
+
+def test_when_compiling_for_samples_pays_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _: lambda _: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    found = [pick_compile("auto", CPU, calls, training=False) for calls in (4999, 5000)]
+    assert found == ["off", "on"]
 
 
 def test_compiled_code_has_a_home_that_outlives_tmp(monkeypatch):
@@ -261,3 +268,10 @@ def test_the_next_is_at_work_while_one_is_used():
 
 def test_nothing_ahead_of_nothing():
     assert list(ahead([])) == []
+
+
+def test_threads_in_the_background_have_no_helpers_and_take_none_away():
+    torch.set_num_threads(2)
+    assert list(ahead([torch.get_num_threads])) == [1]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -82,8 +82,9 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
     done, unfinished = 0, False
     calls = len(mine) * settings.num_steps
-    if ranks.on_first(lambda: pick_compile(settings.compute.compile, device, calls)) == "on":
-        translate(pipeline.unet, device)
+    compiled = ranks.on_first(lambda: pick_compile(settings.compute.compile, device, calls, training=False)) == "on"
+    if compiled:
+        translate(pipeline.unet, device, training=False)
     try:
         with (
             Reporter("generate", sum(map(len, mine))) as reporter,
@@ -91,7 +92,9 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
             Background(max(1, min(8, usable_cores() // 2))) as writing,
         ):
             for items in mine:
-                x = pipeline.decode(pipeline.sample(items, settings.seed, sampling, size))
+                # A compiled network is made for one size of batch: the last batch is filled up.
+                drawn = range(items.start, items.start + settings.batch_size) if compiled else items
+                x = pipeline.decode(pipeline.sample(drawn, settings.seed, sampling, size)[: len(items)])
                 for i, pixels in zip(items, to_uint8(x), strict=True):
                     writing.do(partial(save_png, paths[i], pixels, text_chunks(settings, pipeline, i)))
                 done += len(items)

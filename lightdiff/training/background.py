@@ -6,7 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
+
+
+def alone() -> None:
+    """Keep torch from giving this thread helpers, which would take the cores from the network."""
+    torch.set_num_threads(1)
 
 
 class Background:
@@ -14,7 +21,7 @@ class Background:
 
     def __init__(self, threads: int = 1) -> None:
         """Let at most four pieces of work a thread wait, so that memory stays small."""
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(threads, initializer=alone)
         self._waiting: deque[Future[None]] = deque()
         self._most = 4 * threads
 
@@ -38,7 +45,7 @@ class Background:
 
 def ahead(works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What each of these returns, in order; the next one is at work while this one is used."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=alone) as pool:
         pending: Future[T] | None = None
         for work in works:
             following = pool.submit(work)

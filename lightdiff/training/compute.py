@@ -1,6 +1,7 @@
 """Where and how to compute: device, precision, memory format, worker processes."""
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from lightdiff.training.place import Place
 from lightdiff.training.progress import console
 
 N = TypeVar("N", bound=nn.Module)
-COMPILED_CALLS = 2000  # of a network, that pay for compiling it
+COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # of a network, that pay for compiling it
 GRAPHED_PARAMETERS = 50e6
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
@@ -73,14 +74,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def pick_compile(name: Compile, device: torch.device, calls: int) -> Literal["on", "off"]:
+def pick_compile(name: Compile, device: torch.device, calls: int, training: bool = True) -> Literal["on", "off"]:
     """Whether to translate a network that will be called so often.
 
-    `auto` does so on a GPU where the minutes that it takes are won back. On a CPU convolutions take most of the time,
-    which it leaves as they are. Where there is no compiler, it is said, and not done.
+    `auto` does so where the minute or two that it takes are won back. On a CPU, training wins nothing: convolutions
+    take most of its time, and stay as they are. Where there is no compiler, it is said, and not done.
     """
-    wanted = name == "on" or (name == "auto" and device.type == "cuda" and calls >= COMPILED_CALLS)
-    if not wanted:
+    enough = COMPILED_CALLS if device.type == "cuda" else math.inf if training else COMPILED_CALLS_CPU
+    if name == "off" or (name == "auto" and calls < enough):
         return "off"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lightdiff" / "compiled"))
     try:
@@ -92,12 +93,17 @@ def pick_compile(name: Compile, device: torch.device, calls: int) -> Literal["on
     return "on"
 
 
-def translate(network: nn.Module, device: torch.device) -> None:
+def translate(network: nn.Module, device: torch.device, training: bool = True) -> None:
     """Let a network be compiled when it is first called; its tensors and their names stay as they are.
 
     A small network on a GPU spends its time on starting kernels: there they are recorded and replayed as CUDA graphs.
+    On a CPU, where it is not trained, weights are laid out once as convolutions want them.
     """
     small = sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
+    if device.type == "cpu" and not training:
+        from torch._inductor import config  # not before: it takes a second
+
+        config.freezing = True  # as an option of this network alone it would not reach all places
     network.compile(mode="reduce-overhead" if device.type == "cuda" and small else None, dynamic=False)
 
 

@@ -1,45 +1,65 @@
-"""Measure: `python -m tests.bench [NAME ...] [--device cuda] [--rounds N] [--results FILE]`.
+"""Measure: `nox -s bench -- [NAME ...] [--device cuda] [--rounds N] [--write]`, or `python -m tests.bench` the same.
 
-Results are kept in a JSON file, case by case, and docs/benchmarks.md is written from it with --write.
+Names are those of cases, and growth, profile, memory (on a GPU alone) and quality. Results are kept in a JSON file;
+docs/benchmarks.md is written from it.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lightdiff.training.compute import pick_device
-from tests.bench import report
+from tests.bench import growth, memory, profile, quality, report
 from tests.bench.cases import CASES
 from tests.bench.contest import compete, machine, peak
+
+MORE: dict[str, Callable[[torch.device], Any]] = {
+    "profile": profile.table,
+    "memory": memory.table,
+    "growth": lambda _: growth.measure(),
+    "quality": quality.measure,
+}
 
 
 def main() -> None:
     """Run the cases one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*CASES, *MORE])}; none: all cases")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of each case; 0: as many as it needs")
     parser.add_argument("--results", type=Path, help="JSON file to add to; default: docs/benchmarks/DEVICE.json")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, too")
     chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.names) - set(CASES)):
-        parser.error(f"there is no {unknown[0]}; there are {', '.join(CASES)}")
+    if unknown := sorted(set(chosen.names) - set(CASES) - set(MORE)):
+        parser.error(f"there is no {unknown[0]}; there are {', '.join([*CASES, *MORE])}")
     device = pick_device(chosen.device)
-    results = chosen.results or report.FOLDER / f"{device.type}.json"
-    kept = json.loads(results.read_text()) if results.is_file() else {"cases": {}}
-    kept |= machine(device) | {"date": time.strftime("%Y-%m-%d"), "peak": peak(device)}
-    for name in chosen.names or CASES:
-        case = CASES[name]
-        print(f"\n{name}: {case.title}", flush=True)
-        rows = compete(case, name, device, chosen.rounds)
-        kept["cases"][name] = {"title": case.title, "wanted": case.wanted, "rows": [row.as_dict() for row in rows]}
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(kept, indent=1) + "\n")
-        print("\n".join(report.lines(kept["cases"][name], kept["peak"])), flush=True)
+    path = chosen.results or report.FOLDER / f"{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
+    names = chosen.names or ([] if chosen.write else list(CASES))
+    for name in names:
+        if name in MORE:
+            print(f"\n{name}", flush=True)
+            kept[name] = MORE[name](device)
+        else:
+            if name == next(n for n in names if n in CASES):
+                kept |= machine(device) | {"date": time.strftime("%Y-%m-%d"), "peak": peak(device)}
+            case = CASES[name]
+            print(f"\n{name}: {case.title}", flush=True)
+            rows = compete(case, name, device, chosen.rounds)
+            kept["cases"][name] = {"title": case.title, "wanted": case.wanted, "rows": [row.as_dict() for row in rows]}
+            print("\n".join(report.lines(kept["cases"][name], kept["peak"])), flush=True)
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+    if "growth" in names:
+        growth.plot(kept["growth"], path.parent / "growth.svg")
+    if chosen.write:
+        report.write()
 
 
 if __name__ == "__main__":
-    torch.set_num_interop_threads(1)
     main()

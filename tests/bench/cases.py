@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from lightdiff.settings import (
 from lightdiff.stages import encode as encode_stage
 from lightdiff.stages import scale as scale_stage
 from lightdiff.stages.train_unet import UNetTask
-from lightdiff.training.compute import pick_precision, place
+from lightdiff.training.compute import keep_memory, pick_compile, pick_precision, place, translate
 from lightdiff.training.loop import Trainer
 from lightdiff.training.ranks import Ranks
 from tests.bench import peers
@@ -98,6 +99,29 @@ def several(step: Callable[[], object], steps: int, batch: int, flops: float, mo
     return Work(round_of_steps, images, flops * images, parameters_of(model), precision)
 
 
+def train_unet_step(
+    model: dict[str, Any], side: int, batch: int, device: torch.device, **loop: Any
+) -> tuple[Trainer, Callable[[], object]]:
+    """train-unet as a user has it by default, and its next step."""
+    settings = UNetSettings.model_validate(model).resolved(side)
+    chosen = defaults(device, batch_size=batch, **loop)
+    latents = LatentSet(made_up_latents(room(), 512, side))
+    if device.type == "cuda":
+        latents.to(device)
+    latent = LatentsSettings(height=side, width=side)
+    task = UNetTask(TrainUNetSettings(model=settings, latent=latent, loop=chosen), latents, device, Ranks())
+    keep_memory()
+    trainer = Trainer(task, chosen, chosen.precision)
+    order = task.batches(0, 10**9)
+    return trainer, lambda: trainer.train_step(next(order), STEPS)
+
+
+def defaults(device: torch.device, **changes: Any) -> LoopSettings:
+    """The loop's settings, with every `auto` decided as for a long run."""
+    precision, compiling = pick_precision("auto", device), pick_compile("auto", device, 10**5)
+    return LoopSettings.model_validate({"precision": precision, "compile": compiling, "steps": STEPS, **changes})
+
+
 def unet_step(
     contender: str, device: torch.device, *, model: dict[str, Any], side: int, batch: int, peer: Any = None, steps: int
 ) -> Work:
@@ -105,22 +129,13 @@ def unet_step(
     shape = (batch, 4, side, side)
     example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
     if contender.startswith("lightdiff"):
-        precision = "fp32" if contender.endswith("fp32") else pick_precision("auto", device)
-        settings = UNetSettings.model_validate(model).resolved(side)
-        latent = LatentsSettings(height=side, width=side)
-        loop = LoopSettings(batch_size=batch, precision=precision, steps=STEPS)
-        latents = LatentSet(made_up_latents(room(), 512, side))
-        if device.type == "cuda":
-            latents.to(device)
-        task = UNetTask(TrainUNetSettings(model=settings, latent=latent, loop=loop), latents, device, Ranks())
-        flops = flops_of(task.model.to("cpu"), *example, backward=True)
-        place(task.model, device)
-        trainer = Trainer(task, loop, precision)
-        order = task.batches(0, 10**9)
-        return several(lambda: trainer.train_step(next(order), STEPS), steps, batch, flops, task.model, precision)
+        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        flops = flops_of(network, *example, backward=True)
+        trainer, step = train_unet_step(model, side, batch, device)
+        return several(step, steps, batch, flops, network, trainer.precision)
     bf16 = contender.endswith("bf16")
     if contender == "original":
-        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        network = UNet(UNetSettings.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         taught = peers.DenoiserSteps(network, lambda net, x, t: net(x, t), shape, device, bf16)
     else:
@@ -130,6 +145,7 @@ def unet_step(
     return several(taught.step, steps, batch, flops, network, "bf16" if bf16 else "fp32")
 
 
+OWN_UNET = {"channels": (48, 48, 96, 192, 256), "blocks": 2, "time_dim": 384}  # as many weights as diffusers' has
 SMALL_UNET = {**ORIGINAL_UNET, "channels": SMALL}
 LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
 
@@ -170,6 +186,23 @@ class VAEStepTask:
         return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
 
 
+def train_vae_step(
+    model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Any = None, **loop: Any
+) -> tuple[Trainer, Callable[[], object]]:
+    """train-vae as a user has it by default, but with images in memory, and its next step."""
+    chosen = defaults(device, batch_size=batch, **loop)
+    settings = TrainVAESettings(
+        model=VAESettings.model_validate(model).resolved(side),
+        loop=chosen,
+        loss=VAELossSettings(lpips_gamma=0.5 if lpips is not None else 0),
+        images=ImageSettings(resolution=side),
+    )
+    keep_memory()
+    trainer = Trainer(VAEStepTask(settings, device, lpips), chosen, chosen.precision)  # type: ignore[arg-type]
+    loaded = ImageBatch(torch.randint(256, (batch, 3, side, side), dtype=torch.uint8), torch.arange(batch), [], 0)
+    return trainer, lambda: trainer.train_step(loaded, STEPS)
+
+
 def vae_step(
     contender: str, device: torch.device, *, side: int, batch: int, lpips: bool = False, steps: int = 3
 ) -> Work:
@@ -185,15 +218,8 @@ def vae_step(
         flops += 3 * flops_of(distance.to("cpu"), example, example) / 2 + flops_of(distance, example, example) / 2
         distance.to(device)
     if contender == "lightdiff":
-        precision = pick_precision("auto", device)
-        loop = LoopSettings(batch_size=batch, precision=precision, steps=STEPS)
-        loss = VAELossSettings(lpips_gamma=0.5 if lpips else 0)
-        images = ImageSettings(resolution=side)
-        settings = TrainVAESettings(model=model, loop=loop, loss=loss, images=images)
-        task = VAEStepTask(settings, device, distance)
-        trainer = Trainer(task, loop, precision)  # type: ignore[arg-type]
-        loaded = ImageBatch(pixels, torch.arange(batch), [], 0)
-        return several(lambda: trainer.train_step(loaded, STEPS), steps, batch, flops, task.model, precision)
+        trainer, step = train_vae_step(SMALL_VAE, side, batch, device, distance)
+        return several(step, steps, batch, flops, own, trainer.precision)
     x = (pixels.float() / 127.5 - 1).to(device)
     if contender == "original":
 
@@ -273,13 +299,12 @@ def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
     tensors = {f"model.{name}": value for name, value in vae.state_dict().items()}
     checkpoint.save(path, tensors, Document(stage="vae", settings=settings.to_save()))
     runs = itertools.count()
-    precision = "fp32"
 
     def once() -> None:
         wanted = {"run": home / f"run-{next(runs)}", "vae": path, "images": images}
         encode_stage.run(encode_stage.EncodeSettings.model_validate(wanted))
 
-    return Work(once, 2 * count, flops * 2 * count, parameters_of(vae), precision)
+    return Work(once, 2 * count, flops * 2 * count, parameters_of(vae), pick_precision("auto", device))
 
 
 def scale(contender: str, device: torch.device, *, count: int = 20_000) -> Work:
@@ -336,11 +361,11 @@ def sampling(contender: str, device: torch.device, *, batch: int, steps: int = 5
                 x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
 
         return Work(walk, batch, flops, parameters_of(model))
-    return lightdiff_sampling(model, settings, device, batch, steps, flops)
+    return lightdiff_sampling(model, settings, device, batch, steps, flops, contender.endswith("compiled"))
 
 
 def lightdiff_sampling(
-    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float
+    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float, compiled: bool
 ) -> Work:
     """The same through a saved run, as `generate` draws."""
     from lightdiff.pipeline import Pipeline, Sampling, vae_digest
@@ -356,8 +381,9 @@ def lightdiff_sampling(
     )
     checkpoint.save(unet_path, {f"model.{name}": value for name, value in model.state_dict().items()}, document)
     precision = pick_precision("auto", device)
-    pipeline = Pipeline(Checkpoint(unet_path), vae, device)
-    pipeline.precision = precision
+    pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
+    if compiled:
+        translate(pipeline.unet, device, training=False)
     chosen = Sampling(num_steps=steps)
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
@@ -366,21 +392,29 @@ def lightdiff_sampling(
 
 
 def start(contender: str, device: torch.device, *, command: str) -> Work:
-    """From the shell to a command's help, or to the end of a first training step."""
-    home = room()
-    run = home / "run"
+    """From the shell to a command's help, or to the end of the first training step; or for torch to be imported."""
+    if contender == "import torch":
+        return Work(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1)
+    words = [sys.executable, "-m", "lightdiff", "train-unet"]
     if command == "help":
-        words = [sys.executable, "-m", "lightdiff", "train-unet", "--help"]
-        if contender == "import torch":
-            words = [sys.executable, "-c", "import torch, typer, pydantic, rich"]
-    else:
-        made_up_latents(RunFolder(run).latents, 2048, 16)
-        scale_stage.run(scale_stage.ScaleSettings(run=run))
-        words = [sys.executable, "-m", "lightdiff", "train-unet", "--run", str(run), "--steps", "1", "--restart"]
-        words += ["--preset", "tiny", "--val-every", "0"]
-        if contender == "import torch":
-            words = [sys.executable, "-c", "import torch"]
-    return Work(lambda: subprocess.run(words, check=True, capture_output=True), 1)
+        return Work(lambda: subprocess.run([*words, "--help"], check=True, capture_output=True), 1)
+    run = room() / "run"
+    made_up_latents(RunFolder(run).latents, 2048, 16)
+    scale_stage.run(scale_stage.ScaleSettings(run=run))
+    words += ["--run", str(run), "--preset", "tiny", "--log-every", "1", "--restart"]
+    metrics = RunFolder(run).unet.metrics
+
+    def until_the_first_step() -> None:
+        metrics.unlink(missing_ok=True)
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not metrics.is_file() or not metrics.stat().st_size:
+            if process.poll() is not None:
+                raise RuntimeError("train-unet has ended before its first step")
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+
+    return Work(until_the_first_step, 1)
 
 
 UNET_PEERS = ("lightdiff", "original")
@@ -398,9 +432,15 @@ CASES: dict[str, Case] = {
     "unet-large": Case(
         "U-Net step, original architecture, 4 x 32 x 32, batch 4",
         UNET_PEERS,
-        partial(unet_step, model=LARGE_UNET, side=32, batch=4, steps=1),
+        partial(unet_step, model=LARGE_UNET, side=32, batch=4, steps=2),
         {"original": 2.0},
         rounds=5,
+    ),
+    "unet-own": Case(
+        "U-Net step, own architecture against diffusers' of as many weights, 4 x 16 x 16, batch 32",
+        OWN_PEERS,
+        partial(unet_step, model=OWN_UNET, side=16, batch=32, peer=(SMALL, 2), steps=5),
+        {"diffusers": 1.5},
     ),
     "vae-64": Case(
         "VAE step without LPIPS, 64 px, batch 16",
@@ -425,13 +465,13 @@ CASES: dict[str, Case] = {
     ),
     "sampling-4": Case(
         "DDIM, 50 steps, 4 images at a time",
-        ("lightdiff", "original", "diffusers"),
+        ("lightdiff", "original", "diffusers", "lightdiff compiled"),
         partial(sampling, batch=4),
         {"original": 2.5, "diffusers": 2.5},
     ),
     "sampling-32": Case(
         "DDIM, 50 steps, 32 images at a time",
-        ("lightdiff", "original", "diffusers"),
+        ("lightdiff", "original", "diffusers", "lightdiff compiled"),
         partial(sampling, batch=32),
         {"original": 2.5, "diffusers": 2.5},
         rounds=3,

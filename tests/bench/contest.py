@@ -80,7 +80,7 @@ def compete(case: Case, name: str, device: torch.device, rounds: int = 0) -> lis
     processes = []
     for contender in case.contenders:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(name, contender, device.type, theirs), daemon=True)
+        process = context.Process(target=serve, args=(name, contender, device.type, theirs))
         process.start()
         ends.append(ours)
         processes.append(process)
@@ -125,7 +125,7 @@ def serve(name: str, contender: str, device_name: str, end: Connection) -> None:
         timed(work.round, device)
         about = {"images": work.images, "flops": work.flops, "parameters": work.parameters}
         end.send(about | {"precision": work.precision, "memory_before": before})
-        while end.recv() == "round":
+        while end.recv() == "round":  # EOFError once the one who asks is gone
             end.send(timed(work.round, device))
         end.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM"))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The benchmarks' page, from the files of results."""
+"""docs/benchmarks.md, from the files of results."""
 
 import json
 import statistics
@@ -8,40 +8,130 @@ from typing import Any
 from tests.bench.contest import Row, ratio
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+PAGE = FOLDER.parent / "benchmarks.md"
+REMARKS = FOLDER / "remarks.md"
+INTRODUCTION = """\
+Each case runs lightdiff and its peers in processes of their own, one round each in turn, so that all meet the same
+machine. A ratio is the median, over rounds, of how many times as many images a second lightdiff makes. The *original*
+is lightdiff's re-creation of the scripts it began from, run as they ran: float32, AdamW without fused kernels, an
+averaging loop in Python, Pillow and torchvision's transforms, pickled latents. *diffusers* is run as its training
+examples do. *Of the peak* is the share of what this machine multiplies at best, measured in the same run. Memory is
+the peak of the process, or of the GPU's allocator; in brackets, beyond its imports."""
 HEAD = (
-    "| | {unit} | ratio | wanted | memory | parameters | GFLOP/image | of the peak | precision |\n"
+    "| | {unit} | lightdiff's ratio | wanted | memory | parameters | GFLOP an image | of the peak | precision |\n"
     "|---|---:|---:|---:|---:|---:|---:|---:|---|"
 )
 
 
-def lines(case: dict[str, Any], peak: dict[str, float]) -> list[str]:
-    """A case as rows of a table. On a CPU speeds hold for that machine and day alone; the ratio is what counts."""
+def lines(case: dict[str, Any], peak: dict[str, float], absolute: bool = True) -> list[str]:
+    """A case as rows of a table; images a second are left out where they say nothing about another machine."""
     rows = [Row(**row) for row in case["rows"]]
     ours = rows[0]
     found = []
     for row in rows:
-        reached = f"{ratio(ours, row):.2f}" if row is not ours else ""
-        wanted = f"{case['wanted'][row.contender]:g}" if row.contender in case["wanted"] else ""
         rate = row.flops / statistics.median(row.seconds)
         best = max((v for name, v in peak.items() if name.endswith(row.precision)), default=0.0)
-        share = f"{rate / best:.0%}" if row.flops else ""
+        speed = row.speed if absolute else row.speed / ours.speed
         cells = [
             row.contender,
-            f"{row.speed:.3g}",
-            reached,
-            wanted,
-            f"{row.memory / 1e6:,.0f} MB",
+            f"{speed:.3g}",
+            f"{ratio(ours, row):.2f} x" if row is not ours else "",
+            f"{case['wanted'][row.contender]:g} x" if row.contender in case["wanted"] else "",
+            f"{row.memory / 1e6:,.0f} MB ({(row.memory - row.memory_before) / 1e6:+,.0f})",
             f"{row.parameters / 1e6:.1f} M" if row.parameters else "",
             f"{row.flops / row.images / 1e9:.3g}" if row.flops else "",
-            share,
-            row.precision,
+            f"{rate / best:.0%}" if row.flops else "",
+            row.precision if row.flops else "",
         ]
         found.append("| " + " | ".join(cells) + " |")
     return found
 
 
-def load(name: str) -> dict[str, Any] | None:
-    """A device's results."""
-    path = FOLDER / f"{name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+def write() -> None:
+    """Write the page."""
+    parts = [
+        "# Benchmarks",
+        "*This page is written by `nox -s bench -- --write` from the results beside it; only the "
+        "remarks at its end are written by hand.*",
+        INTRODUCTION,
+    ]
+    for device in ("cuda", "cpu"):
+        path = FOLDER / f"{device}.json"
+        if not path.is_file():
+            parts += [f"## {device.upper()}", "Not measured yet: no such machine was at hand."]
+            continue
+        parts += section(device, json.loads(path.read_text()))
+    if REMARKS.is_file():
+        parts.append(REMARKS.read_text().strip())
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def section(device: str, kept: dict[str, Any]) -> list[str]:
+    """All that was measured on a device."""
+    about = [kept["machine"], f"Python {kept['python']}"]
+    about += [f"{name} {kept[name]}" for name in ("torch", "torchvision", "diffusers", "pillow")]
+    peaks = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in kept["peak"].items())
+    absolute = device != "cpu"
+    parts = [
+        f"## {device.upper()}",
+        f"{'; '.join(about)}; {kept['date']}; `nox -s bench -- --device {device}`. Peaks in TFLOP/s: {peaks}."
+        + ("" if absolute else " Speeds are relative to lightdiff's: absolute ones vary from day to day."),
+    ]
+    for case in kept["cases"].values():
+        head = HEAD.format(unit="images/s" if absolute else "speed")
+        parts.append(f"**{case['title']}**\n\n{head}\n" + "\n".join(lines(case, kept["peak"], absolute)))
+    if "profile" in kept:
+        parts += profile(kept["profile"])
+    if "memory" in kept:
+        parts += memory(kept["memory"])
+    if "growth" in kept:
+        parts += growth(kept["growth"])
+    if "quality" in kept:
+        parts += quality(kept["quality"])
+    return parts
+
+
+def profile(found: dict[str, Any]) -> list[str]:
+    """Where the time of a step goes."""
+    parts = ["### Where the time of a training step goes (`nox -s bench -- profile`)"]
+    for title, contenders in found.items():
+        names = list(dict.fromkeys(name for _, shares in contenders.values() for name in shares))
+        rows = [f"| {title} | " + " | ".join(contenders) + " |", "|---|" + "---:|" * len(contenders)]
+        for name in sorted(names, key=lambda n: -contenders["original"][1].get(n, 0)):
+            rows.append(f"| {name} | " + " | ".join(f"{s.get(name, 0):.1%}" for _, s in contenders.values()) + " |")
+        first = contenders["original"][0]
+        times = " | ".join(f"{t / first:.2f}" for t, _ in contenders.values())
+        rows.append(f"| time of a step, original = 1 | {times} |")
+        parts.append("\n".join(rows))
+    return parts
+
+
+def memory(rows: list[dict[str, Any]]) -> list[str]:
+    """Peak memory against batch."""
+    table = ["| preset | batch | all activations kept | `--checkpoint-activations` |", "|---|---:|---:|---:|"]
+    for row in rows:
+        cells = [f"{row[name] / 1e9:.2f} GB" if row[name] else "too large" for name in ("kept", "computed again")]
+        table.append(f"| {row['preset']} | {row['batch']} | {cells[0]} | {cells[1]} |")
+    return ["### Peak memory (`nox -s bench -- memory`): U-Nets on 4 x 32 x 32, VAEs on 256 px", "\n".join(table)]
+
+
+def growth(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """What grows with what."""
+    parts = ["### What grows with what (`nox -s bench -- growth`)", "![Growth](benchmarks/growth.svg)"]
+    for title, rows in found.items():
+        names = list(next(iter(rows.values())))
+        table = [f"| {title} | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+        for value, row in rows.items():
+            cells = [f"{row[n] / 1e6:,.0f} MB" if n in ("memory", "made") else f"{row[n]:.3g}" for n in names]
+            table.append(f"| {int(value):,} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(table))
+    return parts
+
+
+def quality(found: dict[str, Any]) -> list[str]:
+    """That what is faster is as good."""
+    table = ["| precision | seed | " + " | ".join(found["names"]) + " |", "|---|---:|" + "---:|" * len(found["names"])]
+    for row in found["rows"]:
+        numbers = " | ".join(f"{row[name]:.4g}" for name in found["names"])
+        table.append(f"| {row['precision']} | {row['seed']} | {numbers} |")
+    return ["### Is what is faster as good? (`nox -s bench -- quality`)", found["about"], "\n".join(table)]
