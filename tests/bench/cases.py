@@ -145,7 +145,7 @@ def unet_step(
     return several(taught.step, steps, batch, flops, network, "bf16" if bf16 else "fp32")
 
 
-OWN_UNET = {"channels": (48, 48, 96, 192, 256), "blocks": 2, "time_dim": 384}  # as many weights as diffusers' has
+OWN_UNET = {"channels": (64, 64, 128, 256, 256), "blocks": 1, "time_dim": 512, "attend_levels": (2,)}
 SMALL_UNET = {**ORIGINAL_UNET, "channels": SMALL}
 LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
 

@@ -15,7 +15,7 @@ from tests.bench.contest import synchronize
 
 FRECHET = Path(__file__).parents[3] / "shared" / "tools" / "frechet.py"
 WAYS = {"float32, eager": ["--precision", "fp32", "--compile", "off"], "default": []}
-STEPS, SAMPLES, EARLY = 1000, 1000, 300
+STEPS, SAMPLES, EARLY = 600, 1000, 300
 
 
 def call(*words: object) -> str:
