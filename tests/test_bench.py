@@ -27,8 +27,9 @@ def test_a_ratio_compares_neighbouring_rounds_and_counts_images():
 
 def test_a_line_says_what_was_measured():
     ours = row("lightdiff", [0.5], flops=1e9, parameters=1_500_000)
-    case = {"rows": [ours.as_dict(), row("peer", [1.0]).as_dict()], "wanted": {"peer": 1.5}}
-    lines = report.lines(case, {"matmul fp32": 3e9, "convolution fp32": 4e9, "matmul bf16": 9e9})
+    peak = {"matmul fp32": 3e9, "convolution fp32": 4e9, "matmul bf16": 9e9}
+    case = {"rows": [ours.as_dict(), row("peer", [1.0]).as_dict()], "wanted": {"peer": 1.5}, "peak": peak}
+    lines = report.lines(case)
     assert lines == [
         "| lightdiff | 20 |  |  | 3 MB (+2) | 1.5 M | 0.1 | 50% | fp32 |",
         "| peer | 10 | 2.00 x | 1.5 x | 3 MB (+2) |  |  |  |  |",

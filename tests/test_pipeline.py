@@ -26,6 +26,7 @@ from lightdiff.settings import (
     TrainVAESettings,
 )
 from lightdiff.stages import demo, encode, generate, scale, train_unet, train_vae
+from lightdiff.training.compute import pick_compile
 
 LOOP = {"steps": 4, "batch_size": 8, "workers": 0, "val_every": 2, "save_every": 2, "warmup_steps": 0}
 
@@ -328,6 +329,25 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
     assert str(tmp_path) not in str(image.text)
     assert str(finished) not in str(image.text)
     assert (tmp_path / "out/face-grid.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, on the way to a compiled network
+def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypatch):
+    if pick_compile("on", torch.device("cpu"), 1) == "off":
+        pytest.skip("there is no C++ compiler")
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "freezing", config.freezing)  # put back afterwards
+    for compiling in ("off", "on"):
+        draw(finished, tmp_path / compiling, batch_size=3, compute={"precision": "fp32", "compile": compiling})
+        assert json.loads((tmp_path / compiling / "settings.json").read_text())["compile"] == compiling
+    for i in range(5):  # the second batch, of two, was filled up to three
+        off, on = (pixels(tmp_path / name / f"{i:05d}.png") for name in ("off", "on"))
+        assert abs(off - on).max() <= 1
+    (tmp_path / "on/00001.png").unlink()
+    draw(finished, tmp_path / "on", batch_size=3, compute={"precision": "fp32"})  # auto: as it was begun
+    assert (tmp_path / "on/00001.png").is_file()
 
 
 def test_nothing_is_overwritten(finished, tmp_path):

@@ -72,13 +72,19 @@ class LatentIndex(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
-        self.checksum = self.sum()
-        publish_text(folder / "index.json", json.dumps(self.model_dump(mode="json")))  # ASCII: names may not be UTF-8
+        raw = self.model_dump(mode="json")
+        raw["checksum"] = self.checksum = checksum_of(raw)
+        publish_text(folder / "index.json", json.dumps(raw))  # in ASCII: names may not be UTF-8
 
     def sum(self) -> str:
         """A digest of all that the index says."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return checksum_of(self.model_dump(mode="json"))
+
+
+def checksum_of(index: dict[str, Any]) -> str:
+    """A digest of an index's document, but for the field that holds it."""
+    text = json.dumps({name: value for name, value in index.items() if name != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -20,7 +20,7 @@ from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
 from lightdiff.errors import Stopped, UserError
 from lightdiff.pipeline import Pipeline, Sampling, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
-from lightdiff.settings import GenerateSettings, Precision
+from lightdiff.settings import GenerateSettings
 from lightdiff.stages.start import enter, flag_of, flat
 from lightdiff.training.background import Background
 from lightdiff.training.compute import (
@@ -33,7 +33,7 @@ from lightdiff.training.compute import (
 )
 from lightdiff.training.place import restarted
 from lightdiff.training.progress import Reporter, console, save_grid
-from lightdiff.training.ranks import join
+from lightdiff.training.ranks import Ranks, join
 from lightdiff.training.stopping import TimeLimit
 
 GRID_IMAGES = 64
@@ -65,14 +65,14 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     unet = Checkpoint(find_unet(settings.unet, here), "unet")
     vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
     out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
-    asked = settings.compute.precision
-    precision = ranks.on_first(lambda: pick_precision(begun_in(out, settings) if asked == "auto" else asked, device))
+    precision, compiling = ranks.on_first(lambda: decided(settings, out, device, ranks))
     pipeline = Pipeline(unet, vae, device, settings.ema, precision)
     ranks.check_same("U-Net or VAE", digests(pipeline))
     size = latent_size(settings, pipeline)
     check_steps(settings, pipeline)
     paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.num_images)]
-    ranks.on_first(lambda: open_folder(out, paths, settings, pipeline, lock))
+    about = {"settings": chosen(settings), "precision": precision, "compile": compiling, **digests(pipeline)}
+    ranks.on_first(lambda: open_folder(out, paths, settings, about, lock))
 
     # 2. Draw batch by batch; one that is there already is whole
     sampling = Sampling(settings.num_steps, settings.eta, settings.clamp, settings.min_alpha_bar)
@@ -81,9 +81,7 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     there = ranks.on_first(lambda: [all(paths[i].is_file() for i in items) for items in whole])
     mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
     done, unfinished = 0, False
-    calls = len(mine) * settings.num_steps
-    compiled = ranks.on_first(lambda: pick_compile(settings.compute.compile, device, calls, training=False)) == "on"
-    if compiled:
+    if compiling == "on":
         translate(pipeline.unet, device, training=False)
     try:
         with (
@@ -93,7 +91,7 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
         ):
             for items in mine:
                 # A compiled network is made for one size of batch: the last batch is filled up.
-                drawn = range(items.start, items.start + settings.batch_size) if compiled else items
+                drawn = range(items.start, items.start + len(mine[0])) if compiling == "on" else items
                 x = pipeline.decode(pipeline.sample(drawn, settings.seed, sampling, size)[: len(items)])
                 for i, pixels in zip(items, to_uint8(x), strict=True):
                     writing.do(partial(save_png, paths[i], pixels, text_chunks(settings, pipeline, i)))
@@ -115,11 +113,18 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     return out
 
 
-def begun_in(out: Path, settings: GenerateSettings) -> Precision:
-    """The precision that images were begun in that are to be gone on with."""
+def decided(settings: GenerateSettings, out: Path, device: torch.device, ranks: Ranks) -> tuple[str, str]:
+    """Precision, and whether to compile: where images are to be gone on with, as they were begun; else by trying."""
     kept = out / file_name(settings, "settings.json")
-    before = read_json(kept).get("precision") if kept.is_file() else None
-    return before if before in ("fp32", "bf16") else "auto"
+    before = read_json(kept) if kept.is_file() else {}
+    wanted = settings.compute
+    precision, compiling = wanted.precision, wanted.compile
+    if precision == "auto" and before.get("precision") in ("fp32", "bf16"):
+        precision = before["precision"]
+    if compiling == "auto" and before.get("compile") in ("on", "off"):
+        compiling = before["compile"]
+    calls = -(-settings.num_images // (settings.batch_size * ranks.size)) * settings.num_steps
+    return pick_precision(precision, device), pick_compile(compiling, device, calls, training=False)
 
 
 def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, int]:
@@ -164,7 +169,7 @@ def file_name(settings: GenerateSettings, name: str) -> str:
     return f"{settings.name}-{name}" if settings.name else name
 
 
-def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, pipeline: Pipeline, lock: Lock) -> None:
+def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, about: dict[str, Any], lock: Lock) -> None:
     """Make the folder, or go on in one where the same images were begun.
 
     Raises:
@@ -172,7 +177,6 @@ def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, pipeli
     """
     enter(out, lock)
     kept = out / file_name(settings, "settings.json")
-    about = {"settings": chosen(settings), "precision": pipeline.precision, **digests(pipeline)}
     now = flat(about)
     if kept.is_file():
         before = flat(read_json(kept))

@@ -45,6 +45,8 @@ def pick_device(name: Device) -> torch.device:
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)
+    elif name == "cpu":
+        keep_memory()
     return torch.device(name)
 
 
@@ -130,7 +132,7 @@ def keep_memory() -> None:
     """Let glibc keep the memory that tensors free for the next ones, where that is the C library.
 
     It gives large blocks back to the system at once, which then has to clear every page again: a fifth of a training
-    step on a CPU.
+    step on a CPU. Or, by its own rules for what is large, it keeps them in pieces that fit nothing, and grows.
     """
     try:
         tune = ctypes.CDLL(None).mallopt

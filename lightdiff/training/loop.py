@@ -21,7 +21,6 @@ from lightdiff.run_folder import StageFolder
 from lightdiff.settings import JobSettings, LoopSettings
 from lightdiff.training.compute import (
     autocast,
-    keep_memory,
     memory_in_use,
     out_of_memory_explained,
     recompute_activations,
@@ -276,8 +275,6 @@ def train(
         RunError: If the loss is not finite, or the disk or the GPU's memory is full.
     """
     ranks = task.ranks
-    if task.device.type == "cpu":
-        keep_memory()
     pass_size = min(loop.micro, len(ranks.share(loop.batch_size)) or 1)
     with out_of_memory_explained("--micro-batch", pass_size):
         trainer = Trainer(task, loop, precision)

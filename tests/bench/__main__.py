@@ -47,13 +47,13 @@ def main() -> None:
             print(f"\n{name}", flush=True)
             kept[name] = MORE[name](device)
         else:
-            if name == next(n for n in names if n in CASES):
-                kept |= machine(device) | {"date": time.strftime("%Y-%m-%d"), "peak": peak(device)}
+            kept |= machine(device) | {"date": time.strftime("%Y-%m-%d")}
             case = CASES[name]
             print(f"\n{name}: {case.title}", flush=True)
             rows = compete(case, name, device, chosen.rounds)
-            kept["cases"][name] = {"title": case.title, "wanted": case.wanted, "rows": [row.as_dict() for row in rows]}
-            print("\n".join(report.lines(kept["cases"][name], kept["peak"])), flush=True)
+            kept["cases"][name] = {"title": case.title, "wanted": case.wanted, "peak": peak(device)}
+            kept["cases"][name]["rows"] = [row.as_dict() for row in rows]
+            print("\n".join(report.lines(kept["cases"][name])), flush=True)
         path.write_text(json.dumps(kept, indent=1) + "\n")
     if "growth" in names:
         growth.plot(kept["growth"], path.parent / "growth.svg")

@@ -19,6 +19,7 @@ from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
+from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.loading import ImageDataset, batches
@@ -270,13 +271,14 @@ def image_pipeline(contender: str, device: torch.device, *, file_side: int, side
         dataset = ImageDataset(scan(images.data, 0), images.data, images, seed=0, train=True)
         order = ([(epoch, i) for i in range(k, k + batch)] for epoch in range(10**6) for k in range(0, count, batch))
         loaded: Any = batches(dataset, order, workers)
-        return Work(lambda: [next(loaded).x.float().div(127.5) for _ in range(per_round)], batch * per_round)
+        keep_memory()
+        return Work(lambda: [to_float(next(loaded).x).sum() for _ in range(per_round)], batch * per_round)
     loader = torch.utils.data.DataLoader(
         peers.Photographs(folder, side, augment=True), batch_size=batch, shuffle=True, num_workers=workers,
         persistent_workers=True,
     )  # fmt: skip
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    return Work(lambda: [next(endless) for _ in range(per_round)], batch * per_round)
+    return Work(lambda: [next(endless).sum() for _ in range(per_round)], batch * per_round)
 
 
 def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,15 +27,19 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(work, arguments)
 
 
-def latents(count: int) -> dict[str, float]:
-    """Opening so many latents of 4 x 4 x 4, a training batch of 64 of them, and their statistics."""
+def make_latents(folder: Path, count: int) -> None:
+    """So many latents of 4 x 4 x 4."""
+    from tests.bench.cases import made_up_latents
+
+    made_up_latents(folder, count, 4, shard_size=20_000)
+
+
+def latents(count: int, folder: Path) -> dict[str, float]:
+    """Opening so many latents, a training batch of 64 of them, and their statistics."""
     from lightdiff.data.latents import LatentSet
     from lightdiff.stages import scale
-    from tests.bench.cases import made_up_latents, room
 
-    before = resident("VmRSS")
-    folder = made_up_latents(room(), count, 4, shard_size=20_000)
-    made = resident("VmHWM")
+    before = resident("RssAnon")
     began = time.perf_counter()
     opened = LatentSet(folder)
     seconds = time.perf_counter() - began
@@ -51,7 +56,6 @@ def latents(count: int) -> dict[str, float]:
         "batch of 64": batch,
         "scale": statistics_seconds,
         "memory": anonymous - before,
-        "made": made,
     }
 
 
@@ -112,7 +116,12 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
     for title, work, values in series:
         found[title] = {}
         for value in values:
-            found[title][str(value)] = apart(work, value)
+            if work is latents:
+                with tempfile.TemporaryDirectory(prefix="lightdiff-bench-") as folder:
+                    apart(make_latents, Path(folder), value)
+                    found[title][str(value)] = apart(work, value, Path(folder))
+            else:
+                found[title][str(value)] = apart(work, value)
             print(title, value, {name: round(v, 4) for name, v in found[title][str(value)].items()}, flush=True)
     return found
 

@@ -32,9 +32,9 @@ def peak_of(preset: str, model: dict[str, Any], batch: int, again: bool, device:
     torch.cuda.reset_peak_memory_stats()
     try:
         if preset.startswith("unet"):
-            step = train_unet_step(model, 32, batch, device, checkpoint_activations=again)
+            _, step = train_unet_step(model, 32, batch, device, checkpoint_activations=again, compile="off")
         else:
-            step = train_vae_step(model, 256, batch, device, checkpoint_activations=again)
+            _, step = train_vae_step(model, 256, batch, device, checkpoint_activations=again, compile="off")
         for _ in range(2):
             timed(step, device)
     except torch.OutOfMemoryError:

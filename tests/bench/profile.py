@@ -34,8 +34,8 @@ def shares(prepare: Prepare, contender: str, device: torch.device) -> tuple[floa
     """Milliseconds of a step for each image, and the parts' shares."""
     work = prepare(contender, device)
     timed(work.round, device)
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, activity]) as found:
+    activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU}
+    with profile(activities=activities) as found:
         whole = timed(work.round, device) * 1000
     parts: dict[str, float] = defaultdict(float)
     for event in found.key_averages():

@@ -23,14 +23,14 @@ HEAD = (
 )
 
 
-def lines(case: dict[str, Any], peak: dict[str, float], absolute: bool = True) -> list[str]:
+def lines(case: dict[str, Any], absolute: bool = True) -> list[str]:
     """A case as rows of a table; images a second are left out where they say nothing about another machine."""
     rows = [Row(**row) for row in case["rows"]]
     ours = rows[0]
     found = []
     for row in rows:
         rate = row.flops / statistics.median(row.seconds)
-        best = max((v for name, v in peak.items() if name.endswith(row.precision)), default=0.0)
+        best = max((v for name, v in case["peak"].items() if name.endswith(row.precision)), default=0.0)
         speed = row.speed if absolute else row.speed / ours.speed
         cells = [
             row.contender,
@@ -70,7 +70,8 @@ def section(device: str, kept: dict[str, Any]) -> list[str]:
     """All that was measured on a device."""
     about = [kept["machine"], f"Python {kept['python']}"]
     about += [f"{name} {kept[name]}" for name in ("torch", "torchvision", "diffusers", "pillow")]
-    peaks = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in kept["peak"].items())
+    tried = next(iter(kept["cases"].values()))["peak"]
+    peaks = ", ".join(f"{name} {max(c['peak'][name] for c in kept['cases'].values()) / 1e12:.3g}" for name in tried)
     absolute = device != "cpu"
     parts = [
         f"## {device.upper()}",
@@ -79,7 +80,7 @@ def section(device: str, kept: dict[str, Any]) -> list[str]:
     ]
     for case in kept["cases"].values():
         head = HEAD.format(unit="images/s" if absolute else "speed")
-        parts.append(f"**{case['title']}**\n\n{head}\n" + "\n".join(lines(case, kept["peak"], absolute)))
+        parts.append(f"**{case['title']}**\n\n{head}\n" + "\n".join(lines(case, absolute)))
     if "profile" in kept:
         parts += profile(kept["profile"])
     if "memory" in kept:
@@ -122,7 +123,7 @@ def growth(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         names = list(next(iter(rows.values())))
         table = [f"| {title} | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
         for value, row in rows.items():
-            cells = [f"{row[n] / 1e6:,.0f} MB" if n in ("memory", "made") else f"{row[n]:.3g}" for n in names]
+            cells = [f"{row[n] / 1e6:,.0f} MB" if n == "memory" else f"{row[n]:.3g}" for n in names]
             table.append(f"| {int(value):,} | " + " | ".join(cells) + " |")
         parts.append("\n".join(table))
     return parts
