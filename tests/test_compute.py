@@ -124,6 +124,38 @@ def test_a_compiled_network_computes_the_same(tmp_path, monkeypatch):
     assert any(path.is_file() for path in tmp_path.rglob("*"))  # kept for the next start
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_training_learns_the_same(tmp_path, monkeypatch):
+    from tests.bench.cases import train_unet_step
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if pick_compile("on", CPU, 1) == "off":
+        pytest.skip("there is no C++ compiler")
+    model, found = {"channels": (8, 8), "blocks": 1, "time_dim": 8, "zero_init": False}, []
+    for compiling in ("off", "on"):
+        torch.manual_seed(0)  # of the latents
+        trainer, step = train_unet_step(model, 8, 4, CPU, compile=compiling, precision="fp32", warmup_steps=0)
+        losses = [float(step()["loss"]) for _ in range(4)]
+        found.append((losses, torch.cat([p.detach().flatten() for p in trainer.averaged.parameters()])))
+    (plain, weights), (compiled, same) = found
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-5)  # of the same weights
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    # AdamW's first steps go by the gradient's sign, which rounding turns where it is about zero.
+    assert (same - weights).abs().mean() < 1e-5  # a twentieth of a step of the learning rate
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "mode"),
+    [("cuda", True, "reduce-overhead"), ("cuda", False, None), ("cpu", True, None)],
+)
+def test_cuda_graphs_only_on_a_gpu_and_where_one_call_makes_a_gradient(monkeypatch, device, graphs, mode):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **options: seen.append(options))
+    translate(made("unet")[0], torch.device(device), graphs=graphs)
+    assert seen == [{"mode": mode, "dynamic": False}]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_without_a_compiler_it_is_said_in_a_line_and_the_network_runs_as_it_is(monkeypatch, capsys):
     def broken(*_, **__):

@@ -95,18 +95,19 @@ def pick_compile(name: Compile, device: torch.device, calls: int, training: bool
     return "on"
 
 
-def translate(network: nn.Module, device: torch.device, training: bool = True) -> None:
+def translate(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
     """Let a network be compiled when it is first called; its tensors and their names stay as they are.
 
-    A small network on a GPU spends its time on starting kernels: there they are recorded and replayed as CUDA graphs.
+    A small network on a GPU spends its time on starting kernels: there they are recorded and replayed as CUDA graphs,
+    if `graphs`: what one call makes is overwritten by the next, so that gradients cannot add up over several calls.
     On a CPU, where it is not trained, weights are laid out once as convolutions want them.
     """
-    small = sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
+    graphs = graphs and device.type == "cuda" and sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
     if device.type == "cpu" and not training:
         from torch._inductor import config  # not before: it takes a second
 
         config.freezing = True  # as an option of this network alone it would not reach all places
-    network.compile(mode="reduce-overhead" if device.type == "cuda" and small else None, dynamic=False)
+    network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
 def recompute_activations(network: nn.Module) -> None:

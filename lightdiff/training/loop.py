@@ -91,7 +91,8 @@ class Trainer:
         if loop.checkpoint_activations:
             recompute_activations(self.model)
         if loop.compile == "on":
-            translate(self.model, task.device)
+            one_pass = self.ranks.size == 1 and loop.micro == loop.batch_size
+            translate(self.model, task.device, graphs=one_pass)
         # As it is called in training: with several processes, it averages their gradients.
         self.network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
 

@@ -31,10 +31,12 @@ def lines(case: dict[str, Any], absolute: bool = True) -> list[str]:
     for row in rows:
         rate = row.flops / statistics.median(row.seconds)
         best = max((v for name, v in case["peak"].items() if name.endswith(row.precision)), default=0.0)
-        speed = row.speed if absolute else row.speed / ours.speed
+        speed = f"{row.speed if absolute else row.speed / ours.speed:.3g}"
+        if row.images == 1:  # a command
+            speed = f"{statistics.median(row.seconds):.2f} s"
         cells = [
             row.contender,
-            f"{speed:.3g}",
+            speed,
             f"{ratio(ours, row):.2f} x" if row is not ours else "",
             f"{case['wanted'][row.contender]:g} x" if row.contender in case["wanted"] else "",
             f"{row.memory / 1e6:,.0f} MB ({(row.memory - row.memory_before) / 1e6:+,.0f})",
