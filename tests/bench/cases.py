@@ -366,6 +366,13 @@ def sampling(contender: str, device: torch.device, *, batch: int, steps: int = 5
     return lightdiff_sampling(model, settings, device, batch, steps, flops, contender.endswith("compiled"))
 
 
+def untrained_vae(path: Path, settings: VAESettings) -> Checkpoint:
+    """A VAE of random weights, saved."""
+    weights = {f"model.{name}": value for name, value in VAE(settings).state_dict().items()}
+    checkpoint.save(path, weights, Document(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
+    return Checkpoint(path)
+
+
 def lightdiff_sampling(
     model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float, compiled: bool
 ) -> Work:
@@ -375,9 +382,7 @@ def lightdiff_sampling(
     home = room()
     vae_settings = VAESettings().resolved(64)
     vae_path, unet_path = home / "vae.safetensors", home / "unet.safetensors"
-    weights = {f"model.{name}": value for name, value in VAE(vae_settings).state_dict().items()}
-    checkpoint.save(vae_path, weights, Document(stage="vae", settings=TrainVAESettings(model=vae_settings).to_save()))
-    vae = Checkpoint(vae_path)
+    vae = untrained_vae(vae_path, vae_settings)
     document = Document(
         stage="unet", settings=TrainUNetSettings(model=settings).to_save(), lineage={"vae": vae_digest(vae)}
     )

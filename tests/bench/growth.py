@@ -89,11 +89,14 @@ def resolution(side: int) -> dict[str, float]:
 def processes(count: int) -> dict[str, float]:
     """Images a second of train-unet with so many processes, as it reports them itself."""
     from lightdiff.run_folder import RunFolder
+    from lightdiff.settings import VAESettings
     from lightdiff.stages import scale
-    from tests.bench.cases import made_up_latents, room
+    from lightdiff.stages.encode import VAE_COPY
+    from tests.bench.cases import made_up_latents, room, untrained_vae
 
     run = room() / "run"
-    made_up_latents(RunFolder(run).latents, 2048, 16)
+    latents = made_up_latents(RunFolder(run).latents, 2048, 16)
+    untrained_vae(latents / VAE_COPY, VAESettings().resolved(64))  # for the picture at the end
     scale.run(scale.ScaleSettings(run=run))
     words = [sys.executable, "-m", "lightdiff", "train-unet", "--run", str(run), "--steps", "40", "--val-every", "0"]
     words += ["--model.width", "64", "--log-every", "10", "--nproc-per-node", str(count)]
@@ -145,6 +148,8 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         for name in lines:
             axis.plot(at, [row[name] for row in found[title].values()], marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+        axis.set_xticks(at, [f"{value:,}" for value in at])
+        axis.minorticks_off()
         axis.legend(frameon=False)
     axis = axes[1, 1]
     for title, label in (("latents", "latents"), ("names", "list of image files")):
