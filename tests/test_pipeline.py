@@ -174,6 +174,15 @@ def test_automatic_precision_stays_what_it_was_begun_in(copy, tmp_path, monkeypa
     assert kept == ["fp32", "bf16"]
 
 
+def test_restart_replaces_latents_whose_index_is_damaged(copy):
+    path = copy / "latents/index.json"
+    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    with pytest.raises(RunError, match="encode --restart"):
+        encode_all(copy, compute={"workers": 0})
+    encode_all(copy, restart=True, compute={"workers": 0})
+    assert read_index(copy / "latents").complete
+
+
 def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy):
     with pytest.raises(UserError, match=r"latents of another --dtype \(float32, now float16\).*encode --restart"):
         encode_all(copy, shard_size=16)

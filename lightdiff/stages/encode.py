@@ -50,8 +50,7 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
     files = list_images(settings.images)
     folder = RunFolder(settings.run).latents
-    asked = settings.compute.precision
-    precision = ranks.on_first(lambda: pick_precision(begun_in(folder) if asked == "auto" else asked, device))
+    precision = ranks.on_first(lambda: pick_precision(wanted_precision(settings, folder), device))
     vae, model = load_vae(saved, device, precision)
     index = plan(settings, saved, model, files, precision)
     ranks.check_same("list of images or VAE", (index.files, index.vae_digest))
@@ -89,10 +88,11 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     return folder
 
 
-def begun_in(folder: Path) -> Precision:
-    """The precision of unfinished latents, which are to be gone on with in the same."""
-    there = folder / "index.json"
-    return read_index(folder).precision if there.is_file() else "auto"
+def wanted_precision(settings: EncodeSettings, folder: Path) -> Precision:
+    """The precision asked for; `auto` is that of latents which are to be gone on with, where there are any."""
+    asked = settings.compute.precision
+    going_on = asked == "auto" and not settings.restart and (folder / "index.json").is_file()
+    return read_index(folder).precision if going_on else asked
 
 
 def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: EncodeSettings, lock: Lock) -> bool:
@@ -201,7 +201,6 @@ def shard_document(path: Path) -> Document | None:
 class Shard:
     """The latents of some images, as they come in."""
 
-    positions: range
     mu: list[Tensor] = field(default_factory=list)
     logvar: list[Tensor] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -240,10 +239,10 @@ def encoded(
     ]
     order = ([(0, position) for position in part] for _, _, part in parts)
     workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
-    done, shard = 0, Shard(range(0))
+    done, shard = 0, Shard()
     for (number, whole, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
         if part.start == whole.start:
-            shard = Shard(whole)
+            shard = Shard()
         shard.bad += batch.bad
         if len(batch.x):
             x = to_float(batch.x.to(device, non_blocking=True))
