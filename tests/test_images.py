@@ -402,6 +402,15 @@ def test_the_mirror_comes_half_of_the_time() -> None:
     assert sum(x.equal(mirrored) for x in seen) == pytest.approx(100, abs=30)
 
 
+@pytest.mark.parametrize(("side", "resolution"), [(31, 16), (64, 64), (90, 64), (40, 64), (257, 32)])
+def test_resizing_is_pillows(side: int, resolution: int) -> None:
+    image = picture(side + 9, side)
+    square = image.crop((4, 0, 4 + side, side))
+    expected = np.array(square.resize((resolution, resolution), Image.Resampling.BICUBIC)).astype(int)
+    found = frame(image, resolution).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(found - expected).max() <= 1  # both round their weights to integers, to different ones
+
+
 def test_training_cuts_from_the_original_not_from_a_reduced_image(tmp_path: Path) -> None:
     # One-pixel stripes, cut at half of the frame and not resized: they stay black and white.
     stripes = np.zeros((32, 32, 3), np.uint8)
@@ -409,8 +418,8 @@ def test_training_cuts_from_the_original_not_from_a_reduced_image(tmp_path: Path
     image = Image.fromarray(stripes)
 
     class Chosen(random.Random):
-        def uniform(self, a: float, b: float) -> float:
-            return 0.5 if b == 1 else 4.0
+        def randint(self, a: int, b: int) -> int:
+            return 16 if (a, b) == (16, 32) else 4
 
     x = random_frame(image, 16, 0.5, False, Chosen())
     np.testing.assert_array_equal(x.permute(1, 2, 0).numpy(), stripes[4:20, 4:20])

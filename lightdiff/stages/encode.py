@@ -21,7 +21,14 @@ from lightdiff.run_folder import Lock, RunFolder, find_vae
 from lightdiff.settings import EncodeSettings, Precision, VAESettings
 from lightdiff.stages.start import enter, list_images
 from lightdiff.training.background import Background
-from lightdiff.training.compute import autocast, out_of_memory_explained, pick_device, pick_precision, pick_workers
+from lightdiff.training.compute import (
+    as_begun,
+    autocast,
+    out_of_memory_explained,
+    pick_device,
+    pick_precision,
+    pick_workers,
+)
 from lightdiff.training.progress import Reporter, console
 from lightdiff.training.ranks import join
 from lightdiff.training.stopping import TimeLimit
@@ -90,9 +97,9 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
 
 def wanted_precision(settings: EncodeSettings, folder: Path) -> Precision:
     """The precision asked for; `auto` is that of latents which are to be gone on with, where there are any."""
-    asked = settings.compute.precision
-    going_on = asked == "auto" and not settings.restart and (folder / "index.json").is_file()
-    return read_index(folder).precision if going_on else asked
+    going_on = not settings.restart and (folder / "index.json").is_file()
+    wanted: Precision = as_begun(settings.compute.precision, read_index(folder).precision if going_on else None)
+    return wanted
 
 
 def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: EncodeSettings, lock: Lock) -> bool:

@@ -24,6 +24,7 @@ from lightdiff.settings import GenerateSettings
 from lightdiff.stages.start import enter, flag_of, flat
 from lightdiff.training.background import Background
 from lightdiff.training.compute import (
+    as_begun,
     out_of_memory_explained,
     pick_compile,
     pick_device,
@@ -117,12 +118,8 @@ def decided(settings: GenerateSettings, out: Path, device: torch.device, ranks: 
     """Precision, and whether to compile: where images are to be gone on with, as they were begun; else by trying."""
     kept = out / file_name(settings, "settings.json")
     before = read_json(kept) if kept.is_file() else {}
-    wanted = settings.compute
-    precision, compiling = wanted.precision, wanted.compile
-    if precision == "auto" and before.get("precision") in ("fp32", "bf16"):
-        precision = before["precision"]
-    if compiling == "auto" and before.get("compile") in ("on", "off"):
-        compiling = before["compile"]
+    precision = as_begun(settings.compute.precision, before.get("precision"))
+    compiling = as_begun(settings.compute.compile, before.get("compile"))
     calls = -(-settings.num_images // (settings.batch_size * ranks.size)) * settings.num_steps
     return pick_precision(precision, device), pick_compile(compiling, device, calls, training=False)
 

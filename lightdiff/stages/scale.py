@@ -1,6 +1,7 @@
 """scale: cached latents -> mean, std and the scaling factor 1 / std."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lightdiff.data.latents import LatentIndex, Statistics, read_index, shard_pa
 from lightdiff.errors import UserError
 from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import ScaleSettings
+from lightdiff.training.background import ahead
 from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks, join
 
@@ -26,10 +28,9 @@ def run(settings: ScaleSettings) -> Path:
     if not index.complete:
         raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
     moments = Moments(index.shape[0])
-    for number in ranks.deal(range(-(-len(index.files) // index.shard_size))):
-        shard = Checkpoint(shard_path(folder, number), "latents")
-        rows = torch.tensor([index.splits[p] == "t" for p in shard.document.facts["positions"]], dtype=torch.bool)
-        moments.add(shard.tensor("mu")[rows], shard.tensor("logvar")[rows])
+    shards = ranks.deal(range(-(-len(index.files) // index.shard_size)))
+    for mu, logvar in ahead(partial(read, shard_path(folder, number), index) for number in shards):
+        moments.add(mu, logvar)
     moments.over(ranks)
     if not moments.count:
         raise UserError(f"{folder} has no latents in the training split; encode more images")
@@ -38,6 +39,13 @@ def run(settings: ScaleSettings) -> Path:
         ranks.on_first(lambda: store(folder, index, lock))
     show(index, found, settings)
     return folder / "index.json"
+
+
+def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
+    """Mu and logvar (n, m, c, h, w) of a shard's training images; reading, and verifying digests, takes most time."""
+    shard = Checkpoint(path, "latents")
+    rows = torch.tensor([index.splits[p] == "t" for p in shard.document.facts["positions"]], dtype=torch.bool)
+    return shard.tensor("mu")[rows], shard.tensor("logvar")[rows]
 
 
 def store(folder: Path, index: LatentIndex, lock: Lock) -> None:

@@ -22,7 +22,7 @@ from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
 from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, with_changes
-from lightdiff.training.compute import pick_compile, pick_precision
+from lightdiff.training.compute import as_begun, pick_compile, pick_precision
 from lightdiff.training.loop import Task
 from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks
@@ -134,13 +134,11 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
 
 def decided(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Ranks, total: int) -> S:
     """The settings with every `auto` of the loop resolved: as the run has had it so far, else by trying."""
-    before = saved.settings(type(settings)).loop if saved else settings.loop
-    chosen = {
-        name: getattr(before if getattr(settings.loop, name) == "auto" else settings.loop, name)
-        for name in ("precision", "compile")
-    }
+    asked = settings.loop
+    before = saved.settings(type(settings)).loop if saved else asked
+    precision, compiling = as_begun(asked.precision, before.precision), as_begun(asked.compile, before.compile)
     precision, compiling = ranks.on_first(
-        lambda: (pick_precision(chosen["precision"], device), pick_compile(chosen["compile"], device, total))
+        lambda: (pick_precision(precision, device), pick_compile(compiling, device, total))
     )
     return with_changes(settings, loop=with_changes(settings.loop, precision=precision, compile=compiling))
 

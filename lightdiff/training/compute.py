@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +48,11 @@ def pick_device(name: Device) -> torch.device:
     elif name == "cpu":
         keep_memory()
     return torch.device(name)
+
+
+def as_begun(asked: str, before: object) -> Any:
+    """What is asked for; `auto` is what was decided when the work that is gone on with was begun, if it was."""
+    return before if asked == "auto" and before in ("fp32", "bf16", "on", "off") else asked
 
 
 def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:

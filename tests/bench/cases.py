@@ -325,8 +325,10 @@ def scale(contender: str, device: torch.device, *, count: int = 20_000) -> Work:
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
-def sampling(contender: str, device: torch.device, *, batch: int, steps: int = 50) -> Work:
-    """DDIM of latents of 4 x 16 x 16."""
+def sampling(
+    contender: str, device: torch.device, *, batch: int, own: dict[str, Any] | None = None, steps: int = 50
+) -> Work:
+    """DDIM of latents of 4 x 16 x 16; lightdiff draws with its `own` network, or with the original's, too."""
     side, shape = 16, (batch, 4, 16, 16)
     example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
     if contender == "diffusers":
@@ -345,19 +347,20 @@ def sampling(contender: str, device: torch.device, *, batch: int, steps: int = 5
         flops = flops_of(network.to("cpu"), *example) * batch * steps
         network.to(device)
         return Work(draw, batch, flops, parameters_of(network))
-    settings = UNetSettings.model_validate(SMALL_UNET).resolved(side)
+    chosen = own if own and contender != "original" else SMALL_UNET
+    settings = UNetSettings.model_validate(chosen).resolved(side)
     model = UNet(settings, 4)
     nn.init.normal_(model.out.weight, std=0.01)
     flops = flops_of(model, *example) * batch * steps
     if contender == "original":
         model.to(device)
         alpha_bar = torch.cos(torch.linspace(0, 1.5, 1000, device=device)).square()
-        chosen = torch.linspace(999, 0, steps).long().tolist()
+        times = torch.linspace(999, 0, steps).long().tolist()
 
         @torch.no_grad()
         def walk() -> None:
             x = torch.randn(shape, device=device)
-            for here, there in itertools.pairwise([*chosen, -1]):
+            for here, there in itertools.pairwise([*times, -1]):
                 a, b = alpha_bar[here], alpha_bar[there] if there >= 0 else torch.ones((), device=device)
                 eps = model(x, torch.full((batch,), here, device=device))
                 x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
@@ -470,19 +473,17 @@ CASES: dict[str, Case] = {
     "encode": Case(
         "encode, 64 px from files of 256 px", ("lightdiff", "original"), encode, {"original": 3.0}, rounds=5
     ),
-    "sampling-4": Case(
-        "DDIM, 50 steps, 4 images at a time",
-        ("lightdiff", "original", "diffusers", "lightdiff compiled"),
-        partial(sampling, batch=4),
-        {"original": 2.5, "diffusers": 2.5},
-    ),
-    "sampling-32": Case(
-        "DDIM, 50 steps, 32 images at a time",
-        ("lightdiff", "original", "diffusers", "lightdiff compiled"),
-        partial(sampling, batch=32),
-        {"original": 2.5, "diffusers": 2.5},
-        rounds=3,
-    ),
+    **{
+        f"sampling-{batch}{'-own' if own else ''}": Case(
+            f"DDIM, 50 steps, {batch} images at a time, {'own' if own else 'original'} architecture",
+            ("lightdiff", "original", "diffusers", "lightdiff compiled"),
+            partial(sampling, batch=batch, own=own),
+            {"original": 2.5, "diffusers": 2.5},
+            rounds=5 if batch < 32 else 3,
+        )
+        for own in (None, OWN_UNET)
+        for batch in (4, 32)
+    },
     "scale": Case("scale, 20,000 latents of 4 x 32 x 32", ("lightdiff", "original"), scale, {"original": 20.0}, 3),
     "images-256": Case(
         "image pipeline, JPEG of 256 px -> 256 px, 2 workers",

@@ -44,7 +44,6 @@ def measure(device: torch.device) -> dict[str, Any]:
             row: dict[str, Any] = {"precision": way, "seed": seed, "curve": [(m["step"], m["loss"]) for m in metrics]}
             row |= {"mean loss, first 300 steps": sum(early) / len(early)}
             row |= {"validation loss": next(m["val_loss"] for m in reversed(metrics) if "val_loss" in m)}
-            row |= {"seconds of training": metrics[-1]["time"] - metrics[0]["time"]}
             if FRECHET.is_file():
                 faces = next(demo.glob("faces-*"))
                 said = call(FRECHET, faces, run / "out", "--size", 32, "--count", SAMPLES)
