@@ -76,10 +76,6 @@ class LatentIndex(BaseModel):
         raw["checksum"] = self.checksum = checksum_of(raw)
         publish_text(folder / "index.json", json.dumps(raw))  # in ASCII: names may not be UTF-8
 
-    def sum(self) -> str:
-        """A digest of all that the index says."""
-        return checksum_of(self.model_dump(mode="json"))
-
 
 def checksum_of(index: dict[str, Any]) -> str:
     """A digest of an index's document, but for the field that holds it."""
@@ -107,7 +103,7 @@ def read_index(folder: Path) -> LatentIndex:
         index = LatentIndex.model_validate(raw)
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
-    if index.checksum != index.sum():
+    if index.checksum != checksum_of(raw):
         raise RunError(f"{path} is damaged: it does not match its checksum; run 'lightdiff encode --restart'")
     return index
 
