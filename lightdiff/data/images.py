@@ -196,7 +196,7 @@ def _square(image: Image.Image, left: int, top: int, side: int, resolution: int)
 
 def to_float(x: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """Bytes 0 to 255 as numbers in [-1, 1]."""
-    return x.float() / 127.5 - 1
+    return x.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
