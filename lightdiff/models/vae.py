@@ -34,6 +34,23 @@ class Posterior(NamedTuple):
         return self.mu + torch.exp(0.5 * self.logvar) * noise
 
 
+class Change(NamedTuple):
+    """Makes images or latents smaller, and turns them: a VAE whose latents may be treated as its images are.
+
+    Such latents have less of what diffusion finds hard to learn: EQ-VAE, Kouzelis et al. 2025 (arXiv:2502.09509).
+    """
+
+    quarters: int  # of the side that are left, 1 to 4
+    turns: int  # by 90 degrees, 0 to 3
+
+    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+        """The changed images or latents."""
+        if self.quarters < 4:
+            size = [max(1, side * self.quarters // 4) for side in x.shape[2:]]
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        return torch.rot90(x, self.turns, (2, 3))
+
+
 def norm_of(settings: VAESettings) -> Norm:
     """The normalisation layers of these settings."""
     return PixelNorm if settings.norm == "pixel" else partial(group_norm, groups=settings.groups)
@@ -120,11 +137,12 @@ class VAE(nn.Module):
         self.decoder = Decoder(settings)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"]
-    ) -> tuple[Float[Tensor, "b c h w"], Posterior]:
-        """Reconstruct x through a latent drawn with this noise."""
+        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"], change: Change | None = None
+    ) -> tuple[Float[Tensor, "b c i j"], Posterior]:
+        """Reconstruct x through a latent drawn with this noise, which may be changed before it is decoded."""
         posterior: Posterior = self.encoder(x)
-        return self.decoder(posterior.sample(noise)), posterior
+        z = posterior.sample(noise)
+        return self.decoder(change(z) if change else z), posterior
 
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:

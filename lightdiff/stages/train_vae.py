@@ -1,6 +1,7 @@
 """train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
-from lightdiff.models.vae import VAE
+from lightdiff.models.vae import VAE, Change
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
 from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
@@ -44,7 +45,9 @@ class VAETask:
         self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
-        self.model = network(s)
+        vae = network(s)
+        vae.encoder.requires_grad_(not s.freeze_encoder)
+        self.model: nn.Module = vae
         place(self.model, device)
         self.files = files
         self.train = [i for i, f in enumerate(files) if f.split == "train"]
@@ -84,12 +87,15 @@ class VAETask:
         """Images in [-1, 1] and the noise of their posteriors."""
         size = self.settings.loop.batch_size
         noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.part(size)]
-        return {"x": to_float(batch.x.to(self.device, non_blocking=True)), "noise": noise}
+        x = to_float(batch.x.to(self.device, non_blocking=True))
+        change = random_change(random.Random(rng.initial_seed()), self.settings.loss.equivariance)
+        return {"x": x, "noise": noise, "change": torch.tensor([change]).expand(len(x), -1)}  # on the CPU
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
         """The VAE's loss."""
-        x_hat, posterior = model(part["x"], part["noise"])
-        return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
+        change = Change(*part["change"][0].tolist())
+        x_hat, posterior = model(part["x"], part["noise"], change)
+        return vae_loss(change(part["x"]), x_hat, posterior, self.settings.loss, self.lpips)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
@@ -128,7 +134,15 @@ class VAETask:
         save_grid(path, torch.cat([row for pair in pairs for row in pair]), columns)
 
 
-def network(settings: TrainVAESettings) -> nn.Module:
+def random_change(rng: random.Random, share: float) -> Change:
+    """What is done to a batch's latents and images: nothing, or, in this share of the steps, anything else."""
+    if rng.random() >= share:
+        return Change(4, 0)
+    smaller, turns = divmod(rng.randrange(1, 16), 4)
+    return Change(4 - smaller, turns)
+
+
+def network(settings: TrainVAESettings) -> VAE:
     """The network that resolved settings describe."""
     return VAE(settings.model)
 
@@ -153,6 +167,9 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     saved = resumed(folder, "vae", settings, lock, ranks, network)
     total = settings.loop.total_steps(sum(file.split == "train" for file in files))
     settings = decided(settings, saved, device, ranks, total)
+
+    if settings.freeze_encoder and not (saved or settings.init_from):
+        raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
 
     # 2. The task: network, data, loss
     bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)

@@ -76,8 +76,9 @@ class Trainer:
         self.task, self.loop, self.precision, self.ranks = task, loop, precision, task.ranks
         self.model = task.model
         self.ema = EMA(self.model, loop.ema_decay) if loop.ema_decay else None
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.trained.values(),
             lr=loop.lr,
             betas=(0.9, loop.beta2),
             weight_decay=loop.weight_decay,
@@ -126,7 +127,7 @@ class Trainer:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         limit = loop.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), limit)
         self._update(ranks.all_true(norm.isfinite() & sums["loss"].isfinite()), total_steps)
         self.images_seen += loop.batch_size
         if self.ema:
@@ -176,7 +177,7 @@ class Trainer:
         if self.ema:
             tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
         if resumable:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.trained.items():
                 kept = self.optimizer.state[parameter]
                 tensors[f"optimizer.exp_avg.{name}"] = kept["exp_avg"]
                 tensors[f"optimizer.exp_avg_sq.{name}"] = kept["exp_avg_sq"]
@@ -198,7 +199,7 @@ class Trainer:
         self.best = saved.document.facts.get("best", math.inf)
         self.skipped = saved.document.facts.get("skipped", 0)
         where = self.task.device if self.task.device.type in MASKING else "cpu"  # where AdamW counts its steps
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained.items():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.step - self.skipped), device=where),
                 "exp_avg": torch.empty_like(parameter).copy_(averages[name]),
