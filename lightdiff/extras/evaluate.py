@@ -1,0 +1,357 @@
+"""evaluate: how good a VAE's reconstructions and a U-Net's samples are, in numbers and a picture."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from lightdiff.checkpoint import Checkpoint, publish, publish_text
+from lightdiff.data.files import ImageFile, scan
+from lightdiff.data.images import to_float, to_uint8
+from lightdiff.data.loading import ImageDataset, batches
+from lightdiff.errors import UserError
+from lightdiff.extras.features import Features, features_of, load_features
+from lightdiff.losses import kl_per_element, psnr
+from lightdiff.pipeline import load_vae, vae_behind
+from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
+from lightdiff.settings import EvaluateSettings, GenerateSettings, ImageSettings, VAELossSettings
+from lightdiff.stages import generate
+from lightdiff.stages.start import data_digest, list_images
+from lightdiff.stages.train_vae import perceptual
+from lightdiff.training.compute import pick_device, pick_workers
+from lightdiff.training.loop import Means
+from lightdiff.training.progress import Reporter, console, save_grid
+from lightdiff.training.ranks import Ranks, join
+
+ACTIVE = 0.01  # variance of mu over images above which a unit is active (Burda et al. 2015, arXiv:1509.00519, Eq. 8)
+QUARTERS = 4
+NEIGHBOURS, SHOWN = 4, 8
+CLOSE = 0.01  # share of held-out images that lie nearer to a training image than what is called a copy
+
+Found = dict[str, Any]
+
+
+def run(settings: EvaluateSettings) -> Path:
+    """Measure, print, and return the file of results."""
+    device = pick_device(settings.compute.device)
+    ranks = join(device, settings.job.timeout)
+    here = RunFolder(settings.run)
+    home = here.path / "evaluation"
+    unet = find_unet(settings.unet, here) if settings.of != "vae" else None
+    saved = Checkpoint(
+        vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
+    )
+    images = ImageSettings.model_validate(saved.document.settings["images"])
+    files = list_images(images)
+    features = load_features(settings.weights, settings.features, device, ranks)
+    parts: dict[str, Callable[[], Found]] = {}
+    if settings.of != "unet":
+        parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
+    if unet:
+        parts["unet"] = lambda: evaluate_unet(unet, images, files, features, settings, home, device, ranks)
+    with Lock(settings.job.force_unlock) as lock:
+        ranks.on_first(lambda: home.mkdir(parents=True, exist_ok=True))
+        ranks.on_first(lambda: lock.take(home))
+        for name, measure in parts.items():
+            found = measure()
+            ranks.on_first(partial(store, home / "metrics.json", name, found))
+            show(name, found)
+    return home / "metrics.json"
+
+
+def store(path: Path, part: str, found: Found) -> None:
+    """Put a part's results beside what other features have found, in one file."""
+    everything = read_json(path) if path.is_file() else {}
+    everything[part] = {**everything.get(part, {}), **found}
+    publish_text(path, json.dumps(everything, indent=2) + "\n")
+
+
+def show(part: str, found: Found) -> None:
+    """Print results as a table."""
+    table = Table(
+        title={"vae": "The VAE, on images held out", "unet": "Samples of the U-Net"}[part], title_justify="left"
+    )
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in found.items():
+        if isinstance(value, float):
+            error = found.get(f"{name} +-")
+            if not name.endswith("+-"):
+                table.add_row(name, f"{value:.4g}" + (f" +- {error:.2g}" if error is not None else ""))
+        elif isinstance(value, list):
+            table.add_row(name, "  ".join(f"{v:.3g}" for v in value))
+        else:
+            table.add_row(name, str(value))
+    console.print(table)
+
+
+# --- the VAE ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate_vae(
+    saved: Checkpoint,
+    images: ImageSettings,
+    files: list[ImageFile],
+    features: Features,
+    settings: EvaluateSettings,
+    device: torch.device,
+    ranks: Ranks,
+) -> Found:
+    """Reconstructions of the held-out images (of training images, where none are held out), through mu."""
+    chosen = [file for file in files if file.split == "val"] or files
+    vae, _ = load_vae(saved, device)
+    loss = VAELossSettings.model_validate(saved.document.settings["loss"])
+    loss = loss.model_copy(update={"lpips_weights": settings.lpips_weights or loss.lpips_weights})
+    lpips = perceptual(loss, device, ranks)
+    dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
+    mine, size = ranks.share(len(chosen)), settings.batch_size
+    order = ([(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size))
+    means, spread, pairs = Means(), Spread(), Pairs(features, len(chosen))
+    with Reporter("reconstructions", len(mine)) as reporter:
+        done = 0
+        for batch in batches(dataset, order, pick_workers(settings.compute.workers, device)):
+            done += len(batch.x) + batch.missing
+            if not len(batch.x):
+                continue
+            x = to_float(batch.x.to(device))
+            posterior = vae.encoder(x)
+            x_hat = vae.decoder(posterior.mu)
+            pixels = to_uint8(x_hat)
+            found = {"PSNR (dB)": psnr(x, x_hat).mean(), "SSIM": ssim(batch.x, pixels.cpu())}
+            if lpips is not None:
+                found[f"LPIPS ({loss.lpips_net})"] = lpips(x_hat.clamp(-1, 1), x).mean()
+            per_channel = kl_per_element(posterior).mean((0, 2, 3))
+            means.add(found | {f"kl {c}": value for c, value in enumerate(per_channel)}, len(x))
+            spread.add(posterior.mu)
+            pairs.add(batch.index, batch.x.to(device), pixels)
+            reporter.advance(done, {})
+    numbers = means.over(ranks)
+    channels = [name for name in numbers if name.startswith("kl ")]
+    originals, back = pairs.over(ranks)
+    result: Found = {"images": len(originals)}
+    result |= {name: value for name, value in numbers.items() if name not in channels}
+    result |= frechet(features, back, originals, ("reconstructions' Frechet distance", "rFID"))
+    result["KL a channel (nats an element)"] = [numbers[name] for name in channels]
+    result["active units a channel (share)"] = spread.active(ranks)
+    return result
+
+
+class Spread:
+    """Variance of mu over images, unit by unit."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.sums: Tensor | None = None  # of 1, mu and mu^2, (3, c, h, w)
+
+    def add(self, mu: Float[Tensor, "b c h w"]) -> None:
+        """Take in a batch."""
+        wide = mu.double().cpu()
+        sums = torch.stack([torch.ones_like(wide).sum(0), wide.sum(0), wide.square().sum(0)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def active(self, ranks: Ranks) -> list[float]:
+        """The share of active units of each channel."""
+        assert self.sums is not None
+        count, first, second = ranks.sum(self.sums)
+        variance = second / count - (first / count).square()
+        shares: list[float] = (variance > ACTIVE).double().mean((1, 2)).tolist()
+        return shares
+
+
+class Pairs:
+    """Features of images and of their reconstructions."""
+
+    def __init__(self, features: Features, count: int) -> None:
+        """Make room for `count` images."""
+        self.features, self.count = features, count
+        self.rows: Tensor | None = None
+
+    def add(self, index: Tensor, x: Tensor, x_hat: Tensor) -> None:
+        """Take in a batch of bytes."""
+        both = torch.stack([self.features(x), self.features(x_hat)], 1).float().cpu()  # (b, 2, d)
+        if self.rows is None:
+            self.rows = torch.full((self.count, 2, both.shape[2]), torch.nan)
+        self.rows[index] = both
+
+    def over(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """Those of all processes, without images that could not be read."""
+        assert self.rows is not None
+        there = ranks.sum(self.rows.isfinite().all(2).all(1).float()) > 0
+        rows = ranks.sum(self.rows.nan_to_num())[there]
+        return rows[:, 0], rows[:, 1]
+
+
+def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Mean structural similarity of images of bytes (Wang et al. 2004), by scikit-image."""
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        raise UserError("evaluate needs scikit-image: pip install 'lightdiff[eval]'") from None
+    pairs = zip(x.permute(0, 2, 3, 1).numpy(), x_hat.permute(0, 2, 3, 1).numpy(), strict=True)
+    found = [structural_similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]  # type: ignore[no-untyped-call]
+    return torch.tensor(found).mean()
+
+
+# --- the U-Net ----------------------------------------------------------------------------------------------------
+
+
+def evaluate_unet(
+    unet: Path,
+    images: ImageSettings,
+    files: list[ImageFile],
+    features: Features,
+    settings: EvaluateSettings,
+    home: Path,
+    device: torch.device,
+    ranks: Ranks,
+) -> Found:
+    """Samples against the images trained on, and how near they lie to them."""
+    folder = settings.samples or drawn(unet, settings, home)
+    drawn_images = images.model_copy(update={"data": (folder,), "labels": None})
+    if not folder.is_dir():
+        raise UserError(f"--samples: there is no folder {folder}")
+    samples = [f for f in scan(drawn_images.data, 0) if not f.path.endswith("grid.png")]
+    if len(samples) < 2:
+        raise UserError(f"--samples: {folder} holds {len(samples)} images; some hundred are needed")
+    workers = pick_workers(settings.compute.workers, device)
+
+    def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
+        return features_of(features, which, of, settings.batch_size, workers, device, ranks, what)
+
+    kept = {"train": (0, settings.num_reference), "val": (1, settings.num_reference)}
+    train, val = (
+        evenly([f for f in files if (f.split == "val") == bool(held_out)], most) for held_out, most in kept.values()
+    )
+    of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
+    of_val = (
+        cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None
+    )
+    found, numbers = measured(samples, drawn_images, "samples")
+    result: Found = {"samples": len(found), "training images": len(of_train[0])}
+    result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
+    result |= kernel(features, found, of_train[0])
+    result |= precision_recall(found, of_train[0])
+    distance, nearest = nearest_of(found, of_train[0])
+    if of_val:
+        result |= copies(distance[:, 0], nearest_of(of_val[0], of_train[0])[0][:, 0])
+    picture = home / "nearest.png"
+    most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
+    rows = [(samples[numbers[i]], [train[of_train[1][j]] for j in nearest[i].tolist()]) for i in most_alike]
+    ranks.on_first(lambda: draw_nearest(picture, rows, drawn_images, images))
+    result["the samples most like training images, beside those"] = str(picture)
+    return result
+
+
+def drawn(unet: Path, settings: EvaluateSettings, home: Path) -> Path:
+    """The folder with this U-Net's samples, drawn as `generate` draws by default."""
+    digest = Checkpoint(unet, "unet").document.digest
+    out = home / f"samples-{digest[:8]}-{settings.num_images}"
+    chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": settings.vae, "num_images": settings.num_images}
+    chosen |= {"out": out, "compute": settings.compute, "batch_size": settings.batch_size, "job": settings.job}
+    generate.run(GenerateSettings.model_validate(chosen))
+    return out
+
+
+def evenly(files: list[ImageFile], most: int) -> list[ImageFile]:
+    """At most so many of them, evenly spread."""
+    return [files[i * len(files) // most] for i in range(most)] if 0 < most < len(files) else files
+
+
+def cached(
+    home: Path,
+    features: Features,
+    files: list[ImageFile],
+    images: ImageSettings,
+    ranks: Ranks,
+    measure: Callable[[], tuple[Tensor, list[int]]],
+) -> tuple[Tensor, list[int]]:
+    """Features of a set of images, kept for the next time."""
+    what = [features.digest, data_digest(files), [str(d) for d in images.data], images.resolution, images.background]
+    path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
+    if ranks.on_first(path.is_file):
+        tensors = safetensors.torch.load_file(path)
+        return tensors["features"], tensors["numbers"].tolist()
+    found, numbers = measure()
+    tensors = {"features": found.contiguous(), "numbers": torch.tensor(numbers)}
+    ranks.on_first(lambda: publish(path, lambda temporary: safetensors.torch.save_file(tensors, temporary)))
+    return found, numbers
+
+
+def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) -> Found:
+    """Frechet distance (Heusel et al. 2017, arXiv:1706.08500, Eq. 6), with an error from quarters of the first set.
+
+    A quarter of the images spreads twice as much as all of them.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    def distance(some: Tensor) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few images the covariance is singular
+            pair = (fid_features_to_statistics(some.double()), whole)
+            return float(fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"])
+
+    whole = fid_features_to_statistics(b.double())
+    name = features.called(*names)
+    quarters = [distance(a[i::QUARTERS]) for i in range(QUARTERS)] if len(a) >= 10 * QUARTERS else []
+    error = {f"{name} +-": float(np.std(quarters, ddof=1) / 2)} if quarters else {}
+    return {name: distance(a), **error}
+
+
+def kernel(features: Features, a: Tensor, b: Tensor) -> Found:
+    """Kernel distance (Binkowski et al. 2018, arXiv:1801.01401, section 4): unbiased for any number of images."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(len(a), len(b), 1000)
+    found = kid_features_to_metric(
+        a, b, kid_subsets=100, kid_subset_size=size if size < min(len(a), len(b)) else max(2, size // 2), verbose=False
+    )
+    name = features.called("kernel distance", "KID")
+    mean, std = (found[f"kernel_inception_distance_{which}"] for which in ("mean", "std"))
+    return {name: float(mean), f"{name} +-": float(std)}
+
+
+def precision_recall(a: Tensor, b: Tensor) -> Found:
+    """Share of samples near training images, and the other way (Kynkäänniemi et al. 2019, arXiv:1904.06991)."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    found = prc_features_to_metric(a, b, verbose=False)
+    return {"precision": float(found["precision"]), "recall": float(found["recall"])}
+
+
+def nearest_of(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of a, the distances to the nearest of b, nearest first, and their numbers, (n, 4) each."""
+    parts = [torch.cdist(some, b).topk(min(NEIGHBOURS, len(b)), largest=False) for some in torch.split(a, 1000)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def copies(samples: Tensor, held_out: Tensor) -> Found:
+    """Whether samples lie nearer to training images than new photographs do, by which they would be copies of them."""
+    limit = float(held_out.quantile(CLOSE))
+    return {
+        "distance to the nearest training image, median": float(samples.median()),
+        "the same of images held out": float(held_out.median()),
+        f"share of samples nearer than {1 - CLOSE:.0%} of those": float((samples < limit).double().mean()),
+    }
+
+
+def draw_nearest(
+    path: Path, rows: list[tuple[ImageFile, list[ImageFile]]], drawn_images: ImageSettings, images: ImageSettings
+) -> None:
+    """Save a picture: in each row a sample, then the training images nearest to it."""
+    shown = []
+    for sample, others in rows:
+        for files, of in (([sample], drawn_images), (others, images)):
+            dataset = ImageDataset(files, of.data, of, seed=0, train=False)
+            shown += [to_float(item.x) for item in (dataset[0, i] for i in range(len(files))) if item.x is not None]
+    save_grid(path, torch.stack(shown), 1 + len(rows[0][1]))

@@ -1,0 +1,138 @@
+"""Inception features of images, for distances between sets of them (extra `eval`)."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from lightdiff.data.files import ImageFile
+from lightdiff.data.loading import ImageDataset, batches
+from lightdiff.errors import UserError
+from lightdiff.settings import ImageSettings
+from lightdiff.training.progress import Reporter
+from lightdiff.training.ranks import Ranks
+
+PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{PUBLISHED}"
+LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file has weights of
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network that turns images into features, and what its numbers are called."""
+
+    name: str  # "" for the published ones, whose Frechet distance is the FID of papers
+    digest: str
+    network: nn.Module
+
+    def __call__(self, x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Features of images of bytes."""
+        found: Tensor = self.network(x)[0]
+        return found
+
+    def called(self, measure: str, published: str) -> str:
+        """A measure's name: that of papers for the published features alone."""
+        return published if not self.name else f"{measure} ({self.name})"
+
+
+def load_features(weights: Path | None, other: Path | None, device: torch.device, ranks: Ranks) -> Features:
+    """The network behind FID, with the published weights, or another file's.
+
+    Args:
+        weights: A copy of the published weights (.pth); None: torch's cache, else fetched once.
+        other: Other weights of this network (.safetensors), up to Mixed_6e or all, instead.
+        device: Where to compute.
+        ranks: One process fetches for all.
+
+    Raises:
+        UserError: If the extra is not installed, or there are no weights, or they do not fit.
+    """
+    extractor = inception()
+    file = other or weights or ranks.on_first(fetched)
+    try:
+        state = safetensors.torch.load_file(file) if other else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises can be nearly anything
+        raise UserError(f"--{'features' if other else 'weights'}: {file} cannot be read: {error}") from None
+    layer = next((layer for block, layer in LAYERS.items() if any(name.startswith(block) for name in state)), "")
+    if not layer:
+        raise UserError(f"{file} holds no weights of the Inception network behind FID")
+    nothing = io.BytesIO()  # the library reads a file of weights when it builds the network: it gets an empty one
+    torch.save({}, nothing)
+    nothing.seek(0)
+    kind = type("Inception", (extractor,), {"load_state_dict": lambda self, found: None})
+    network: Any = kind("inception", [layer], feature_extractor_weights_path=nothing)
+    missing = nn.Module.load_state_dict(network, state, strict=False).missing_keys
+    needed = sorted(n for n in missing if layer == "2048" and "num_batches" not in n)
+    if needed:
+        raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network behind FID")
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return Features(other.stem if other else "", digest, network.to(device))
+
+
+def inception() -> Any:
+    """The library's network.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UserError("evaluate needs torch-fidelity: pip install 'lightdiff[eval]'") from None
+    return FeatureExtractorInceptionV3
+
+
+def fetched() -> Path:
+    """The published weights in torch's cache, where they are put if they are not there.
+
+    Raises:
+        UserError: If they cannot be fetched.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED
+    if not cached.is_file():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(cached), PUBLISHED[-12:-4], progress=False)
+        except (OSError, RuntimeError) as error:
+            why = getattr(error, "reason", error)
+            raise UserError(
+                f"FID needs Inception's published weights, and the download failed ({why}): fetch {URL} elsewhere and "
+                f"put it at {cached}, or name a copy with --weights FILE, or take other features with --features FILE"
+            ) from error
+    return cached
+
+
+@torch.inference_mode()
+def features_of(
+    features: Features,
+    files: list[ImageFile],
+    images: ImageSettings,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    ranks: Ranks,
+    what: str,
+) -> tuple[Float[Tensor, "n d"], list[int]]:
+    """Features of the images that can be read, on the CPU, and their numbers; shared among all processes."""
+    dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    mine = ranks.share(len(files))
+    order = ([(0, i) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size))
+    width = int(features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).shape[1])
+    rows = torch.zeros(len(files), width + 1)  # the last column: whether it could be read
+    with Reporter(what, len(mine)) as reporter:
+        done = 0
+        for batch in batches(dataset, order, workers):
+            if len(batch.x):
+                rows[batch.index, :width] = features(batch.x.to(device)).float().cpu()
+                rows[batch.index, width] = 1
+            done += len(batch.x) + batch.missing
+            reporter.advance(done, {})
+    rows = ranks.sum(rows)
+    there = rows[:, width].nonzero().flatten()
+    return rows[there, :width], there.tolist()

@@ -1,0 +1,1 @@
+"""Tests; a package, as other packages install one of this name."""

@@ -1,0 +1,171 @@
+"""Distances between sets of images against closed forms, and the command on a tiny run."""
+
+import json
+import sys
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import succeed
+from oracles import normal
+from PIL import Image
+
+from lightdiff.extras import evaluate
+from lightdiff.extras.features import Features
+from lightdiff.training.ranks import Ranks
+
+pytest.importorskip("torch_fidelity")
+pytest.importorskip("skimage")
+PUBLISHED = Features("", "", torch.nn.Identity())
+OTHER = Features("mine", "", torch.nn.Identity())
+FID = ("Frechet distance", "FID")
+
+
+def test_the_frechet_distance_of_normal_sets_is_its_closed_form():
+    # |m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances
+    a = 2 * normal(40_000, 3, seed=1) + torch.tensor([1.0, 0.0, -1.0])
+    b = normal(40_000, 3, seed=2)
+    found = evaluate.frechet(PUBLISHED, a, b, FID)
+    assert found["FID"] == pytest.approx(2 + 3, rel=0.02)  # standard errors of 40,000 samples: under 1 %
+    again = evaluate.frechet(PUBLISHED, normal(40_000, 3, seed=3), b, FID)["FID"]
+    assert 0 <= again < 0.01
+
+
+def test_its_error_is_about_what_repetition_shows():
+    b = normal(20_000, 2, seed=2)
+    found = [evaluate.frechet(PUBLISHED, 1.5 * normal(400, 2, seed=10 + i) + 1, b, FID) for i in range(40)]
+    spread = np.std([f["FID"] for f in found])
+    assert np.mean([f["FID +-"] for f in found]) == pytest.approx(spread, rel=0.4)
+
+
+def test_numbers_of_other_features_are_not_called_fid():
+    a, b = normal(100, 4, seed=1), normal(100, 4, seed=2)
+    names = {*evaluate.frechet(OTHER, a, b, FID), *evaluate.kernel(OTHER, a, b)}
+    assert names == {f"{m} (mine){e}" for m in ("Frechet distance", "kernel distance") for e in ("", " +-")}
+    assert {"KID", "KID +-"} == set(evaluate.kernel(PUBLISHED, a, b))
+
+
+def test_the_kernel_distance_is_unbiased():
+    found = evaluate.kernel(PUBLISHED, normal(600, 8, seed=1), normal(600, 8, seed=2))
+    assert abs(found["KID"]) < 4 * found["KID +-"]
+    apart = evaluate.kernel(PUBLISHED, normal(600, 8, seed=1) + 1, normal(600, 8, seed=2))
+    assert apart["KID"] > 10 * apart["KID +-"]
+
+
+def test_precision_and_recall_tell_quality_from_variety():
+    real = torch.cat([normal(300, 2, seed=1) - 20, normal(300, 2, seed=2) + 20])
+    half = normal(300, 2, seed=3) - 20  # good, but of one kind only
+    found = evaluate.precision_recall(half, real)
+    assert found["precision"] > 0.9
+    assert found["recall"] == pytest.approx(0.5, abs=0.06)
+    off = torch.cat([real[::2], torch.full((300, 2), 500.0) + normal(300, 2, seed=4)])  # all kinds, half of it nonsense
+    found = evaluate.precision_recall(off, real)
+    assert found["precision"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_copies_are_told_from_new_images():
+    train, held_out, fresh = normal(2000, 3, seed=1), normal(1000, 3, seed=2), normal(1000, 3, seed=3)
+    distance = evaluate.nearest_of(held_out, train)[0][:, 0]
+    name = "share of samples nearer than 99% of those"
+    copied = evaluate.nearest_of(train[:500] + 1e-4, train)
+    assert copied[1][:, 0].tolist() == list(range(500))
+    assert evaluate.copies(copied[0][:, 0], distance)[name] > 0.99
+    assert evaluate.copies(evaluate.nearest_of(fresh, train)[0][:, 0], distance)[name] == pytest.approx(0.01, abs=0.015)
+
+
+def test_active_units_are_those_whose_mean_varies():
+    spread = evaluate.Spread()
+    mu = torch.zeros(50, 2, 4, 4)
+    mu[:, 0] = normal(50, 4, 4, dtype=torch.float32)
+    mu[:, 1, :2] = normal(50, 2, 4, dtype=torch.float32)
+    mu[:, 1, 2:] = 0.05 * normal(50, 2, 4, dtype=torch.float32) + 3  # variance 0.0025, below 0.01
+    for part in mu.split(7):
+        spread.add(part)
+    assert spread.active(Ranks()) == [1.0, 0.5]
+
+
+def test_ssim_is_1_for_the_same_and_less_for_others():
+    x = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert float(evaluate.ssim(x, x)) == pytest.approx(1)
+    assert float(evaluate.ssim(x, x.flip(2))) < 0.5
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Inception up to Mixed_6e with random weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("weights") / "made-up.safetensors"
+    kind = type("Empty", (FeatureExtractorInceptionV3,), {"load_state_dict": lambda self, found: None})
+    empty = path.with_suffix(".pth")
+    torch.save({}, empty)
+    torch.manual_seed(0)
+    state = kind("empty", ["768"], feature_extractor_weights_path=empty).state_dict()
+    kept = {n: t.contiguous() for n, t in state.items() if not n.startswith(("Mixed_7", "fc")) and "num_b" not in n}
+    safetensors.torch.save_file(kept, path)
+    return path
+
+
+def test_the_command_measures_both_networks(trained, weights, run, cli):
+    flags = ["--features", weights, "--num-images", 6, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+    first = succeed("evaluate", "--run", run, *flags, "--precision", "fp32")
+    assert first.stdout.strip() == str(run / "evaluation/metrics.json")
+    found = json.loads((run / "evaluation/metrics.json").read_text())
+    assert {"PSNR (dB)", "SSIM", "reconstructions' Frechet distance (made-up)"} <= set(found["vae"])
+    assert len(found["vae"]["KL a channel (nats an element)"]) == 4
+    assert {"Frechet distance (made-up)", "precision", "recall", "samples"} <= set(found["unet"])
+    assert found["unet"]["samples"] == 6
+    with Image.open(run / "evaluation/nearest.png") as picture:
+        assert picture.size == (5 * 18 - 2, 6 * 18 - 2)  # six samples, each beside four training images of 16 px
+    again = succeed("evaluate", "--run", run, *flags, "--precision", "fp32")
+    assert "training images" not in again.err.split("Samples of the U-Net")[0]  # their features were kept
+    assert json.loads((run / "evaluation/metrics.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(run, weights):
+    flags = ["--features", weights, "--num-images", 6, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    succeed("evaluate", "--run", run, *flags, "--precision", "fp32")
+    alone = json.loads((run / "evaluation/metrics.json").read_text())
+    for kept in (run / "evaluation").glob("features-*"):
+        kept.unlink()
+    succeed("evaluate", "--run", run, *flags, "--precision", "fp32", "--nproc-per-node", 2)
+    for part, numbers in json.loads((run / "evaluation/metrics.json").read_text()).items():
+        for name, value in numbers.items():
+            expected = alone[part][name]
+            assert value == (expected if isinstance(value, str) else pytest.approx(expected, rel=1e-3, abs=1e-5)), name
+
+
+def test_without_weights_and_network_it_says_where_to_get_them(trained, cli, tmp_path):
+    with patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+        result = cli("evaluate", "--run", trained, "--device", "cpu", TORCH_HOME=str(tmp_path))
+    assert result.code == 2
+    for part in ("download failed (no network)", "weights-inception-2015-12-05", "--weights FILE", "--features FILE"):
+        assert part in result.err
+
+
+def test_without_the_extra_it_says_how_to_install_it(trained, cli):
+    with patch.dict(sys.modules, {"torch_fidelity.feature_extractor_inceptionv3": None}):
+        result = cli("evaluate", "--run", trained, "--device", "cpu")
+    assert (result.code, "pip install 'lightdiff[eval]'" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"nonsense", "cannot be read"), (None, "holds no weights of the Inc")]
+)
+def test_a_file_of_other_weights_is_refused(trained, cli, tmp_path, content, message):
+    path = tmp_path / "w.safetensors"
+    if content is None:
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    result = cli("evaluate", "--run", trained, "--device", "cpu", "--features", path)
+    assert (result.code, message in result.err) == (2, True)
+
+
+def test_samples_that_are_not_there_are_told(trained, cli, weights, tmp_path):
+    flags = ["--of", "unet", "--features", weights, "--device", "cpu", "--samples", tmp_path / "no"]
+    result = cli("evaluate", "--run", trained, *flags)
+    assert (result.code, "--samples: there is no folder" in result.err) == (2, True)
