@@ -1,0 +1,73 @@
+"""--dry-run of the two trainings: its numbers against counts by hand and a real run."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import UNET_FLAGS, VAE_FLAGS
+from torch import nn
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.extras.estimate import words
+from lightdiff.models.vae import VAE
+from lightdiff.settings import TrainUNetSettings, VAESettings
+
+
+def test_a_vae_is_estimated_and_nothing_is_made(cli, faces, tmp_path):
+    result = cli("train-vae", "--run", tmp_path / "run", "--data", faces, *VAE_FLAGS, "--dry-run")
+    assert result.code == 0, result.stderr
+    json.loads(result.stdout)  # what is printed there is still settings alone
+    assert not (tmp_path / "run").exists()
+    settings = VAESettings(encoder_width=16, decoder_width=16)
+    assert "3 x 16 x 16 an image -> latents of 4 x 8 x 8" in result.err
+    model = VAE(settings.model_validate(json.loads(result.stdout)["model"]).resolved(16))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"{parameters / 1e6:.2f} M parameters" in result.err
+    flops = 2 * sum(work for _, work in convolutions(model, torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 8, 8)))
+    found = re.search(r"an image: ([\d.]+) GFLOP", result.err)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(flops / 1e9, rel=0.02)
+    assert "3 steps of 6 take" in result.err
+
+
+def convolutions(model: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, int]]:
+    """Multiplications of each convolution in a call: output elements times input channels times kernel."""
+    found: list[tuple[str, int]] = []
+
+    def count(name: str):
+        def hook(module: nn.Conv2d, given: object, out: torch.Tensor) -> None:
+            kernel = module.kernel_size[0] * module.kernel_size[1]
+            found.append((name, out.numel() * module.in_channels * kernel))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model(*inputs)
+    return found
+
+
+def test_a_unet_is_estimated(run, cli):
+    before = Checkpoint(run / "unet/checkpoints/last.safetensors")
+    result = cli("train-unet", "--run", run, *UNET_FLAGS, "--steps", 500, "--dry-run")
+    assert result.code == 0, result.stderr
+    parameters = sum(t.numel() for t in before.tensors("model.").values())
+    assert f"unet: {parameters / 1e6:.2f} M parameters; 4 x 8 x 8 an image" in result.err
+    assert "500 steps of 6 take" in result.err
+    assert Checkpoint(run / "unet/checkpoints/last.safetensors").settings(TrainUNetSettings).loop.steps == 3
+
+
+def test_lpips_that_is_not_at_hand_is_left_out_and_told(cli, faces, tmp_path):
+    flags = [*VAE_FLAGS, "--lpips-gamma", "0.1", "--lpips-net", "squeeze", "--dry-run"]
+    result = cli("train-vae", "--run", tmp_path / "run", "--data", faces, *flags, TORCH_HOME=str(tmp_path))
+    assert (result.code, "LPIPS is left out of this" in result.err) == (0, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 seconds"), (300, "5 minutes"), (9000, "2 hours"), (400_000, "4.6 days")]
+)
+def test_durations_in_words(seconds, text):
+    assert words(seconds) == text
