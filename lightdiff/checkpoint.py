@@ -26,6 +26,9 @@ from lightdiff.errors import Damaged, NoRoom, RunError, UserError
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
 S = TypeVar("S", bound=BaseModel)
+ADDED: dict[str, dict[str, Any]] = {  # settings that did not exist at first, with what was done then
+    "unet": {"target": {"objective": "eps"}, "levels": {"stratified": False}},
+}
 STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 
 
@@ -102,6 +105,8 @@ class Checkpoint:
             raise Damaged(f"{self.path} is damaged: its document cannot be read") from None
         if not whole:
             raise Damaged(f"{self.path} is damaged: its header or document does not match its digest")
+        if document.settings:
+            document.settings = {**ADDED.get(document.stage, {}), **document.settings}
         return document
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ def preset_layer(network: str) -> Callable[[str], Layer]:
     return lambda name: read_settings(PRESET_FOLDER / f"{network}-{name}.toml")
 
 
-def stage(name: str) -> Callable[[Any], None]:
+def stage(name: str, package: str) -> Callable[[Any], None]:
     """Call a stage's `run` and print the path of what it made to stdout."""
 
     def run(chosen: Any) -> None:
@@ -69,7 +69,7 @@ def stage(name: str) -> Callable[[Any], None]:
 
         try:
             with stop_at_once(), lost_contact_explained(launch.rank()):
-                made = import_module(f"lightdiff.stages.{name}").run(chosen)
+                made = import_module(f"lightdiff.{package}.{name}").run(chosen)
                 leave()
         except KeyboardInterrupt:  # here, as Typer would leave without a word
             raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
@@ -121,17 +121,32 @@ def inherit_unet(said: Layer) -> list[Layer]:
     return [*saved_settings(said, "unet"), inherited(run, path(said.get("latents")))]
 
 
+def estimate(chosen: Any) -> None:
+    """What a training will take."""
+    from lightdiff.extras.estimate import estimate as look
+
+    look(chosen)
+
+
 def path(value: Any) -> Path | None:
     """A path that a flag or a settings file may have given; what is none is left for pydantic to refuse."""
     return Path(value) if isinstance(value, (str, Path)) else None
 
 
-def add(name: str, model: type[settings.Settings], panel: str, **more: Any) -> None:
+def add(name: str, model: type[settings.Settings], panel: str, package: str = "stages", **more: Any) -> None:
     """Add a stage as a command."""
-    app.command(name, rich_help_panel=panel)(command(model, stage(name.replace("-", "_")), **more))
+    app.command(name, rich_help_panel=panel)(command(model, stage(name.replace("-", "_"), package), **more))
 
 
-add("train-vae", settings.TrainVAESettings, STAGES, inherit=inherit_vae, preset=preset_layer("vae"), presets=PRESETS)
+add(
+    "train-vae",
+    settings.TrainVAESettings,
+    STAGES,
+    inherit=inherit_vae,
+    preset=preset_layer("vae"),
+    presets=PRESETS,
+    estimate=estimate,
+)
 add("encode", settings.EncodeSettings, STAGES, inherit=inherit_encode)
 add("scale", settings.ScaleSettings, STAGES)
 add(
@@ -141,9 +156,11 @@ add(
     inherit=inherit_unet,
     preset=preset_layer("unet"),
     presets=PRESETS,
+    estimate=estimate,
 )
 add("generate", settings.GenerateSettings, STAGES)
 add("demo", settings.DemoSettings, OTHERS)
+add("evaluate", settings.EvaluateSettings, OTHERS, package="extras")
 
 
 @app.command(rich_help_panel=OTHERS)

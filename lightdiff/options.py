@@ -47,7 +47,7 @@ def nested_model(field: FieldInfo) -> type[BaseModel] | None:
 
 def flag(path: tuple[str, ...]) -> str:
     """A field's flag, without dashes: `lr`, `model.channels`."""
-    name = path[-1].replace("_", "-")
+    name = path[-1].rstrip("_").replace("_", "-")  # class_ and from_ are words of Python
     return f"{DOTTED}.{name}" if DOTTED in path[:-1] else name
 
 
@@ -90,7 +90,7 @@ def parsed_as(annotation: Any) -> Any:
     return annotation
 
 
-LONGEST_PAIR = 20  # of a name that also gets a --no-; with a longer one, there is no room for its description
+LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
 def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> inspect.Parameter:
@@ -205,6 +205,7 @@ def command(
     inherit: Callable[[Layer], list[Layer]] | None = None,
     preset: Callable[[str], Layer] | None = None,
     presets: tuple[str, ...] = (),
+    estimate: Callable[[Any], object] | None = None,
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field, that builds the model and calls `run`.
 
@@ -214,8 +215,10 @@ def command(
         inherit: What has been said so far (preset, file and flags) -> layers that lie below the file's.
         preset: Name of a preset -> its layer.
         presets: Names of the presets.
+        estimate: What --dry-run does with the settings, after it has printed them.
     """
     fields = typed(model)
+    rehearsed = ", what they will take, after a few timed steps," if estimate else ""
     extras = [
         inspect.Parameter(
             "settings",
@@ -229,7 +232,9 @@ def command(
             "dry_run",
             inspect.Parameter.KEYWORD_ONLY,
             default=False,
-            annotation=Annotated[bool, typer.Option("--dry-run", help="print the settings as JSON and stop")],
+            annotation=Annotated[
+                bool, typer.Option("--dry-run", help=f"print the settings as JSON{rehearsed} and stop")
+            ],
         ),
     ]
     if preset:
@@ -255,6 +260,8 @@ def command(
             )
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
+            if estimate:
+                estimate(built)
         else:
             run(built)
 

@@ -6,8 +6,10 @@ z = model.sample(16, seed=0)           # new latents
 x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,21 +20,20 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, check_own, first_found, load_weights
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
-from lightdiff.diffusion.objectives import denoiser
-from lightdiff.diffusion.samplers import ddim
-from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
+from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting
+from lightdiff.diffusion.samplers import SAMPLERS
+from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
 from lightdiff.settings import (
-    MIN_ALPHA_BAR,
+    EPS_MIN_ALPHA_BAR,
     Device,
-    LatentsSettings,
     Precision,
-    ScheduleSettings,
+    SamplerName,
+    Spacing,
     TrainUNetSettings,
-    UNetSettings,
     VAESettings,
 )
 from lightdiff.training.compute import autocast, in_low_precision, pick_device, pick_precision, place
@@ -48,43 +49,128 @@ class Sampling:
     num_steps: int = 50
     eta: float = 0.0
     clamp: float = 0.0
-    min_alpha_bar: float = MIN_ALPHA_BAR
+    min_alpha_bar: float | None = None  # None: what suits the objective
+    sampler: SamplerName = "ddim"
+    spacing: Spacing = "trailing"
+    classes: Sequence[str] = ()  # what to draw, in turns; none: any
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the levels at which it is applied; 0 is clean
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to begin with."""
+
+    z: Float[Tensor, "1 c h w"]  # its latent
+    strength: float  # share of the levels of noise, above which nothing is visited
+    mask: Float[Tensor, "1 1 h w"] | None = None  # 1 where it is drawn anew, 0 where it stays; None: all of it changes
+
+
+def first_signal(settings: TrainUNetSettings) -> float:
+    """The share of signal at which to begin sampling, for a network with these settings."""
+    return EPS_MIN_ALPHA_BAR if settings.target.objective == "eps" else 0.0
+
+
+def levels_for(settings: TrainUNetSettings, sampling: Sampling, strength: float = 1.0) -> list[Level]:
+    """The levels that sampling visits.
+
+    Raises:
+        ValueError: If there are more steps than usable levels.
+    """
+    floor = first_signal(settings) if sampling.min_alpha_bar is None else sampling.min_alpha_bar
+    schedule = Schedule.of(settings.resolved().noise)
+    return sampling_levels(schedule, sampling.num_steps, floor, sampling.spacing, strength)
+
+
+def guidance_for(settings: TrainUNetSettings, sampling: Sampling, items: Sequence[int]) -> Guidance | None:
+    """Which class each of the items is to be drawn of; None for a network that knows none.
+
+    Raises:
+        UserError: For a class that it does not know.
+    """
+    known = settings.classes
+    for name in sampling.classes:
+        if name not in known:
+            listed = f"it knows {', '.join(known)}" if known else "it was trained without --label"
+            raise UserError(f"--class: this U-Net knows no {name}; {listed}")
+    if not sampling.classes:
+        return None
+    turns = [known.index(sampling.classes[i % len(sampling.classes)]) for i in items]
+    first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
+    return Guidance(torch.tensor(turns), len(known), sampling.guidance, first, last)
 
 
 def sample_latents(
-    network: Callable[[Tensor, Tensor], Tensor],
-    latent: LatentsSettings,
-    noise: ScheduleSettings,
+    network: Callable[..., Tensor],
+    settings: TrainUNetSettings,
     items: Sequence[int],
     seed: int,
     device: torch.device,
     sampling: Sampling,
     size: tuple[int, int] | None = None,
+    edit: Edit | None = None,
+    noise: Float[Tensor, "b c h w"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Latents z of the items (numbers of images of this seed), each the same in whatever batch it is drawn.
 
     Args:
-        network: (x_t, t) -> eps_hat.
-        latent: What the network knows of its latents.
-        noise: Its noise schedule.
+        network: (x_t, t) or (x_t, t, label) -> prediction.
+        settings: What it was trained with.
         items: Which images of the seed.
         seed: Seed of all noise.
         device: Where to compute.
-        sampling: Steps, eta, clamp, first level.
+        sampling: Sampler, steps, guidance, first level.
         size: Height and width of the latents, if not those trained on.
+        edit: A picture to begin with.
+        noise: Noise to begin with, if not that of the items.
 
     Raises:
         ValueError: If there are more steps than usable levels.
+        UserError: For a class that the network does not know.
     """
+    latent, scaling = settings.latent, Scaling.of(settings.latent)
     shape = (latent.channels, *(size or (latent.height, latent.width)))
-    levels = sampling_levels(alpha_bar_table(noise), sampling.num_steps, sampling.min_alpha_bar)
-    x = item_noise(shape, list(items), seed, "start").to(device)
+    levels = levels_for(settings, sampling, edit.strength if edit else 1.0)
+    guidance = guidance_for(settings, sampling, items)
+    if guidance is not None:
+        guidance = guidance._replace(label=guidance.label.to(device))
+    denoise = denoiser(network, settings.target.objective, sampling.clamp, guidance)
+    start = levels[0]
+    x = (item_noise(shape, list(items), seed, "start") if noise is None else noise).to(device)
+    if edit is None:
+        x = math.hypot(start.alpha, start.sigma) * x  # as if x0 were noise, too: it has unit variance
+    else:
+        known = scaling.to_x0(edit.z.to(device)).expand_as(x)
+        x = start.alpha * known + start.sigma * x
+        if edit.mask is not None:
+            denoise = inpainting(denoise, known, edit.mask.to(device).expand(len(x), -1, -1, -1))
 
     def step_noise(step: int) -> Tensor:
         return item_noise(shape, list(items), seed, f"step {step}").to(device)
 
-    x0 = ddim(denoiser(network, sampling.clamp), levels, x, sampling.eta, step_noise)
-    return Scaling.of(latent).to_z(x0)
+    x0 = SAMPLERS[sampling.sampler](denoise, levels, x, sampling.eta, step_noise)
+    return scaling.to_z(x0)
+
+
+def noise_between(shape: tuple[int, ...], ends: Sequence[int], frames: int, seed: int) -> Float[Tensor, "n c h w"]:
+    """Starting noise on the way between images of a seed, both ends included, `frames` from each to the next.
+
+    Spherical interpolation (Shoemake 1985): what lies between keeps the length that noise has.
+    """
+    noise = item_noise(shape, list(ends), seed, "start")
+    found: list[Tensor] = []
+    for a, b in pairwise(noise):
+        angle = torch.acos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1))
+        for share in torch.linspace(0, 1, frames)[1 if found else 0 :].tolist():
+            found.append(a if share == 0 else b if share == 1 else slerp(a, b, angle, share))
+    return torch.stack(found)
+
+
+def slerp(a: Tensor, b: Tensor, angle: Tensor, share: float) -> Tensor:
+    """The point at a share of the way from a to b, on the arc between them."""
+    if angle < 1e-4:  # a and b are the same
+        return torch.lerp(a, b, share)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 class Pipeline:
@@ -103,8 +189,7 @@ class Pipeline:
         self.precision = precision
         self.vae, self.vae_settings = load_vae(vae, device, precision)
         self.settings = unet.settings(TrainUNetSettings)
-        channels = self.settings.latent.channels
-        self.unet = in_low_precision(load_unet(unet, self.settings.model, channels, device, ema), precision)
+        self.unet = in_low_precision(load_unet(unet, self.settings, device, ema), precision)
 
     @classmethod
     def load(
@@ -144,12 +229,14 @@ class Pipeline:
         seed: int = 0,
         sampling: Sampling | None = None,
         size: tuple[int, int] | None = None,
+        edit: Edit | None = None,
+        noise: Float[Tensor, "b c h w"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """New latents: the first `items` of a seed, or those of these numbers."""
+        """New latents: the first `items` of a seed, or those of these numbers; the rest as in `sample_latents`."""
         wanted = range(items) if isinstance(items, int) else items
+        how = sampling or Sampling()
         with autocast(self.device, self.precision):
-            s = self.settings
-            return sample_latents(self.unet, s.latent, s.noise, wanted, seed, self.device, sampling or Sampling(), size)
+            return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, noise)
 
     @torch.inference_mode()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
@@ -171,9 +258,10 @@ def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -
     return in_low_precision(vae, precision), model
 
 
-def load_unet(saved: Checkpoint, model: UNetSettings, channels: int, device: torch.device, ema: bool) -> UNet:
+def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> UNet:
     """A U-Net ready for use."""
-    return ready(lambda: UNet(model, channels), saved, saved.weights_prefix(ema), device)
+    s = settings
+    return ready(lambda: UNet(s.model, s.latent.channels, len(s.classes)), saved, saved.weights_prefix(ema), device)
 
 
 def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.device) -> N:
@@ -190,8 +278,8 @@ def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.
 
 
 def vae_digest(saved: Checkpoint) -> str:
-    """The digest by which later stages know this VAE: of the weights that encoding uses."""
-    return saved.document.weights_digest(saved.weights_prefix())
+    """The digest by which later stages know this VAE: of its encoder, which made the latents."""
+    return saved.document.weights_digest(f"{saved.weights_prefix()}encoder.")
 
 
 def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:

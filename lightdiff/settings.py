@@ -17,7 +17,11 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
-MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold; where sampling starts
+Objective = Literal["eps", "x0", "v", "flow"]
+LossWeight = Literal["none", "min-snr"]
+SamplerName = Literal["ddim", "ddpm", "dpm++2m", "heun", "euler"]
+Spacing = Literal["trailing", "uniform", "karras", "quadratic"]
+EPS_MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold
 GRID = (8, 4)  # columns and rows of the grids drawn while training
 
 
@@ -165,10 +169,36 @@ class UNetSettings(Settings):
 class ScheduleSettings(Settings):
     """The noise schedule: how much signal is left at each level."""
 
-    schedule: Literal["linear", "cosine"] = Field("cosine", description="noise schedule")
+    schedule: Literal["auto", "linear", "scaled-linear", "cosine", "flow"] = Field(
+        "auto", description="noise schedule; auto: flow for rectified flow, else cosine"
+    )
     timesteps: int = Field(1000, ge=2, le=1_000_000, description="levels T of the noise schedule")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of the linear schedule")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="last beta of the linear schedule")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of the linear schedules")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="last beta of the linear schedules")
+    zero_terminal_snr: bool = Field(False, description="stretch the schedule until its last level is noise alone")
+
+    def resolved(self, objective: Objective) -> "ScheduleSettings":
+        """The same settings with `auto` decided."""
+        if self.schedule != "auto":
+            return self
+        return with_changes(self, schedule="flow" if objective == "flow" else "cosine")
+
+
+class ObjectiveSettings(Settings):
+    """What the U-Net learns to predict, and how its error is weighed."""
+
+    objective: Objective = Field("eps", description="what is predicted: noise, clean latent, v, or rectified flow")
+    loss_weight: LossWeight = Field("none", description="weight of the loss by level of noise")
+    min_snr_gamma: float = Field(5.0, gt=0, description="signal-to-noise ratio above which min-snr weighs no more")
+
+
+class LevelSettings(Settings):
+    """Which levels of noise the U-Net is trained at."""
+
+    density: Literal["uniform", "logit-normal"] = Field("uniform", description="density of the levels trained at")
+    density_mean: float = Field(0.0, description="logit of the middle of logit-normal's density; above 0: noisier")
+    density_std: float = Field(1.0, gt=0, description="spread of logit-normal's density")
+    stratified: bool = Field(True, description="spread the levels of a batch evenly, instead of each by itself")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -184,6 +214,7 @@ class ImageSettings(Settings):
     random_crop: float = Field(
         0.9, gt=0, le=1, description="smallest side of training's random crop, as a share of the frame; 1 turns it off"
     )
+    labels: Path | None = Field(None, description="CSV file with a column file and one for each label")
     val_share: float = Field(0.05, ge=0, lt=1, description="share of images held out for validation")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which the run stops")
 
@@ -191,6 +222,11 @@ class ImageSettings(Settings):
     @classmethod
     def _absolute(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(Path(p).expanduser().absolute() for p in value)
+
+    @field_validator("labels")
+    @classmethod
+    def _absolute_file(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
 
 
 class LatentsSettings(Settings):
@@ -202,6 +238,7 @@ class LatentsSettings(Settings):
     shift: tuple[float, ...] = Field((0.0,), description="subtracted from z, one number or one a channel")
     scale: tuple[float, ...] = Field((1.0,), description="then multiplied with, one number or one a channel")
     only_mu: bool = Field(False, description="train on mu alone instead of samples of the posterior")
+    labels: dict[str, tuple[str, ...]] = Field({}, description="names of the labels, each with the values it takes")
 
 
 # --- loops --------------------------------------------------------------------------------------------------------
@@ -280,6 +317,9 @@ class VAELossSettings(Settings):
     lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
     lpips_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
+    equivariance: float = Field(
+        0.0, ge=0, le=1, description="share of steps that decode shrunk and turned latents to images treated the same"
+    )
 
 
 # --- stages -------------------------------------------------------------------------------------------------------
@@ -304,6 +344,7 @@ class TrainVAESettings(StageSettings):
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
+    freeze_encoder: bool = Field(False, description="with --init-from: train the decoder alone; latents stay valid")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
     loop: LoopSettings = Field(LoopSettings(), title="Training")
@@ -338,7 +379,7 @@ class ScaleSettings(StageSettings):
 
 
 class TrainUNetSettings(StageSettings):
-    """Train the U-Net on cached latents to predict noise."""
+    """Train the U-Net on cached latents to tell signal from noise."""
 
     NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
 
@@ -346,10 +387,48 @@ class TrainUNetSettings(StageSettings):
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
+    label: str = Field("", description="label that the U-Net is told, so that it draws what is asked for; empty: none")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of the images whose label it is not told, as guidance needs it"
+    )
     loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
+    target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
+    levels: LevelSettings = Field(LevelSettings(), title="Objective")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
     model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TrainUNetSettings":
+        objective, noise = self.target.objective, self.noise.resolved(self.target.objective)
+        if (objective == "flow") != (noise.schedule == "flow") and objective != "x0":
+            raise ValueError(
+                f"--objective {objective} does not go with --schedule {noise.schedule}: rectified flow and its "
+                "schedule belong together, eps and v to the others, and only x0 goes with all"
+            )
+        if noise.zero_terminal_snr and noise.schedule == "flow":
+            raise ValueError("--zero-terminal-snr: the flow schedule ends with noise alone anyway")
+        if noise.zero_terminal_snr and objective == "eps":
+            raise ValueError(
+                "--zero-terminal-snr needs --objective v or x0: where there is noise alone, "
+                "predicting it says nothing about the picture"
+            )
+        if self.label and self.latent.labels and self.label not in self.latent.labels:
+            raise ValueError(f"--label {self.label}: the latents have {', '.join(self.latent.labels)}")
+        if self.label and not self.latent.labels:
+            raise ValueError(f"--label {self.label}: the latents have no labels")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The values that the label takes, in the order that the U-Net counts them."""
+        return self.latent.labels[self.label] if self.label else ()
+
+    def resolved(self) -> "TrainUNetSettings":
+        """The same settings with all that follows from others filled in."""
+        latent = self.latent
+        model = self.model.resolved(min(latent.height, latent.width))
+        return with_changes(self, model=model, noise=self.noise.resolved(self.target.objective))
 
 
 class GenerateSettings(StageSettings):
@@ -360,8 +439,17 @@ class GenerateSettings(StageSettings):
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
     num_images: int = Field(16, ge=1, description="images to draw")
-    num_steps: int = Field(50, ge=1, description="steps of DDIM, each one call of the U-Net")
-    eta: float = Field(0.0, ge=0, le=1, description="noise added at each step: 0 is DDIM, 1 is ancestral like DDPM")
+    sampler: SamplerName = Field("ddim", description="how to get from noise to a picture")
+    num_steps: int = Field(50, ge=1, description="steps, each one call of the U-Net; two with heun")
+    spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
+    eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
+    class_: tuple[str, ...] = Field((), description="classes to draw, the images taking turns; empty: any")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance: 1 is the class as learnt, more makes it more typical"
+    )
+    guidance_interval: tuple[float, ...] = Field(
+        (0.0, 1.0), description="share of noise levels that guidance is used at: from, to; 0 is clean"
+    )
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
     batch_size: int = Field(32, ge=1, description="images drawn at a time")
     out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")
@@ -369,9 +457,76 @@ class GenerateSettings(StageSettings):
     resolution: int = Field(0, ge=0, description="side of the images, in pixels; 0: the size trained on")
     ema: bool = Field(True, description="draw with the averaged weights, or with the raw ones")
     clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
-    min_alpha_bar: float = Field(
-        MIN_ALPHA_BAR, ge=0, lt=1, description="start at the noisiest level with at least this much signal (alpha_bar)"
+    min_alpha_bar: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
     )
+    from_: Path | None = Field(
+        None, json_schema_extra={"panel": "Editing"}, description="image to change instead of beginning with noise"
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        json_schema_extra={"panel": "Editing"},
+        description="how much of that image is replaced by noise; default: 0.6, with a mask 1",
+    )
+    mask: Path | None = Field(
+        None, json_schema_extra={"panel": "Editing"}, description="image that is white where --from is to be drawn anew"
+    )
+    interpolate: tuple[int, ...] = Field(
+        (), json_schema_extra={"panel": "Editing"}, description="numbers of images of this seed to walk between"
+    )
+    frames: int = Field(
+        24, ge=2, json_schema_extra={"panel": "Editing"}, description="images from one of these to the next"
+    )
+    compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "GenerateSettings":
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"--eta belongs to --sampler ddim, not to {self.sampler}")
+        if self.guidance != 1 and not self.class_:
+            raise ValueError("--guidance needs a --class to guide to")
+        if self.mask and not self.from_:
+            raise ValueError("--mask needs the image that it belongs to: --from IMAGE")
+        if self.strength is not None and not self.from_:
+            raise ValueError("--strength needs the image that it belongs to: --from IMAGE")
+        if self.interpolate and (self.eta or self.sampler == "ddpm"):
+            raise ValueError("--interpolate needs a sampler without noise of its own: no --eta, and not ddpm")
+        if self.interpolate and self.from_:
+            raise ValueError("--interpolate walks between images of a seed; it does not go with --from")
+        if len(self.interpolate) == 1 or any(i < 0 for i in self.interpolate):
+            raise ValueError("--interpolate: two numbers of images or more, from 0 on")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many images there will be."""
+        legs = len(self.interpolate) - 1
+        return legs * (self.frames - 1) + 1 if self.interpolate else self.num_images
+
+
+class EvaluateSettings(StageSettings):
+    """Measure reconstructions and samples: PSNR, SSIM, LPIPS, FID, KID, precision, recall, copies."""
+
+    NO_FLAG: ClassVar = frozenset({"compute.compile", "job.max_time"})
+
+    of: Literal["all", "vae", "unet"] = Field("all", description="what to measure")
+    unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
+    vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
+    samples: Path | None = Field(None, description="folder with samples; default: drawn with generate's defaults")
+    num_images: int = Field(2000, ge=2, description="samples to draw")
+    num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
+    weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
+    features: Path | None = Field(None, description="other weights of Inception; the numbers are then named after them")
+    lpips_weights: Path | None = Field(None, description="file with the ImageNet weights of the LPIPS network")
+    batch_size: int = Field(50, ge=1, description="images at a time")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 
 

@@ -13,6 +13,7 @@ from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.files import full_paths, scan
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.data.loading import BadFiles
+from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
@@ -53,7 +54,7 @@ def vae_settings(folder: Path, val_share=0.2, **changes) -> TrainVAESettings:
 def unet_settings(run: Path, **changes) -> TrainUNetSettings:
     latent = latents_settings(RunFolder(run).latents)
     model = UNetSettings(width=8, blocks=1, time_dim=16).resolved(latent.height)
-    return TrainUNetSettings(run=run, loop=loop(**changes), model=model, latent=latent)
+    return TrainUNetSettings(run=run, loop=loop(**changes), model=model, latent=latent).resolved()
 
 
 def blank(task, model, path):
@@ -69,7 +70,10 @@ class DoubleVAE(train_vae.VAETask):
         self.model.double()
 
     def prepare(self, batch, rng):
-        return {name: value.double() for name, value in super().prepare(batch, rng).items()}
+        return {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in super().prepare(batch, rng).items()
+        }
 
     def validation_batches(self):
         for x, noise in super().validation_batches():
@@ -84,7 +88,7 @@ class DoubleUNet(train_unet.UNetTask):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.model.double()
-        self.alpha_bar = self.alpha_bar.double()
+        self.schedule = Schedule(self.schedule.alpha.double(), self.schedule.sigma.double())
 
     def prepare(self, batch, rng):
         whole = super().prepare(batch, rng)

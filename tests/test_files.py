@@ -187,7 +187,7 @@ def test_fairface_keeps_its_own_split_and_its_labels(tmp_path: Path) -> None:
         {},
         {"age": "3-9", "gender": "Male", "race": "Black"},
     ]
-    assert label_values(files)["age"] == ["3-9", "30-39", "50-59"]
+    assert label_values(file.labels for file in files)["age"] == ("3-9", "30-39", "50-59")
     assert splits(scan([tmp_path], 0))["val/1.jpg"] == "val"
 
 
@@ -225,7 +225,7 @@ def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
 def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]) -> None:
     files = scan([fill(tmp_path, paths)], 0)
     assert layout(tmp_path, [file.path for file in files]) == word
-    assert label_values(files) == ({"class": classes} if classes else {})
+    assert label_values(file.labels for file in files) == ({"class": tuple(classes)} if classes else {})
 
 
 def test_class_folders_below_split_folders_are_still_split_by_hash(tmp_path: Path) -> None:

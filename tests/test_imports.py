@@ -55,7 +55,7 @@ def within(name: str, package: str) -> bool:
 
 def test_the_modules_are_found() -> None:
     assert {*LIGHT, "lightdiff.cli", "lightdiff.__main__", "lightdiff.stages.train_vae"} <= MODULES.keys()
-    assert ("lightdiff.stages.*", True) in MODULES["lightdiff.cli"]
+    assert ("lightdiff.*.*", True) in MODULES["lightdiff.cli"]
     assert ("lightdiff.errors.LightdiffError", False) in MODULES["lightdiff.cli"]
     assert all((ROOT / f"{part}.py").is_file() or (ROOT / part).is_dir() for part in FORBIDDEN)
 

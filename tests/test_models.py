@@ -530,7 +530,7 @@ def test_what_an_original_checkpoint_says_of_itself_is_kept(imported: Path) -> N
     assert (trained.loop.batch_size, trained.loop.micro, trained.loop.seed) == (64, 16, 42)
     diffusion = TrainUNetSettings.model_validate(unet.settings)
     assert diffusion.latent.model_dump() == {
-        "channels": 4, "height": 8, "width": 8, "shift": (0.0,), "scale": (0.9498,), "only_mu": True,
+        "channels": 4, "height": 8, "width": 8, "shift": (0.0,), "scale": (0.9498,), "only_mu": True, "labels": {},
     }  # fmt: skip
     assert (diffusion.noise.schedule, diffusion.noise.timesteps) == ("cosine", 1000)
     assert (diffusion.loop.ema_decay, diffusion.loop.batch_size) == (0.999, 64)

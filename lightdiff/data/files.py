@@ -8,7 +8,7 @@ import csv
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -38,11 +38,14 @@ class ImageFile:
 
 
 def scan(
-    folders: Sequence[Path], val_share: float, found: Callable[[int], object] = lambda count: None
+    folders: Sequence[Path],
+    val_share: float,
+    found: Callable[[int], object] = lambda count: None,
+    table: Path | None = None,
 ) -> list[ImageFile]:
     """Every image below the folders, sorted by folder and path (by code point), with its split and its labels.
 
-    `found` is told now and then how many there are so far.
+    `found` is told now and then how many there are so far. Labels come from the folders' names, or from a `table`.
 
     An image is held out for validation when a hash of its path, a number in [0, 1), lies below `val_share`: adding
     files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
@@ -67,6 +70,8 @@ def scan(
             own: Split | None = "train" if top == "train" else "val" if top == "val" else None
             split = own if keep_split and own else _split(path, val_share)
             files.append(ImageFile(root, path, split, labels.get(path, {})))
+    if table is not None:
+        files = labelled(files, folders, table)
     if all(file.split == "val" for file in files):
         last = max(range(len(files)), key=lambda i: _place(files[i].path))
         files[last] = replace(files[last], split="train")
@@ -85,13 +90,13 @@ def layout(folder: Path, paths: Sequence[str]) -> Layout:
     return "class folders" if classes and not all(_is_number(name) for name in classes) else "plain"
 
 
-def label_values(files: Iterable[ImageFile]) -> dict[str, list[str]]:
-    """Each label's name with the sorted values it takes."""
+def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Each label's name with the sorted values it takes, of the labels of each image."""
     values: dict[str, set[str]] = {}
-    for file in files:
-        for name, value in file.labels.items():
+    for found in labels:
+        for name, value in found.items():
             values.setdefault(name, set()).add(value)
-    return {name: sorted(values[name]) for name in sorted(values)}
+    return {name: tuple(sorted(values[name])) for name in sorted(values)}
 
 
 def _check_folders(folders: Sequence[Path]) -> None:
@@ -189,17 +194,40 @@ def _labels(folder: Path, paths: Sequence[str], recognised: Layout) -> dict[str,
 
 
 def _read_fairface(table: Path) -> dict[str, dict[str, str]]:
+    rows = _read_table(table, "--data", FAIRFACE_LABELS)
+    return {row["file"]: {name: row[name] for name in FAIRFACE_LABELS if row[name]} for row in rows}
+
+
+def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV table that name a file; cells that are missing are empty."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream)
-            missing = {"file", *FAIRFACE_LABELS}.difference(rows.fieldnames or ())
+            rows = csv.DictReader(stream, restval="")
+            names = rows.fieldnames or ()
+            missing = {"file", *columns}.difference(names)
             if missing:
-                raise UserError(f"--data: {table} has no column {', '.join(sorted(missing))}")
-            return {
-                row["file"]: {name: row[name] for name in FAIRFACE_LABELS if row[name]} for row in rows if row["file"]
-            }
+                raise UserError(f"{flag}: {table} has no column {', '.join(sorted(missing))}")
+            if len(names) < 2:
+                raise UserError(f"{flag}: {table} has no column but file; it needs one for each label")
+            return [{name: row[name] for name in names} for row in rows if row["file"]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--data: the table {table} cannot be read: {error}") from error
+        raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
+
+
+def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -> list[ImageFile]:
+    """The files with the labels of a CSV table: a column `file` (a path below a folder of images), and one a label.
+
+    Files that the table does not name have no label.
+
+    Raises:
+        UserError: If it cannot be read, or names no file that is there.
+    """
+    rows = {row.pop("file").replace("\\", "/"): row for row in _read_table(table, "--labels")}
+    found = [replace(file, labels={name: v for name, v in rows.get(file.path, {}).items() if v}) for file in files]
+    if not any(file.labels for file in found):
+        example = next(iter(rows), "none")
+        raise UserError(f"--labels: {table} names no image of {folders[0]}: it has {example}, there is {files[0].path}")
+    return found
 
 
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.data.files import label_values
 from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import read_json
 from lightdiff.settings import LatentsSettings, Precision
@@ -60,6 +61,11 @@ class LatentIndex(BaseModel):
     digest: str = ""
     statistics: Statistics | None = None
     checksum: str = ""
+
+    def classes(self, label: str, values: Sequence[str]) -> Tensor:
+        """The number of each image's value of a label, (n,); those without one get the number of values."""
+        number = {value: i for i, value in enumerate(values)}
+        return torch.tensor([number.get(labels.get(label, ""), len(values)) for labels in self.labels])
 
     @property
     def complete(self) -> bool:
@@ -219,5 +225,5 @@ def latents_settings(folder: Path) -> LatentsSettings:
         raise UserError(f"{folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
     c, h, w = index.shape
     shift, scale = tuple(index.statistics.shift), tuple(index.statistics.scale)
-    only_mu = index.statistics.only_mu
-    return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu)
+    only_mu, labels = index.statistics.only_mu, label_values(index.labels)
+    return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu, labels=labels)

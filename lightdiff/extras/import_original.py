@@ -21,7 +21,9 @@ from lightdiff.run_folder import RunFolder, claim
 from lightdiff.settings import (
     ImageSettings,
     LatentsSettings,
+    LevelSettings,
     LoopSettings,
+    ObjectiveSettings,
     ScheduleSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -136,6 +138,8 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
     settings = TrainUNetSettings(
         run=run.path,
         loop=loop_settings(args, ema_decay=args.get("decay", 0.999)),
+        target=ObjectiveSettings(objective="eps", loss_weight="none"),
+        levels=LevelSettings(density="uniform", stratified=False),
         noise=ScheduleSettings(
             schedule=args.get("noise_scheduler_type", "cosine"), timesteps=args.get("total_timesteps", 1000)
         ),

@@ -1,10 +1,10 @@
-"""The U-Net that predicts the noise in a latent (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
+"""The U-Net that tells signal from noise in a latent (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
 
 from functools import partial
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from lightdiff.models.layers import (
@@ -62,20 +62,21 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t, t) -> eps_hat, the noise in x_t.
+    """(x_t, t) -> what the objective asks for, of the shape of x_t; (x_t, t, label) where it knows classes.
 
     Going down, each level has `blocks` residual blocks, whose outputs are kept, and a halving. Going up, it doubles
     and has as many blocks, each of which first takes in what was kept. Upward, level i ends at the width of the
     level below it, so that its widths are those of the way down, read backwards.
     """
 
-    def __init__(self, settings: UNetSettings, latent_channels: int) -> None:
-        """Build it from resolved settings (`UNetSettings.resolved`)."""
+    def __init__(self, settings: UNetSettings, latent_channels: int, classes: int = 0) -> None:
+        """Build it from resolved settings (`UNetSettings.resolved`), for so many classes; 0: it is told none."""
         super().__init__()
         s, channels = settings, settings.channels
         attended = set(s.attend_levels or ())
         self.factor = s.factor
         self.time = TimeEmbedding(s.time_dim)
+        self.label = nn.Embedding(classes + 1, s.time_dim) if classes else None  # the last one: no label
         self.stem = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (a, b) in enumerate(pairwise(channels)):
@@ -102,11 +103,22 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 zero_init(module.proj)
 
-    def forward(self, x: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        """Predict the noise, in float32; h and w are divisible by `UNetSettings.factor`, t lies in 0 to T - 1."""
+    def forward(
+        self, x: Float[Tensor, "b c h w"], t: Real[Tensor, " b"], label: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Predict, in float32.
+
+        Args:
+            x: Noised latents; h and w are divisible by `UNetSettings.factor`.
+            t: Their levels, 0 to T - 1, which may lie between whole ones.
+            label: Their classes, 0 to classes - 1, or `classes` for those of no known class, as all are if not given.
+        """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {self.factor}")
         time = self.time(t)
+        if self.label is not None:
+            label = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.long) if label is None else label
+            time = time + self.label(label)
         h = self.stem(x)
         kept: list[Tensor] = []
         for level in self.down:

@@ -1,24 +1,27 @@
 """generate: noise -> x0 -> z -> images."""
 
+import hashlib
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightdiff import __version__
 from lightdiff.checkpoint import Checkpoint, publish, publish_text
-from lightdiff.data.images import to_float, to_uint8
-from lightdiff.diffusion.schedules import alpha_bar_table, sampling_levels
+from lightdiff.data.images import BadImage, frame, load_image, to_float, to_uint8
 from lightdiff.errors import Stopped, UserError
-from lightdiff.pipeline import Pipeline, Sampling, vae_behind
+from lightdiff.pipeline import Edit, Pipeline, Sampling, guidance_for, levels_for, noise_between, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
 from lightdiff.settings import GenerateSettings
 from lightdiff.stages.start import enter, flag_of, flat
@@ -38,6 +41,8 @@ from lightdiff.training.ranks import Ranks, join
 from lightdiff.training.stopping import TimeLimit
 
 GRID_IMAGES = 64
+FRAME_MS = 60  # of an animation
+STRENGTH = 0.6
 MACHINE_ONLY = {
     "run",
     "job",
@@ -45,6 +50,8 @@ MACHINE_ONLY = {
     "vae",
     "out",
     "name",
+    "from_",
+    "mask",
     "num_images",
     "batch_size",
     "compute",
@@ -70,15 +77,19 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     pipeline = Pipeline(unet, vae, device, settings.ema, precision)
     ranks.check_same("U-Net or VAE", digests(pipeline))
     size = latent_size(settings, pipeline)
-    check_steps(settings, pipeline)
-    paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.num_images)]
+    source = Source.of(settings, pipeline, size) if settings.from_ else None
+    sampling = sampling_of(settings)
+    check(pipeline, sampling, source)
+    paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.count)]
     about = {"settings": chosen(settings), "precision": precision, "compile": compiling, **digests(pipeline)}
+    about |= {"source": source.digest} if source else {}
     ranks.on_first(lambda: open_folder(out, paths, settings, about, lock))
 
     # 2. Draw batch by batch; one that is there already is whole
-    sampling = Sampling(settings.num_steps, settings.eta, settings.clamp, settings.min_alpha_bar)
+    shape = (pipeline.settings.latent.channels, *size)
+    walk = noise_between(shape, settings.interpolate, settings.frames, settings.seed) if settings.interpolate else None
     limit = TimeLimit(settings.job.max_time)
-    whole = list(batched(settings.num_images, settings.batch_size))
+    whole = list(batched(settings.count, settings.batch_size))
     there = ranks.on_first(lambda: [all(paths[i].is_file() for i in items) for items in whole])
     mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
     done, unfinished = 0, False
@@ -93,7 +104,12 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
             for items in mine:
                 # A compiled network is made for one size of batch: the last batch is filled up.
                 drawn = range(items.start, items.start + len(mine[0])) if compiling == "on" else items
-                x = pipeline.decode(pipeline.sample(drawn, settings.seed, sampling, size)[: len(items)])
+                noise = None if walk is None else walk[[min(i, len(walk) - 1) for i in drawn]]
+                edit = source.edit if source else None
+                z = pipeline.sample(drawn, settings.seed, sampling, size, edit, noise)
+                x = pipeline.decode(z[: len(items)])
+                if source:
+                    x = source.pasted(x)
                 for i, pixels in zip(items, to_uint8(x), strict=True):
                     writing.do(partial(save_png, paths[i], pixels, text_chunks(settings, pipeline, i)))
                 done += len(items)
@@ -108,9 +124,10 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
 
     # 3. All of them at a glance
     limit.conclude(unfinished, ranks, "" if settings.out else f" with --out {out}")
-    grid = out / file_name(settings, "grid.png")
-    ranks.on_first(lambda: draw_grid(grid, paths[:GRID_IMAGES]))
-    console.print(f"{settings.num_images} images and {grid.name} are in {out}", soft_wrap=True)
+    made = out / file_name(settings, "walk.webp" if settings.interpolate else "grid.png")
+    draw = save_animation if settings.interpolate else draw_grid
+    ranks.on_first(lambda: draw(made, paths))
+    console.print(f"{settings.count} images and {made.name} are in {out}", soft_wrap=True)
     return out
 
 
@@ -120,7 +137,7 @@ def decided(settings: GenerateSettings, out: Path, device: torch.device, ranks: 
     before = read_json(kept) if kept.is_file() else {}
     precision = as_begun(settings.compute.precision, before.get("precision"))
     compiling = as_begun(settings.compute.compile, before.get("compile"))
-    calls = -(-settings.num_images // (settings.batch_size * ranks.size)) * settings.num_steps
+    calls = -(-settings.count // (settings.batch_size * ranks.size)) * settings.num_steps
     return pick_precision(precision, device), pick_compile(compiling, device, calls, training=False)
 
 
@@ -142,14 +159,74 @@ def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, in
     return side, side
 
 
-def check_steps(settings: GenerateSettings, pipeline: Pipeline) -> None:
-    """See that the noise schedule has as many levels as steps are asked for.
+def sampling_of(settings: GenerateSettings) -> Sampling:
+    """What these settings say of the sampler."""
+    s = settings
+    first, last = s.guidance_interval
+    return Sampling(
+        num_steps=s.num_steps,
+        eta=s.eta,
+        clamp=s.clamp,
+        min_alpha_bar=s.min_alpha_bar,
+        sampler=s.sampler,
+        spacing=s.spacing,
+        classes=s.class_,
+        guidance=s.guidance,
+        guidance_interval=(first, last),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """The image to begin with, and where it may change."""
+
+    x: Float[Tensor, "1 3 r r"]
+    mask: Float[Tensor, "1 1 r r"] | None
+    edit: Edit
+    digest: str
+
+    @classmethod
+    def of(cls, settings: GenerateSettings, pipeline: Pipeline, size: tuple[int, int]) -> "Source":
+        """Read, frame and encode the image, and the mask if there is one.
+
+        Raises:
+            UserError: If one cannot be read.
+        """
+        assert settings.from_ is not None
+        resolution = size[0] * pipeline.vae_settings.factor
+        pixels = framed(settings.from_, resolution, "--from")
+        digest = hashlib.sha256(pixels.numpy().tobytes())
+        x, mask = to_float(pixels)[None], None
+        if settings.mask:
+            white = framed(settings.mask, resolution, "--mask").float().mean(0) > 127
+            digest.update(white.numpy().tobytes())
+            mask = white.float()[None, None]
+        small = None if mask is None else F.adaptive_max_pool2d(mask, size)  # what is touched at all is drawn anew
+        strength = settings.strength or (STRENGTH if mask is None else 1.0)
+        return cls(x, mask, Edit(pipeline.encode(x), strength, small), digest.hexdigest())
+
+    def pasted(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b 3 r r"]:
+        """Drawn images, with the source's own pixels where they were to stay."""
+        return x if self.mask is None else torch.lerp(self.x, x, self.mask)
+
+
+def framed(path: Path, resolution: int, flag: str) -> UInt8[Tensor, "3 r r"]:
+    """An image's centre square."""
+    try:
+        return frame(load_image(path), resolution)
+    except BadImage as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error}") from None
+
+
+def check(pipeline: Pipeline, sampling: Sampling, source: Source | None) -> None:
+    """See that the noise schedule has as many levels as steps are asked for, and the network the classes.
 
     Raises:
         UserError: If not.
     """
+    guidance_for(pipeline.settings, sampling, [0])
     try:
-        sampling_levels(alpha_bar_table(pipeline.settings.noise), settings.num_steps, settings.min_alpha_bar)
+        levels_for(pipeline.settings, sampling, source.edit.strength if source else 1.0)
     except ValueError as error:
         raise UserError(f"--num-steps: {error}") from None
 
@@ -198,9 +275,21 @@ def digests(pipeline: Pipeline) -> dict[str, str]:
 
 
 def draw_grid(path: Path, images: list[Path]) -> None:
-    """Save a grid of pictures."""
-    shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in images])
-    save_grid(path, shown, columns=max(1, min(8, round(len(images) ** 0.5))))
+    """Save a grid of the first pictures."""
+    some = images[:GRID_IMAGES]
+    shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in some])
+    save_grid(path, shown, columns=max(1, min(8, round(len(some) ** 0.5))))
+
+
+def save_animation(path: Path, images: list[Path]) -> None:
+    """Save pictures as one that moves from the first to the last and back."""
+    first, *others = [Image.open(p) for p in [*images, *images[-2:0:-1]]]
+    publish(
+        path,
+        lambda temporary: first.save(
+            temporary, format="WEBP", save_all=True, append_images=others, duration=FRAME_MS, loop=0, lossless=True
+        ),
+    )
 
 
 def batched(count: int, size: int) -> Iterator[range]:

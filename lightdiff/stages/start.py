@@ -35,7 +35,8 @@ FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of th
 def list_images(images: ImageSettings) -> list[ImageFile]:
     """All images of the --data folders; on a terminal it is told how many there are so far."""
     with console.status("looking for images") as status:
-        return scan(images.data, images.val_share, lambda count: status.update(f"looking for images: {count:,}"))
+        tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
+        return scan(images.data, images.val_share, tell, images.labels)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -213,7 +214,7 @@ def check_same(saved: Checkpoint, settings: StageSettings) -> dict[str, tuple[An
 def flag_of(name: str) -> str:
     """A setting's name as the user types it."""
     group, _, field = name.rpartition(".")
-    return "--" + (f"{group}.{field}" if group == "model" else field).replace("_", "-")
+    return "--" + (f"{group}.{field}" if group == "model" else field).rstrip("_").replace("_", "-")
 
 
 def initial_weights(path: Path, stage: str) -> Checkpoint:

@@ -1,23 +1,23 @@
-"""train-unet: cached latents + scale -> a U-Net that predicts noise, with averaged weights."""
+"""train-unet: cached latents + scale -> a U-Net that tells signal from noise, with averaged weights."""
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, to_device
 from lightdiff.data.order import batch_at, item_noise, key
-from lightdiff.diffusion.schedules import alpha_bar_table, noised
+from lightdiff.diffusion.objectives import loss_weight, target
+from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import Posterior
-from lightdiff.pipeline import Sampling, load_vae, sample_latents
+from lightdiff.pipeline import Sampling, first_signal, load_vae, sample_latents
 from lightdiff.run_folder import Lock, RunFolder, find_latents
-from lightdiff.settings import GRID, MIN_ALPHA_BAR, TrainUNetSettings, with_changes
+from lightdiff.settings import GRID, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.start import begin, decided, machine, resumed
 from lightdiff.training.background import ahead
@@ -43,21 +43,28 @@ class UNetTask:
         torch.manual_seed(s.loop.seed)  # the initial weights
         self.model = network(s)
         place(self.model, device)
-        self.alpha_bar = alpha_bar_table(s.noise).float().to(device)
+        self.schedule = Schedule.of(s.noise).to(device)
         self.scaling = Scaling.of(s.latent)
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
+        self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)
 
-    def batches(self, start: int, steps: int) -> Iterator[Posterior]:
+    def batches(self, start: int, steps: int) -> Iterator[tuple[Posterior, Tensor]]:
         """This process's share of each batch, on the device; the next one is read meanwhile."""
         size = self.settings.loop.batch_size
         part = self.ranks.part(size)
         return ahead(partial(self._read, self._batch_at(start + i * size)[part]) for i in range(steps))
 
-    def _read(self, batch: list[tuple[int, int]]) -> Posterior:
-        """The posteriors of (epoch, item), items counting training latents; half of them mirrored."""
+    def _read(self, batch: list[tuple[int, int]]) -> tuple[Posterior, Tensor]:
+        """The posteriors of (epoch, item), items counting training latents, half of them mirrored; their classes."""
         mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
-        mu, logvar = self.latents.gather([self.latents.train[i] for _, i in batch], mirror)
-        return Posterior(to_device(mu, self.device), to_device(logvar, self.device))
+        positions = [self.latents.train[i] for _, i in batch]
+        mu, logvar = self.latents.gather(positions, mirror)
+        posterior = Posterior(to_device(mu, self.device), to_device(logvar, self.device))
+        return posterior, self._classes(positions)
+
+    def _classes(self, positions: list[int]) -> Tensor:
+        """The classes of images at these positions, as the network counts them."""
+        return to_device(self.classes[positions] if self.settings.label else torch.empty(0), self.device)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -68,44 +75,63 @@ class UNetTask:
         positions = [self.latents.train[i] for _, i in self._batch_at(start)]
         return [self.latents.index.files[p][1] for p in positions]
 
-    def prepare(self, batch: Posterior, rng: torch.Generator) -> Batch:
+    def prepare(self, batch: tuple[Posterior, Tensor], rng: torch.Generator) -> Batch:
         """Clean latents x0, their levels t and noise eps; posterior sample and all are drawn here."""
+        latents, label = batch
+        s = self.settings
         size = self.settings.loop.batch_size
         part = self.ranks.part(size)
         whole = (size, *self.shape)
         posterior = torch.randn(whole, generator=rng, device=self.device)[part]
-        z = batch.mu if self.settings.latent.only_mu else batch.sample(posterior)
-        t = torch.randint(len(self.alpha_bar), (size,), generator=rng, device=self.device)[part]
+        z = latents.mu if s.latent.only_mu else latents.sample(posterior)
+        u = torch.rand(size, generator=rng, device=self.device)
+        t = random_levels(u, s.levels, len(self.schedule))[part]
         eps = torch.randn(whole, generator=rng, device=self.device)[part]
-        return {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
+        drawn = {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
+        if not s.label:
+            return drawn
+        forgotten = torch.rand(size, generator=rng, device=self.device)[part] < s.label_dropout
+        return drawn | {"label": label.masked_fill(forgotten, len(s.classes))}
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
-        """Mean squared error of the predicted noise (Ho et al. 2020, Eq. 14)."""
-        x_t = noised(part["x0"], part["eps"], self.alpha_bar[part["t"]])
-        return {"loss": F.mse_loss(model(x_t, part["t"]), part["eps"])}
+        """Mean squared error of the prediction, weighed by level (Ho et al. 2020, Eq. 14, where that is the noise)."""
+        chosen = self.settings.target
+        weight = loss_weight(chosen.loss_weight, chosen.min_snr_gamma, chosen.objective, *self.schedule.at(part["t"]))
+        return {"loss": (weight * self.squared_error(model, part)).mean()}
+
+    def squared_error(self, model: nn.Module, part: Batch) -> Tensor:
+        """Of each element of the prediction, (b, c, h, w)."""
+        x0, eps, t = part["x0"], part["eps"], part["t"]
+        told = [part["label"]] if "label" in part else []
+        prediction = model(self.schedule.noised(x0, eps, t), t, *told)
+        wanted = target(self.settings.target.objective, x0, eps, *self.schedule.at(t))
+        error: Tensor = prediction - wanted
+        return error.square()
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean loss over the validation latents, whole and by noise band, each latent at one level of every band.
+        """Mean error over the validation latents, whole and by noise band, each latent at one level of every band.
 
         Levels and noise are the same at each validation. `loss_band_1` covers the least noisy levels.
         """
         model.eval()
-        loop, levels = self.settings.loop, len(self.alpha_bar)
+        loop, levels = self.settings.loop, len(self.schedule)
         items = self.latents.val
         sums = torch.zeros(BANDS, dtype=torch.float64)
         mine = self.ranks.share(len(items))
         for first in range(mine.start, mine.stop, loop.micro):
             at = range(first, min(first + loop.micro, mine.stop))
-            mu, _ = self.latents.gather([items[i] for i in at])
+            positions = [items[i] for i in at]
+            mu, _ = self.latents.gather(positions)
             x0 = self.scaling.to_x0(to_device(mu, self.device))
+            label = {"label": self._classes(positions)} if self.settings.label else {}
             for band in range(BANDS):
                 place = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
                 t = torch.tensor([int((band + p) * levels / BANDS) for p in place], device=self.device)
                 eps = item_noise(self.shape, list(at), loop.seed, f"validation {band}").to(self.device)
                 with autocast(self.device, loop.precision):
-                    error = model(noised(x0, eps, self.alpha_bar[t]), t) - eps
-                sums[band] += error.square().mean((1, 2, 3)).cpu().double().sum()
+                    error = self.squared_error(model, {"x0": x0, "eps": eps, "t": t, **label})
+                sums[band] += error.mean((1, 2, 3)).cpu().double().sum()
         if not items:
             return {}
         means = (self.ranks.sum(sums) / len(items)).tolist()
@@ -117,19 +143,19 @@ class UNetTask:
         model.eval()
         s = self.settings
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
-        usable = int((self.alpha_bar >= MIN_ALPHA_BAR).sum())
-        start = MIN_ALPHA_BAR if usable else 0.0
-        sampling = Sampling(num_steps=min(PICTURE_STEPS, usable or s.noise.timesteps), min_alpha_bar=start)
-        count = GRID[0] * GRID[1] // 2
+        start = first_signal(s)
+        usable = int((self.schedule.signal() >= start).sum())
+        steps = min(PICTURE_STEPS, usable or s.noise.timesteps)
+        sampling = Sampling(num_steps=steps, min_alpha_bar=start if usable else 0.0, classes=s.classes)
         with autocast(self.device, s.loop.precision):
-            z = sample_latents(model, s.latent, s.noise, range(count), s.loop.seed, self.device, sampling)
+            z = sample_latents(model, s, range(GRID[0] * GRID[1] // 2), s.loop.seed, self.device, sampling)
             x = vae.decoder(z)
         save_grid(path, x.clamp(-1, 1), GRID[0])
 
 
 def network(settings: TrainUNetSettings) -> nn.Module:
     """The network that resolved settings describe."""
-    return UNet(settings.model, settings.latent.channels)
+    return UNet(settings.model, settings.latent.channels, len(settings.classes))
 
 
 def inherited(run: Path, latents: Path | None) -> dict[str, object]:
@@ -182,6 +208,11 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
         f"{total} steps of {settings.loop.batch_size} on {machine(device, ranks)} in {settings.loop.precision}"
     )
 
+    if settings.latent.labels and not settings.label:
+        named = ", ".join(f"{name} ({len(values)} values)" for name, values in settings.latent.labels.items())
+        example = next(iter(settings.latent.labels))
+        console.print(f"note: the latents have labels: {named}; with --label {example}, generate could be told which")
+
     # 4. Train
     train(task, settings.loop, folder, document, total, settings.loop.precision, saved, settings.job)
     return folder.last
@@ -194,10 +225,11 @@ def resolve(settings: TrainUNetSettings) -> TrainUNetSettings:
         UserError: If the latents' size does not fit the architecture.
     """
     latent = settings.latent
-    model = settings.model.resolved(min(latent.height, latent.width))
+    settings = settings.resolved()
+    model = settings.model
     if latent.height % model.factor or latent.width % model.factor:
         raise UserError(
             f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
             f"but these are {latent.height} x {latent.width}; give fewer widths"
         )
-    return with_changes(settings, model=model)
+    return settings

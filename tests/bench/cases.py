@@ -110,7 +110,8 @@ def train_unet_step(
     if device.type == "cuda":
         latents.to(device)
     latent = LatentsSettings(height=side, width=side)
-    task = UNetTask(TrainUNetSettings(model=settings, latent=latent, loop=chosen), latents, device, Ranks())
+    whole = TrainUNetSettings(model=settings, latent=latent, loop=chosen).resolved()
+    task = UNetTask(whole, latents, device, Ranks())
     keep_memory()
     trainer = Trainer(task, chosen, chosen.precision)
     order = task.batches(0, 10**9)

@@ -1,0 +1,224 @@
+"""Labels from folders and tables, a U-Net that is told them, and what `generate --class` makes of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import UNET_FLAGS, VAE_FLAGS, succeed
+from PIL import Image
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import scan
+from lightdiff.data.latents import LatentSet, latents_settings
+from lightdiff.errors import UserError
+from lightdiff.options import build
+from lightdiff.pipeline import Pipeline, Sampling
+from lightdiff.settings import TrainUNetSettings
+from lightdiff.stages import train_unet
+from lightdiff.training.ranks import Ranks
+
+COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Two classes: images of one colour or the other, with a little noise."""
+    folder, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 12, (16, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, colours):
+    """Their latents, with statistics."""
+    run = tmp_path_factory.mktemp("run")
+    succeed("train-vae", "--run", run, "--data", colours, *VAE_FLAGS, "--steps", 60, "--lr", "1e-2", "--kl-beta", 1e-2)
+    succeed("encode", "--run", run, "--workers", 0, "--device", "cpu")
+    succeed("scale", "--run", run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def told(encoded):
+    """The same with a U-Net that is told the class."""
+    flags = [
+        *UNET_FLAGS,
+        "--label",
+        "class",
+        "--label-dropout",
+        0.2,
+        "--objective",
+        "flow",
+        "--steps",
+        300,
+        "--batch-size",
+        24,
+        "--lr",
+        "3e-3",
+    ]
+    succeed("train-unet", "--run", encoded, *flags, "--val-every", 0, "--save-every", 300)
+    return encoded
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_table_gives_labels(colours, tmp_path):
+    csv = table(tmp_path / "t.csv", "file,label,size", "blue/00.png,sky,big", "orange\\01.png,fruit,", "none.png,x,y")
+    labels = {file.path: file.labels for file in scan([colours], 0, table=csv) if file.labels}
+    assert labels == {"blue/00.png": {"label": "sky", "size": "big"}, "orange/01.png": {"label": "fruit"}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["path,label", "blue/00.png,sky"], "has no column file"),
+        (["file", "blue/00.png"], "has no column but file"),
+        (["file,label", "nothing.png,sky"], r"names no image of .*it has nothing.png, there is blue/00.png"),
+    ],
+)
+def test_a_table_that_helps_nobody_is_refused(colours, tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        scan([colours], 0, table=table(tmp_path / "t.csv", *rows))
+
+
+def test_a_table_that_is_not_there_is_told(colours, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
+        scan([colours], 0, table=tmp_path / "t.csv")
+
+
+def test_a_tables_labels_reach_the_latents(colours, tmp_path):
+    csv = table(tmp_path / "t.csv", "file,tone", *(f"{c}/{i:02d}.png,{c[0]}" for c in COLOURS for i in range(12)))
+    run = tmp_path / "run"
+    succeed("train-vae", "--run", run, "--data", colours, "--labels", csv, *VAE_FLAGS)
+    succeed("encode", "--run", run, "--workers", 0)
+    succeed("scale", "--run", run)
+    assert latents_settings(run / "latents").labels == {"tone": ("b", "o")}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def task_of(run: Path, **changes) -> train_unet.UNetTask:
+    layer = {"run": run, "label": "class", "loop": {"batch_size": 2000, "precision": "fp32"}, **changes}
+    settings = build(
+        TrainUNetSettings, [train_unet.inherited(run, None), {"model": {"width": 16, "zero_init": False}}, layer]
+    ).resolved()
+    return train_unet.UNetTask(settings, LatentSet(run / "latents"), torch.device("cpu"), Ranks())
+
+
+def test_labels_are_forgotten_as_often_as_asked_for(encoded):
+    task = task_of(encoded, label_dropout=0.25)
+    batch = next(task.batches(0, 1))
+    label = task.prepare(batch, torch.Generator().manual_seed(0))["label"]
+    assert float((label == 2).double().mean()) == pytest.approx(0.25, abs=0.04)  # four standard errors of 2,000
+    kept = label != 2
+    assert label[kept].equal(batch[1][kept])
+    names = task.names(0)
+    assert [COLOURS_OF[name.split("/")[0]] for name in names] == batch[1].tolist()
+
+
+COLOURS_OF = {"blue": 0, "orange": 1}
+
+
+def test_a_network_without_a_label_is_one_for_no_known_class(encoded):
+    task = task_of(encoded)
+    x, t = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 900])
+    torch.testing.assert_close(task.model(x, t), task.model(x, t, torch.full((3,), 2)))
+    assert not torch.allclose(task.model(x, t), task.model(x, t, torch.tensor([0, 1, 0])))
+
+
+def test_what_a_label_says_of_itself(told):
+    saved = Checkpoint(told / "unet/checkpoints/last.safetensors").settings(TrainUNetSettings)
+    assert (saved.label, saved.classes) == ("class", ("blue", "orange"))
+
+
+@pytest.mark.parametrize(("name", "message"), [("kind", "--label kind: the latents have class")])
+def test_a_label_that_is_not_there_lists_those_that_are(encoded, cli, name, message):
+    assert message in cli("train-unet", "--run", encoded, "--label", name, *UNET_FLAGS).err
+
+
+def test_latents_without_labels_are_told():
+    with pytest.raises(UserError, match="--label class: the latents have no labels"):
+        build(TrainUNetSettings, [{"label": "class"}])
+
+
+def test_labels_that_nobody_asked_for_are_mentioned(encoded, tmp_path, cli):
+    result = cli("train-unet", "--run", tmp_path / "run", "--latents", encoded, *UNET_FLAGS)
+    assert "--label class" in result.err
+
+
+# --- generating ---------------------------------------------------------------------------------------------------
+
+
+def mean_colour(x: torch.Tensor) -> list[float]:
+    return ((x.mean((0, 2, 3)) + 1) * 127.5).tolist()
+
+
+def nearest(x: torch.Tensor) -> list[str]:
+    """Which of the colours each image is nearest to."""
+    colours = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    distance = (x.mean((2, 3))[:, None] - colours).norm(dim=2)
+    return [list(COLOURS)[i] for i in distance.argmin(1).tolist()]
+
+
+def test_a_class_is_drawn_as_asked_for(told):
+    model = Pipeline.load(told, device="cpu")
+    for name in COLOURS:
+        x = model.decode(model.sample(16, 0, Sampling(num_steps=10, classes=[name], guidance=2.0)))
+        assert nearest(x).count(name) >= 15
+    turns = nearest(model.decode(model.sample(16, 0, Sampling(num_steps=10, classes=list(COLOURS), guidance=2.0))))
+    assert sum(found == list(COLOURS)[i % 2] for i, found in enumerate(turns)) >= 15
+
+
+def test_guidance_of_1_is_the_class_alone_and_of_0_none(told):
+    model = Pipeline.load(told, device="cpu")
+    how = Sampling(num_steps=4, classes=["blue"], guidance=0.0)
+    torch.testing.assert_close(
+        model.sample(3, 0, how), model.sample(3, 0, Sampling(num_steps=4)), rtol=0, atol=2e-4
+    )  # float32
+
+
+def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):
+    flags = ["--run", told, "--num-images", 4, "--num-steps", 3, "--device", "cpu", "--out", tmp_path / "out"]
+    succeed("generate", *flags, "--class", "orange,blue", "--guidance", 1.5, "--guidance-interval", "0.2,0.9")
+    about = json.loads((tmp_path / "out/settings.json").read_text())
+    assert about["settings"]["class_"] == ["orange", "blue"]
+    again = cli("generate", *flags, "--class", "blue")
+    assert (again.code, "--class" in again.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--class", "green"], "this U-Net knows no green; it knows blue, orange"),
+        (["--guidance", "2"], "--guidance needs a --class to guide to"),
+        (["--class", "blue", "--guidance-interval", "0.9,0.2"], "--guidance-interval: two numbers from 0 to 1"),
+    ],
+)
+def test_classes_that_make_no_sense_are_refused(told, cli, flags, message):
+    result = cli("generate", "--run", told, "--device", "cpu", *flags)
+    assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_a_network_that_was_told_nothing_says_so(run, cli):
+    result = cli("generate", "--run", run, "--device", "cpu", "--class", "blue")
+    assert (result.code, "it was trained without --label" in result.err) == (2, True)
+
+
+def test_going_on_with_another_label_is_refused(told, tmp_path, cli):
+    copy = Path(shutil.copytree(told, tmp_path / "run"))
+    result = cli("train-unet", "--run", copy, "--label", "", "--steps", 310)
+    assert (result.code, "--label" in result.err) == (2, True)

@@ -1,0 +1,119 @@
+"""Beginning with an image, drawing parts of it anew, walking between two: through the command line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import succeed
+from PIL import Image
+
+from lightdiff.data.images import frame, load_image, to_float
+from lightdiff.data.order import item_noise
+from lightdiff.pipeline import Pipeline, noise_between
+
+FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def face(faces):
+    return sorted(faces.rglob("*.png"))[0]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
+def test_strength_says_how_much_changes(trained, face, tmp_path):
+    model = Pipeline.load(trained, device="cpu")
+    x = to_float(frame(load_image(face), 16))[None]
+    back = ((model.decode(model.encode(x))[0] + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    change = []
+    for strength in (0.01, 0.4, 1.0):
+        out = tmp_path / f"{strength}"
+        succeed(
+            "generate", "--run", trained, *FAST, "--num-images", 2, "--from", face, "--strength", strength, "--out", out
+        )
+        change.append(distance(pixels(out / "00000.png"), back))
+    assert change[0] < 3
+    assert change[0] < change[1] < change[2]
+
+
+def test_what_a_mask_leaves_out_stays_to_the_pixel(trained, face, tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = ["--from", face, "--mask", tmp_path / "mask.png", "--num-images", 3, "--out", tmp_path / "out"]
+    succeed("generate", "--run", trained, *FAST, *flags)
+    source = frame(load_image(face), 16).permute(1, 2, 0).numpy()
+    drawn = [pixels(tmp_path / f"out/{i:05d}.png") for i in range(3)]
+    for image in drawn:
+        np.testing.assert_array_equal(image[:, :8], source[:, :8])
+        assert distance(image[:, 8:], source[:, 8:]) > 1
+    assert distance(drawn[0], drawn[1]) > 1  # each of its own noise
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--from", "nothing.png"], "--from: nothing.png cannot be read: No such file"),
+        (["--mask", "m.png"], "--mask needs the image that it belongs to"),
+        (["--strength", "0.5"], "--strength needs the image that it belongs to"),
+        (["--interpolate", "3"], "--interpolate: two numbers of images or more"),
+        (["--interpolate", "3,4", "--eta", "0.5"], "--interpolate needs a sampler without noise"),
+        (["--interpolate", "3,4", "--sampler", "ddpm"], "--interpolate needs a sampler without noise"),
+        (["--sampler", "heun", "--eta", "0.5"], "--eta belongs to --sampler ddim"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(trained, cli, flags, message):
+    result = cli("generate", "--run", trained, "--device", "cpu", *flags)
+    assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_too_many_steps_for_a_small_strength_are_told(trained, face, cli):
+    result = cli("generate", "--run", trained, *FAST, "--from", face, "--strength", 0.002, "--num-steps", 3)
+    assert (result.code, "3 steps asked for, but the schedule has 2 usable levels" in result.err) == (2, True)
+
+
+# --- between two --------------------------------------------------------------------------------------------------
+
+
+def test_a_walk_keeps_the_length_of_noise_and_ends_where_it_should():
+    shape = (4, 8, 8)
+    walk = noise_between(shape, [3, 17, 5], 9, seed=2)
+    ends = item_noise(shape, [3, 17, 5], 2, "start")
+    assert walk.shape == (17, *shape)
+    assert torch.equal(walk[[0, 8, 16]], ends)
+    lengths = walk.flatten(1).norm(dim=1)
+    between = torch.stack([lengths[i] for i in (2, 4, 6)])
+    # Two random vectors of 256 numbers are nearly perpendicular: on the arc lengths stay, on a line 0.7 would be left.
+    assert float(between.min()) > 0.95 * float(lengths[[0, 8]].min())
+    steps = (walk[1:9] - walk[:8]).flatten(1).norm(dim=1)
+    assert float(steps.max() / steps.min()) < 1.1
+    assert torch.equal(noise_between(shape, [3, 3], 4, seed=2), ends[:1].expand(4, -1, -1, -1))
+
+
+def test_a_walk_by_the_command_line(trained, tmp_path):
+    out = tmp_path / "walk"
+    flags = ["--interpolate", "1,4", "--frames", 5, "--batch-size", 2, "--out", out]
+    succeed("generate", "--run", trained, *FAST, *flags)
+    assert sorted(p.name for p in out.glob("*.png")) == [f"{i:05d}.png" for i in range(5)]
+    with Image.open(out / "walk.webp") as image:
+        assert image.n_frames == 8  # there and back, without the ends twice
+    succeed("generate", "--run", trained, *FAST, "--num-images", 5, "--out", tmp_path / "plain")
+    for frame_number, item in ((0, 1), (4, 4)):
+        plain = pixels(tmp_path / f"plain/{item:05d}.png")
+        assert np.abs(pixels(out / f"{frame_number:05d}.png") - plain).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m", "heun", "euler"])
+@pytest.mark.parametrize("spacing", ["karras", "quadratic"])
+def test_every_sampler_by_the_command_line(trained, tmp_path, sampler, spacing):
+    flags = ["--sampler", sampler, "--spacing", spacing, "--num-images", 2, "--out", tmp_path / "out"]
+    succeed("generate", "--run", trained, *FAST, *flags)
+    assert (tmp_path / "out/grid.png").is_file()
