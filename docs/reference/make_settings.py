@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset o
     "train-unet": (settings.TrainUNetSettings, True),
     "generate": (settings.GenerateSettings, False),
     "demo": (settings.DemoSettings, False),
+    "evaluate": (settings.EvaluateSettings, False),
 }
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
