@@ -9,7 +9,9 @@ from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
     ImageSettings,
+    LevelSettings,
     LoopSettings,
+    ObjectiveSettings,
     ScaleSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -47,11 +49,12 @@ def run(settings: DemoSettings) -> Path:
     heading("3. scale: latents -> mean, std, scaling factor")
     scale.run(ScaleSettings(run=s.run))
 
-    heading("4. train-unet: latents -> a U-Net that predicts their noise")
+    heading("4. train-unet: latents -> a U-Net that tells them from noise")
     unet_loop = LoopSettings(
         steps=s.unet_steps, batch_size=64, lr=1e-3, val_every=500, save_every=500, seed=s.seed, device=s.device
     )
     unet = {"run": s.run, "loop": unet_loop, "model": UNetSettings(width=64)} | train_unet.inherited(s.run, None)
+    unet |= {"target": ObjectiveSettings(objective="flow"), "levels": LevelSettings(density="logit-normal")}
     train_unet.run(TrainUNetSettings.model_validate(unet))
 
     heading("5. generate: noise -> new faces")
@@ -81,7 +84,8 @@ The same by hand, with images of your own in place of {faces}:
       --reconstruction l1 --kl-beta 3e-3 --lpips-gamma 0
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
-  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --lr 1e-3 --model.width 64
+  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --lr 1e-3 --model.width 64 \\
+      --batch-size 64 --objective flow --density logit-normal
   lightdiff generate --run runs/mine --num-images 64""",
         soft_wrap=True,
     )
