@@ -413,10 +413,8 @@ class TrainUNetSettings(StageSettings):
                 "--zero-terminal-snr needs --objective v or x0: where there is noise alone, "
                 "predicting it says nothing about the picture"
             )
-        if self.label and self.latent.labels and self.label not in self.latent.labels:
-            raise ValueError(f"--label {self.label}: the latents have {', '.join(self.latent.labels)}")
-        if self.label and not self.latent.labels:
-            raise ValueError(f"--label {self.label}: the latents have no labels")
+        if self.label and self.label not in self.latent.labels:
+            raise ValueError(f"--label {self.label}: the latents have {', '.join(self.latent.labels) or 'no labels'}")
         return self
 
     @property

@@ -1,7 +1,6 @@
 """--dry-run of a training: what it will take, found by building the network and timing a few steps of made-up data."""
 
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
-from lightdiff.models.perceptual import TRUNKS
+from lightdiff.models.perceptual import TRUNKS, cached
 from lightdiff.models.vae import Posterior
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings, VAELossSettings, with_changes
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
 from lightdiff.training.compute import pick_device, pick_precision
 from lightdiff.training.loop import Trainer
@@ -67,7 +66,7 @@ def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[An
     """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
     s = train_vae.resolve(settings)
     lpips = None
-    if s.loss.lpips_gamma and (at_hand(s.loss) or s.loss.lpips_weights):
+    if s.loss.lpips_gamma and (s.loss.lpips_weights or cached(TRUNKS[s.loss.lpips_net].url).is_file()):
         lpips = train_vae.perceptual(s.loss, device, Ranks())
     elif s.loss.lpips_gamma:
         console.print(f"LPIPS is left out of this: its weights are not there yet ({TRUNKS[s.loss.lpips_net].url})")
@@ -81,12 +80,6 @@ def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[An
         batch,
         (torch.zeros(1, 3, side, side, device=device), torch.zeros(1, *task.latent_shape, device=device)),
     )
-
-
-def at_hand(loss: VAELossSettings) -> bool:
-    """Whether the weights of the LPIPS network lie in torch's cache."""
-    url = TRUNKS[loss.lpips_net].url
-    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
 
 
 def made_up_latents(settings: TrainUNetSettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:

@@ -229,10 +229,7 @@ def evaluate_unet(
     def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
         return features_of(features, which, of, settings.batch_size, workers, device, ranks, what)
 
-    kept = {"train": (0, settings.num_reference), "val": (1, settings.num_reference)}
-    train, val = (
-        evenly([f for f in files if (f.split == "val") == bool(held_out)], most) for held_out, most in kept.values()
-    )
+    train, val = (evenly([f for f in files if f.split == split], settings.num_reference) for split in ("train", "val"))
     of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
     of_val = (
         cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None

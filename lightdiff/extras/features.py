@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError
+from lightdiff.models.perceptual import fetched
 from lightdiff.settings import ImageSettings
 from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
 
-PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{PUBLISHED}"
+URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file has weights of
 
 
@@ -54,7 +54,10 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
         UserError: If the extra is not installed, or there are no weights, or they do not fit.
     """
     extractor = inception()
-    file = other or weights or ranks.on_first(fetched)
+    otherwise = "or name a copy with --weights FILE, or take other features with --features FILE"
+    file = (
+        other or weights or ranks.on_first(lambda: fetched(URL, "FID needs Inception's published weights", otherwise))
+    )
     try:
         state = safetensors.torch.load_file(file) if other else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises can be nearly anything
@@ -86,26 +89,6 @@ def inception() -> Any:
     except ImportError:
         raise UserError("evaluate needs torch-fidelity: pip install 'lightdiff[eval]'") from None
     return FeatureExtractorInceptionV3
-
-
-def fetched() -> Path:
-    """The published weights in torch's cache, where they are put if they are not there.
-
-    Raises:
-        UserError: If they cannot be fetched.
-    """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED
-    if not cached.is_file():
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(cached), PUBLISHED[-12:-4], progress=False)
-        except (OSError, RuntimeError) as error:
-            why = getattr(error, "reason", error)
-            raise UserError(
-                f"FID needs Inception's published weights, and the download failed ({why}): fetch {URL} elsewhere and "
-                f"put it at {cached}, or name a copy with --weights FILE, or take other features with --features FILE"
-            ) from error
-    return cached
 
 
 @torch.inference_mode()

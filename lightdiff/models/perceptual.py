@@ -50,27 +50,42 @@ def find_weights(net: Net, file: Path | None = None) -> Path:
         if not file.is_file():
             raise UserError(f"--lpips-weights: there is no file {file}")
         return file
-    url = TRUNKS[net].url
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if cached.is_file():
-        return cached
-    logger.info("downloading %s to %s", url, cached)
+    return fetched(
+        TRUNKS[net].url,
+        f"LPIPS needs the ImageNet weights of its {net} network",
+        "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0",
+    )
+
+
+def cached(url: str) -> Path:
+    """Where torch's cache keeps a file of weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def fetched(url: str, need: str, otherwise: str) -> Path:
+    """A file of weights in torch's cache, downloaded if it is not there.
+
+    Raises:
+        UserError: If the download fails; says what is needed, and what else can be done.
+    """
+    file = cached(url)
+    if file.is_file():
+        return file
+    logger.info("downloading %s to %s", url, file)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_SECONDS)  # torch hands urlopen none
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        hash_prefix = cached.stem.rpartition("-")[2]  # torchvision's names end in it: vgg16-397923af.pth
-        torch.hub.download_url_to_file(url, str(cached), hash_prefix, progress=False)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hash_prefix = file.stem.rpartition("-")[2]  # the names of published weights end in it: vgg16-397923af.pth
+        torch.hub.download_url_to_file(url, str(file), hash_prefix, progress=False)
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash differs
         why = getattr(error, "reason", error)
         raise UserError(
-            f"LPIPS needs the ImageNet weights of its {net} network, and the download failed ({why}): fetch {url} "
-            f"elsewhere and put it at {cached}, or name a copy with --lpips-weights FILE, "
-            "or train without LPIPS with --lpips-gamma 0"
+            f"{need}, and the download failed ({why}): fetch {url} elsewhere and put it at {file}, {otherwise}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return cached
+    return file
 
 
 def load_lpips(net: Net, weights: Path) -> nn.Module:
