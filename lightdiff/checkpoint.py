@@ -26,8 +26,13 @@ from lightdiff.errors import Damaged, NoRoom, RunError, UserError
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
 S = TypeVar("S", bound=BaseModel)
-ADDED: dict[str, dict[str, Any]] = {  # settings that did not exist at first, with what was done then
-    "unet": {"target": {"objective": "eps"}, "levels": {"stratified": False}},
+ADDED: dict[str, dict[str, dict[str, Any]]] = {  # settings that did not exist at first, with what was done then
+    "vae": {"loop": {"optimizer": "adamw"}},
+    "unet": {
+        "loop": {"optimizer": "adamw"},
+        "target": {"objective": "eps"},
+        "levels": {"density": "uniform", "stratified": False},
+    },
 }
 STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 
@@ -105,8 +110,10 @@ class Checkpoint:
             raise Damaged(f"{self.path} is damaged: its document cannot be read") from None
         if not whole:
             raise Damaged(f"{self.path} is damaged: its header or document does not match its digest")
-        if document.settings:
-            document.settings = {**ADDED.get(document.stage, {}), **document.settings}
+        if "loop" in document.settings:  # of a training
+            for section, values in ADDED.get(document.stage, {}).items():
+                before = document.settings.get(section, {})
+                document.settings[section] = {**values, **before} if isinstance(before, dict) else before
         return document
 
     def close(self) -> None:

@@ -269,10 +269,13 @@ class LoopSettings(ComputeSettings):
         description="keep fewer activations and compute them again: about a third more time",
         json_schema_extra={"panel": "Memory"},
     )
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="muon: orthogonal updates for matrices and convolutions, AdamW for the rest; or AdamW alone"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay, as a share of lr a step")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of squared gradients")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of averaged weights, warmed up; 0 turns them off")

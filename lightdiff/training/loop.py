@@ -27,12 +27,12 @@ from lightdiff.training.compute import (
     translate,
 )
 from lightdiff.training.ema import EMA
+from lightdiff.training.optimizers import MASKING, MOMENTS, Muon, optimizers_of
 from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
 from lightdiff.training.stopping import AGAIN, OUT_OF_TIME, TimeLimit, Watch
 
 Batch = dict[str, Tensor]
-MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be told to leave all as it is
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # room for metrics and pictures beside a checkpoint
 NAMES_SHOWN = 8
@@ -77,13 +77,8 @@ class Trainer:
         self.model = task.model
         self.ema = EMA(self.model, loop.ema_decay) if loop.ema_decay else None
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            lr=loop.lr,
-            betas=(0.9, loop.beta2),
-            weight_decay=loop.weight_decay,
-            fused=task.device.type in MASKING,
-        )
+        self.optimizers = optimizers_of(self.model, loop, precision)
+        self.lr = loop.lr
         self.step = 0
         self.images_seen = 0
         self.best = math.inf
@@ -114,7 +109,7 @@ class Trainer:
         weigh = bool(ranks.share(loop.batch_size))  # an empty share is lent an item, which does not count
         sums: dict[str, Tensor] = {}
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         for first in range(0, size, loop.micro):
             part = {name: value[first : first + loop.micro] for name, value in whole.items()}
             share = weigh * len(next(iter(part.values()))) / loop.batch_size
@@ -141,13 +136,14 @@ class Trainer:
 
     def _update(self, sound: Tensor, total_steps: int) -> None:
         """Let the optimizer step, or on the device, without waiting for it, leave all as it is if not all is sound."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.loop, self.step, total_steps)
-        if self.task.device.type in MASKING:
-            self.optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler says it
-            self.optimizer.step()
-        elif sound:  # waits for the device
-            self.optimizer.step()
+        self.lr = learning_rate(self.loop, self.step, total_steps)
+        masking = self.task.device.type in MASKING
+        if masking or sound:  # without masks, this waits for the device
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = self.lr
+                if masking:  # as torch.amp.GradScaler says it
+                    optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]
+                optimizer.step()
         self._sound.append(sound)
         self.step += 1
 
@@ -169,7 +165,25 @@ class Trainer:
     def nbytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
-        return (4 if self.ema else 3) * weights
+        return (2 if self.ema else 1) * weights + self.optimizer_nbytes
+
+    @property
+    def optimizer_nbytes(self) -> int:
+        """What the optimizers keep, or, before their first step, will."""
+        kept = ((isinstance(o, Muon), p) for o in self.optimizers for group in o.param_groups for p in group["params"])
+        return sum((1 if muon else len(MOMENTS)) * p.nbytes for muon, p in kept)
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimizers know of each parameter, by kind and name."""
+        known: dict[Any, dict[str, Tensor]] = {}
+        for optimizer in self.optimizers:
+            known |= optimizer.state
+        return {
+            f"{kind}.{name}": known[parameter][kind]
+            for name, parameter in self.trained.items()
+            for kind in MOMENTS
+            if kind in known[parameter]
+        }
 
     def state(self, resumable: bool) -> dict[str, Tensor]:
         """All tensors of a snapshot."""
@@ -177,10 +191,7 @@ class Trainer:
         if self.ema:
             tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
         if resumable:
-            for name, parameter in self.trained.items():
-                kept = self.optimizer.state[parameter]
-                tensors[f"optimizer.exp_avg.{name}"] = kept["exp_avg"]
-                tensors[f"optimizer.exp_avg_sq.{name}"] = kept["exp_avg_sq"]
+            tensors |= {f"optimizer.{name}": value for name, value in self.moments().items()}
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
@@ -189,8 +200,8 @@ class Trainer:
         Raises:
             UserError: If it cannot be resumed, or does not fit the network.
         """
-        averages, squares = saved.tensors("optimizer.exp_avg."), saved.tensors("optimizer.exp_avg_sq.")
-        if not averages:
+        moments = saved.tensors("optimizer.")
+        if not moments:
             raise UserError(f"{saved.path} cannot be resumed: it holds no optimizer state; use last or step-*")
         load_weights(self.model, saved, "model.")
         if self.ema:
@@ -198,13 +209,18 @@ class Trainer:
         self.step, self.images_seen = saved.document.step, saved.document.images_seen
         self.best = saved.document.facts.get("best", math.inf)
         self.skipped = saved.document.facts.get("skipped", 0)
-        where = self.task.device if self.task.device.type in MASKING else "cpu"  # where AdamW counts its steps
-        for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step - self.skipped), device=where),
-                "exp_avg": torch.empty_like(parameter).copy_(averages[name]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(squares[name]),
-            }
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                self._begin(optimizer)
+        for name, kept in self.moments().items():
+            kept.copy_(moments[name])
+
+    def _begin(self, adamw: torch.optim.AdamW) -> None:
+        """Give AdamW the state that it makes at its first step."""
+        where = self.task.device if self.task.device.type in MASKING else "cpu"  # where it counts its steps
+        for parameter in adamw.param_groups[0]["params"]:
+            count = torch.tensor(float(self.step - self.skipped), device=where)
+            adamw.state[parameter] = {"step": count, **{kind: torch.empty_like(parameter) for kind in MOMENTS}}
 
 
 def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
@@ -305,7 +321,7 @@ def train(
                 speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
                 row = {"step": step, "images_seen": trainer.images_seen, **values}
                 row |= {"skipped": trainer.skipped} if trainer.skipped else {}
-                row |= {"lr": trainer.optimizer.param_groups[0]["lr"], "images_per_s": round(speed, 2)}
+                row |= {"lr": trainer.lr, "images_per_s": round(speed, 2)}
                 row |= {"memory_mb": round(memory_in_use(task.device) / 1e6), "time": round(time.time(), 3)}
                 if validating:
                     found = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
