@@ -58,6 +58,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def recipe(session: nox.Session) -> None:
+    """Measure what each choice of the recipe is worth; arguments after -- go to tests/bench/recipe.py. Hours."""
+    session.run(borrowed(session), "-m", "pip", "install", "-q", "--group=bench", external=True)
+    session.run(borrowed(session), "-m", "tests.bench.recipe", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
 def saving(session: nox.Session) -> None:
     """Measure what saving costs; arguments after -- go to tests/saving.py."""
     session.run(borrowed(session), "-m", "tests.saving", *session.posargs, external=True)

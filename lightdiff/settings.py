@@ -114,7 +114,7 @@ class UNetSettings(Settings):
     channels: Widths = Field(
         (), description="widths: stem, then each level; empty: width x 1, 1, 2, 3, 4, as the latent's size asks"
     )
-    width: Width = Field(96, description="width that channels is made from when empty")
+    width: Width = Field(64, description="width that channels is made from when empty")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
     attend_levels: tuple[int, ...] | None = Field(
         None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
@@ -187,7 +187,7 @@ class ScheduleSettings(Settings):
 class ObjectiveSettings(Settings):
     """What the U-Net learns to predict, and how its error is weighed."""
 
-    objective: Objective = Field("eps", description="what is predicted: noise, clean latent, v, or rectified flow")
+    objective: Objective = Field("flow", description="what is predicted: noise, clean latent, v, or rectified flow")
     loss_weight: LossWeight = Field("none", description="weight of the loss by level of noise")
     min_snr_gamma: float = Field(5.0, gt=0, description="signal-to-noise ratio above which min-snr weighs no more")
 
@@ -195,7 +195,7 @@ class ObjectiveSettings(Settings):
 class LevelSettings(Settings):
     """Which levels of noise the U-Net is trained at."""
 
-    density: Literal["uniform", "logit-normal"] = Field("uniform", description="density of the levels trained at")
+    density: Literal["uniform", "logit-normal"] = Field("logit-normal", description="density of the levels trained at")
     density_mean: float = Field(0.0, description="logit of the middle of logit-normal's density; above 0: noisier")
     density_std: float = Field(1.0, gt=0, description="spread of logit-normal's density")
     stratified: bool = Field(True, description="spread the levels of a batch evenly, instead of each by itself")
@@ -260,7 +260,7 @@ class LoopSettings(ComputeSettings):
 
     steps: int = Field(20_000, ge=1, description="optimizer steps")
     epochs: float = Field(0.0, ge=0, description="passes over the training images, instead of steps; 0: count steps")
-    batch_size: int = Field(32, ge=1, description="images an optimizer step")
+    batch_size: int = Field(16, ge=1, description="images an optimizer step")
     micro_batch: int = Field(
         0, ge=0, description="images a forward pass; 0: the whole batch", json_schema_extra={"panel": "Memory"}
     )
@@ -272,7 +272,7 @@ class LoopSettings(ComputeSettings):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: orthogonal updates for matrices and convolutions, AdamW for the rest; or AdamW alone"
     )
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="weight decay, as a share of lr a step")
@@ -394,7 +394,7 @@ class TrainUNetSettings(StageSettings):
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of the images whose label it is not told, as guidance needs it"
     )
-    loop: LoopSettings = Field(LoopSettings(steps=50_000, lr=5e-4, batch_size=64), title="Training")
+    loop: LoopSettings = Field(LoopSettings(steps=50_000, batch_size=32), title="Training")
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
     levels: LevelSettings = Field(LevelSettings(), title="Objective")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")

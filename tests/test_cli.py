@@ -267,10 +267,10 @@ def test_flags_over_file_over_saved_run_over_preset_over_defaults(cli, run, tmp_
         return found["model"]["encoder_width"], found["loop"]["lr"], found["loop"]["batch_size"]
 
     nowhere = ("--run", tmp_path / "new")
-    assert said(*nowhere) == (32, 2e-4, 32)
-    assert said(*nowhere, "--preset", "tiny") == (16, 2e-4, 32)
-    assert said(*nowhere, "--preset", "tiny", "--settings", file) == (24, 0.03, 32)
-    assert said("--run", run) == said("--run", run, "--preset", "tiny") == (16, 2e-4, 6)
+    assert said(*nowhere) == (32, 2e-3, 16)
+    assert said(*nowhere, "--preset", "tiny") == (16, 2e-3, 16)
+    assert said(*nowhere, "--preset", "tiny", "--settings", file) == (24, 0.03, 16)
+    assert said("--run", run) == said("--run", run, "--preset", "tiny") == (16, 2e-3, 6)
     assert said("--run", run, "--preset", "tiny", "--settings", file) == (24, 0.03, 6)
     assert said("--run", run, "--preset", "tiny", "--settings", file, "--lr", "0.5") == (24, 0.5, 6)
     assert said("--run", run, "--settings", file, "--model.encoder-width", 40, "--batch-size", 7) == (40, 0.03, 7)
@@ -292,7 +292,7 @@ def test_a_stage_has_defaults_of_its_own(cli, tmp_path, run):
     assert dry(cli, "train-vae", "--run", tmp_path / "new")["loop"]["steps"] == 20_000
     (run / "unet").rename(run / "unet-before")
     said = dry(cli, "train-unet", "--run", run, "--lr", "0.1")["loop"]
-    assert (said["steps"], said["lr"], said["batch_size"]) == (50_000, 0.1, 64)
+    assert (said["steps"], said["lr"], said["batch_size"]) == (50_000, 0.1, 32)
 
 
 def test_restart_forgets_the_saved_run(cli, run):
@@ -395,7 +395,9 @@ def test_presets_numbers_are_plausible(cli):
     assert (sizes["VAE"][3], sizes["U-Net"][3]) == (21.48, 201.43)
     for row in (*kinds["VAE"], *kinds["U-Net"]):
         fixed, image = (float(cell.removesuffix(" MB")) for cell in row[4:])
-        assert fixed == pytest.approx(20 * float(row[3].removesuffix(" M")), abs=0.7)  # bytes a parameter
+        parameters = float(row[3].removesuffix(" M"))
+        adamw = row in (kinds["VAE"][3], kinds["U-Net"][3])  # the original; else Muon, but for some small weights
+        assert fixed == pytest.approx((20 if adamw else 16.1) * parameters, rel=0.02, abs=0.7)  # bytes a parameter
         assert image > 0
     chosen = build(settings.TrainVAESettings, [read_settings(PRESET_FOLDER / "vae-tiny.toml")]).model.resolved(256)
     assert f"{sum(p.numel() for p in VAE(chosen).parameters()) / 1e6:.2f}" == f"{sizes['VAE'][0]:.2f}"
@@ -431,8 +433,8 @@ def test_show_puts_settings_that_differ_first(cli, trained, stage):
     assert differs == sorted(differs, reverse=True)
     table = {row[0]: row[1:] for row in rows}
     assert table["--steps"] == ["3", "20000" if stage == "vae" else "50000"]
-    assert table["--batch-size"] == ["6", "32" if stage == "vae" else "64"]
-    assert table["--lr"] == ["0.0002" if stage == "vae" else "0.0005"]
+    assert table["--batch-size"] == ["6", "16" if stage == "vae" else "32"]
+    assert table["--lr"] == ["0.002"]
     assert set(table) == {f"--{flag(path)}" for path, _ in leaves(MODELS[f"train-{stage}"])}
 
 

@@ -167,7 +167,7 @@ def test_defaults_alone_build_the_model(model: type[Settings]) -> None:
 
 def test_a_partial_layer_keeps_the_stages_own_defaults() -> None:
     loop = build(TrainUNetSettings, [defaults(TrainUNetSettings), {"loop": {"seed": 3}}]).loop
-    assert (loop.seed, loop.steps, loop.lr, loop.batch_size) == (3, 50_000, 5e-4, 64)
+    assert (loop.seed, loop.steps, loop.lr, loop.batch_size) == (3, 50_000, 2e-3, 32)
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def test_flags_panels_and_defaults_of_some_fields() -> None:
     assert flag(("model", "encoder_channels")) == "model.encoder-channels"
     assert panel(TrainVAESettings, ("run",)) == "Options"
     assert panel(TrainVAESettings, ("loop", "lr")) == "Training"
-    assert default_of(TrainVAESettings, ("loop", "lr")) == 2e-4
-    assert default_of(TrainUNetSettings, ("loop", "lr")) == 5e-4
+    assert default_of(TrainVAESettings, ("loop", "lr")) == 2e-3
+    assert default_of(TrainUNetSettings, ("loop", "batch_size")) == 32
 
 
 @pytest.mark.parametrize(

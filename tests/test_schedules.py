@@ -234,7 +234,7 @@ def test_rectified_flow_draws_straight_lines_from_data_to_noise() -> None:
 @given(st.integers(1, 300), st.integers(0, 2**31))
 def test_stratified_levels_have_one_number_from_each_part(count: int, seed: int) -> None:
     u = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    t = random_levels(u, LevelSettings(stratified=True), 1000 * count)
+    t = random_levels(u, LevelSettings(density="uniform", stratified=True), 1000 * count)
     assert t.dtype == torch.int64
     parts = (t // 1000).tolist()
     # in float32 a number that is nearly 1 may be rounded into the next part
@@ -242,9 +242,9 @@ def test_stratified_levels_have_one_number_from_each_part(count: int, seed: int)
     assert sum(part != i for i, part in enumerate(parts)) <= 1 + count // 50
 
 
-def test_levels_are_uniform_where_nothing_else_is_asked_for() -> None:
+def test_uniform_levels_have_equal_shares() -> None:
     u = torch.tensor([0.0, 0.0999, 0.1, 0.55, 0.99999994])
-    assert random_levels(u, LevelSettings(stratified=False), 10).tolist() == [0, 0, 1, 5, 9]
+    assert random_levels(u, LevelSettings(density="uniform", stratified=False), 10).tolist() == [0, 0, 1, 5, 9]
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.2, 1.2), (0.5, 0.3)])

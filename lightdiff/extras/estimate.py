@@ -46,7 +46,7 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         f"{task.stage}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
         + (f" -> latents of {shape(inputs[1])}" if isinstance(ready, TrainVAESettings) else ""),
         f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
-        f"weights, gradients, optimizer and average: {20 * parameters / 1e6:.0f} MB; a checkpoint: "
+        f"weights, gradients, optimizer and average: {(trainer.nbytes + 4 * parameters) / 1e6:.0f} MB; a checkpoint: "
         f"{trainer.nbytes / 1e6:.0f} MB",
         sep="\n",
         soft_wrap=True,

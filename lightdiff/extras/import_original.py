@@ -225,6 +225,7 @@ def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:
     return LoopSettings(
         batch_size=size * accumulated,
         micro_batch=size,
+        optimizer="adamw",
         lr=args.get("lr", 1e-4),
         lr_schedule="constant",
         warmup_steps=0,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import build, read_settings
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.training.optimizers import bytes_kept
 
-BYTES_A_PARAMETER = 20  # float32 weights, gradients, two moments of AdamW, averaged weights
+BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 
 
 def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
@@ -23,21 +24,25 @@ def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
     for heading in ("preset", "network", "widths", "parameters", "fixed", "an image"):
         table.add_column(heading, justify="left" if heading in ("preset", "network", "widths") else "right")
     for name in names:
-        vae = build(TrainVAESettings, [read_settings(folder / f"vae-{name}.toml")]).model.resolved(resolution)
+        vae_settings = build(TrainVAESettings, [read_settings(folder / f"vae-{name}.toml")])
+        vae = vae_settings.model.resolved(resolution)
         if resolution % vae.factor:
             table.add_row(name, "VAE", joined(vae.encoder_channels), f"needs images divisible by {vae.factor}", "", "")
             continue
         side = resolution // vae.factor
-        unet = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")]).model.resolved(side)
+        unet_settings = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")])
+        unet = unet_settings.model.resolved(side)
         with torch.device("meta"):  # shapes alone: no memory, no time
             image = torch.zeros(1, vae.image_channels, resolution, resolution)
             latent = torch.zeros(1, vae.latent_channels, side, side)
-            add_row(table, name, "VAE", (vae.encoder_channels, vae.decoder_channels), VAE(vae), (image, latent))
+            widths = (vae.encoder_channels, vae.decoder_channels)
+            add_row(table, name, "VAE", widths, VAE(vae), (image, latent), vae_settings.loop)
             if side % unet.factor:
                 table.add_row("", "U-Net", joined(unet.channels), f"needs latents divisible by {unet.factor}", "", "")
             else:
                 t = torch.zeros(1, dtype=torch.long)
-                add_row(table, "", "U-Net", (unet.channels,), UNet(unet, vae.latent_channels), (latent, t))
+                network = UNet(unet, vae.latent_channels)
+                add_row(table, "", "U-Net", (unet.channels,), network, (latent, t), unet_settings.loop)
     Console().print(table)
 
 
@@ -48,10 +53,12 @@ def add_row(
     widths: tuple[tuple[int, ...], ...],
     model: nn.Module,
     inputs: tuple[Tensor, ...],
+    loop: LoopSettings,
 ) -> None:
     """Add one network's row."""
     parameters = sum(p.numel() for p in model.parameters())
-    fixed, image = parameters * BYTES_A_PARAMETER, activation_bytes(model, inputs)
+    fixed = parameters * BYTES_A_PARAMETER + bytes_kept(model, loop)
+    image = activation_bytes(model, inputs)
     table.add_row(
         name,
         network,

@@ -27,7 +27,7 @@ from lightdiff.training.compute import (
     translate,
 )
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import MASKING, MOMENTS, Muon, optimizers_of
+from lightdiff.training.optimizers import MASKING, MOMENTS, bytes_kept, optimizers_of
 from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
 from lightdiff.training.stopping import AGAIN, OUT_OF_TIME, TimeLimit, Watch
@@ -165,13 +165,7 @@ class Trainer:
     def nbytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
-        return (2 if self.ema else 1) * weights + self.optimizer_nbytes
-
-    @property
-    def optimizer_nbytes(self) -> int:
-        """What the optimizers keep, or, before their first step, will."""
-        kept = ((isinstance(o, Muon), p) for o in self.optimizers for group in o.param_groups for p in group["params"])
-        return sum((1 if muon else len(MOMENTS)) * p.nbytes for muon, p in kept)
+        return (2 if self.ema else 1) * weights + bytes_kept(self.model, self.loop)
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimizers know of each parameter, by kind and name."""

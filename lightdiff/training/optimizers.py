@@ -85,6 +85,13 @@ def optimizers_of(model: nn.Module, loop: LoopSettings, precision: str) -> list[
     return found
 
 
+def bytes_kept(model: nn.Module, loop: LoopSettings) -> int:
+    """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    matrices = sum(p.nbytes for p in weight_matrices(model) if p.requires_grad) if loop.optimizer == "muon" else 0
+    return len(MOMENTS) * trained - matrices
+
+
 def weight_matrices(model: nn.Module) -> list[Tensor]:
     """The weights of convolutions and linear layers, but for those with few rows or columns, as at both ends."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

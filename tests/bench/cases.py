@@ -119,9 +119,10 @@ def train_unet_step(
 
 
 def defaults(device: torch.device, **changes: Any) -> LoopSettings:
-    """The loop's settings, with every `auto` decided as for a long run."""
+    """The loop's settings, with every `auto` decided as for a long run; AdamW, as the peers have it."""
     precision, compiling = pick_precision("auto", device), pick_compile("auto", device, 10**5)
-    return LoopSettings.model_validate({"precision": precision, "compile": compiling, "steps": STEPS, **changes})
+    chosen = {"precision": precision, "compile": compiling, "steps": STEPS, "optimizer": "adamw"}
+    return LoopSettings.model_validate(chosen | changes)
 
 
 def unet_step(

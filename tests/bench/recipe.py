@@ -1,8 +1,12 @@
 """What each choice is worth: recipes within one budget of processor time, judged by one distance.
 
-`python -m tests.bench.recipe [ROW ...] [--seed N] [--samples N] [--share S]` trains, draws and judges; every row is
-added to a CSV file at once, so that the table can grow and be interrupted. VAEs and latents are shared by rows that
-have them in common.
+`nox -s recipe -- [ROW ...] [--seed N ...] [--samples N ...] [--share S ...] [--write]`, or
+`python -m tests.bench.recipe` the same, trains, draws and judges. Each row is added to a CSV file as soon as it is
+known, and a row that is there is not measured again: the table can grow and be interrupted. VAEs, latents and U-Nets
+are shared by the rows that have them in common.
+
+Every process computes in one thread, and as many run at a time as there are cores: threads that wait for each other
+in turning loops would count as processor time.
 """
 
 import argparse
@@ -11,100 +15,207 @@ import hashlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+from tests.bench import recipe_page
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
 FACES = SHARED / "data" / "faces"
 FRECHET = SHARED / "tools" / "frechet.py"
 LPIPS = SHARED / "weights" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "recipe" / "rows.csv"
-VAE_SECONDS, UNET_SECONDS = 900.0, 1500.0  # of all threads, user and system
+SECONDS = {"train-vae": 900.0, "train-unet": 1500.0}  # of processor time, user and system, in all threads
+TRIALS = (10, 60)  # optimizer steps of the two short runs that the time of a step is found by
 FIELDS = [
-    *("row", "seed", "share", "samples", "frechet", "psnr"),
+    *("row", "seed", "share", "samples", "frechet", "psnr", "val_loss"),
     *("vae_parameters", "vae_steps", "vae_cpu", "unet_parameters", "unet_steps", "unet_cpu", "date", "flags"),
 ]
+STAGES = ("vae", "scale", "unet", "generate")  # that a row has flags for
+Stage = Literal["train-vae", "train-unet"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is typed beyond the data, for each of the stages."""
 
+    about: str
     vae: str = ""
     scale: str = ""
     unet: str = ""
     generate: str = ""
-    about: str = ""
-    vae_loss: str = field(default="--lpips-net squeeze")
+
+    @property
+    def flags(self) -> str:
+        """All of it."""
+        return " | ".join((self.vae, self.scale, self.unet, self.generate))
 
 
-ORIGINAL = Recipe(
-    vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
-    "--lpips-gamma 0.5 --lr 1e-4 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --batch-size 16 "
-    "--weight-decay 0.01 --beta2 0.999 --random-crop 1",
-    scale="--normalize global",
-    unet="--preset original --model.channels 64,128,256 --objective eps --schedule cosine --lr 1e-4 "
-    "--lr-schedule constant --warmup-steps 0 --beta2 0.999 --ema-decay 0.999 --batch-size 32 --density uniform "
-    "--no-stratified",
-    generate="--sampler ddim --min-alpha-bar 0",
-    about="the original scripts' recipe, its networks scaled to the budget",
-)
-ROWS: dict[str, Recipe] = {"default": Recipe(about="what lightdiff does unless told otherwise"), "original": ORIGINAL}
+ROWS: dict[str, Recipe] = {
+    "default": Recipe("what lightdiff does unless told otherwise"),
+    "original": Recipe(
+        "the original scripts' recipe, its networks scaled to the budget",
+        vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
+        "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
+        scale="--normalize global",
+        unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
+        generate="--sampler ddim --min-alpha-bar 0",
+    ),
+    "objective-eps": Recipe("noise is predicted, on the cosine schedule", unet="--objective eps"),
+    "objective-v": Recipe("v is predicted, on the cosine schedule", unet="--objective v"),
+    "weight-min-snr": Recipe("min-SNR weights", unet="--loss-weight min-snr"),
+    "density-uniform": Recipe("all levels alike", unet="--density uniform"),
+    "not-stratified": Recipe("each level drawn by itself", unet="--no-stratified"),
+    "unet-adamw": Recipe("AdamW for the U-Net, lr 1e-3", unet="--optimizer adamw --lr 1e-3"),
+    "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96"),
+    "no-attention": Recipe("no attention in the U-Net", unet="--model.attend-levels none --no-model.mid-attention"),
+    "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
+    "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
+    "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
+    "vae-original": Recipe(
+        "the original's VAE, at these widths",
+        vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 "
+        "--kl-beta 1e-3 --lpips-gamma 0.1 --optimizer muon --lr 2e-3",
+    ),
+    "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3"),
+    "kl-1e-4": Recipe("a tenth of the KL weight", vae="--kl-beta 1e-4"),
+    "kl-1e-2": Recipe("ten times the KL weight", vae="--kl-beta 1e-2"),
+    "equivariance": Recipe("a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25"),
+    "sampler-ddim": Recipe("DDIM, 50 steps", generate="--sampler ddim"),
+    "sampler-dpm": Recipe("DPM-Solver++(2M), 50 steps", generate="--sampler dpm++2m"),
+}
 
 
-def processor_seconds() -> float:
-    """User and system time of all children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def call(*words: object) -> tuple[str, float]:
-    """What a command prints, and its processor time."""
-    before = processor_seconds()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words))}\n{done.stderr[-3000:]}")
-    return done.stdout, processor_seconds() - before
+def call(words: list[object]) -> tuple[str, float]:
+    """What a command of Python prints, and the processor time (s) of it and of the processes it started."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], stdout=said, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, used = os.wait4(process.pid, 0)  # unlike getrusage, of this child alone
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, words))}\n{text[-3000:]}")
+    return text, used.ru_utime + used.ru_stime
 
 
 def lightdiff(*words: object) -> float:
     """Run a command of lightdiff and return its processor time."""
-    return call("-m", "lightdiff", *words)[1]
+    return call(["-m", "lightdiff", *words])[1]
 
 
-def trained(stage: str, flags: list[object], run: Path, budget: float) -> tuple[int, float]:
-    """Train as many steps as the budget allows, found by two short runs; the steps, and the time they took."""
-    kept = run / f"{stage}-done.json"
-    if kept.is_file():
+class Work:
+    """The folder of runs: each result lies in one named after what it was made with, and is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        """Work in this folder."""
+        self.folder = folder
+        self._locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+    def home(self, *parts: object) -> Path:
+        """The folder of what is made with these settings."""
+        text = "\n".join(map(str, parts)) + "\n"
+        home = self.folder / f"{parts[0]}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "what.txt").write_text(text)
+        return home
+
+    def trained(self, stage: Stage, run: Path, flags: list[object], share: float) -> tuple[int, float]:
+        """Train as many steps as the budget allows; the steps, and the processor time they took."""
+        kept = run / "trained.json"
+        with self._locks[run]:
+            if not kept.is_file():
+                kept.write_text(json.dumps(train_within(SECONDS[stage] * share, stage, run, flags)))
         steps, seconds = json.loads(kept.read_text())
         return steps, seconds
-    trial = run / "trial"
-    few, more = 10, 60
-    taken = [
-        lightdiff(stage, *flags, "--run", trial, "--steps", n, "--restart", "--val-every", 0, "--save-every", 10**6)
-        for n in (few, more)
-    ]
-    step = (taken[1] - taken[0]) / (more - few)
-    steps = int((budget - (taken[0] - few * step)) / step)
-    seconds = lightdiff(stage, *flags, "--run", run, "--steps", steps, "--restart", "--val-every", max(1, steps // 4))
-    kept.write_text(json.dumps([steps, seconds]))
-    return steps, seconds
+
+    def once(self, folder: Path, *commands: list[object]) -> None:
+        """Run commands of lightdiff that fill this folder, if nobody has."""
+        with self._locks[folder]:
+            if not (folder / "done").is_file():
+                for words in commands:
+                    lightdiff(*words)
+                (folder / "done").touch()
+
+    def distance(self, images: Path, samples: int) -> float:
+        """How far images are from the photographs (frechet.py); these are measured once."""
+        reference = self.folder / "reference.npz"
+        with self._locks[reference]:
+            if not reference.is_file():
+                call([FRECHET, FACES, images, "--size", 64, "--save", reference])
+        said, _ = call([FRECHET, reference, images, "--size", 64, "--count", samples])
+        return float(re.findall(r"\d+\.\d+", said)[0])
+
+
+def train_within(budget: float, stage: Stage, run: Path, flags: list[object]) -> tuple[int, float]:
+    """Train for so many seconds of processor time: two short runs tell the time of a start and of a step."""
+    words = [stage, *flags, "--restart", "--val-every", 0, "--save-every", 10**6]
+    few, more = (lightdiff(*words, "--run", run / "trial", "--steps", n) for n in TRIALS)
+    step = (more - few) / (TRIALS[1] - TRIALS[0])
+    steps = int((budget - (few - TRIALS[0] * step)) / step)
+    return steps, lightdiff(*words, "--run", run, "--steps", steps)
+
+
+def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
+    """Train both networks of a recipe, draw, and judge: a row for each number of samples."""
+    perceptual = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else ["--lpips-net", "squeeze", "--lpips-weights", LPIPS]
+    vae = work.home("vae", recipe.vae, seed, share)
+    flags = ["--data", FACES, "--resolution", 64, *perceptual, *recipe.vae.split(), "--seed", seed]
+    vae_steps, vae_cpu = work.trained("train-vae", vae, flags, share)
+
+    latents = work.home("latents", vae.name, recipe.scale)
+    work.once(
+        latents,
+        ["encode", "--run", latents, "--vae", vae],
+        ["scale", "--run", latents, *recipe.scale.split()],
+    )
+
+    unet = work.home("unet", latents.name, recipe.unet, seed, share)
+    flags = ["--latents", latents, *recipe.unet.split(), "--seed", seed]
+    unet_steps, unet_cpu = work.trained("train-unet", unet, flags, share)
+
+    drawn = work.home("drawn", unet.name, recipe.generate, max(samples))
+    copy = latents / "latents" / "vae.safetensors"
+    words = ["generate", "--run", unet, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
+    work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *recipe.generate.split()])
+    with work._locks[drawn]:
+        grid = drawn / "images" / "grid.png"
+        if grid.is_file():  # it is no sample
+            grid.rename(drawn / "grid.png")
+    row = {
+        "row": name,
+        "seed": seed,
+        "share": share,
+        "psnr": round(last_value(vae / "vae" / "metrics.jsonl", "val_psnr"), 2),
+        "val_loss": round(last_value(unet / "unet" / "metrics.jsonl", "val_loss"), 4),
+        "vae_parameters": parameters(vae / "vae" / "checkpoints" / "last.safetensors"),
+        "vae_steps": vae_steps,
+        "vae_cpu": round(vae_cpu),
+        "unet_parameters": parameters(unet / "unet" / "checkpoints" / "last.safetensors"),
+        "unet_steps": unet_steps,
+        "unet_cpu": round(unet_cpu),
+        "date": time.strftime("%Y-%m-%d"),
+        "flags": recipe.flags,
+    }
+    return [row | {"samples": n, "frechet": work.distance(drawn / "images", n)} for n in samples]
 
 
 def parameters(file: Path) -> int:
     """Of a checkpoint's network."""
     from lightdiff.checkpoint import Checkpoint
 
-    saved = Checkpoint(file)
-    return sum(t.numel() for t in saved.tensors("model.").values())
+    return sum(t.numel() for t in Checkpoint(file).tensors("model.").values())
 
 
 def last_value(metrics: Path, name: str) -> float:
@@ -113,64 +224,18 @@ def last_value(metrics: Path, name: str) -> float:
     return float(next(row[name] for row in reversed(rows) if name in row))
 
 
-def home(folder: Path, *parts: object) -> Path:
-    """A folder for what is made with these settings."""
-    name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / "what.txt").write_text("\n".join(map(str, parts)) + "\n")
-    return folder / name
-
-
-def measure(name: str, recipe: Recipe, seed: int, samples: int, share: float, folder: Path) -> dict[str, Any]:
-    """Train both networks of a recipe, draw, and judge."""
-    split = str.split
-    loss = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else [*split(recipe.vae_loss), "--lpips-weights", LPIPS]
-    images = ["--data", FACES, "--resolution", 64]
-    vae_run = home(folder, "vae", recipe.vae, recipe.vae_loss, seed, share)
-    vae_flags = [*images, *split(recipe.vae), *loss, "--seed", seed]
-    vae_steps, vae_cpu = trained("train-vae", vae_flags, vae_run, VAE_SECONDS * share)
-    latents = home(folder, "latents", vae_run.name, recipe.scale)
-    if not (latents / "scaled").is_file():
-        lightdiff("encode", "--run", latents, "--vae", vae_run)
-        lightdiff("scale", "--run", latents, *split(recipe.scale))
-        (latents / "scaled").touch()
-    unet_run = home(folder, "unet", latents.name, recipe.unet, seed, share)
-    unet_flags = ["--latents", latents, *split(recipe.unet), "--seed", seed]
-    unet_steps, unet_cpu = trained("train-unet", unet_flags, unet_run, UNET_SECONDS * share)
-    out = home(folder, "out", unet_run.name, recipe.generate, samples)
-    vae = latents / "latents" / "vae.safetensors"
-    drawing = ["--run", unet_run, "--vae", vae, "--num-images", samples, "--seed", seed, "--out", out / "images"]
-    lightdiff("generate", *drawing, "--batch-size", 100, *split(recipe.generate))
-    grid = out / "images" / "grid.png"
-    if grid.is_file():
-        grid.rename(out / "grid.png")
-    reference = folder / "reference.npz"
-    if not reference.is_file():
-        call(FRECHET, FACES, out / "images", "--size", 64, "--save", reference)
-    said, _ = call(FRECHET, reference, out / "images", "--size", 64, "--count", samples)
-    numbers = re.findall(r"\d+\.\d+", said)
-    return {
-        "row": name,
-        "seed": seed,
-        "share": share,
-        "samples": samples,
-        "frechet": float(numbers[0]),
-        "psnr": round(last_value(vae_run / "vae" / "metrics.jsonl", "val_psnr"), 2),
-        "vae_parameters": parameters(vae_run / "vae" / "checkpoints" / "last.safetensors"),
-        "vae_steps": vae_steps,
-        "vae_cpu": round(vae_cpu),
-        "unet_parameters": parameters(unet_run / "unet" / "checkpoints" / "last.safetensors"),
-        "unet_steps": unet_steps,
-        "unet_cpu": round(unet_cpu),
-        "date": time.strftime("%Y-%m-%d"),
-        "flags": " | ".join((recipe.vae, recipe.scale, recipe.unet, recipe.generate)),
-    }
+def known(path: Path) -> list[dict[str, str]]:
+    """The rows of a table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS)
         if fresh:
@@ -182,22 +247,42 @@ def main() -> None:
     """Measure the rows asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; none: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--share", type=float, default=1.0, help="of the budget")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to add to")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1000])
+    parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of the budget")
+    parser.add_argument("--results", type=Path, default=recipe_page.ROWS, help="CSV file to add to")
     parser.add_argument("--work", type=Path, default=Path("runs/recipe"), help="where runs are kept")
-    for stage in ("vae", "scale", "unet", "generate"):
-        parser.add_argument(f"--{stage}", default=None, help="flags in place of the row's, to try something out")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--write", action="store_true", help="write docs/recipe.md, too")
+    for stage in STAGES:
+        parser.add_argument(f"--{stage}", default="", help="flags to add to the row's, to try something out")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.rows) - set(ROWS)):
         parser.error(f"there is no {unknown[0]}; there are {', '.join(ROWS)}")
-    for name in chosen.rows or ROWS:
-        tried = {s: getattr(chosen, s) for s in ("vae", "scale", "unet", "generate") if getattr(chosen, s) is not None}
-        recipe = Recipe(**{**{s: getattr(ROWS[name], s) for s in ("vae", "scale", "unet", "generate")}, **tried})
-        row = measure(name, recipe, chosen.seed, chosen.samples, chosen.share, chosen.work.absolute())
-        add(chosen.results, row)
-        print(row, flush=True)
+    work, adding = Work(chosen.work.absolute()), threading.Lock()
+
+    def one(name: str, seed: int, share: float) -> None:
+        more = {
+            s: f"{getattr(ROWS[name], s)} {getattr(chosen, s)}".strip() for s in ("vae", "scale", "unet", "generate")
+        }
+        recipe = replace(ROWS[name], **more)
+        wanted = {"row": name, "seed": seed, "share": share, "flags": recipe.flags}
+        there = [r for r in known(chosen.results) if all(r[n] == str(v) for n, v in wanted.items())]
+        samples = [n for n in chosen.samples if str(n) not in {r["samples"] for r in there}]
+        if not samples:
+            return
+        for found in measure(name, recipe, seed, samples, share, work):
+            with adding:
+                add(chosen.results, found)
+                print(found, flush=True)
+
+    names = chosen.rows or ([] if chosen.write else list(ROWS))
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        waiting = [pool.submit(one, n, seed, share) for share in chosen.share for n in names for seed in chosen.seed]
+        for future in waiting:
+            future.result()
+    if chosen.write:
+        recipe_page.write({name: recipe.about for name, recipe in ROWS.items()})
 
 
 if __name__ == "__main__":
