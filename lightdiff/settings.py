@@ -316,7 +316,7 @@ class VAELossSettings(Settings):
     """reconstruction + kl-beta KL + lpips-gamma LPIPS."""
 
     reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, which lie in [-1, 1]")
-    kl_beta: float = Field(1e-4, ge=0, description="weight of the KL divergence, a mean over latent elements")
+    kl_beta: float = Field(3e-3, ge=0, description="weight of the KL divergence, a mean over latent elements")
     lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
     lpips_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
