@@ -24,8 +24,9 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from lightdiff.settings import SamplerName
 from tests.bench import recipe_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ ROWS: dict[str, Recipe] = {
     "not-stratified": Recipe("each level drawn by itself", unet="--no-stratified"),
     "unet-adamw": Recipe("AdamW for the U-Net, lr 1e-3", unet="--optimizer adamw --lr 1e-3"),
     "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96"),
-    "no-attention": Recipe("no attention in the U-Net", unet="--model.attend-levels none --no-model.mid-attention"),
+    "no-attention": Recipe("no attention in the U-Net", unet="--model.attend-levels none --model.mid-attention off"),
     "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
@@ -86,12 +87,21 @@ ROWS: dict[str, Recipe] = {
         "--kl-beta 1e-3 --lpips-gamma 0.1 --optimizer muon --lr 2e-3",
     ),
     "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3"),
-    "kl-1e-4": Recipe("a tenth of the KL weight", vae="--kl-beta 1e-4"),
-    "kl-1e-2": Recipe("ten times the KL weight", vae="--kl-beta 1e-2"),
+    "kl-1e-3": Recipe("a KL weight of 1e-3, as the original's", vae="--kl-beta 1e-3"),
+    "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
     "equivariance": Recipe("a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25"),
     "sampler-ddim": Recipe("DDIM, 50 steps", generate="--sampler ddim"),
     "sampler-dpm": Recipe("DPM-Solver++(2M), 50 steps", generate="--sampler dpm++2m"),
 }
+CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
+    f"{sampler}-{calls}": Recipe(
+        f"{sampler}, {calls} calls of the network",
+        generate=f"--sampler {sampler} --num-steps {calls // 2 if sampler == 'heun' else calls}",
+    )
+    for sampler in get_args(SamplerName)
+    for calls in recipe_page.CALLS
+}
+EVERY = ROWS | CALLS
 
 
 def call(words: list[object]) -> tuple[str, float]:
@@ -246,7 +256,7 @@ def add(path: Path, row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure the rows asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; none: all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(EVERY)}, or calls; none: all")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, nargs="+", default=[1000])
     parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of the budget")
@@ -257,15 +267,16 @@ def main() -> None:
     for stage in STAGES:
         parser.add_argument(f"--{stage}", default="", help="flags to add to the row's, to try something out")
     chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.rows) - set(ROWS)):
-        parser.error(f"there is no {unknown[0]}; there are {', '.join(ROWS)}")
+    names = chosen.rows or ([] if chosen.write else list(EVERY))
+    if "calls" in names:
+        names = [name for name in names if name != "calls"] + list(CALLS)
+    if unknown := sorted(set(names) - set(EVERY)):
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(EVERY)}")
     work, adding = Work(chosen.work.absolute()), threading.Lock()
 
     def one(name: str, seed: int, share: float) -> None:
-        more = {
-            s: f"{getattr(ROWS[name], s)} {getattr(chosen, s)}".strip() for s in ("vae", "scale", "unet", "generate")
-        }
-        recipe = replace(ROWS[name], **more)
+        row = EVERY[name]
+        recipe = replace(row, **{s: f"{getattr(row, s)} {getattr(chosen, s)}".strip() for s in STAGES})
         wanted = {"row": name, "seed": seed, "share": share, "flags": recipe.flags}
         there = [r for r in known(chosen.results) if all(r[n] == str(v) for n, v in wanted.items())]
         samples = [n for n in chosen.samples if str(n) not in {r["samples"] for r in there}]
@@ -276,7 +287,6 @@ def main() -> None:
                 add(chosen.results, found)
                 print(found, flush=True)
 
-    names = chosen.rows or ([] if chosen.write else list(ROWS))
     with ThreadPoolExecutor(chosen.jobs) as pool:
         waiting = [pool.submit(one, n, seed, share) for share in chosen.share for n in names for seed in chosen.seed]
         for future in waiting:

@@ -9,6 +9,7 @@ ROWS = FOLDER / "rows.csv"
 REMARKS = FOLDER / "remarks.md"
 CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
+CALLS = (6, 10, 20, 50)  # of the network, that samplers are compared at
 INTRODUCTION = """\
 # The recipe, measured
 
@@ -55,6 +56,20 @@ def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: float | N
     return "\n".join(lines)
 
 
+def calls_table(rows: list[dict[str, Any]]) -> str:
+    """Samplers against calls."""
+    found = {row["row"]: row["frechet"] for row in rows}
+    samplers = dict.fromkeys(name.rpartition("-")[0] for name in found if name.rpartition("-")[2].isdecimal())
+    lines = [
+        "| `--sampler` | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |",
+        "|---|" + "---:|" * len(CALLS),
+    ]
+    for sampler in samplers:
+        values = [found.get(f"{sampler}-{calls}") for calls in CALLS]
+        lines.append(f"| `{sampler}` | " + " | ".join(f"{v:.3f}" if v else "" for v in values) + " |")
+    return "\n".join(lines) if samplers else ""
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Distance against the share of the budget."""
     import matplotlib
@@ -92,11 +107,13 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     if whole:
         parts += ["## The whole recipes, 2,000 samples", table(whole, about)]
     few = [row for row in rows if row["samples"] == 1000]
-    single = [row for row in few if row["share"] == 1]
+    single = [row for row in few if row["share"] == 1 and row["row"] in about]
     base = [row["frechet"] for row in single if row["row"] == "default"]
     if base:
         best_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"]))
         parts += ["## What each choice is worth: 1,000 samples", table(best_first, about, mean(base))]
+    if calls := calls_table(few):
+        parts += ["## Quality against calls of the network: the default's U-Net, 1,000 samples", calls]
     curve = [row for row in few if row["row"] in ("default", "original")]
     if len({row["share"] for row in curve}) > 1:
         parts += ["## Distance against compute", "![Distance against processor time](recipe/curve.svg)"]

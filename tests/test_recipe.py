@@ -1,0 +1,139 @@
+"""The measured recipes: their flags exist, processor time is counted, and the page is that of the rows."""
+
+import csv
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from lightdiff.cli import app
+from tests.bench import recipe, recipe_page
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"vae": "train-vae", "scale": "scale", "unet": "train-unet", "generate": "generate"}
+
+
+def parsed(stage: str, flags: str) -> dict[str, object]:
+    command = typer.main.get_command(app).commands[stage]
+    return command.make_context(stage, flags.split()).params
+
+
+@pytest.mark.parametrize("name", recipe.EVERY)
+def test_every_row_says_something_that_the_command_line_understands(name):
+    row = recipe.EVERY[name]
+    changed = 0
+    for part, stage in STAGES.items():
+        usual, said = parsed(stage, ""), parsed(stage, getattr(row, part))
+        changed += sum(said[setting] != usual[setting] for setting in usual)
+    assert bool(changed) == (name != "default")
+    assert row.about
+
+
+def test_no_two_rows_are_the_same():
+    assert len({row.flags for row in recipe.ROWS.values()}) == len(recipe.ROWS)
+
+
+def test_processor_time_is_that_of_the_process_and_those_it_waited_for():
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    _, idle = recipe.call(["-c", "import time; time.sleep(0.3)"])
+    text, alone = recipe.call(["-c", f"{busy}\nprint('done')"])
+    assert text == "done\n"
+    assert 0.45 < alone < 3
+    assert idle < alone
+    before = time.process_time()
+    _, family = recipe.call(["-c", f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {busy!r}])\n{busy}"])
+    assert family > 0.95
+    assert time.process_time() - before < 0.45
+
+
+def test_a_command_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="no such stage"):
+        recipe.call(["-c", "import sys; sys.exit('no such stage')"])
+
+
+def test_a_budget_buys_steps(monkeypatch, tmp_path):
+    """A start takes 7 s, a step 0.5 s: 100 s are 186 steps."""
+    asked = []
+
+    def lightdiff(*words):
+        asked.append(words[words.index("--steps") + 1])
+        return 7 + 0.5 * asked[-1]
+
+    monkeypatch.setattr(recipe, "lightdiff", lightdiff)
+    steps, seconds = recipe.train_within(100, "train-vae", tmp_path, ["--lr", "1"])
+    assert (steps, seconds) == (186, 100)
+    assert asked == [*recipe.TRIALS, 186]
+
+
+def test_work_is_done_once(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(recipe, "train_within", lambda *said: done.append(said) or (3, 4.0))
+    work = recipe.Work(tmp_path)
+    home = work.home("vae", "--lr 1", 0)
+    assert home == work.home("vae", "--lr 1", 0) != work.home("vae", "--lr 2", 0)
+    for _ in range(2):
+        assert work.trained("train-vae", home, [], 1) == (3, 4.0)
+    assert len(done) == 1
+
+
+def test_rows_are_added_and_not_measured_again(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(name, chosen, seed, samples, share, work):
+        measured.append((name, seed, tuple(samples)))
+        base = dict.fromkeys(recipe.FIELDS, 1) | {"row": name, "seed": seed, "share": share, "flags": chosen.flags}
+        return [base | {"samples": n} for n in samples]
+
+    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+
+    def main(*words):
+        monkeypatch.setattr("sys.argv", ["recipe", *words, "--results", "rows.csv"])
+        recipe.main()
+
+    main("default", "--samples", "1000")
+    main("default", "objective-v", "--samples", "2000", "1000", "--jobs", "1")
+    main("default", "--samples", "1000", "--unet", "--lr 1")
+    assert measured == [
+        ("default", 0, (1000,)),
+        ("default", 0, (2000,)),
+        ("objective-v", 0, (2000, 1000)),
+        ("default", 0, (1000,)),
+    ]
+    with Path("rows.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["row"], row["samples"]) for row in rows] == [
+        *(
+            ("default", "1000"),
+            ("default", "2000"),
+            ("objective-v", "2000"),
+            ("objective-v", "1000"),
+            ("default", "1000"),
+        )
+    ]
+    with pytest.raises(SystemExit):
+        main("no-such-row")
+    assert "there is no no-such-row" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_exist_are_found():
+    with pytest.raises(Exception, match="No such option"):
+        parsed("train-vae", "--no-such 3")
+
+
+def test_the_page_is_that_of_the_rows(tmp_path, monkeypatch):
+    about = {name: row.about for name, row in recipe.ROWS.items()}
+    assert recipe_page.page(recipe_page.read(), about) == recipe_page.PAGE.read_text(), "run nox -s recipe -- --write"
+
+
+def test_a_choice_is_compared_with_the_default():
+    rows = [
+        {"row": name, "seed": 0.0, "share": 1.0, "samples": 1000.0, "frechet": value, "psnr": 29.0}
+        | {f"{stage}_{what}": 1e6 for stage in ("vae", "unet") for what in ("parameters", "steps")}
+        for name, value in (("default", 0.5), ("objective-v", 0.6), ("objective-eps", 0.75))
+    ]
+    page = recipe_page.page(rows, dict.fromkeys(recipe.ROWS, "about"))
+    assert page.index("**default**") < page.index("**objective-eps**") < page.index("**objective-v**")
+    assert "| 0.750 | +0.250 |" in page
+    assert "| 0.600 | +0.100 |" in page
