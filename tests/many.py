@@ -53,7 +53,7 @@ def vae_settings(folder: Path, val_share=0.2, **changes) -> TrainVAESettings:
 
 def unet_settings(run: Path, **changes) -> TrainUNetSettings:
     latent = latents_settings(RunFolder(run).latents)
-    model = UNetSettings(width=8, blocks=1, time_dim=16).resolved(latent.height)
+    model = UNetSettings(width=16, blocks=1, time_dim=16).resolved(latent.height)
     return TrainUNetSettings(run=run, loop=loop(**changes), model=model, latent=latent).resolved()
 
 

@@ -9,13 +9,10 @@ from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
     ImageSettings,
-    LevelSettings,
     LoopSettings,
-    ObjectiveSettings,
     ScaleSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    UNetSettings,
     VAELossSettings,
     VAESettings,
 )
@@ -32,8 +29,9 @@ def run(settings: DemoSettings) -> Path:
     draw_dataset(faces, s.count, s.seed, s.resolution)
 
     heading("1. train-vae: images -> a VAE")
-    vae_loop = LoopSettings(
-        steps=s.vae_steps, batch_size=32, lr=1e-3, val_every=s.vae_steps, save_every=300, seed=s.seed, device=s.device
+    common = {"optimizer": "adamw", "lr": 1e-3, "seed": s.seed, "device": s.device}
+    vae_loop = LoopSettings.model_validate(
+        {"steps": s.vae_steps, "batch_size": 32, "val_every": s.vae_steps, "save_every": 300, **common}
     )
     images = ImageSettings(data=(faces,), resolution=s.resolution, random_crop=1.0, flip=False)
     loss = VAELossSettings(lpips_gamma=0.0, reconstruction="l1", kl_beta=3e-3)
@@ -50,11 +48,10 @@ def run(settings: DemoSettings) -> Path:
     scale.run(ScaleSettings(run=s.run))
 
     heading("4. train-unet: latents -> a U-Net that tells them from noise")
-    unet_loop = LoopSettings(
-        steps=s.unet_steps, batch_size=64, lr=1e-3, val_every=500, save_every=500, seed=s.seed, device=s.device
+    unet_loop = LoopSettings.model_validate(
+        {"steps": s.unet_steps, "batch_size": 64, "val_every": 500, "save_every": 500, **common}
     )
-    unet = {"run": s.run, "loop": unet_loop, "model": UNetSettings(width=64)} | train_unet.inherited(s.run, None)
-    unet |= {"target": ObjectiveSettings(objective="flow"), "levels": LevelSettings(density="logit-normal")}
+    unet = {"run": s.run, "loop": unet_loop} | train_unet.inherited(s.run, None)
     train_unet.run(TrainUNetSettings.model_validate(unet))
 
     heading("5. generate: noise -> new faces")
@@ -80,12 +77,11 @@ Originals above their reconstructions are in {run.vae.images}, samples during tr
 The same by hand, with images of your own in place of {faces}:
 
   lightdiff train-vae --run runs/mine --data {faces} --resolution {s.resolution} \\
-      --no-flip --random-crop 1 --steps {s.vae_steps} --lr 1e-3 \\
+      --no-flip --random-crop 1 --steps {s.vae_steps} --batch-size 32 --optimizer adamw --lr 1e-3 \\
       --reconstruction l1 --kl-beta 3e-3 --lpips-gamma 0
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
-  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --lr 1e-3 --model.width 64 \\
-      --batch-size 64 --objective flow --density logit-normal
+  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --batch-size 64 --optimizer adamw --lr 1e-3
   lightdiff generate --run runs/mine --num-images 64""",
         soft_wrap=True,
     )

@@ -130,5 +130,7 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def write(about: dict[str, str]) -> None:
     """Write page and curve."""
     rows = read()
-    plot([row for row in rows if row["samples"] == 1000 and row["row"] in ("default", "original")], CURVE)
+    curve = [row for row in rows if row["samples"] == 1000 and row["row"] in ("default", "original")]
+    if curve:
+        plot(curve, CURVE)
     PAGE.write_text(page(rows, about))
