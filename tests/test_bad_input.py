@@ -400,7 +400,7 @@ def test_a_unet_with_another_vae(refused, run, new, faces):
         (["--resolution", "32"], "--resolution 16, not 32"),
         (["--model.encoder-width", "24"], "--model.encoder-width 16, not 24"),
         (["--seed", "1"], "--seed 0, not 1"),
-        (["--kl-beta", "1"], "--kl-beta 0.0001, not 1.0"),
+        (["--kl-beta", "1"], "--kl-beta 0.003, not 1.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
