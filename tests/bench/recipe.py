@@ -101,7 +101,8 @@ CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the
     for sampler in get_args(SamplerName)
     for calls in recipe_page.CALLS
 }
-EVERY = ROWS | CALLS
+PHOTOGRAPHS = "photographs"  # a row that is not trained: what is left of the distance if all is right
+EVERY = ROWS | CALLS | {PHOTOGRAPHS: Recipe("other photographs of the same data set")}
 
 
 def call(words: list[object]) -> tuple[str, float]:
@@ -221,6 +222,18 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     return [row | {"samples": n, "frechet": work.distance(drawn / "images", n)} for n in samples]
 
 
+def measure_photographs(samples: list[int], work: Work) -> list[dict[str, Any]]:
+    """The distance of photographs that the reference, which is every other one, leaves out."""
+    rows = []
+    for count in samples:
+        others = work.home(PHOTOGRAPHS, count)
+        for photograph in sorted(FACES.rglob("*.jpg"))[1::2][:count]:
+            if not (others / photograph.name).is_symlink():
+                (others / photograph.name).symlink_to(photograph)
+        rows.append({"row": PHOTOGRAPHS, "samples": count, "frechet": work.distance(others, count)})
+    return [{"seed": 0, "share": 1.0, "date": time.strftime("%Y-%m-%d"), "flags": " |  |  | ", **row} for row in rows]
+
+
 def parameters(file: Path) -> int:
     """Of a checkpoint's network."""
     from lightdiff.checkpoint import Checkpoint
@@ -282,7 +295,11 @@ def main() -> None:
         samples = [n for n in chosen.samples if str(n) not in {r["samples"] for r in there}]
         if not samples:
             return
-        for found in measure(name, recipe, seed, samples, share, work):
+        if name == PHOTOGRAPHS:
+            rows = measure_photographs(samples, work)
+        else:
+            rows = measure(name, recipe, seed, samples, share, work)
+        for found in rows:
             with adding:
                 add(chosen.results, found)
                 print(found, flush=True)
