@@ -42,7 +42,7 @@ def number(text: str) -> Any:
 
 def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: float | None = None) -> str:
     """Rows as a table; with a baseline, what each choice is worth."""
-    head = ["", "seed", "Frechet-768", *(["less than the default by"] if baseline else [])]
+    head = ["", "seed", "Frechet-768", *(["worse than the default by"] if baseline else [])]
     head += ["PSNR", "VAE", "steps", "U-Net", "steps"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
