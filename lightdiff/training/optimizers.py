@@ -74,7 +74,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 def optimizers_of(model: nn.Module, loop: LoopSettings, precision: str) -> list[torch.optim.Optimizer]:
     """The optimizers of a network's parameters: with muon, of matrices and of the rest; else AdamW alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {id(p): p for p in weight_matrices(model) if p.requires_grad} if loop.optimizer == "muon" else {}
+    matrices = {id(p): p for p in muons_share(model, loop)}
     found: list[torch.optim.Optimizer] = []
     if matrices:
         dtype = torch.bfloat16 if precision == "bf16" else trained[0].dtype
@@ -88,11 +88,15 @@ def optimizers_of(model: nn.Module, loop: LoopSettings, precision: str) -> list[
 def bytes_kept(model: nn.Module, loop: LoopSettings) -> int:
     """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    matrices = sum(p.nbytes for p in weight_matrices(model) if p.requires_grad) if loop.optimizer == "muon" else 0
-    return len(MOMENTS) * trained - matrices
+    return len(MOMENTS) * trained - sum(p.nbytes for p in muons_share(model, loop))
 
 
-def weight_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of convolutions and linear layers, but for those with few rows or columns, as at both ends."""
+def muons_share(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
+    """What Muon trains, if it is chosen: weights of convolutions and linear layers.
+
+    Those with few rows or columns are left out, as at both ends of a network, and those that are not trained.
+    """
+    if loop.optimizer != "muon":
+        return []
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return [w for w in weights if min(w.shape[0], w[0].numel()) >= SMALLEST]
+    return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= SMALLEST]

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -90,7 +91,6 @@ ROWS: dict[str, Recipe] = {
     "kl-1e-3": Recipe("a KL weight of 1e-3, as the original's", vae="--kl-beta 1e-3"),
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
     "equivariance": Recipe("a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25"),
-    "sampler-ddim": Recipe("DDIM, 50 steps", generate="--sampler ddim"),
     "sampler-dpm": Recipe("DPM-Solver++(2M), 50 steps", generate="--sampler dpm++2m"),
 }
 CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
@@ -200,10 +200,8 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     copy = latents / "latents" / "vae.safetensors"
     words = ["generate", "--run", unet, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
     work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *recipe.generate.split()])
-    with work._locks[drawn]:
-        grid = drawn / "images" / "grid.png"
-        if grid.is_file():  # it is no sample
-            grid.rename(drawn / "grid.png")
+    with suppress(FileNotFoundError):  # where it has been moved before
+        (drawn / "images" / "grid.png").rename(drawn / "grid.png")  # it is no sample
     row = {
         "row": name,
         "seed": seed,
@@ -247,14 +245,6 @@ def last_value(metrics: Path, name: str) -> float:
     return float(next(row[name] for row in reversed(rows) if name in row))
 
 
-def known(path: Path) -> list[dict[str, str]]:
-    """The rows of a table."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def add(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the table."""
     fresh = not path.is_file()
@@ -291,8 +281,8 @@ def main() -> None:
         row = EVERY[name]
         recipe = replace(row, **{s: f"{getattr(row, s)} {getattr(chosen, s)}".strip() for s in STAGES})
         wanted = {"row": name, "seed": seed, "share": share, "flags": recipe.flags}
-        there = [r for r in known(chosen.results) if all(r[n] == str(v) for n, v in wanted.items())]
-        samples = [n for n in chosen.samples if str(n) not in {r["samples"] for r in there}]
+        there = [r for r in recipe_page.read(chosen.results) if all(r[n] == v for n, v in wanted.items())]
+        samples = [n for n in chosen.samples if n not in {r["samples"] for r in there}]
         if not samples:
             return
         if name == PHOTOGRAPHS:

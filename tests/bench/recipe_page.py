@@ -70,6 +70,12 @@ def calls_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) if samplers else ""
 
 
+def on_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The whole recipes at several shares of the budget; none where there is only one share."""
+    found = [row for row in rows if row["samples"] == 1000 and row["row"] in ("default", "original")]
+    return found if len({row["share"] for row in found}) > 1 else []
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Distance against the share of the budget."""
     import matplotlib
@@ -113,12 +119,11 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     single = [row for row in few if row["share"] == 1 and row["row"] in about]
     base = [row["frechet"] for row in single if row["row"] == "default"]
     if base:
-        best_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"]))
-        parts += ["## What each choice is worth: 1,000 samples", table(best_first, about, mean(base))]
+        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"]))
+        parts += ["## What each choice is worth: 1,000 samples", table(dearest_first, about, mean(base))]
     if calls := calls_table(few):
         parts += ["## Quality against calls of the network: the default's U-Net, 1,000 samples", calls]
-    curve = [row for row in few if row["row"] in ("default", "original")]
-    if len({row["share"] for row in curve}) > 1:
+    if curve := on_curve(rows):
         parts += ["## Distance against compute", "![Distance against processor time](recipe/curve.svg)"]
         cells = [
             f"| {row['row']} | {2400 * row['share']:,.0f} s | {row['seed']:.0f} | {row['frechet']:.3f} |"
@@ -133,7 +138,6 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def write(about: dict[str, str]) -> None:
     """Write page and curve."""
     rows = read()
-    curve = [row for row in rows if row["samples"] == 1000 and row["row"] in ("default", "original")]
-    if curve:
+    if curve := on_curve(rows):
         plot(curve, CURVE)
     PAGE.write_text(page(rows, about))
