@@ -64,9 +64,11 @@ def stage(name: str, package: str) -> Callable[[Any], None]:
             )
         if restarted() and once:  # these are for the first time
             chosen = settings.with_changes(chosen, **once)
+        from lightdiff.training.progress import console
         from lightdiff.training.ranks import leave, lost_contact_explained
         from lightdiff.training.stopping import stop_at_once
 
+        console.quiet = job is not None and job.quiet
         try:
             with stop_at_once(), lost_contact_explained(launch.rank()):
                 made = import_module(f"lightdiff.{package}.{name}").run(chosen)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, check_own, first_found, load_weights
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
-from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting
+from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, watched
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
@@ -64,6 +64,15 @@ class Edit:
     z: Float[Tensor, "1 c h w"]  # its latent
     strength: float  # share of the levels of noise, above which nothing is visited
     mask: Float[Tensor, "1 1 h w"] | None = None  # 1 where it is drawn anew, 0 where it stays; None: all of it changes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One call of the network on the way from noise to images in [-1, 1], on the CPU."""
+
+    level: Level
+    x_t: Float[Tensor, "b 3 h w"]  # the noisy latent at unit variance, decoded as if it were clean
+    x0: Float[Tensor, "b 3 h w"]  # what the network takes to be behind it
 
 
 def first_signal(settings: TrainUNetSettings) -> float:
@@ -110,6 +119,7 @@ def sample_latents(
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
     noise: Float[Tensor, "b c h w"] | None = None,
+    see: Callable[[Level, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Latents z of the items (numbers of images of this seed), each the same in whatever batch it is drawn.
 
@@ -123,6 +133,7 @@ def sample_latents(
         size: Height and width of the latents, if not those trained on.
         edit: A picture to begin with.
         noise: Noise to begin with, if not that of the items.
+        see: Told the level, x_t and x0_hat of each call of the network.
 
     Raises:
         ValueError: If there are more steps than usable levels.
@@ -144,6 +155,9 @@ def sample_latents(
         x = start.alpha * known + start.sigma * x
         if edit.mask is not None:
             denoise = inpainting(denoise, known, edit.mask.to(device).expand(len(x), -1, -1, -1))
+
+    if see is not None:
+        denoise = watched(denoise, see)
 
     def step_noise(step: int) -> Tensor:
         return item_noise(shape, list(items), seed, f"step {step}").to(device)
@@ -237,6 +251,28 @@ class Pipeline:
         how = sampling or Sampling()
         with autocast(self.device, self.precision):
             return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, noise)
+
+    @torch.inference_mode()
+    def trajectory(
+        self,
+        items: int | Sequence[int],
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        size: tuple[int, int] | None = None,
+        edit: Edit | None = None,
+    ) -> list[Moment]:
+        """What `sample` passes through, one moment for each call of the network; arguments as there."""
+        wanted = range(items) if isinstance(items, int) else items
+        scaling, found = Scaling.of(self.settings.latent), list[Moment]()
+
+        def see(level: Level, x_t: Tensor, x0: Tensor) -> None:
+            noisy = scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
+            found.append(Moment(level, self.decode(noisy), self.decode(scaling.to_z(x0))))
+
+        with autocast(self.device, self.precision):
+            how = sampling or Sampling()
+            sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, see=see)
+        return found
 
     @torch.inference_mode()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:

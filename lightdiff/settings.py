@@ -4,7 +4,7 @@ Each field is described here once; the command line's help, the settings saved w
 page are made from it. Nothing in this module imports torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -32,6 +32,17 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"loop.lr": 0.1, ...}."""
+    rows: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows |= flat(value, f"{prefix}{name}.")
+        else:
+            rows[prefix + name] = value
+    return rows
 
 
 def with_changes(settings: S, **changes: Any) -> S:
@@ -309,6 +320,7 @@ class JobSettings(Settings):
     max_restarts: int = Field(0, ge=0, description="times that all processes are started again when one of them dies")
     timeout: float = Field(600.0, gt=0, description="seconds that processes wait for one that does not answer")
     max_time: float = Field(0.0, ge=0, description="minutes after which to save and end with exit code 75; 0: no limit")
+    quiet: bool = Field(False, description="say nothing but results, and what goes wrong")
     force_unlock: bool = Field(False, description="take over a run folder that another host has locked")
 
 
@@ -464,6 +476,7 @@ class GenerateSettings(StageSettings):
         lt=1,
         description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
     )
+    trajectory: bool = Field(False, description="show how the first images come out of noise, too")
     from_: Path | None = Field(
         None, json_schema_extra={"panel": "Editing"}, description="image to change instead of beginning with noise"
     )
@@ -502,6 +515,8 @@ class GenerateSettings(StageSettings):
             raise ValueError("--interpolate needs a sampler without noise of its own: no --eta, and not ddpm")
         if self.interpolate and self.from_:
             raise ValueError("--interpolate walks between images of a seed; it does not go with --from")
+        if self.interpolate and self.trajectory:
+            raise ValueError("--trajectory shows how images of their own come out of noise; no --interpolate")
         if len(self.interpolate) == 1 or any(i < 0 for i in self.interpolate):
             raise ValueError("--interpolate: two numbers of images or more, from 0 on")
         return self

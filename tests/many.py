@@ -15,6 +15,7 @@ from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.data.loading import BadFiles
 from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
+from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
     EncodeSettings,
@@ -30,7 +31,6 @@ from lightdiff.settings import (
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 from lightdiff.training.loop import train
-from lightdiff.training.progress import save_grid
 from lightdiff.training.ranks import Ranks, join, leave
 
 CPU = torch.device("cpu")

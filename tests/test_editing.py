@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import succeed
+from conftest import call, succeed
 from PIL import Image
 
 from lightdiff.data.images import frame, load_image, to_float
+from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
-from lightdiff.pipeline import Pipeline, noise_between
+from lightdiff.pipeline import Pipeline, Sampling, noise_between
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
 
@@ -117,3 +118,41 @@ def test_every_sampler_by_the_command_line(trained, tmp_path, sampler, spacing):
     flags = ["--sampler", sampler, "--spacing", spacing, "--num-images", 2, "--out", tmp_path / "out"]
     succeed("generate", "--run", trained, *FAST, *flags)
     assert (tmp_path / "out/grid.png").is_file()
+
+
+# --- the way from noise to an image ---------------------------------------------------------------------------------
+
+
+def test_a_trajectory_ends_at_the_image(trained, tmp_path):
+    flags = ["--num-images", 5, "--seed", 3, "--trajectory", "--out", tmp_path / "out"]
+    succeed("generate", "--run", trained, *FAST, *flags)
+    strip = pixels(tmp_path / "out/trajectory.png")
+    assert strip.shape == (8 * 18 - 2, 4 * 18 - 2, 3)  # two rows for each of four images, a column for each step
+    for i in range(4):
+        drawn = pixels(tmp_path / f"out/{i:05d}.png")
+        estimate = strip[(2 * i + 1) * 18 :][:16, 3 * 18 :]
+        assert np.abs(drawn - estimate).max() <= 1
+    with Image.open(tmp_path / "out/trajectory.webp") as animation:
+        assert animation.n_frames == 4
+        assert animation.size == (4 * 18 - 2, 2 * 18 - 2)
+
+
+def test_a_trajectory_begins_with_noise_and_tells_every_call(trained):
+    model = Pipeline.load(trained, device="cpu")
+    moments = model.trajectory(2, sampling=Sampling(num_steps=5, sampler="heun"))
+    assert len(moments) == 9
+    start = item_noise(
+        (model.settings.latent.channels, model.settings.latent.height, model.settings.latent.width), [0, 1], 0, "start"
+    )
+    torch.testing.assert_close(
+        moments[0].x_t, model.decode(Scaling.of(model.settings.latent).to_z(start)), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        moments[-1].x0, model.decode(model.sample(2, sampling=Sampling(num_steps=5, sampler="heun")))
+    )
+
+
+def test_a_trajectory_of_a_walk_is_refused(trained):
+    result = call("generate", "--run", trained, "--interpolate", "0,1", "--trajectory")
+    assert result.code == 2
+    assert "--trajectory" in result.stderr

@@ -21,6 +21,7 @@ from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.order import generator
 from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
 from lightdiff.settings import (
     EncodeSettings,
@@ -38,7 +39,6 @@ from lightdiff.settings import (
 from lightdiff.stages import encode, scale, train_unet, train_vae
 from lightdiff.training import stopping
 from lightdiff.training.loop import Trainer, learning_rate, train
-from lightdiff.training.progress import Reporter, cut_metrics, number, save_grid
 from lightdiff.training.ranks import Ranks
 from lightdiff.training.stopping import TimeLimit, Watch, Wish
 
@@ -412,51 +412,6 @@ def test_old_step_files_make_room_only_if_allowed(tmp_path, monkeypatch):
                 go_on()
     assert [StageFolder.step_of(path) for path in StageFolder(tmp_path / "a").steps()] == [5, 10]
     assert [StageFolder.step_of(path) for path in StageFolder(tmp_path / "b").steps()] == [10, 15]
-
-
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_are_cut_after_the_step_gone_on_from(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    cut_metrics(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    cut_metrics(tmp_path / "none.jsonl", 2)
-    assert not (tmp_path / "none.jsonl").exists()
-
-
-def test_a_reporter_writes_what_it_is_told(tmp_path):
-    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
-        reporter.record({"step": 1, "loss": 0.5})
-        reporter.advance(1, {"loss": 0.5})
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
-
-
-def test_tensorboard_gets_the_scalars(tmp_path):
-    pytest.importorskip("tensorboard")
-    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
-        reporter.record({"step": 1, "loss": 0.5})
-    assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-@pytest.mark.parametrize(
-    ("value", "words"), [(3.0, "3"), (0.12345, "0.123"), (123.456, "123.5"), (math.inf, "inf"), (1e-5, "1e-05")]
-)
-def test_numbers_are_short(value, words):
-    assert number(value) == words
-
-
-def test_a_grid_shows_each_image_in_its_place(tmp_path):
-    from PIL import Image
-
-    x = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 4, 4)
-    save_grid(tmp_path / "grid.png", x, columns=4)
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.size == (4 * 6 - 2, 2 * 6 - 2)
-    assert grid.getpixel((0, 0)) == (0, 0, 0)
-    assert grid.getpixel((7, 7)) == (255, 255, 255)  # the sixth image
-    assert grid.getpixel((13, 7)) == (255, 255, 255)  # nothing: the sheet
 
 
 # --- both trainings -------------------------------------------------------------------------------------------------

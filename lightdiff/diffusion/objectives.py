@@ -120,3 +120,14 @@ def inpainting(denoise: Denoise, known: Latents, mask: Float[Tensor, "b 1 h w"])
         return x0, eps_from_x0(x_t, x0, level)
 
     return certain
+
+
+def watched(denoise: Denoise, see: Callable[[Level, Latents, Latents], None]) -> Denoise:
+    """The same denoiser, that tells the level, x_t and x0_hat of each call."""
+
+    def told(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        x0, eps = denoise(x_t, level)
+        see(level, x_t, x0)
+        return x0, eps
+
+    return told

@@ -22,6 +22,7 @@ from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError
 from lightdiff.extras.features import Features, features_of, load_features
 from lightdiff.losses import kl_per_element, psnr
+from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
 from lightdiff.settings import EvaluateSettings, GenerateSettings, ImageSettings, VAELossSettings
@@ -30,7 +31,7 @@ from lightdiff.stages.start import data_digest, list_images
 from lightdiff.stages.train_vae import perceptual
 from lightdiff.training.compute import pick_device, pick_workers
 from lightdiff.training.loop import Means
-from lightdiff.training.progress import Reporter, console, save_grid
+from lightdiff.training.progress import Reporter, console
 from lightdiff.training.ranks import Ranks, join
 
 ACTIVE = 0.01  # variance of mu over images above which a unit is active (Burda et al. 2015, arXiv:1509.00519, Eq. 8)

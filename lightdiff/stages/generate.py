@@ -9,22 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightdiff import __version__
-from lightdiff.checkpoint import Checkpoint, publish, publish_text
+from lightdiff.checkpoint import Checkpoint, publish_text
 from lightdiff.data.images import BadImage, frame, load_image, to_float, to_uint8
 from lightdiff.errors import Stopped, UserError
+from lightdiff.pictures import save_grid_of_files, save_png, save_trajectory, save_walk
 from lightdiff.pipeline import Edit, Pipeline, Sampling, guidance_for, levels_for, noise_between, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
-from lightdiff.settings import GenerateSettings
-from lightdiff.stages.start import enter, flag_of, flat
+from lightdiff.settings import GenerateSettings, flat
+from lightdiff.stages.start import enter, flag_of
 from lightdiff.training.background import Background
 from lightdiff.training.compute import (
     as_begun,
@@ -36,13 +35,12 @@ from lightdiff.training.compute import (
     usable_cores,
 )
 from lightdiff.training.place import restarted
-from lightdiff.training.progress import Reporter, console, save_grid
+from lightdiff.training.progress import Reporter, console
 from lightdiff.training.ranks import Ranks, join
 from lightdiff.training.stopping import TimeLimit
 
-GRID_IMAGES = 64
-FRAME_MS = 60  # of an animation
 STRENGTH = 0.6
+TRAJECTORY_IMAGES = 4
 MACHINE_ONLY = {
     "run",
     "job",
@@ -50,6 +48,7 @@ MACHINE_ONLY = {
     "vae",
     "out",
     "name",
+    "trajectory",
     "from_",
     "mask",
     "num_images",
@@ -125,8 +124,12 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     # 3. All of them at a glance
     limit.conclude(unfinished, ranks, "" if settings.out else f" with --out {out}")
     made = out / file_name(settings, "walk.webp" if settings.interpolate else "grid.png")
-    draw = save_animation if settings.interpolate else draw_grid
+    draw = save_walk if settings.interpolate else save_grid_of_files
     ranks.on_first(lambda: draw(made, paths))
+    if settings.trajectory and ranks.first:
+        first = range(min(TRAJECTORY_IMAGES, settings.count))
+        moments = pipeline.trajectory(first, settings.seed, sampling, size, source.edit if source else None)
+        save_trajectory(out, file_name(settings, ""), moments)
     console.print(f"{settings.count} images and {made.name} are in {out}", soft_wrap=True)
     return out
 
@@ -274,24 +277,6 @@ def digests(pipeline: Pipeline) -> dict[str, str]:
     return {"unet": pipeline.unet_checkpoint.document.digest, "vae": pipeline.vae_checkpoint.document.digest}
 
 
-def draw_grid(path: Path, images: list[Path]) -> None:
-    """Save a grid of the first pictures."""
-    some = images[:GRID_IMAGES]
-    shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in some])
-    save_grid(path, shown, columns=max(1, min(8, round(len(some) ** 0.5))))
-
-
-def save_animation(path: Path, images: list[Path]) -> None:
-    """Save pictures as one that moves from the first to the last and back."""
-    first, *others = [Image.open(p) for p in [*images, *images[-2:0:-1]]]
-    publish(
-        path,
-        lambda temporary: first.save(
-            temporary, format="WEBP", save_all=True, append_images=others, duration=FRAME_MS, loop=0, lossless=True
-        ),
-    )
-
-
 def batched(count: int, size: int) -> Iterator[range]:
     """The numbers 0 to count - 1 in ranges of at most `size`."""
     return (range(first, min(first + size, count)) for first in range(0, count, size))
@@ -307,9 +292,3 @@ def text_chunks(settings: GenerateSettings, pipeline: Pipeline, item: int) -> Pn
     for network, digest in digests(pipeline).items():
         info.add_text(network, digest)
     return info
-
-
-def save_png(path: Path, pixels: Tensor, info: PngInfo) -> None:
-    """Publish one image (3, h, w), uint8, as a PNG with its text chunks."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    publish(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))

@@ -21,7 +21,7 @@ from lightdiff.checkpoint import (
 from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
-from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, with_changes
+from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, flat, with_changes
 from lightdiff.training.compute import as_begun, pick_compile, pick_precision
 from lightdiff.training.loop import Task
 from lightdiff.training.progress import console
@@ -37,17 +37,6 @@ def list_images(images: ImageSettings) -> list[ImageFile]:
     with console.status("looking for images") as status:
         tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
         return scan(images.data, images.val_share, tell, images.labels)
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"loop.lr": 0.1, ...}."""
-    rows: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            rows |= flat(value, f"{prefix}{name}.")
-        else:
-            rows[prefix + name] = value
-    return rows
 
 
 def resumed(

@@ -15,6 +15,7 @@ from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import Posterior
+from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Sampling, first_signal, load_vae, sample_latents
 from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import GRID, TrainUNetSettings
@@ -23,7 +24,7 @@ from lightdiff.stages.start import begin, decided, machine, resumed
 from lightdiff.training.background import ahead
 from lightdiff.training.compute import autocast, pick_device, place
 from lightdiff.training.loop import Batch, train
-from lightdiff.training.progress import console, save_grid
+from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks, join
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation

@@ -17,13 +17,14 @@ from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE, Change
+from lightdiff.pictures import save_grid
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
 from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
 from lightdiff.training.compute import autocast, pick_device, pick_workers, place
 from lightdiff.training.loop import Batch, Means, train
 from lightdiff.training.place import Place
-from lightdiff.training.progress import console, save_grid
+from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks, join
 
 

@@ -18,7 +18,7 @@ from lightdiff.checkpoint import Checkpoint, Document, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import NoRoom, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
-from lightdiff.settings import JobSettings, LoopSettings
+from lightdiff.settings import JobSettings, LoopSettings, flat
 from lightdiff.training.compute import (
     autocast,
     memory_in_use,
@@ -303,6 +303,7 @@ def train(
         Watch(ranks, limit) as watch,
         out_of_memory_explained("--micro-batch", pass_size),
     ):
+        reporter.settings(flat(document.settings))
         for batch in task.batches(trainer.images_seen, remaining):
             losses = trainer.train_step(batch, total_steps)
             step = trainer.step
@@ -323,9 +324,7 @@ def train(
                     metrics = found
                 if validating or step % loop.log_every == 0:
                     reporter.record(row)
-                shown = {n: v for n, v in values.items() if n != "grad_norm"}
-                extra = {"img/s": speed, "GB": row["memory_mb"] / 1000}
-                reporter.advance(step, shown | extra)
+                reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
             else:
                 reporter.advance(step)
             if validating:
@@ -341,6 +340,7 @@ def train(
             if saving:  # last: what a kill cuts off before it is made again
                 reporter.settle()
                 save(trainer, folder, document, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
+                reporter.saved(folder.last)
             if wish.exit_code and step < total_steps:
                 why = f"--max-time {limit.minutes:g} minutes: " if wish.exit_code == OUT_OF_TIME else ""
                 raise Stopped(

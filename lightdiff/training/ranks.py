@@ -149,7 +149,7 @@ def join(device: torch.device, timeout: float) -> Ranks:
                 PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
             raise UserError(f"what the launcher left in the environment makes no sense: {error}") from None
-    console.quiet = place.rank > 0  # one speaks for all
+    console.quiet = console.quiet or place.rank > 0  # one speaks for all
     return Ranks(place.rank, place.size)
 
 

@@ -1,0 +1,167 @@
+"""What a stage tells while it runs: the live display, plain lines, metrics.jsonl, TensorBoard, grids."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+from conftest import VAE_FLAGS, call
+from rich.console import Console
+
+from lightdiff.pictures import save_grid
+from lightdiff.training import progress
+from lightdiff.training.display import BLOCKS, Display, number, sparkline
+from lightdiff.training.progress import Reporter, cut_metrics
+
+
+def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:
+    """A display as text."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=stream, width=width, force_terminal=True, color_system=None, highlight=False).print(display)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal whose last picture can be read."""
+    stream = io.StringIO()
+    fake = Console(file=stream, width=100, force_terminal=True, color_system=None, highlight=False, markup=False)
+    monkeypatch.setattr(progress, "console", fake)
+    return stream
+
+
+# --- the live display -----------------------------------------------------------------------------------------------
+
+
+def test_a_trend_is_low_where_values_are_low():
+    assert sparkline([*range(8)], 8) == BLOCKS
+    assert sparkline([3, 2, 1], 8) == "█▅▁"
+    assert sparkline([1, 1, 1], 8) == BLOCKS[0] * 3
+    assert sparkline([1], 8) == sparkline([], 8) == sparkline([math.nan, 1], 8) == ""
+    assert len(sparkline([*range(1000)], 32)) == 32
+
+
+def test_a_steep_start_does_not_flatten_a_trend():
+    losses = [1000.0, *(1 + 1 / i for i in range(1, 40))]
+    assert len(set(sparkline(losses, 20))) > 4
+
+
+def test_the_display_shows_progress_losses_and_files(tmp_path):
+    display = Display("unet", 300, 100)
+    display.done = 200
+    for loss in (3.0, 2.0, 1.0):
+        display.remember({"loss": loss})
+    display.show({"img/s": 68.25})
+    display.file("last checkpoint", tmp_path / "last.safetensors")
+    text = drawn(display, width=200)
+    assert "200/300" in text
+    assert "img/s 68.2" in text
+    assert re.search("loss +1 +█", text)
+    assert str(tmp_path / "last.safetensors") in text
+
+
+def test_the_display_of_a_terminal_without_unicode_has_no_trends():
+    display = Display("unet", 3)
+    for loss in (3.0, 2.0, 1.0):
+        display.remember({"loss": loss})
+    text = drawn(display, encoding="ascii")
+    assert "loss  1" in text
+
+
+def test_the_time_left_follows_from_what_was_done_since_the_start(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    display = Display("unet", 300, 100)
+    assert display.remaining() == "-:--:--"
+    now, display.done = 160.0, 150
+    assert display.remaining() == "0:03:00"  # 50 steps took a minute, and 150 are left
+
+
+def test_a_terminal_sees_trends_and_files(terminal, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4, "time": 5}\n')
+    with Reporter("unet", 3, 1, tmp_path / "metrics.jsonl") as reporter:
+        reporter.record({"step": 2, "loss": 2, "images_per_s": 7})
+        reporter.advance(2, {"loss": 2}, {"img/s": 7})
+        reporter.saved(tmp_path / "last.safetensors")
+    last = terminal.getvalue()
+    assert re.search("loss +2 +█▁", last)  # of a resumed run, the values before it, too
+    assert "last.safetensors" in last
+    assert "images_per_s" not in last
+    assert "time " not in last
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys):
+    with Reporter("unet", 3) as reporter:
+        reporter.advance(2, {"loss": 2.0}, {"img/s": 7.0})  # too soon for another line
+        reporter.advance(3, {"loss": 1.5}, {"img/s": 7.0})
+    assert capsys.readouterr().err == "unet 3/3  loss 1.5  img/s 7\n"
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_cut_after_the_step_gone_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    cut_metrics(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_reporter_writes_what_it_is_told(tmp_path):
+    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
+        reporter.record({"step": 1, "loss": 0.5})
+        reporter.advance(1, {"loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+def test_tensorboard_gets_scalars_pictures_and_settings(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    save_grid(tmp_path / "grid.png", torch.zeros(1, 3, 4, 4), columns=1)
+    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
+        reporter.settings({"loop.lr": 0.5, "model.channels": [1, 2], "model.width": None})
+        reporter.record({"step": 1, "loss": 0.5})
+        reporter.picture(tmp_path / "grid.png", 1)
+    seen = EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(1, 0.5)]
+    assert seen.Images("samples")[0].width == 4
+    told = seen.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"loop.lr" in told
+    assert b"[1, 2]" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(3.0, "3"), (0.12345, "0.123"), (123.456, "123.5"), (math.inf, "inf"), (1e-5, "1e-05")]
+)
+def test_numbers_are_short(value, words):
+    assert number(value) == words
+
+
+def test_a_grid_shows_each_image_in_its_place(tmp_path):
+    from PIL import Image
+
+    x = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 4, 4)
+    save_grid(tmp_path / "grid.png", x, columns=4)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (4 * 6 - 2, 2 * 6 - 2)
+    assert grid.getpixel((0, 0)) == (0, 0, 0)
+    assert grid.getpixel((7, 7)) == (255, 255, 255)  # the sixth image
+    assert grid.getpixel((13, 7)) == (255, 255, 255)  # nothing: the sheet
+
+
+# --- saying nothing -------------------------------------------------------------------------------------------------
+
+
+def test_quiet_says_nothing_but_results_and_mistakes(faces, tmp_path):
+    flags = ["--data", faces, "--run", tmp_path / "run", *VAE_FLAGS, "--quiet"]
+    result = call("train-vae", *flags)
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout.strip() == str(tmp_path / "run/vae/checkpoints/best.safetensors")
+    assert call("train-vae", *flags, "--seed", 7).stderr.startswith("error:")
+    assert "has its" in call("train-vae", *flags[:-1]).stderr  # and the next one speaks again
