@@ -1,4 +1,4 @@
-"""Checks, each in an environment that is kept: `nox -s tests lint types build`."""
+"""Checks, each in an environment that is kept: `nox -s tests lint types build docs`."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.sessions = ["tests", "lint", "types", "build", "docs"]
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -82,6 +82,13 @@ def lint(session: nox.Session) -> None:
     session.install("--group=lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site in site/, where a warning is an error; arguments after -- go to sphinx-build. Without torch."""
+    session.install("--group=docs")
+    session.run("sphinx-build", "-q", "-n", "-W", "--keep-going", *session.posargs, "docs", "site")
 
 
 @nox.session(reuse_venv=False)

@@ -163,6 +163,7 @@ add(
 add("generate", settings.GenerateSettings, STAGES)
 add("demo", settings.DemoSettings, OTHERS)
 add("evaluate", settings.EvaluateSettings, OTHERS, package="extras")
+add("sweep", settings.SweepSettings, OTHERS, package="extras")
 
 
 @app.command(rich_help_panel=OTHERS)
@@ -193,6 +194,20 @@ def show(
     from lightdiff.extras.show import show as look
 
     look(place, as_json=json)
+
+
+@app.command(rich_help_panel=OTHERS)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are laid side by side")],
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
+    ] = None,
+    device: Annotated[settings.Device, typer.Option(help="where to compute the pictures")] = "auto",
+) -> None:
+    """Write one self-contained HTML page about a run, or about several side by side."""
+    from lightdiff.extras.report import report as write
+
+    typer.echo(write(runs, out, device))
 
 
 @app.command(rich_help_panel=OTHERS)

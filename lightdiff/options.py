@@ -82,11 +82,12 @@ def described(value: Any) -> str:
 
 
 def parsed_as(annotation: Any) -> Any:
-    """The type Typer parses a field as: paths in a list are repeated flags, numbers in a list take commas."""
+    """The type Typer parses a field as: paths, and what says so, are repeated flags, other lists take commas."""
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(a for a in get_args(annotation) if a is not type(None))
     if get_origin(annotation) is tuple:
-        return list[Path] if get_args(annotation)[0] is Path else str
+        item = get_args(annotation)[0]
+        return list[Path] if item is Path else list[str] if "repeated" in getattr(item, "__metadata__", ()) else str
     return annotation
 
 
@@ -108,6 +109,7 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
     pair = kind is bool and len(name) <= LONGEST_PAIR
     declaration = f"--{name}/--no-{name}" if pair else f"--{name}"
     metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
+    metavar = "NAME=..." if kind == list[str] else metavar
     if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
         kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
     if get_origin(kind) is Literal and DOTTED in path[:-1]:

@@ -476,7 +476,9 @@ class GenerateSettings(StageSettings):
         lt=1,
         description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
     )
-    trajectory: bool = Field(False, description="show how the first images come out of noise, too")
+    trajectory: bool = Field(
+        False, json_schema_extra={"panel": "Looking"}, description="show how the first images come out of noise, too"
+    )
     from_: Path | None = Field(
         None, json_schema_extra={"panel": "Editing"}, description="image to change instead of beginning with noise"
     )
@@ -556,3 +558,29 @@ class DemoSettings(Settings):
     unet_steps: int = Field(1000, ge=1, description="optimizer steps of the U-Net")
     seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
+
+
+Assignment = Annotated[str, "repeated"]  # a list of them is a flag that is given several times
+
+
+class SweepSettings(StageSettings):
+    """Vary one or two settings of a run, and show side by side what they do."""
+
+    NO_FLAG: ClassVar = frozenset({"job.nproc_per_node", "job.max_restarts", "job.timeout"})
+
+    run: Path = Field(Path("runs/default"), description="run folder, whose settings are kept but for what is varied")
+    vary: tuple[Assignment, ...] = Field(
+        (), description="a flag of any stage and its values: kl-beta=1e-4,1e-2; once, or twice for rows and columns"
+    )
+    set_: tuple[Assignment, ...] = Field((), description="a flag of any stage and one value for all cells: eta=1")
+    vae_steps: int = Field(0, ge=0, description="optimizer steps of each VAE; 0: as many as the run's")
+    unet_steps: int = Field(0, ge=0, description="optimizer steps of each U-Net; 0: as many as the run's")
+    until: Literal["vae", "images"] = Field("images", description="end with reconstructions, or with samples too")
+    num_images: int = Field(8, ge=1, le=64, description="images a cell")
+
+    @field_validator("vary")
+    @classmethod
+    def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) not in (1, 2):
+            raise ValueError("one setting or two can be varied, each as in --vary kl-beta=1e-4,1e-2")
+        return value

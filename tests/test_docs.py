@@ -1,14 +1,20 @@
 """The pages: generated ones are current, links lead somewhere, commands have the options shown."""
 
 import importlib.util
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import typer
+from conftest import UNET_FLAGS, VAE_FLAGS, succeed
+from oracles import GOLDEN
 
 from lightdiff.cli import app
 
@@ -16,6 +22,30 @@ ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
 FENCE = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^ *\2[`~]*[ ]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)")
+
+SMALL = {  # put behind each command, where the last word counts: the same thing, in a second
+    "train-vae": VAE_FLAGS,
+    "encode": ["--workers", "0", "--device", "cpu"],
+    "train-unet": UNET_FLAGS,
+    "generate": ["--num-images", "2", "--num-steps", "2", "--device", "cpu"],
+    "demo": ["--resolution", "16", "--count", "16", "--vae-steps", "1", "--unet-steps", "1", "--device", "cpu"],
+}
+INSTEAD = {  # what exists after the few steps above, or in the small checkpoints of the original scripts
+    "--from-step 10000": "--from-step 2",
+    "--frames 24": "--frames 2",
+    "--resolution 256": "--resolution 64",
+}
+ONLY_PARSED = {  # commands that are not run here, and why
+    r"--nproc-per-node": "several processes: test_launch.py and test_ranks.py run them",
+    r"^evaluate ": "published weights: test_evaluate.py runs it with made-up ones",
+    r"--init-from runs/original": "a network of 201 million weights: test_models.py reads smaller ones",
+    r"^sweep ": "it trains many times: its own tests run it",
+}
+WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are written
+    "generate --run runs/demo --sampler mine --num-steps 10",
+    "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
+    "generate --run runs/back --vae runs/demo",
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -51,16 +81,22 @@ def anchors(page: Path) -> set[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The words of each lightdiff command in a page's fenced blocks, from the command's name on."""
+    return [words for _, words in launched(text)]
+
+
+def launched(text: str) -> list[tuple[str, list[str]]]:
+    """The same, each with what starts it: nothing, or torchrun or srun with their options."""
     found = []
     for _, _, language, block in FENCE.findall(text):
         if language.strip() not in ("", "console", "bash", "sh", "shell"):
             continue
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            line = line.strip().removeprefix("$ ")
-            if match := re.match(r"(?:python3? -m )?lightdiff(?: (.*))?$", line):
-                words = shlex.split(match[1] or "", comments=True)
-                end = next((i for i, word in enumerate(words) if word in ("|", "&&", ";", ">", ">>", "2>")), len(words))
-                found.append(words[:end])
+            for part in re.split(r"&&|\|\||[;|]", line.strip().removeprefix("$ ")):
+                starter = r"(?:python3? -m )?|srun (?:.* )?|torchrun .*-m (?:-- )?"
+                if match := re.match(rf"({starter})lightdiff(?: (.*))?$", part.strip()):
+                    words = shlex.split(match[2] or "", comments=True)
+                    end = next((i for i, word in enumerate(words) if word in (">", ">>", "2>")), len(words))
+                    found.append((match[1], words[:end]))
     return found
 
 
@@ -124,6 +160,8 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     wrong = []
     for words in commands(page.read_text(encoding="utf-8")):
+        if shlex.join(words) in WITH_EDITS:
+            continue
         try:
             parse(words)
         except typer.Exit:  # --help, --version
@@ -140,3 +178,185 @@ def test_wrong_commands_are_noticed() -> None:
     for words in (["scale", "--onlymu"], ["train-vea"], ["train-vae", "--preset", "huge"], ["generate", "--eta", "x"]):
         with pytest.raises(Exception, match=r"No such|Invalid value|is not|valid"):
             parse(words)
+
+
+def runnable(page: Path) -> list[list[str]]:
+    """The commands of a page that are run here."""
+    found = [words for starter, words in launched(page.read_text(encoding="utf-8")) if not starter]
+    skipped = "|".join(ONLY_PARSED)
+    return [w for w in found if shlex.join(w) not in WITH_EDITS and not re.search(skipped, shlex.join(w))]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A command that does the same with next to no work."""
+    line = shlex.join(words)
+    for said, instead in INSTEAD.items():
+        line = line.replace(said, instead)
+    return [*shlex.split(line), *SMALL.get(words[0], [])]
+
+
+def begun_anew(page: list[list[str]]) -> set[str]:
+    """The folders that a page's commands make from the start, so that none may be there before."""
+    found: dict[str, str] = {}
+    for words in page:
+        run = words[words.index("--run") + 1] if "--run" in words else ""
+        if words[0] == "train-vae" and "--data" in words:
+            found.setdefault(run, run)
+        elif words[0] == "train-unet":
+            found.setdefault(run, f"{run}/unet")
+        else:
+            found.setdefault(run, "")
+    return set(found.values()) - {""}
+
+
+@pytest.fixture
+def place(tmp_path: Path, trained: Path, faces: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of: images, finished runs, old checkpoints; it is the home folder, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("faces", "photos", "pets"):
+        shutil.copytree(faces, name)
+    images = sorted(faces.rglob("*.png"))
+    for number, image in enumerate(images):
+        scene = Path("scenes", ("coast", "forest")[number % 2])
+        scene.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, scene / f"{number}.png")
+    shutil.copy(images[0], "me.jpg")  # what a file is, its content says
+    shutil.copy(images[1], "mask.png")
+    for name in ("runs/faces", "runs/demo"):
+        shutil.copytree(trained, name)
+    shutil.copytree(faces, "runs/demo/faces-32-seed-0")
+    return tmp_path
+
+
+MAKES_RUNS = ("train-vae", "encode", "train-unet", "import", "demo")
+
+
+def run_commands(page: list[list[str]], trained: Path) -> None:
+    """Run a page's commands one after the other, each made small; runs that it only looks at are there before."""
+    made = {word for words in page if words[0] in MAKES_RUNS for word in words}
+    for run in {word for words in page for word in words if re.fullmatch(r"runs/[\w-]+", word)} - made:
+        if not Path(run).exists():
+            shutil.copytree(trained, run)
+    for folder in begun_anew(page):
+        shutil.rmtree(Path(folder).expanduser(), ignore_errors=True)
+    for words in page:
+        succeed(*smaller(words))
+
+
+RUN_PAGES = [page for page in PAGES if runnable(page)]
+LONG = {"coming-from-the-scripts.md", "objectives-and-samplers.md", "draw-what-you-want.md"}  # they take seconds more
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow if p.name in LONG else (), id=str(p.relative_to(ROOT))) for p in RUN_PAGES],
+)
+def test_commands_run(page: Path, place: Path, trained: Path) -> None:
+    """Every command of a page, in order, on a small set; but for demo, below, and what is only parsed."""
+    for kind in ("vae", "unet") if page.name == "coming-from-the-scripts.md" else ():
+        if not GOLDEN.is_dir():
+            pytest.skip("needs the original scripts' checkpoints")
+        shutil.copy(GOLDEN / f"original_{kind}.pth", f"{kind}.pth")
+    run_commands([words for words in runnable(page) if words[0] != "demo"], trained)
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (words,) = [words for words in runnable(ROOT / "README.md") if words[0] == "demo"]
+    run_commands([words], trained)
+    assert Path("runs/demo/samples/0001/grid.png").is_file()
+
+
+def test_the_library_as_the_readme_shows_it(place: Path) -> None:
+    (code,) = [
+        code
+        for _, _, language, code in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        if language == "python"
+    ]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["images"].shape[0] == 16  # type: ignore[attr-defined]
+
+
+def test_commands_are_made_small_and_folders_made_anew() -> None:
+    page = [shlex.split(line) for line in ("train-vae --run a --data b", "train-unet --run a", "train-unet --run c")]
+    assert begun_anew(page) == {"a", "c/unet"}
+    assert begun_anew([["generate", "--run", "a"], ["train-unet", "--run", "a"]]) == set()
+    assert smaller(["train-vae", "--from-step", "10000"])[:3] == ["train-vae", "--from-step", "2"]
+    assert launched("```sh\nsrun -n 2 lightdiff scale --run a\ncd b && lightdiff show a > c\n```") == [
+        ("srun -n 2 ", ["scale", "--run", "a"]),
+        ("", ["show", "a"]),
+    ]
+
+
+# --- what how-lightdiff-is-built.md tells to write ----------------------------------------------------------------
+
+BUILT = ROOT / "docs/how-lightdiff-is-built.md"
+
+
+def put(file: Path, old: str, new: str) -> None:
+    """Replace a line that is there once."""
+    text = file.read_text(encoding="utf-8")
+    found = re.findall(old, text, re.MULTILINE)
+    assert len(found) == 1, (old, found)
+    file.write_text(text.replace(found[0], new), encoding="utf-8")
+
+
+def edited(package: Path) -> None:
+    """Write the page's lines into a copy of the package, at the places that the page names."""
+    blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
+    sampler, table, name, row, objective, layout, recognised, labels = blocks
+    put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n{table}")
+    put(package / "settings.py", r"^SamplerName = .*\n", name)
+    put(package / "settings.py", r"^Objective = .*\n", objective)
+    put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
+    files = package / "data/files.py"
+    put(files, r"^Layout = .*\n", layout)
+    put(files, r"^import os\n", "import os\nimport re\n")
+    last = r"^    # Folders such as .*\n"
+    put(files, last, recognised + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
+    last = r"^    labels: dict\[str, dict\[str, str\]\] = \{\}\n"
+    put(files, last, labels + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
+
+
+def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
+    package = tmp_path / "lightdiff"
+    shutil.copytree(ROOT / "lightdiff", package, ignore=shutil.ignore_patterns("__pycache__"))
+    edited(package)
+    new = {"mine", "back", "class-number"}
+    for file in ("diffusion/samplers.py", "diffusion/objectives.py", "settings.py", "data/files.py"):
+        before, after = ((root / file).read_text(encoding="utf-8") for root in (ROOT / "lightdiff", package))
+        compile(after, file, "exec")
+        words = [set(re.findall(r'"([^"\n]+)"', text)) for text in (before, after)]
+        assert words[0] <= words[1]
+        assert words[1] - words[0] <= new | {"-", *(w for w in words[1] if "Adams" in w or "[a-z]" in w)}
+
+
+@pytest.mark.slow
+def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: Path) -> None:
+    shutil.copytree(ROOT / "lightdiff", "lightdiff", ignore=shutil.ignore_patterns("__pycache__"))
+    edited(Path("lightdiff"))
+    Path("animals").mkdir()
+    for number, image in enumerate(sorted(faces.rglob("*.png"))):
+        shutil.copy(image, f"animals/{('cat', 'dog')[number % 2]}-{number:04d}.png")
+    page = [words for words in commands(BUILT.read_text(encoding="utf-8")) if shlex.join(words) in WITH_EDITS]
+    assert len(page) == len(WITH_EDITS)
+    code = (
+        "import shlex, sys\nfrom lightdiff.cli import app\n"
+        "for line in sys.stdin:\n    app(shlex.split(line), standalone_mode=False)"
+    )
+    lines = [shlex.join(smaller(words)) for words in [["inspect", "animals"], *page]]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n".join(lines),
+        env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "class-number" in result.stdout
+    assert Path("runs/back/samples/0001/00001.png").is_file()

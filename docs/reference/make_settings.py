@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lightdiff import settings
-from lightdiff.options import DOTTED, default_of, described, flag, panel, typed
+from lightdiff.options import DOTTED, default_of, described, flag, panel, parsed_as, typed
 
 PAGE = Path(__file__).with_name("settings.md")
 COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset or without
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset o
     "generate": (settings.GenerateSettings, False),
     "demo": (settings.DemoSettings, False),
     "evaluate": (settings.EvaluateSettings, False),
+    "sweep": (settings.SweepSettings, False),
 }
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
@@ -82,6 +83,8 @@ def kind(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [" ".join(f"`{choice}`" for choice in get_args(annotation))]
     if get_origin(annotation) is tuple:
+        if parsed_as(annotation) == list[str]:
+            return ["`NAME=VALUES`"]
         return ["paths" if get_args(annotation)[0] is Path else "list of numbers"]
     if type(None) in get_args(annotation):  # optional
         return kind(Union[tuple(a for a in get_args(annotation) if a is not type(None))])  # noqa: UP007

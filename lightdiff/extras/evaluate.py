@@ -21,6 +21,7 @@ from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError
 from lightdiff.extras.features import Features, features_of, load_features
+from lightdiff.extras.latent_facts import ACTIVE
 from lightdiff.losses import kl_per_element, psnr
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, vae_behind
@@ -34,7 +35,6 @@ from lightdiff.training.loop import Means
 from lightdiff.training.progress import Reporter, console
 from lightdiff.training.ranks import Ranks, join
 
-ACTIVE = 0.01  # variance of mu over images above which a unit is active (Burda et al. 2015, arXiv:1509.00519, Eq. 8)
 QUARTERS = 4
 NEIGHBOURS, SHOWN = 4, 8
 CLOSE = 0.01  # share of held-out images that lie nearer to a training image than what is called a copy

@@ -1,4 +1,4 @@
-"""show: a checkpoint's or a run's settings (what differs from the defaults first), lineage and metrics."""
+"""show: a checkpoint's or a run's settings (what differs from the defaults first), lineage, metrics, and its health."""
 
 import json
 from collections.abc import Iterator
@@ -12,11 +12,13 @@ from rich.table import Table
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
-from lightdiff.options import default_of, flag, leaves
+from lightdiff.extras.health import Finding, examine
+from lightdiff.extras.settings_rows import Row, settings_rows, words
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
 MODELS: dict[str, type[BaseModel]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
+PART_OF = {"data": "vae", "samples": "unet"}  # whose findings stand with another stage's in --json
 
 
 def show(place: Path, as_json: bool = False) -> None:
@@ -29,8 +31,10 @@ def show(place: Path, as_json: bool = False) -> None:
     found = list(parts(place))
     if not found:
         raise UserError(f"{place} holds no checkpoint and no latents of lightdiff")
+    is_run = place.is_dir() and not (place / "index.json").is_file()
+    findings = examine(place) if is_run else None
     if as_json:
-        console.print_json(json.dumps([{"path": str(path)} | about(what) for path, what in found]))
+        console.print_json(json.dumps(as_objects(found, findings)))
         return
     for path, what in found:
         console.rule(str(path), align="left")
@@ -38,6 +42,9 @@ def show(place: Path, as_json: bool = False) -> None:
             show_latents(console, what)
         else:
             show_document(console, what)
+    if findings is not None:
+        console.rule("health", align="left")
+        show_findings(console, findings)
 
 
 def parts(place: Path) -> Iterator[tuple[Path, Document | LatentIndex]]:
@@ -63,6 +70,31 @@ def about(what: Document | LatentIndex) -> dict[str, Any]:
     return what.model_dump(mode="json", exclude=leave_out)
 
 
+def as_objects(
+    found: list[tuple[Path, Document | LatentIndex]], findings: list[Finding] | None
+) -> list[dict[str, Any]]:
+    """Each part as a JSON object; those of a run with what was found about them, the first one also with the rest."""
+    objects = [{"path": str(path)} | about(what) for path, what in found]
+    if findings is None:
+        return objects
+    stages = ["latents" if isinstance(what, LatentIndex) else what.stage for _, what in found]
+    for stage, one in zip(stages, objects, strict=True):
+        own = [f for f in findings if PART_OF.get(f.stage, f.stage) == stage]
+        rest = [f for f in findings if PART_OF.get(f.stage, f.stage) not in stages] if one is objects[0] else []
+        one["findings"] = [finding.model_dump() for finding in own + rest]
+    return objects
+
+
+def show_findings(console: Console, findings: list[Finding]) -> None:
+    """Print what is unusual about a run, or that nothing is."""
+    if not findings:
+        console.print("nothing unusual found")
+    for finding in findings:
+        console.print(f"{finding.stage}: {finding.title}", style="bold", soft_wrap=True)
+        for name in ("measured", "usual", "advice"):
+            console.print(f"  {name + ':':<9} {getattr(finding, name)}", soft_wrap=True)
+
+
 def show_document(console: Console, document: Document) -> None:
     """Print a checkpoint's document."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
@@ -78,24 +110,17 @@ def show_document(console: Console, document: Document) -> None:
     console.print(pairs)
     model = MODELS.get(document.stage)
     if model is not None:
-        show_settings(console, model, document.settings)
+        show_settings(console, settings_rows(model, document.settings))
 
 
-def show_settings(console: Console, model: type[BaseModel], settings: dict[str, Any]) -> None:
+def show_settings(console: Console, rows: list[Row]) -> None:
     """Print settings as flags: first what differs from the defaults, then the rest."""
-    rows = []
-    for path, _ in leaves(model):
-        value: Any = settings
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        default = json.loads(json.dumps(default_of(model, path), default=str))
-        rows.append((value != default, f"--{flag(path)}", words(value), words(default)))
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "default"):
         table.add_column(heading)
-    for differs, name, value, default in sorted(rows, key=lambda row: not row[0]):
-        style = "bold" if differs else "dim"
-        table.add_row(name, value, default if differs else "", style=style)
+    for row in rows:
+        style = "bold" if row.differs else "dim"
+        table.add_row(f"--{row.flag}", row.value, row.default if row.differs else "", style=style)
     console.print(table)
 
 
@@ -114,14 +139,3 @@ def show_latents(console: Console, index: LatentIndex) -> None:
     else:
         pairs.add_row("scale", "not computed yet: run 'lightdiff scale'")
     console.print(pairs)
-
-
-def words(value: Any) -> str:
-    """A setting's value as one types it."""
-    if value is None or value == []:
-        return "-"
-    if isinstance(value, list):
-        return ",".join(words(v) for v in value)
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""What a run's files say of it, read as far as they can be: missing and damaged ones are left out."""
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.extras.latent_facts import LatentFacts, latent_facts
+from lightdiff.pipeline import vae_digest
+from lightdiff.run_folder import RunFolder, StageFolder, find_latents, read_json
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+
+T = TypeVar("T")
+Row = dict[str, float]  # a line of metrics.jsonl
+MOST_BYTES = 200_000_000  # that are read in search of duplicates
+
+
+@dataclass
+class Evidence:
+    """What there is of a run, each part None or empty where it is missing or damaged."""
+
+    vae: TrainVAESettings | None = None
+    vae_metrics: Row = field(default_factory=dict)
+    index: LatentIndex | None = None
+    facts: LatentFacts | None = None
+    same_vae: bool = False  # whether the latents came from this VAE
+    unet: TrainUNetSettings | None = None
+    unet_rows: list[Row] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)  # of samples
+
+
+def gather(run: RunFolder) -> Evidence:
+    """Read what there is."""
+    found = Evidence()
+    unet = opened("unet", [run.unet.last, run.unet.best, *reversed(run.unet.steps())])
+    if unet:
+        found.unet = tried(lambda: unet.settings(TrainUNetSettings))
+        found.unet_rows = rows_of(run.unet)
+    elsewhere = found.unet.latents if found.unet else None  # the U-Net may have been trained on another run's latents
+    latents = tried(lambda: find_latents(elsewhere, run)) or tried(lambda: find_latents(None, run))
+    if latents:
+        found.index = tried(lambda: read_index(latents))
+        found.facts = tried(lambda: latent_facts(latents))
+    copy = [latents / "vae.safetensors"] if latents else []
+    vae = opened("vae", [run.vae.best, run.vae.last, *reversed(run.vae.steps()), *copy])  # encode takes the best
+    if vae:
+        found.vae = tried(lambda: vae.settings(TrainVAESettings))
+        found.vae_metrics = metrics_of(vae.document, rows_of(run.vae))
+        found.same_vae = found.index is not None and vae_digest(vae) == found.index.vae_digest
+    samples = tried(lambda: read_json(run.path / "evaluation" / "metrics.json")["unet"])
+    found.evaluation = samples if isinstance(samples, dict) else {}
+    return found
+
+
+def trained_on(index: LatentIndex) -> list[int]:
+    """Positions of the images trained on."""
+    bad = set(index.bad)
+    return [position for position, split in enumerate(index.splits) if split == "t" and position not in bad]
+
+
+def tried(read: Callable[[], T]) -> T | None:
+    """What is read, or None whatever is the matter with it: it may be missing, cut off or garbled in any way."""
+    try:
+        return read()
+    except Exception:
+        return None
+
+
+def opened(stage: str, paths: list[Path]) -> Checkpoint | None:
+    """The first of these that is a whole checkpoint of the stage."""
+    for path in paths:
+        found = tried(partial(Checkpoint, path, stage))
+        if found:
+            return found
+    return None
+
+
+def rows_of(folder: StageFolder) -> list[Row]:
+    """The lines of a stage's metrics.jsonl, by step; half a line, and what is no finite number, is left out."""
+    text = tried(lambda: folder.metrics.read_text(encoding="utf-8", errors="replace")) or ""
+    rows = [tried(partial(json.loads, line)) for line in text.splitlines()]
+    numbers = [
+        {name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    return sorted((row for row in numbers if "step" in row), key=lambda row: row["step"])
+
+
+def metrics_of(document: Document, rows: list[Row]) -> Row:
+    """kl, mse (where there is one) and psnr of a VAE: of validation, or of the last training step without any."""
+    metrics = {name.removeprefix("val_"): value for name, value in document.metrics.items()}
+    if not metrics and rows:
+        metrics = dict(rows[-1])
+    if "mse" in metrics and "psnr" not in metrics:
+        metrics["psnr"] = 10 * math.log10(4 / max(metrics["mse"], 1e-12))
+    return metrics
+
+
+def same_content(paths: list[str]) -> Iterator[list[str]]:
+    """Groups of files with the same bytes. Only those that share their size with another are read."""
+    sizes: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        sizes[os.stat(path).st_size].append(path)
+    alike = {size: group for size, group in sizes.items() if len(group) > 1}
+    if sum(size * len(group) for size, group in alike.items()) > MOST_BYTES:
+        return
+    for group in alike.values():
+        same: dict[bytes, list[str]] = defaultdict(list)
+        for path in group:
+            same[hashlib.sha256(Path(path).read_bytes()).digest()].append(path)
+        yield from (found for found in same.values() if len(found) > 1)

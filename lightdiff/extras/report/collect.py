@@ -1,0 +1,203 @@
+"""What there is to tell of a run: settings, lineage, curves, pictures made while training, and what is measured now."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.errors import LightdiffError, UserError
+from lightdiff.extras.health import Finding, examine
+from lightdiff.extras.latent_facts import LatentFacts, latent_facts
+from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory
+from lightdiff.extras.settings_rows import Row, settings_rows
+from lightdiff.pipeline import Pipeline
+from lightdiff.run_folder import RunFolder, StageFolder, read_json
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+
+MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {
+    "vae": TrainVAESettings,
+    "unet": TrainUNetSettings,
+}
+MOST_FRAMES = 24  # of a slider through time
+MOST_POINTS = 1500  # of a curve
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number over optimizer steps."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one of the two trainings left behind."""
+
+    document: Document
+    parameters: int
+    rows: list[Row]
+    curves: dict[str, Curve]
+    grids: list[tuple[int, Picture]]  # step, picture
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """What it came from, by the beginnings of digests."""
+        return {name: digest[:12] for name, digest in self.document.lineage.items()}
+
+    @property
+    def history(self) -> list[str]:
+        """What was changed on the way, in words."""
+        changes = self.document.facts.get("history", [])
+        return [
+            f"from step {c['step']}: "
+            + ", ".join(f"{name} {old} -> {new}" for name, (old, new) in c["changed"].items())
+            for c in changes
+        ]
+
+    def middle(self, name: str) -> float | None:
+        """The median of a curve."""
+        return median(self.curves[name].values) if name in self.curves else None
+
+
+@dataclass
+class RunFacts:
+    """All that the page tells of one run. What is not there yet is None; `missing` says why."""
+
+    path: Path
+    vae: Training | None = None
+    unet: Training | None = None
+    index: LatentIndex | None = None
+    latents: LatentFacts | None = None
+    findings: list[Finding] = field(default_factory=list)
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reconstructions: Picture | None = None
+    trajectory: list[tuple[str, Picture]] = field(default_factory=list)
+    nearest: tuple[Picture, str] | None = None
+    samples: Picture | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.path.resolve().name
+
+    def trainings(self) -> Iterator[tuple[str, Training]]:
+        """Those there are."""
+        for stage, training in (("vae", self.vae), ("unet", self.unet)):
+            if training is not None:
+                yield stage, training
+
+
+def collect(path: Path, device: torch.device) -> RunFacts:
+    """Look at a run. What is missing or damaged is left out, with the reason in `missing`.
+
+    Raises:
+        UserError: If there is nothing at all.
+    """
+    run, found = RunFolder(path), RunFacts(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no run folder")
+    for stage, folder in (("vae", run.vae), ("unet", run.unet)):
+        if folder.last.is_file():
+            with noting(found, stage):
+                setattr(found, stage, training(stage, folder))
+    if (run.latents / "index.json").is_file():
+        with noting(found, "latents"):
+            found.index = read_index(run.latents)
+            found.latents = latent_facts(run.latents)
+    if not (found.vae or found.unet or found.index or found.missing):
+        raise UserError(f"{path} holds no training and no latents of lightdiff")
+    found.findings = examine(path)
+    evaluation = path / "evaluation" / "metrics.json"
+    if evaluation.is_file():
+        with noting(found, "evaluation"):
+            found.evaluation = read_json(evaluation)
+    if found.vae:
+        with noting(found, "reconstructions"):
+            found.reconstructions = reconstructions(run.vae, device)
+    if found.unet:
+        with noting(found, "trajectory"):
+            pipeline = Pipeline.load(path, device="cuda" if device.type == "cuda" else "cpu")
+            found.trajectory = trajectory(pipeline)
+            if found.index:
+                found.nearest = nearest(pipeline, run.latents)
+    grids = sorted(run.samples.glob("*/*grid.png"), key=lambda p: p.stat().st_mtime)
+    if grids:
+        found.samples = encoded(grids[-1], f"New images, from {grids[-1].parent.name}")
+    return found
+
+
+class noting:
+    """What goes wrong in here is noted instead of ending the report."""
+
+    def __init__(self, found: RunFacts, part: str) -> None:
+        """Note it under this name."""
+        self.found, self.part = found, part
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> bool:
+        """Note."""
+        if isinstance(error, (LightdiffError, OSError, ValueError)):
+            self.found.missing[self.part] = str(error)
+            return True
+        return False
+
+
+def training(stage: str, folder: StageFolder) -> Training:
+    """What a training left behind."""
+    saved = Checkpoint(folder.last, stage)
+    sizes = [t.numel() for t in saved.tensors("model.").values()]
+    return Training(
+        saved.document,
+        sum(sizes),
+        settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save()),
+        read_curves(folder.metrics),
+        grids(folder, stage),
+    )
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """The columns of metrics.jsonl, thinned out where they are long."""
+    columns: dict[str, Curve] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError):  # half a line
+            continue
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                curve = columns.setdefault(name, Curve([], []))
+                curve.steps.append(step)
+                curve.values.append(float(value))
+    return {name: thinned(curve) for name, curve in columns.items()}
+
+
+def thinned(curve: Curve) -> Curve:
+    """At most MOST_POINTS of a curve: means over stretches of equal length."""
+    count = len(curve.steps)
+    if count <= MOST_POINTS:
+        return curve
+    edges = [i * count // MOST_POINTS for i in range(MOST_POINTS + 1)]
+    spans = list(pairwise(edges))
+    return Curve([curve.steps[b - 1] for _, b in spans], [sum(curve.values[a:b]) / (b - a) for a, b in spans])
+
+
+def grids(folder: StageFolder, stage: str) -> list[tuple[int, Picture]]:
+    """Pictures made at validations, at most MOST_FRAMES of them, the first and the last included."""
+    steps = sorted((StageFolder.step_of(path), path) for path in folder.images.glob("step-*.png"))
+    if len(steps) > MOST_FRAMES:
+        steps = [steps[round(i * (len(steps) - 1) / (MOST_FRAMES - 1))] for i in range(MOST_FRAMES)]
+    what = "Originals above their reconstructions" if stage == "vae" else "Samples of the same noise"
+    return [(step, encoded(path, f"{what}, at step {step:,}")) for step, path in steps]

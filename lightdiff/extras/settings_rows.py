@@ -1,0 +1,50 @@
+"""Settings as people read them: flags with their values, what differs from the defaults first."""
+
+import json
+from functools import reduce
+from operator import getitem
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from lightdiff.options import default_of, flag, typed
+
+
+class Row(NamedTuple):
+    """One setting."""
+
+    flag: str  # without dashes
+    value: str
+    default: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether somebody chose it."""
+        return self.value != self.default
+
+
+def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]:
+    """Saved settings (JSON) of a model's kind: first what differs from the defaults, then the rest.
+
+    What is not saved, because it was said for one start alone, is left out, and so is what has no flag.
+    """
+    rows = []
+    for path in typed(model):
+        try:
+            value = reduce(getitem, path, settings)
+        except KeyError:
+            continue
+        default = json.loads(json.dumps(default_of(model, path), default=str))
+        rows.append(Row(flag(path), words(value), words(default)))
+    return sorted(rows, key=lambda row: not row.differs)
+
+
+def words(value: Any) -> str:
+    """A setting's value as one types it."""
+    if value in (None, "", []):
+        return "-"
+    if isinstance(value, list):
+        return ",".join(words(v) for v in value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

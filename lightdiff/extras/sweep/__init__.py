@@ -1,0 +1,189 @@
+"""sweep: a run again with other values of one or two settings, and what each of them does, side by side."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightdiff.checkpoint import publish_link, publish_text
+from lightdiff.data.latents import read_index
+from lightdiff.errors import UserError
+from lightdiff.extras.estimate import words
+from lightdiff.extras.sweep.outcome import conclude
+from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
+from lightdiff.run_folder import Lock
+from lightdiff.settings import (
+    JobSettings,
+    StageSettings,
+    SweepSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    with_changes,
+)
+from lightdiff.stages import encode, generate, scale, train_unet, train_vae
+from lightdiff.stages.start import enter
+from lightdiff.training.place import Place
+from lightdiff.training.progress import console
+
+NAMES: dict[Kind, tuple[str, str]] = {
+    "vae": ("VAE", "VAEs"),
+    "latents": ("set of latents", "sets of latents"),
+    "unet": ("U-Net", "U-Nets"),
+    "samples": ("set of samples", "sets of samples"),
+}
+
+
+def run(settings: SweepSettings) -> str:
+    """Make what is missing, draw the sheets, and return their paths, a line each."""
+    if Place.of(os.environ).size > 1:
+        raise UserError("sweep works in one process: start it without a launcher")
+    plan = Plan(settings)
+    find_lpips(plan)
+    with Lock(settings.job.force_unlock) as lock:
+        enter(plan.folder, lock)
+        todo = [result for result in plan.new_results() if not result.done]
+        tell(plan, todo)
+        for number, result in enumerate(todo, 1):
+            console.print(f"\n{number} of {len(todo)}: {NAMES[result.kind][0]}, {label(plan, result)}", style="bold")
+            make(plan, result, settings.job)
+        return "\n".join(map(str, conclude(plan)))
+
+
+def find_lpips(plan: Plan) -> None:
+    """See that all weights of LPIPS are there, as the last VAE may be the first to need them.
+
+    Raises:
+        UserError: If some cannot be found or fetched.
+    """
+    every = [
+        s.loss for result in plan.new_results() for s in result.settings.values() if isinstance(s, TrainVAESettings)
+    ]
+    wanted = {(loss.lpips_net, loss.lpips_weights) for loss in every if loss.lpips_gamma}
+    if wanted:
+        from lightdiff.models.perceptual import find_weights  # imports torchvision: 1.5 s
+
+        for net, file in wanted:
+            find_weights(net, file)
+
+
+# --- before -------------------------------------------------------------------------------------------------------
+
+
+def tell(plan: Plan, todo: Sequence[Result]) -> None:
+    """Say what there is, what is to be made, and about how long that takes."""
+    values = " x ".join(f"{axis.name} {', '.join(axis.texts)}" for axis in plan.axes)
+    console.print(f"{len(plan.cells)} cells: {values}", soft_wrap=True)
+    shared = list(dict.fromkeys(r.kind for cell in plan.cells for r in cell.results.values() if not r.new))
+    if shared:
+        console.print(f"from {plan.base.run.path}: {', '.join(NAMES[kind][0] for kind in shared)}", soft_wrap=True)
+    there = [result for result in plan.new_results() if result.done]
+    if there:
+        console.print(f"there already: {counted(there)}", soft_wrap=True)
+    if not todo:
+        console.print("nothing is left to make")
+        return
+    console.print(f"to make: {counted(todo)}", soft_wrap=True)
+    seconds, size = cost(plan, todo)
+    if seconds or size:
+        console.print(
+            f"trainings take about {words(seconds)} at the base's speed; results, {size / 1e6:.0f} MB", soft_wrap=True
+        )
+
+
+def counted(results: Sequence[Result]) -> str:
+    """How many results of each kind, and of how many steps."""
+    parts = []
+    for kind, names in NAMES.items():
+        some = [result for result in results if result.kind == kind]
+        if some:
+            steps = sorted({amount(result) for result in some} - {""})
+            parts.append(f"{len(some)} {names[len(some) > 1]}" + (f" of {' or '.join(steps)}" if steps else ""))
+    return ", ".join(parts)
+
+
+def amount(result: Result) -> str:
+    """How long a result's training is."""
+    loop = training(result)
+    return "" if loop is None else f"{loop.epochs:g} epochs" if loop.epochs else f"{loop.steps:,} steps"
+
+
+def training(result: Result) -> Any:
+    """The loop settings of a result that is trained."""
+    (first, *_) = result.settings.values()
+    return first.loop if isinstance(first, (TrainVAESettings, TrainUNetSettings)) else None
+
+
+def cost(plan: Plan, todo: Sequence[Result]) -> tuple[float, int]:
+    """Seconds that trainings take at the base's speed, and bytes that results take, if they are like the base's."""
+    run = plan.base.run
+    places = {"vae": run.vae.path, "latents": run.latents, "unet": run.unet.path}
+    seconds, size = 0.0, 0
+    for result in todo:
+        place, loop = places.get(result.kind), training(result)
+        if place is None or result.twin:
+            continue
+        size += sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        speed = 0.0 if loop is None or loop.epochs else last_value(place / "metrics.jsonl", "images_per_s")
+        seconds += loop.steps * loop.batch_size / speed if speed else 0
+    return seconds, size
+
+
+def last_value(metrics: Path, name: str) -> float:
+    """The last number of this name in a metrics.jsonl; 0 if there is none."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    return next((float(row[name]) for row in map(json.loads, reversed(lines)) if name in row), 0.0)
+
+
+# --- making -------------------------------------------------------------------------------------------------------
+
+
+def label(plan: Plan, result: Result) -> str:
+    """The values that all cells with this result share."""
+    inside = [cell for cell in plan.cells if result.place in {r.place for r in cell.results.values()}]
+    shared = [
+        f"{axis.name} {inside[0].texts[i]}"
+        for i, axis in enumerate(plan.axes)
+        if len({cell.texts[i] for cell in inside}) == 1
+    ]
+    return ", ".join(shared) or "for all cells"
+
+
+def make(plan: Plan, result: Result, job: JobSettings) -> None:
+    """Run the stages that make a result; each of them goes on where it was stopped."""
+    home, source = result.place, result.source
+    home.mkdir(exist_ok=True)
+    publish_text(home / "what.json", result.what())
+
+    def ready(stage: str, **more: Any) -> Any:
+        chosen: StageSettings = result.settings[stage]
+        return with_changes(chosen, run=home, job=job, **more)
+
+    if result.kind == "vae":
+        train_vae.run(ready("train-vae"))
+    elif result.kind == "latents":
+        assert source is not None
+        if result.twin:
+            link_latents(latents_of(result.twin), latents_of(result))
+        else:
+            encode.run(ready("encode", vae=source.place))
+        scale.run(ready("scale"))
+    elif result.kind == "unet":
+        assert source is not None
+        train_unet.run(
+            ready("train-unet", latents=latents_of(source), **train_unet.inherited(home, latents_of(source)))
+        )
+    else:
+        assert source is not None
+        generate.run(ready("generate", unet=source.place, vae=vae_of(source), out=home))
+    publish_text(home / "done", time.strftime("%Y-%m-%d %H:%M:%S\n"))
+
+
+def link_latents(source: Path, target: Path) -> None:
+    """The same latents again, to be scaled in another way; their files take no room."""
+    for file in source.glob("*.safetensors"):
+        publish_link(target / file.name, file)
+    index = read_index(source)
+    index.statistics = None
+    index.write(target)

@@ -1,0 +1,109 @@
+"""What a sweep varies: names and values as they were typed, made out as settings of a stage."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from lightdiff.errors import UserError
+from lightdiff.options import Layer, flag, nest, parsed_as, typed
+from lightdiff.settings import (
+    EncodeSettings,
+    GenerateSettings,
+    ScaleSettings,
+    StageSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+)
+
+Where = tuple[str, ...]
+STAGES: dict[str, type[StageSettings]] = {
+    "train-vae": TrainVAESettings,
+    "encode": EncodeSettings,
+    "scale": ScaleSettings,
+    "train-unet": TrainUNetSettings,
+    "generate": GenerateSettings,
+}
+NOT_VARIED = {"run", "job", "restart", "from_step", "vae", "unet", "latents", "out", "name", "num_images"}
+NOT_VARIED |= {"trajectory", "interpolate", "frames"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting of a stage and the values it takes."""
+
+    name: str  # as it was typed
+    stage: str
+    path: Where
+    texts: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    def layer(self, number: int) -> dict[str, Layer]:
+        """One of the values as a layer of its stage's settings."""
+        return {self.stage: nest({self.path: self.values[number]})}
+
+
+def axis(said: str, option: str = "--vary") -> Axis:
+    """`kl-beta=1e-4,1e-2` as an axis; for --set, one value.
+
+    Raises:
+        UserError: If it is no such assignment, or there is no such setting.
+    """
+    name, _, text = said.partition("=")
+    name = name.strip().removeprefix("--").replace("_", "-")
+    stage, path = find(name, option)
+    info = typed(STAGES[stage])[path]
+    texts = [text.strip()]
+    if option == "--vary":
+        lists = is_list(info)
+        texts = [part.strip() for part in text.split(";" if lists or ";" in text else ",")]
+        if len(texts) < 2:
+            how = f"in quotes, with ';' between its lists: '{name}=32,64;64,128'" if lists else f"{name}=VALUE,VALUE"
+            raise UserError(f"--vary {said}: two values or more are needed, {how}")
+    if not all(texts):
+        raise UserError(f"{option} {said}: a value is missing")
+    return Axis(name, stage, path, tuple(texts), tuple(parsed(info, text) for text in texts))
+
+
+def find(name: str, option: str) -> tuple[str, Where]:
+    """The stage and the field that a name means, with the stage in front or without.
+
+    Raises:
+        UserError: If there is none, or more than one.
+    """
+    first, _, rest = name.partition(".")
+    wanted = {first: STAGES[first]} if first in STAGES else STAGES
+    short = rest if first in STAGES else name
+    known = {
+        (stage, flag(path)): path
+        for stage, model in STAGES.items()
+        for path in typed(model)
+        if not {path[0], path[-1]} & NOT_VARIED
+    }
+    found = [(stage, known[stage, short]) for stage in wanted if (stage, short) in known]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        places = " or ".join(f"{stage}.{short}" for stage, _ in found)
+        raise UserError(f"{option} {name}: several stages have this setting; say which one is meant: {places}")
+    names = sorted({name for _, name in known})
+    near = get_close_matches(short, names, n=4) or [n for n in names if n.split(".")[-1].startswith(short[:3])]
+    meant = [f"{stage}.{n}" if first in STAGES else n for n in near for stage, other in known if other == n]
+    hint = f"; similar ones: {', '.join(dict.fromkeys(meant))}" if near else ""
+    where = f"{first} has" if first in STAGES else "no stage has"
+    raise UserError(f"{option} {name}: {where} {'no such' if first in STAGES else 'such a'} setting to vary{hint}")
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether a setting takes a list."""
+    return info.annotation is not str and parsed_as(info.annotation) in (str, list[Path])
+
+
+def parsed(info: FieldInfo, text: str) -> Any:
+    """A value as pydantic takes it."""
+    if is_list(info):
+        return [] if text == "none" else [part.strip() for part in text.split(",")]
+    numbers = get_origin(info.annotation) is Literal and not isinstance(get_args(info.annotation)[0], str)
+    return int(text) if numbers and text.isdigit() else text

@@ -1,0 +1,115 @@
+"""The run that a sweep begins with: its settings and results, which all cells share but for what is varied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.errors import UserError
+from lightdiff.extras.sweep.axes import Where
+from lightdiff.options import Layer, build, merge, nest
+from lightdiff.run_folder import RunFolder, find_unet, find_vae
+from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.stages import train_unet, train_vae
+from lightdiff.stages.encode import VAE_COPY
+
+T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
+FILLED_IN: dict[type[StageSettings], dict[Where, Any]] = {  # what follows from other settings, unless it is given
+    TrainVAESettings: {("model", "encoder_channels"): (), ("model", "decoder_channels"): ()},
+    TrainUNetSettings: {
+        ("model", "channels"): (),
+        ("model", "attend_levels"): None,
+        ("noise", "schedule"): "auto",
+    },
+}
+ANEW: Layer = {"loop": {"compile": "auto"}}  # decided for the base's number of steps
+
+
+@dataclass(frozen=True)
+class Base:
+    """The run whose settings and results all cells share, but for what is varied."""
+
+    run: RunFolder
+    vae: Checkpoint
+    latents: Path | None
+    index: LatentIndex | None
+    unet: Checkpoint | None
+
+    @classmethod
+    def of(cls, run: RunFolder, anew: bool, whole: bool) -> "Base":
+        """Open what there is.
+
+        Args:
+            run: The run folder.
+            anew: Whether VAEs are trained; else the one behind the latents is used.
+            whole: Whether the cells end in samples.
+
+        Raises:
+            UserError: If something that is needed is missing.
+        """
+        if not any(path.is_file() for path in (run.vae.best, run.vae.last)) and anew:
+            raise UserError(f"--run: {run.path} has no VAE whose settings the cells could have: train one first")
+        if whole and not any(path.is_file() for path in (run.unet.best, run.unet.last)):
+            hint = ", or end with the VAEs, --until vae" if anew else ""
+            raise UserError(
+                f"--run: {run.path} has no U-Net whose settings the cells could have: train one first{hint}"
+            )
+        unet = Checkpoint(find_unet(None, run), "unet") if whole else None
+        elsewhere = unet and unet.document.settings.get("latents")
+        places = [*([Path(elsewhere), RunFolder(Path(elsewhere)).latents] if elsewhere else []), run.latents]
+        latents = next((place for place in places if (place / "index.json").is_file()), None)
+        vae = latents / VAE_COPY if latents and not anew else find_vae(None, run)
+        return cls(run, Checkpoint(vae, "vae"), latents, read_index(latents) if latents else None, unet)
+
+    @property
+    def vae_settings(self) -> TrainVAESettings:
+        """What its VAE was trained with."""
+        settings: TrainVAESettings = build(TrainVAESettings, [self.vae.document.settings, ANEW])
+        return opened(settings, train_vae.resolve)
+
+    @property
+    def unet_settings(self) -> TrainUNetSettings:
+        """What its U-Net was trained with."""
+        assert self.unet is not None
+        settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.document.settings, ANEW])
+        return opened(settings, train_unet.resolve)
+
+    def encode_layer(self, images: Layer) -> Layer:
+        """What its latents were encoded with, for images as a VAE saw them."""
+        loop = self.vae_settings.loop
+        layer: Layer = {"images": images, "compute": {"device": loop.device, "precision": loop.precision}}
+        if self.index is None:
+            return layer
+        its_own = self.vae_settings.images.model_dump(mode="json")
+        said = {name: value for name, value in self.index.images.items() if its_own.get(name) != value}
+        kept = {"dtype": self.index.dtype, "shard_size": self.index.shard_size}
+        return merge(layer, {**kept, "images": said, "compute": {"precision": self.index.precision}})
+
+    def scale_layer(self) -> Layer:
+        """How its latents were scaled."""
+        found = self.index.statistics if self.index else None
+        if found is None:
+            return {}
+        by_channel = len(found.shift) > 1 or found.shift[0] != 0
+        by_hand = not by_channel and abs(found.scale[0] * found.std - 1) > 1e-6
+        normalize = "channel" if by_channel else "global"
+        return {"only_mu": found.only_mu, "normalize": normalize, "scaling_factor": found.scale[0] if by_hand else 0}
+
+
+def opened(settings: T, resolve: Callable[[T], T]) -> T:
+    """The settings with what was filled in from others left open, so that it follows when those are varied."""
+    whole = resolve(settings)
+    for path, empty in FILLED_IN[type(settings)].items():
+        trial = type(settings).model_validate(merge(settings.model_dump(), nest({path: empty})))
+        if resolve(trial) == whole:
+            settings = trial
+    return settings
+
+
+def finished(saved: Checkpoint, steps: int) -> bool:
+    """Whether a checkpoint is what training so many steps with its settings, and never with others, makes."""
+    document = saved.document
+    epochs = document.settings.get("loop", {}).get("epochs", 0)
+    return document.step == steps and not epochs and not document.facts.get("history")

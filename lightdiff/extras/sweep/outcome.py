@@ -1,0 +1,139 @@
+"""What a sweep has found: numbers and sheets of all cells."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.data.images import to_float, to_uint8
+from lightdiff.data.loading import ImageDataset
+from lightdiff.extras.sweep.axes import Axis
+from lightdiff.extras.sweep.plan import Cell, Plan, Result, essence
+from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
+from lightdiff.pictures import save_png
+from lightdiff.pipeline import load_vae
+from lightdiff.run_folder import RunFolder, find_unet, find_vae, free_name, read_json
+from lightdiff.settings import ImageSettings
+from lightdiff.stages.start import list_images
+from lightdiff.training.compute import pick_device
+from lightdiff.training.progress import console
+
+SHEET, RECONSTRUCTIONS, RESULTS = "sheet.png", "sheet-reconstructions.png", "sweep.json"
+ACROSS = 4  # pictures side by side in a cell of a sheet with rows and columns
+SHOWN = {"vae": ("val_psnr", "val_mse", "val_lpips", "val_kl"), "unet": ("val_loss",)}  # others are not comparable
+
+
+def conclude(plan: Plan) -> list[Path]:
+    """Write the numbers and draw the sheets, which are returned; those of another sweep of this name are kept."""
+    folder, s = plan.folder, plan.settings
+    about: dict[str, Any] = {"run": str(s.run), "vary": {axis.name: list(axis.texts) for axis in plan.axes}}
+    about |= {"set": {axis.name: axis.texts[0] for axis in plan.fixed}, "num_images": s.num_images, "until": s.until}
+    about["cells"] = [told(plan, cell) for cell in plan.cells]
+    names = [name for name in (RESULTS, RECONSTRUCTIONS, SHEET) if (folder / name).is_file()]
+    if RESULTS in names and read_json(folder / RESULTS) != json.loads(json.dumps(about)):
+        aside = free_name(folder / "sheets")
+        aside.mkdir()
+        for name in names:
+            (folder / name).rename(aside / name)
+        console.print(f"the sheets of other values are now in {aside}", soft_wrap=True)
+    publish_text(folder / RESULTS, json.dumps(about, indent=2) + "\n")
+    show(plan, about["cells"])
+    sheets = []
+    vary_vae = [axis for axis in plan.axes if axis.stage == "train-vae"]
+    if vary_vae:
+        originals, back = reconstructions(plan)
+        save_png(folder / RECONSTRUCTIONS, drawn(plan, "reconstructions", vary_vae, back, originals))
+        sheets.append(folder / RECONSTRUCTIONS)
+    if plan.whole:
+        files = range(s.num_images)
+        samples = [[Image.open(cell.end.place / f"{i:05d}.png") for i in files] for cell in plan.cells]
+        save_png(folder / SHEET, drawn(plan, "samples", plan.axes, samples))
+        sheets.append(folder / SHEET)
+    return sheets
+
+
+def told(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """What sweep.json says of a cell."""
+    results = cell.results
+    return {
+        "values": dict(zip((axis.name for axis in plan.axes), cell.texts, strict=True)),
+        "folders": {kind: str(result.place) for kind, result in results.items()},
+        "metrics": {kind: metrics(result) for kind, result in results.items() if kind in SHOWN},
+        "settings": {stage: essence(s) for result in results.values() for stage, s in result.settings.items()},
+    }
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """What the last validation of a network found."""
+    run = RunFolder(result.place)
+    path = find_vae(result.place, run) if result.kind == "vae" else find_unet(result.place, run)
+    return Checkpoint(path).document.metrics
+
+
+def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
+    """Print what can be compared between the cells."""
+    table = Table(title="What validation found", title_justify="left")
+    for axis in plan.axes:
+        table.add_column(axis.name)
+    made = {result.kind for result in plan.new_results()}
+    pairs = [(kind, name) for kind, names in SHOWN.items() for name in names if kind in made]
+    pairs = [(kind, name) for kind, name in pairs if any(name in cell["metrics"][kind] for cell in cells)]
+    for kind, name in pairs:
+        table.add_column(f"{kind} {name}", justify="right")
+    for cell in cells:
+        numbers = [cell["metrics"][kind].get(name) for kind, name in pairs]
+        table.add_row(*cell["values"].values(), *("" if n is None else f"{n:.4g}" for n in numbers))
+    if pairs:
+        console.print(table)
+
+
+@torch.inference_mode()
+def reconstructions(plan: Plan) -> tuple[Pictures, list[Pictures]]:
+    """The first images held out (of training, where none are), and what each cell's VAE makes of them."""
+    its_own = plan.base.vae_settings
+    files = list_images(its_own.images)
+    chosen = ([file for file in files if file.split == "val"] or files)[: plan.settings.num_images]
+    device = pick_device(its_own.loop.device)
+
+    def loaded(framing: ImageSettings) -> torch.Tensor:
+        dataset = ImageDataset(chosen, its_own.images.data, framing, seed=0, train=False)
+        found = [item.x for item in (dataset[0, i] for i in range(len(chosen))) if item.x is not None]
+        return torch.stack(found)
+
+    made: dict[Path, Pictures] = {}
+    for cell in plan.cells:
+        result = cell.results["vae"]
+        if result.place not in made:
+            saved = Checkpoint(find_vae(result.place, RunFolder(result.place)), "vae")
+            vae, _ = load_vae(saved, device)
+            x = to_float(loaded(saved.settings(ImageSettings, "images")).to(device))
+            made[result.place] = pictures(to_uint8(vae.decoder(vae.encoder(x).mu).cpu()))
+    return pictures(loaded(its_own.images)), [made[cell.results["vae"].place] for cell in plan.cells]
+
+
+def pictures(pixels: torch.Tensor) -> Pictures:
+    """Images of bytes as Pillow has them."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+
+
+def drawn(
+    plan: Plan, what: str, axes: Sequence[Axis], cells: Sequence[Pictures], originals: Pictures | None = None
+) -> Image.Image:
+    """A sheet of these axes, on which cells that differ in others are the same; below originals if there are any."""
+    first, *second = axes
+    at = [plan.axes.index(axis) for axis in axes]
+    found = {tuple(cell.texts[i] for i in at): shown for cell, shown in zip(plan.cells, cells, strict=True)}
+    columns = Heading(f"--{second[0].name}", second[0].texts) if second else Heading("", [""])
+    rows = [[found[row, column] if second else found[(row,)] for column in columns.labels] for row in first.texts]
+    labels = list(first.texts)
+    if originals is not None:
+        rows, labels = [[originals for _ in columns.labels], *rows], ["originals", *labels]
+    fixed = ", ".join(f"{axis.name} {axis.texts[0]}" for axis in plan.fixed)
+    caption = f"{plan.base.run.path.absolute().name}: {what}" + (f", with {fixed}" if fixed else "")
+    across = ACROSS if second else plan.settings.num_images
+    return contact_sheet(caption, Heading(f"--{first.name}", labels), columns, rows, across)

@@ -1,0 +1,225 @@
+"""What a sweep has to make: its cells, and the results that cells share.
+
+A result is a VAE, a set of latents, a U-Net or a set of samples. It belongs to the base run, or lies in a folder of
+its own, named by a digest of what makes it: its settings, and the result that it comes from.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.latents import latents_settings
+from lightdiff.errors import UserError
+from lightdiff.extras.sweep.axes import STAGES, Axis, axis
+from lightdiff.extras.sweep.base import Base, finished
+from lightdiff.options import Layer, build, merge
+from lightdiff.pipeline import guidance_for, levels_for, vae_digest
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import (
+    EncodeSettings,
+    GenerateSettings,
+    ScaleSettings,
+    StageSettings,
+    SweepSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    flat,
+)
+from lightdiff.stages import train_unet, train_vae
+from lightdiff.stages.encode import VAE_COPY
+from lightdiff.stages.generate import sampling_of
+
+Kind = Literal["vae", "latents", "unet", "samples"]
+MACHINE_ONLY = {"run", "device", "workers", "compile", "vae", "unet", "latents", "out"}  # no result depends on them
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage makes of settings, and of the result of the stage before."""
+
+    kind: Kind
+    place: Path  # the base's file or folder; else a run folder of its own, or, for samples, a folder of images
+    token: str  # names it where others come from it
+    settings: dict[str, StageSettings] = field(default_factory=dict)  # by stage; empty: the base has it
+    source: "Result | None" = None
+    twin: "Result | None" = None  # latents with the same shards
+
+    @property
+    def new(self) -> bool:
+        """Whether it is the sweep's own."""
+        return bool(self.settings)
+
+    @property
+    def done(self) -> bool:
+        """Whether it needs no work."""
+        return not self.new or (self.place / "done").is_file()
+
+    def what(self) -> str:
+        """What makes it, as text; its folder is named by a digest of this."""
+        about = {stage: essence(settings) for stage, settings in self.settings.items()}
+        return json.dumps({"from": self.source.token if self.source else "", **about}, indent=2) + "\n"
+
+
+def essence(settings: StageSettings) -> dict[str, Any]:
+    """The settings that a result depends on, by name; those read from the stage before are told by its digest."""
+    rows = flat(settings.model_dump(mode="json", exclude={*settings.SAID_ONCE, "latent"}))
+    return {name: value for name, value in sorted(rows.items()) if name.split(".")[-1] not in MACHINE_ONLY}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of values, and what it leads to."""
+
+    texts: tuple[str, ...]
+    results: dict[Kind, Result]
+
+    @property
+    def end(self) -> Result:
+        """The last of the results, which all others lead to."""
+        return list(self.results.values())[-1]
+
+
+class Plan:
+    """All cells of a sweep, with every setting checked before any work starts."""
+
+    def __init__(self, settings: SweepSettings) -> None:
+        """Plan it.
+
+        Raises:
+            UserError: If a setting is wrong, or the base lacks something.
+        """
+        self.axes = [axis(said) for said in settings.vary]
+        self.fixed = [axis(said, "--set") for said in settings.set_]
+        for stage, steps in (("train-vae", settings.vae_steps), ("train-unet", settings.unet_steps)):
+            if steps:
+                self.fixed.append(Axis(f"{stage}.steps", stage, ("loop", "steps"), (str(steps),), (steps,)))
+        first, *others = self.axes
+        if others and (others[0].stage, others[0].path) == (first.stage, first.path):
+            raise UserError(f"--vary {first.name}: it is varied twice; give all its values at once")
+        said = [*self.axes, *self.fixed]
+        self.touched = {axis.stage for axis in said}
+        for late in (one for one in said if one.stage != "train-vae" and settings.until == "vae"):
+            raise UserError(f"--until vae: {late.name} belongs to {late.stage}, which comes after that")
+        self.settings, self.whole = settings, settings.until != "vae"
+        self.name = "-by-".join(axis.name for axis in self.axes)
+        self.folder = settings.run / "sweeps" / self.name
+        self.base = Base.of(RunFolder(settings.run), "train-vae" in self.touched, self.whole)
+        self._encoded: dict[str, Result] = {}  # latents by what their shards come from
+        numbers = itertools.product(*(range(len(axis.values)) for axis in self.axes))
+        self.cells = [self._cell(chosen) for chosen in numbers]
+
+    def new_results(self) -> list[Result]:
+        """Each result that is the sweep's own, once, in the order they are to be made."""
+        every = [result for cell in self.cells for result in cell.results.values() if result.new]
+        return list({result.place: result for result in every}.values())
+
+    def _cell(self, numbers: Sequence[int]) -> Cell:
+        changes: dict[str, Layer] = {stage: {} for stage in STAGES}
+        said = [*((axis, 0) for axis in self.fixed), *zip(self.axes, numbers, strict=True)]
+        for one, number in said:
+            changes = merge(changes, one.layer(number))
+        vae = train_vae.resolve(build(TrainVAESettings, [self.base.vae_settings.model_dump(), changes["train-vae"]]))
+        results: dict[Kind, Result] = {"vae": self._vae(vae)}
+        if self.whole:
+            layer = self.base.encode_layer(vae.images.model_dump(mode="json"))
+            encode = build(EncodeSettings, [layer, changes["encode"]])
+            scale = build(ScaleSettings, [self.base.scale_layer(), changes["scale"]])
+            results["latents"] = self._latents(results["vae"], encode, scale)
+            unet = self._unet_settings(vae, encode, scale, changes["train-unet"])
+            results["unet"] = self._unet(results["latents"], unet)
+            results["samples"] = self._samples(results["unet"], unet, changes["generate"])
+        return Cell(tuple(axis.texts[n] for axis, n in zip(self.axes, numbers, strict=True)), results)
+
+    def _own(self, kind: Kind, settings: dict[str, StageSettings], source: Result | None) -> Result:
+        """A result in a folder of its own."""
+        draft = Result(kind, Path(), "", settings, source)
+        name = f"{kind}-{hashlib.sha256(draft.what().encode()).hexdigest()[:10]}"
+        return replace(draft, place=self.folder / name, token=name)
+
+    def _vae(self, settings: TrainVAESettings) -> Result:
+        """The base's VAE where its settings are not touched, or come to the same."""
+        base = self.base
+        its_own = train_vae.resolve(base.vae_settings)
+        last = base.run.vae.last
+        same = (
+            essence(settings) == essence(its_own) and last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
+        )
+        if "train-vae" not in self.touched or same:
+            return Result("vae", base.vae.path, base.vae.document.digest)
+        return self._own("vae", {"train-vae": settings}, None)
+
+    def _latents(self, vae: Result, encode: EncodeSettings, scale: ScaleSettings) -> Result:
+        """The base's latents where they come to the same; else new ones, with shards that are there if there are."""
+        base = self.base
+        if not vae.new and base.latents and base.index and base.index.vae_digest == vae_digest(base.vae):
+            token = f"{base.index.digest} {base.index.statistics}"
+            mine = Result("latents", base.latents, token, source=vae)
+            plain = build(EncodeSettings, [base.encode_layer(base.vae_settings.images.model_dump(mode="json"))])
+            if essence(encode) == essence(plain):
+                if essence(scale) == essence(build(ScaleSettings, [base.scale_layer()])) and base.index.statistics:
+                    return mine
+                self._encoded.setdefault(vae.token + json.dumps(essence(encode)), mine)
+        elif not vae.new and not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
+            return Result("latents", base.vae.path, base.vae.document.digest, source=vae)  # none are needed
+        made = self._own("latents", {"encode": encode, "scale": scale}, vae)
+        first = self._encoded.setdefault(vae.token + json.dumps(essence(encode)), made)
+        return made if first.place == made.place else replace(made, twin=first)
+
+    def _unet_settings(
+        self, vae: TrainVAESettings, encode: EncodeSettings, scale: ScaleSettings, changes: Layer
+    ) -> TrainUNetSettings:
+        """What the U-Net is trained with; its latents' scaling, not known yet, is not looked at before they are."""
+        settings = self.base.unet_settings
+        side = encode.images.resolution // vae.model.factor
+        shape = {"channels": vae.model.latent_channels, "height": side, "width": side, "only_mu": scale.only_mu}
+        latent = {**settings.latent.model_dump(), **shape}
+        return train_unet.resolve(build(TrainUNetSettings, [{**settings.model_dump(), "latent": latent}, changes]))
+
+    def _unet(self, latents: Result, settings: TrainUNetSettings) -> Result:
+        base = self.base
+        assert base.unet is not None
+        mine = Result("unet", base.unet.path, base.unet.document.digest, source=latents)
+        if not latents.new:
+            if not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
+                return mine
+            its_own = train_unet.resolve(base.unet_settings)
+            of_these = base.index is not None and base.unet.document.lineage.get("latents") == base.index.digest
+            scaled = base.latents is not None and latents_settings(base.latents) == its_own.latent
+            if essence(settings) == essence(its_own) and of_these and scaled:
+                if finished(base.unet, its_own.loop.steps):
+                    return mine
+        return self._own("unet", {"train-unet": settings}, latents)
+
+    def _samples(self, unet: Result, trained_as: TrainUNetSettings, changes: Layer) -> Result:
+        """Samples, drawn in the precision that the U-Net was trained in, so that no cell is drawn in another."""
+        loop = trained_as.loop
+        layer = {"num_images": self.settings.num_images, "compute": {"device": loop.device}}
+        if loop.precision != "auto":
+            layer["compute"] |= {"precision": loop.precision}  # type: ignore[operator]
+        settings = build(GenerateSettings, [layer, changes])
+        sampling = sampling_of(settings)
+        guidance_for(trained_as, sampling, [0])
+        try:
+            levels_for(trained_as, sampling)
+        except ValueError as error:
+            raise UserError(f"--num-steps: {error}") from None
+        return self._own("samples", {"generate": settings}, unet)
+
+
+def vae_of(unet: Result) -> Path:
+    """The VAE that decodes what a U-Net draws: the copy kept with its latents, where there is one."""
+    latents = unet.source
+    assert latents is not None
+    assert latents.source is not None
+    copy = latents_of(latents) / VAE_COPY
+    return copy if copy.is_file() else latents.source.place
+
+
+def latents_of(latents: Result) -> Path:
+    """The folder with the index and the shards of latents."""
+    return RunFolder(latents.place).latents if latents.new else latents.place

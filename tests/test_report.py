@@ -1,0 +1,287 @@
+"""The report page: what it holds, what it says where something is missing, and how it behaves in a browser."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import UNET_FLAGS, call, succeed
+
+from lightdiff.extras.report.collect import Curve, grids, read_curves, thinned
+from lightdiff.extras.report.page import HERE
+from lightdiff.pictures import save_grid
+from lightdiff.run_folder import StageFolder
+
+pytest.importorskip("plotly")
+STYLE = (HERE / "page.css").read_text()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and what it says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self._inside = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, text):
+        if self._inside not in ("script", "style"):
+            self.words += text + " "
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def data(self) -> dict:
+        return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source)[1])
+
+
+@pytest.fixture(scope="module")
+def two_runs(trained, tmp_path_factory):
+    """The run of all stages, and one whose U-Net went on from it with another learning rate and more pictures."""
+    other = Path(shutil.copytree(trained, tmp_path_factory.mktemp("report") / "other"))
+    flags = [*UNET_FLAGS]
+    flags[flags.index("--steps") + 1] = 8
+    succeed("train-unet", "--run", other, *flags, "--lr", 0.0005, "--val-every", 2)
+    return trained, other
+
+
+@pytest.fixture(scope="module")
+def page(two_runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "one.html"
+    assert succeed("report", two_runs[1], "--out", out).stdout.strip() == str(out)
+    return Page(out)
+
+
+@pytest.fixture(scope="module")
+def comparison(two_runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "two.html"
+    succeed("report", *two_runs, "--out", out)
+    return Page(out)
+
+
+# --- what is collected ----------------------------------------------------------------------------------------------
+
+
+def test_curves_come_from_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 4}\n{"step": 2, "loss": 3, "val_loss": 5}\n{"step": 3, "lo')
+    assert read_curves(path) == {"loss": Curve([1, 2], [4, 3]), "val_loss": Curve([2], [5])}
+    assert read_curves(tmp_path / "none") == {}
+
+
+def test_long_curves_are_thinned_to_means():
+    thin = thinned(Curve(list(range(1, 3001)), [float(v) for v in range(1, 3001)]))
+    assert len(thin.steps) == 1500
+    assert thin.steps[0] == 2
+    assert thin.steps[-1] == 3000
+    assert thin.values[0] == 1.5
+    assert sum(thin.values) / 1500 == pytest.approx(1500.5)  # the mean stays
+
+
+def test_of_many_grids_the_first_and_the_last_are_kept(tmp_path):
+    import torch
+
+    folder = StageFolder(tmp_path)
+    for step in range(1, 101):
+        save_grid(folder.images / f"step-{step:08d}.png", torch.zeros(1, 3, 2, 2), 1) if step > 1 else None
+        folder.images.mkdir(exist_ok=True)
+    shown = [step for step, _ in grids(folder, "vae")]
+    assert len(shown) == len(set(shown)) == 24
+    assert shown[0] == 2
+    assert shown[-1] == 100
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    for tag, attributes in page.elements:
+        for name in ("src", "href"):
+            where = attributes.get(name) or "data:"
+            assert where.startswith(("data:", "#")), (tag, where)
+    (policy,) = [meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy["content"]
+    assert len(page.source) < 15e6
+
+
+def test_pictures_say_what_they_show(page):
+    pictures = page.all("img")
+    assert len(pictures) >= 5  # reconstructions twice, samples through time, trajectory, samples, neighbours
+    assert all(len(picture["alt"]) > 10 for picture in pictures)
+
+
+def test_settings_that_differ_from_the_defaults_come_first(page):
+    shown, rest = page.source.split("settings left at their defaults", 1)
+    assert "--lpips-gamma" in shown
+    assert "--reconstruction" in rest.split("</details>")[0]
+    assert "--nproc-per-node" not in page.source  # how it was started says nothing of the model
+
+
+def test_every_curve_of_the_metrics_is_drawn(page, two_runs):
+    rows = [json.loads(line) for line in (two_runs[1] / "unet/metrics.jsonl").read_text().splitlines()]
+    (chart,) = [c for c in page.data["charts"] if "noise band" in c["title"]]
+    validated = [row for row in rows if "val_loss" in row]
+    assert [s["name"] for s in chart["series"]] == ["band 1", "band 2", "band 3", "band 4"]
+    assert chart["series"][2]["x"] == [row["step"] for row in validated]
+    assert chart["series"][2]["y"] == [row["val_loss_band_3"] for row in validated]
+
+
+def test_histograms_are_densities(page):
+    (chart,) = [c for c in page.data["charts"] if "density" in c["title"]]
+    for series in chart["series"]:
+        assert sum(series["y"]) * 0.2 == pytest.approx(1, abs=0.05), series["name"]
+
+
+def test_the_trajectory_has_a_frame_for_each_call(page):
+    (slider,) = [s for s in page.data["sliders"] if s["unit"] == "moment"]
+    assert len({frame["src"] for frame in slider["columns"][0]["frames"]}) == slider["last"] + 1 == 20
+
+
+def test_a_comparison_tells_what_differs_and_what_is_better(comparison, two_runs):
+    start = comparison.words.index("Settings that differ")
+    differing = comparison.words[start : comparison.words.index("Numbers", start)].split()
+    assert {"lr", "steps", "0.0005"} <= set(differing)
+    assert "kl-beta" not in differing
+    losses = []
+    for run in two_runs:
+        rows = [json.loads(line) for line in (run / "unet/metrics.jsonl").read_text().splitlines()]
+        losses.append([row["val_loss"] for row in rows if "val_loss" in row][-1])
+    row = re.search(r"U-Net: validation loss</th>(.*?)</tr>", comparison.source, re.S)[1]
+    cells = re.findall(r"<td.*?</td>", row, re.S)
+    assert ["better" in cell for cell in cells] == [loss == min(losses) for loss in losses]
+
+
+def test_in_a_comparison_runs_are_told_apart_by_name(two_runs, tmp_path, comparison):
+    assert f"{two_runs[0].name} and other" in comparison.words
+    twin = Path(shutil.copytree(two_runs[0] / "vae", tmp_path / two_runs[0].name / "vae")).parent
+    succeed("report", two_runs[0], twin, "--out", tmp_path / "twins.html")
+    assert f"{twin.name} (1) and {twin.name} (2)" in Page(tmp_path / "twins.html").words
+
+
+# --- what is missing ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
+    path = run / "vae/settings.json"
+    shutil.rmtree(run / "latents")
+    shutil.rmtree(run / "unet")
+    assert path.is_file()
+    from lightdiff.checkpoint import Checkpoint
+
+    data = Path(Checkpoint(run / "vae/checkpoints/best.safetensors").document.settings["images"]["data"][0])
+    moved = data.with_name("elsewhere")
+    data.rename(moved)
+    try:
+        succeed("report", run)
+    finally:
+        moved.rename(data)
+    words = Page(run / "report.html").words
+    assert f"the images are not where they were: {data}" in words
+    assert "reconstruction, difference" not in words
+
+
+def test_a_damaged_part_is_named_and_the_rest_shown(run):
+    shard = run / "latents/shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    succeed("report", run)
+    words = Page(run / "report.html").words
+    assert "shard-00000" in words
+    assert "U-Net: noise to latents" in words
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty"])
+def test_a_folder_without_a_run_is_refused(make, tmp_path):
+    if make == "empty":
+        (tmp_path / "run").mkdir()
+    result = call("report", tmp_path / "run")
+    assert result.code == 2
+    assert str(tmp_path / "run") in result.stderr
+
+
+def test_what_is_no_report_is_not_overwritten(trained, tmp_path):
+    (tmp_path / "thesis.html").write_text("years of work")
+    result = call("report", trained, "--out", tmp_path / "thesis.html")
+    assert result.code == 2
+    assert (tmp_path / "thesis.html").read_text() == "years of work"
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    """Of #rrggbb (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_the_paper(scheme):
+    block = re.findall(r":root \{(.*?)\}", STYLE, re.S)[scheme]
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+    lines = re.search(r"--colours: (.*?);", block)[1].split(", ")
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    for name in ("ink", "quiet", "accent"):
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+    for name in ("ink", "quiet", "warn"):
+        assert contrast(colours[name], colours["warn-paper"]) >= 4.5, name
+    for colour in lines:
+        assert contrast(colour, colours["paper"]) >= 3, colour
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.parametrize("which", ["one", "two"])
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
+def test_in_a_browser(which, phone, page, comparison, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = tmp_path / "page.html"
+    path.write_text({"one": page, "two": comparison}[which].source, encoding="utf-8")
+    asked, said = [], []
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        size = {"width": 390, "height": 800} if phone else {"width": 1280, "height": 900}
+        view = browser.new_page(viewport=size, is_mobile=phone, color_scheme="dark" if phone else "light")
+        view.on("request", lambda request: asked.append(request.url))
+        view.on("console", lambda message: said.append(message.text))
+        view.on("pageerror", lambda error: said.append(str(error)))
+        view.goto(path.as_uri())
+        charts = {"one": page, "two": comparison}[which].data["charts"]
+        assert view.locator(".plot .main-svg .scatterlayer .trace").count() == sum(len(c["series"]) for c in charts)
+        assert view.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        sliders = view.locator("input[type=range]")
+        assert sliders.count() == 3
+        for i in range(3):
+            home = view.locator(f"#slider-{i}")
+            seen, alts = set(), set()
+            sliders.nth(i).focus()
+            view.keyboard.press("Home")
+            frames = min(3, int(sliders.nth(i).get_attribute("max")) + 1)
+            for _ in range(frames):
+                seen.add(home.locator("img").last.get_attribute("src"))
+                alts.add(home.locator("img").last.get_attribute("alt"))
+                where = home.locator("output").inner_text()
+                assert sliders.nth(i).get_attribute("aria-valuetext") == where
+                view.keyboard.press("ArrowRight")
+            assert len(seen) == len(alts) == frames >= 2
+        browser.close()
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert said == []
