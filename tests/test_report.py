@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import UNET_FLAGS, call, succeed
 
+from lightdiff.data.latents import read_index
 from lightdiff.extras.report.collect import Curve, grids, read_curves, thinned
 from lightdiff.extras.report.page import HERE
 from lightdiff.pictures import save_grid
@@ -138,6 +139,12 @@ def test_every_curve_of_the_metrics_is_drawn(page, two_runs):
     assert [s["name"] for s in chart["series"]] == ["band 1", "band 2", "band 3", "band 4"]
     assert chart["series"][2]["x"] == [row["step"] for row in validated]
     assert chart["series"][2]["y"] == [row["val_loss_band_3"] for row in validated]
+
+
+def test_the_latents_statistics_are_told(page, two_runs):
+    index = read_index(two_runs[1] / "latents")
+    assert f"Over {index.splits.count('t')} training images" in page.words
+    assert ", ".join(f"{v:.3f}" for v in index.statistics.scale) in page.words
 
 
 def test_histograms_are_densities(page):

@@ -208,10 +208,11 @@ def scaling_words(run: RunFacts) -> str:
         return "The latents have not been scaled yet."
     s = run.index.statistics
     kind = "each channel its own" if len(s.scale) > 1 else "one for all"
+    shift, scale = (", ".join(f"{v:.3f}" for v in values) for values in (s.shift, s.scale))
     return (
-        f"Over {s.count:,} training images the latents have mean {s.mean:.3f} and standard deviation {s.std:.3f}. The "
-        f"U-Net sees (z - shift) * scale with shift {', '.join(f'{v:.3f}' for v in s.shift)} and scale "
-        f"{', '.join(f'{v:.3f}' for v in s.scale)} ({kind}), so that signal and unit noise are of one size."
+        f"Over {run.index.splits.count('t'):,} training images the latents have mean {s.mean:.3f} and standard "
+        f"deviation {s.std:.3f}. The U-Net sees (z - shift) * scale with shift {shift} and scale {scale} ({kind}), "
+        "so that signal and unit noise are of one size."
     )
 
 
