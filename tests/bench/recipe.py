@@ -100,6 +100,7 @@ CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the
     )
     for sampler in get_args(SamplerName)
     for calls in recipe_page.CALLS
+    if f"{sampler}-{calls}" != recipe_page.DEFAULT_CALLS
 }
 PHOTOGRAPHS = "photographs"  # a row that is not trained: what is left of the distance if all is right
 EVERY = ROWS | CALLS | {PHOTOGRAPHS: Recipe("other photographs of the same data set")}
