@@ -133,7 +133,7 @@ def drawn(
     labels = list(first.texts)
     if originals is not None:
         rows, labels = [[originals for _ in columns.labels], *rows], ["originals", *labels]
-    fixed = ", ".join(f"{axis.name} {axis.texts[0]}" for axis in plan.fixed)
+    fixed = ", ".join(f"{axis.name} {Path(axis.texts[0]).name}" for axis in plan.fixed)  # no path of a machine
     caption = f"{plan.base.run.path.absolute().name}: {what}" + (f", with {fixed}" if fixed else "")
     across = ACROSS if second else plan.settings.num_images
     return contact_sheet(caption, Heading(f"--{first.name}", labels), columns, rows, across)
