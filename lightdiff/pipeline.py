@@ -245,14 +245,14 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         edit: Edit | None = None,
         noise: Float[Tensor, "b c h w"] | None = None,
+        see: Callable[[Level, Tensor, Tensor], None] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """New latents: the first `items` of a seed, or those of these numbers; the rest as in `sample_latents`."""
         wanted = range(items) if isinstance(items, int) else items
         how = sampling or Sampling()
         with autocast(self.device, self.precision):
-            return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, noise)
+            return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, noise, see)
 
-    @torch.inference_mode()
     def trajectory(
         self,
         items: int | Sequence[int],
@@ -262,16 +262,13 @@ class Pipeline:
         edit: Edit | None = None,
     ) -> list[Moment]:
         """What `sample` passes through, one moment for each call of the network; arguments as there."""
-        wanted = range(items) if isinstance(items, int) else items
         scaling, found = Scaling.of(self.settings.latent), list[Moment]()
 
         def see(level: Level, x_t: Tensor, x0: Tensor) -> None:
             noisy = scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
             found.append(Moment(level, self.decode(noisy), self.decode(scaling.to_z(x0))))
 
-        with autocast(self.device, self.precision):
-            how = sampling or Sampling()
-            sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, see=see)
+        self.sample(items, seed, sampling, size, edit, see=see)
         return found
 
     @torch.inference_mode()

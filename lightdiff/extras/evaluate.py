@@ -21,7 +21,7 @@ from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError
 from lightdiff.extras.features import Features, features_of, load_features
-from lightdiff.extras.latent_facts import ACTIVE
+from lightdiff.extras.latent_facts import ACTIVE, evenly
 from lightdiff.losses import kl_per_element, psnr
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, vae_behind
@@ -230,7 +230,7 @@ def evaluate_unet(
     def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
         return features_of(features, which, of, settings.batch_size, workers, device, ranks, what)
 
-    train, val = (evenly([f for f in files if f.split == split], settings.num_reference) for split in ("train", "val"))
+    train, val = (at_most([f for f in files if f.split == split], settings.num_reference) for split in ("train", "val"))
     of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
     of_val = (
         cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None
@@ -261,9 +261,9 @@ def drawn(unet: Path, settings: EvaluateSettings, home: Path) -> Path:
     return out
 
 
-def evenly(files: list[ImageFile], most: int) -> list[ImageFile]:
-    """At most so many of them, evenly spread."""
-    return [files[i * len(files) // most] for i in range(most)] if 0 < most < len(files) else files
+def at_most(files: list[ImageFile], most: int) -> list[ImageFile]:
+    """At most so many of them, evenly spread; all for 0."""
+    return [files[i] for i in evenly(len(files), most or len(files))]
 
 
 def cached(

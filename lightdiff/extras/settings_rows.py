@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from lightdiff.options import default_of, flag, typed
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+
+MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
 
 
 class Row(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -13,11 +12,9 @@ from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
-from lightdiff.extras.settings_rows import Row, settings_rows, words
+from lightdiff.extras.settings_rows import MODELS, Row, settings_rows, words
 from lightdiff.run_folder import RunFolder
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
-MODELS: dict[str, type[BaseModel]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
 PART_OF = {"data": "vae", "samples": "unet"}  # whose findings stand with another stage's in --json
 
 

@@ -16,15 +16,10 @@ from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory
-from lightdiff.extras.settings_rows import Row, settings_rows
+from lightdiff.extras.settings_rows import MODELS, Row, settings_rows
 from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import RunFolder, StageFolder, read_json
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
-MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {
-    "vae": TrainVAESettings,
-    "unet": TrainUNetSettings,
-}
 MOST_FRAMES = 24  # of a slider through time
 MOST_POINTS = 1500  # of a curve
 

@@ -13,6 +13,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
+from lightdiff.extras.latent_facts import evenly
 from lightdiff.pictures import grid
 from lightdiff.pipeline import Moment, Pipeline, Sampling, load_vae
 from lightdiff.run_folder import StageFolder
@@ -99,7 +100,7 @@ def nearest(pipeline: Pipeline, folder: Path) -> tuple[Picture, str]:
     """
     latents, scaling = LatentSet(folder), Scaling.of(pipeline.settings.latent)
     numbers = latents.index.shape[0] * latents.index.shape[1] * latents.index.shape[2]
-    positions = evenly(list(latents.train), max(1, MOST_NUMBERS // numbers))
+    positions = [latents.train[i] for i in evenly(len(latents.train), max(1, MOST_NUMBERS // numbers))]
     mu = torch.cat([latents.gather(positions, torch.full((len(positions),), s))[0] for s in sides(latents)])
     known = scaling.to_x0(mu).flatten(1)
     z = pipeline.sample(SHOWN).cpu()
@@ -107,7 +108,7 @@ def nearest(pipeline: Pipeline, folder: Path) -> tuple[Picture, str]:
     columns = [z, *(mu[which[:, i]] for i in range(which.shape[1]))]
     rows = torch.stack([pipeline.decode(column) for column in columns])  # (1 + n, SHOWN, 3, h, w)
     said = f"Median distance of these samples to the nearest training image: {float(distance[:, 0].median()):.1f}"
-    if held_out := evenly(list(latents.val), 200):
+    if held_out := [latents.val[i] for i in evenly(len(latents.val), 200)]:
         new = scaling.to_x0(latents.gather(held_out)[0]).flatten(1)
         usual = float(torch.cdist(new, known).amin(1).median())
         said += f"; that of {len(held_out)} held-out images: {usual:.1f}. Copies would lie far nearer than those"
@@ -118,8 +119,3 @@ def nearest(pipeline: Pipeline, folder: Path) -> tuple[Picture, str]:
 def sides(latents: LatentSet) -> tuple[int, ...]:
     """Each image, and its mirror image where that is kept."""
     return (0, 1) if latents.index.mirrored else (0,)
-
-
-def evenly(items: list[int], most: int) -> list[int]:
-    """At most so many of them, evenly spread."""
-    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else items
