@@ -555,7 +555,7 @@ class DemoSettings(Settings):
     resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
     count: int = Field(4000, ge=16, description="faces to draw")
     vae_steps: int = Field(450, ge=1, description="optimizer steps of the VAE")
-    unet_steps: int = Field(1000, ge=1, description="optimizer steps of the U-Net")
+    unet_steps: int = Field(750, ge=1, description="optimizer steps of the U-Net")
     seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
     device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
 

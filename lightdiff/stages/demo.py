@@ -29,7 +29,7 @@ def run(settings: DemoSettings) -> Path:
     draw_dataset(faces, s.count, s.seed, s.resolution)
 
     heading("1. train-vae: images -> a VAE")
-    common = {"optimizer": "adamw", "lr": 1e-3, "seed": s.seed, "device": s.device}
+    common = {"seed": s.seed, "device": s.device}
     vae_loop = LoopSettings.model_validate(
         {"steps": s.vae_steps, "batch_size": 32, "val_every": s.vae_steps, "save_every": 300, **common}
     )
@@ -49,7 +49,7 @@ def run(settings: DemoSettings) -> Path:
 
     heading("4. train-unet: latents -> a U-Net that tells them from noise")
     unet_loop = LoopSettings.model_validate(
-        {"steps": s.unet_steps, "batch_size": 64, "val_every": 500, "save_every": 500, **common}
+        {"steps": s.unet_steps, "batch_size": 64, "val_every": 250, "save_every": 250, **common}
     )
     unet = {"run": s.run, "loop": unet_loop} | train_unet.inherited(s.run, None)
     train_unet.run(TrainUNetSettings.model_validate(unet))
@@ -77,11 +77,11 @@ Originals above their reconstructions are in {run.vae.images}, samples during tr
 The same by hand, with images of your own in place of {faces}:
 
   lightdiff train-vae --run runs/mine --data {faces} --resolution {s.resolution} \\
-      --no-flip --random-crop 1 --steps {s.vae_steps} --batch-size 32 --optimizer adamw --lr 1e-3 \\
+      --no-flip --random-crop 1 --steps {s.vae_steps} --batch-size 32 \\
       --reconstruction l1 --kl-beta 3e-3 --lpips-gamma 0
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
-  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --batch-size 64 --optimizer adamw --lr 1e-3
+  lightdiff train-unet --run runs/mine --steps {s.unet_steps} --batch-size 64
   lightdiff generate --run runs/mine --num-images 64""",
         soft_wrap=True,
     )
