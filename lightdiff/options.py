@@ -8,7 +8,8 @@ it does not override what a file or an earlier stage said.
 import inspect
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -51,6 +52,12 @@ def flag(path: tuple[str, ...]) -> str:
     return f"{DOTTED}.{name}" if DOTTED in path[:-1] else name
 
 
+def extra(field: FieldInfo, name: str) -> str:
+    """What a field says of itself beyond pydantic's words, or "": `panel`, `instead_of`, `needs`."""
+    said = field.json_schema_extra
+    return str(said.get(name, "")) if isinstance(said, dict) else ""
+
+
 def panel(model: type[BaseModel], path: tuple[str, ...]) -> str:
     """The help panel of a field: its own, else the title of the nested model it belongs to."""
     title = "Options"
@@ -58,8 +65,7 @@ def panel(model: type[BaseModel], path: tuple[str, ...]) -> str:
         field = model.model_fields[name]
         title = field.title or name
         model = nested_model(field) or model
-    extra = model.model_fields[path[-1]].json_schema_extra
-    return str(extra["panel"]) if isinstance(extra, dict) and "panel" in extra else title
+    return extra(model.model_fields[path[-1]], "panel") or title
 
 
 def default_of(model: type[BaseModel], path: tuple[str, ...]) -> Any:
@@ -127,6 +133,22 @@ def given(path: tuple[str, ...], field: FieldInfo, value: Any) -> Any:
             return value
         return [] if value.strip() in ("", "none") else [part.strip() for part in value.split(",")]
     return value
+
+
+def check_effects(
+    fields: Mapping[tuple[str, ...], FieldInfo], named: Collection[tuple[str, ...]], built: BaseModel
+) -> None:
+    """Refuse typed flags of which one would do nothing.
+
+    Raises:
+        UserError: If two of them say one thing, or one belongs to a setting that is off.
+    """
+    for path in named:
+        rival, needed = ((*path[:-1], extra(fields[path], word)) for word in ("instead_of", "needs"))
+        if rival in named:
+            raise UserError(f"--{flag(path)} stands in place of --{flag(rival)}: give one of them")
+        if needed[-1] and not reduce(getattr, needed, built):
+            raise UserError(f"--{flag(path)} does nothing without --{flag(needed)}")
 
 
 def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
@@ -253,6 +275,7 @@ def command(
         lowest = [preset(chosen)] if preset and chosen else []
         below = inherit(merge(from_file, flags)) if inherit else []
         built = build(model, [defaults(model), *lowest, *below, from_file, flags])
+        check_effects(fields, named, built)
         if (
             chosen
             and getattr(build(model, [defaults(model), *below, *lowest, from_file, flags]), DOTTED) != built.model

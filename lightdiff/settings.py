@@ -270,7 +270,12 @@ class LoopSettings(ComputeSettings):
     """The training loop. Every interval counts optimizer steps."""
 
     steps: int = Field(20_000, ge=1, description="optimizer steps")
-    epochs: float = Field(0.0, ge=0, description="passes over the training images, instead of steps; 0: count steps")
+    epochs: float = Field(
+        0.0,
+        ge=0,
+        json_schema_extra={"instead_of": "steps"},
+        description="passes over the training images, instead of steps; 0: count steps",
+    )
     batch_size: int = Field(16, ge=1, description="images an optimizer step")
     micro_batch: int = Field(
         0, ge=0, description="images a forward pass; 0: the whole batch", json_schema_extra={"panel": "Memory"}
@@ -493,10 +498,15 @@ class GenerateSettings(StageSettings):
         None, json_schema_extra={"panel": "Editing"}, description="image that is white where --from is to be drawn anew"
     )
     interpolate: tuple[int, ...] = Field(
-        (), json_schema_extra={"panel": "Editing"}, description="numbers of images of this seed to walk between"
+        (),
+        json_schema_extra={"panel": "Editing", "instead_of": "num_images"},
+        description="numbers of images of this seed to walk between",
     )
     frames: int = Field(
-        24, ge=2, json_schema_extra={"panel": "Editing"}, description="images from one of these to the next"
+        24,
+        ge=2,
+        json_schema_extra={"panel": "Editing", "needs": "interpolate"},
+        description="images from one of these to the next",
     )
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 

@@ -304,6 +304,21 @@ def test_restart_forgets_the_saved_run(cli, run):
     assert (said["restart"], said["images"]["data"], said["model"]["encoder_width"]) == (True, [], 32)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train-vae", "--steps", 3, "--epochs", 1), "--epochs stands in place of --steps: give one of them"),
+        (("generate", "--num-images", 3, "--interpolate", "1,2"), "--interpolate stands in place of --num-images"),
+        (("generate", "--frames", 5), "--frames does nothing without --interpolate"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(cli, tmp_path, words, said):
+    result = cli(*words, "--run", tmp_path / "none", "--dry-run")
+    assert result.code == 2
+    assert said in result.err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_later_of_steps_and_epochs_wins(cli, tmp_path, run):
     file = tmp_path / "mine.toml"
     file.write_text("[loop]\nepochs = 2\n")

@@ -16,12 +16,13 @@ from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet
 from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.extras import health
-from lightdiff.extras.evidence import Row, metrics_of, rows_of
+from lightdiff.extras.evidence import metrics_of, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts, latent_facts
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import ImageSettings, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.ema import EMA
+from lightdiff.training.progress import Row
 
 HERE = "--precision fp32 --device cpu --optimizer adamw --warmup-steps 20 --batch-size 8".split()
 VAE = (

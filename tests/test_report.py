@@ -10,7 +10,7 @@ import pytest
 from conftest import UNET_FLAGS, call, succeed
 
 from lightdiff.data.latents import read_index
-from lightdiff.extras.report.collect import Curve, grids, read_curves, thinned
+from lightdiff.extras.report.collect import Curve, curves_of, grids, thinned
 from lightdiff.extras.report.page import HERE
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import StageFolder
@@ -78,10 +78,10 @@ def comparison(two_runs, tmp_path_factory):
 
 
 def test_curves_come_from_whole_lines(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 4}\n{"step": 2, "loss": 3, "val_loss": 5}\n{"step": 3, "lo')
-    assert read_curves(path) == {"loss": Curve([1, 2], [4, 3]), "val_loss": Curve([2], [5])}
-    assert read_curves(tmp_path / "none") == {}
+    folder = StageFolder(tmp_path)
+    assert curves_of(folder) == {}
+    folder.metrics.write_text('{"step": 1, "loss": 4}\n{"step": 2, "loss": NaN, "val_loss": 5}\n{"step": 3, "lo')
+    assert curves_of(folder) == {"loss": Curve([1], [4]), "val_loss": Curve([2], [5])}
 
 
 def test_long_curves_are_thinned_to_means():

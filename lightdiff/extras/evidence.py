@@ -1,7 +1,6 @@
 """What a run's files say of it, read as far as they can be: missing and damaged ones are left out."""
 
 import hashlib
-import json
 import math
 import os
 from collections import defaultdict
@@ -17,9 +16,9 @@ from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.pipeline import vae_digest
 from lightdiff.run_folder import RunFolder, StageFolder, find_latents, read_json
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+from lightdiff.training.progress import Row, read_metrics
 
 T = TypeVar("T")
-Row = dict[str, float]  # a line of metrics.jsonl
 MOST_BYTES = 200_000_000  # that are read in search of duplicates
 
 
@@ -84,15 +83,10 @@ def opened(stage: str, paths: list[Path]) -> Checkpoint | None:
 
 
 def rows_of(folder: StageFolder) -> list[Row]:
-    """The lines of a stage's metrics.jsonl, by step; half a line, and what is no finite number, is left out."""
-    text = tried(lambda: folder.metrics.read_text(encoding="utf-8", errors="replace")) or ""
-    rows = [tried(partial(json.loads, line)) for line in text.splitlines()]
-    numbers = [
-        {name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        for row in rows
-        if isinstance(row, dict)
-    ]
-    return sorted((row for row in numbers if "step" in row), key=lambda row: row["step"])
+    """The lines of a stage's metrics.jsonl, by step; what is no finite number is left out."""
+    rows = tried(lambda: read_metrics(folder.metrics)) or []
+    numbers = [{n: v for n, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)} for row in rows]
+    return sorted(numbers, key=lambda row: row["step"])
 
 
 def metrics_of(document: Document, rows: list[Row]) -> Row:

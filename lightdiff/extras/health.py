@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from lightdiff.data.files import scan
 from lightdiff.diffusion.schedules import Schedule
-from lightdiff.extras.evidence import Row, gather, same_content, trained_on, tried
+from lightdiff.extras.evidence import gather, same_content, trained_on, tried
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
@@ -19,6 +19,7 @@ from lightdiff.settings import (
     TrainVAESettings,
     with_changes,
 )
+from lightdiff.training.progress import Row
 
 BANDS = tuple(f"val_loss_band_{band}" for band in (1, 2, 3, 4))
 

@@ -21,6 +21,7 @@ from lightdiff.training.display import Display, number
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time"}
 
 
@@ -117,21 +118,26 @@ def trending(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in NO_TREND}
 
 
-def cut_metrics(path: Path, last_step: int) -> list[dict[str, float]]:
-    """Drop lines of steps after `last_step`, which a resumed run will write again; the others are returned."""
-    if not path.exists():
+def read_metrics(path: Path) -> list[Row]:
+    """The lines of a metrics.jsonl, in their order; half a line, of a process that was killed, is left out."""
+    if not path.is_file():
         return []
-    kept, rows = [], []
+    rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            step = row["step"]
-        except (ValueError, KeyError, TypeError):  # half a line, from a process that was killed
+        except ValueError:
             continue
-        if step <= last_step:
-            kept.append(line + "\n")
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
-    publish_text(path, "".join(kept))
+    return rows
+
+
+def cut_metrics(path: Path, last_step: int) -> list[Row]:
+    """Drop lines of steps after `last_step`, which a resumed run will write again; the others are returned."""
+    rows = [row for row in read_metrics(path) if row["step"] <= last_step]
+    if path.exists():
+        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -13,6 +13,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.settings import SamplerName
+from lightdiff.training.progress import read_metrics
 from tests.bench import recipe_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,15 +238,12 @@ def measure_photographs(samples: list[int], work: Work) -> list[dict[str, Any]]:
 
 def parameters(file: Path) -> int:
     """Of a checkpoint's network."""
-    from lightdiff.checkpoint import Checkpoint
-
-    return sum(t.numel() for t in Checkpoint(file).tensors("model.").values())
+    return sum(map(math.prod, Checkpoint(file).shapes("model.").values()))
 
 
 def last_value(metrics: Path, name: str) -> float:
     """The last value of a metric."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return float(next(row[name] for row in reversed(rows) if name in row))
+    return float(next(row[name] for row in reversed(read_metrics(metrics)) if name in row))
 
 
 def add(path: Path, row: dict[str, Any]) -> None:

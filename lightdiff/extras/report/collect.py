@@ -1,6 +1,6 @@
 """What there is to tell of a run: settings, lineage, curves, pictures made while training, and what is measured now."""
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +13,7 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
+from lightdiff.extras.evidence import rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory
@@ -151,30 +152,23 @@ class noting:
 def training(stage: str, folder: StageFolder) -> Training:
     """What a training left behind."""
     saved = Checkpoint(folder.last, stage)
-    sizes = [t.numel() for t in saved.tensors("model.").values()]
     return Training(
         saved.document,
-        sum(sizes),
+        sum(map(math.prod, saved.shapes("model.").values())),
         settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save()),
-        read_curves(folder.metrics),
+        curves_of(folder),
         grids(folder, stage),
     )
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
+def curves_of(folder: StageFolder) -> dict[str, Curve]:
     """The columns of metrics.jsonl, thinned out where they are long."""
     columns: dict[str, Curve] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):  # half a line
-            continue
+    for row in rows_of(folder):
         for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if name != "step":
                 curve = columns.setdefault(name, Curve([], []))
-                curve.steps.append(step)
+                curve.steps.append(int(row["step"]))
                 curve.values.append(float(value))
     return {name: thinned(curve) for name, curve in columns.items()}
 

@@ -1,6 +1,5 @@
 """sweep: a run again with other values of one or two settings, and what each of them does, side by side."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from lightdiff.settings import (
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 from lightdiff.stages.start import enter
 from lightdiff.training.place import Place
-from lightdiff.training.progress import console
+from lightdiff.training.progress import console, read_metrics
 
 NAMES: dict[Kind, tuple[str, str]] = {
     "vae": ("VAE", "VAEs"),
@@ -125,15 +124,10 @@ def cost(plan: Plan, todo: Sequence[Result]) -> tuple[float, int]:
         if place is None or result.twin:
             continue
         size += sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        speed = 0.0 if loop is None or loop.epochs else last_value(place / "metrics.jsonl", "images_per_s")
-        seconds += loop.steps * loop.batch_size / speed if speed else 0
+        speeds = [row["images_per_s"] for row in read_metrics(place / "metrics.jsonl") if "images_per_s" in row]
+        if speeds and loop is not None and not loop.epochs:
+            seconds += loop.steps * loop.batch_size / speeds[-1]
     return seconds, size
-
-
-def last_value(metrics: Path, name: str) -> float:
-    """The last number of this name in a metrics.jsonl; 0 if there is none."""
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    return next((float(row[name]) for row in map(json.loads, reversed(lines)) if name in row), 0.0)
 
 
 # --- making -------------------------------------------------------------------------------------------------------
