@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -423,3 +424,9 @@ def test_no_word_on_data_that_is_not_there(tmp_path: Path) -> None:
     assert health.duplicates(ImageSettings(data=(tmp_path / "gone",))) == []
     (tmp_path / "empty").mkdir()
     assert health.duplicates(ImageSettings(data=(tmp_path / "empty",))) == []
+
+
+def test_the_page_lists_every_finding() -> None:
+    page = (Path(__file__).parent.parent / "docs/how-to/health.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert listed == re.findall(r'code="([a-z-]+)"', Path(health.__file__).read_text(encoding="utf-8"))
