@@ -85,6 +85,7 @@ ROWS: dict[str, Recipe] = {
     "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
+    "only-mu": Recipe("the U-Net learns mu, not draws of the posterior", scale="--only-mu"),
     "vae-original": Recipe(
         "the original's VAE, at these widths",
         vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 "
