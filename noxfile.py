@@ -10,6 +10,8 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests", "lint", "types", "build", "docs"]
 
+AT_ONCE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # each test computes in one thread
+
 
 def install(session: nox.Session, *groups: str) -> None:
     """Install the package as it stands here, with development groups."""
@@ -18,9 +20,9 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite with coverage; arguments after -- go to pytest."""
+    """Run the test suite with coverage, as many files at a time as there are cores; arguments after -- go to pytest."""
     install(session, "test", "types")
-    session.run("pytest", *(session.posargs or ["--cov", "--cov-report=term", "--durations=10"]))
+    session.run("pytest", *(session.posargs or [*AT_ONCE, "--cov", "--cov-report=term", "--durations=10"]))
 
 
 def borrowed(session: nox.Session) -> str:

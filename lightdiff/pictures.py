@@ -14,6 +14,7 @@ from lightdiff.data.images import to_float, to_uint8
 from lightdiff.pipeline import Moment
 
 GRID_IMAGES = 64
+WIDEST = 12  # images in a row
 FRAME_MS = 60  # of an animation
 LAST_MS = 1500  # that an animation rests at its end
 STRIP = 10  # columns of a strip
@@ -37,11 +38,14 @@ def save_grid(path: Path, x: Float[torch.Tensor, "n 3 h w"], columns: int) -> No
     save_png(path, grid(x, columns))
 
 
-def save_grid_of_files(path: Path, images: Sequence[Path]) -> None:
-    """Save a grid of the first of these pictures."""
-    some = images[:GRID_IMAGES]
+def save_grid_of_files(path: Path, images: Sequence[Path], classes: int = 1) -> None:
+    """Save a grid of the first of these pictures; of classes that take turns, each has a row."""
+    some, columns = images[:GRID_IMAGES], min(8, round(min(len(images), GRID_IMAGES) ** 0.5))
+    if 1 < classes <= len(some):
+        columns = min(WIDEST, len(some) // classes)
+        some = [image for row in range(classes) for image in some[row : classes * columns : classes]]
     shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in some])
-    save_grid(path, shown, columns=max(1, min(8, round(len(some) ** 0.5))))
+    save_grid(path, shown, columns=max(1, columns))
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRAME_MS) -> None:

@@ -9,7 +9,7 @@ import torch
 from conftest import VAE_FLAGS, call
 from rich.console import Console
 
-from lightdiff.pictures import save_grid
+from lightdiff.pictures import save_grid, save_grid_of_files
 from lightdiff.training import progress
 from lightdiff.training.display import BLOCKS, Display, number, sparkline
 from lightdiff.training.progress import Reporter, cut_metrics
@@ -153,6 +153,22 @@ def test_a_grid_shows_each_image_in_its_place(tmp_path):
     assert grid.getpixel((0, 0)) == (0, 0, 0)
     assert grid.getpixel((7, 7)) == (255, 255, 255)  # the sixth image
     assert grid.getpixel((13, 7)) == (255, 255, 255)  # nothing: the sheet
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"), [(0, [[0, 1, 2], [3, 4, 5], [6]]), (2, [[0, 2, 4], [1, 3, 5]]), (9, None)]
+)
+def test_a_grid_of_classes_has_a_row_for_each(tmp_path, classes, rows):
+    from PIL import Image
+
+    files = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (4, 4), (30 * i, 0, 0)).save(file)
+    save_grid_of_files(tmp_path / "grid.png", files, classes)
+    grid = Image.open(tmp_path / "grid.png")
+    reds = [[grid.getpixel((6 * x, 6 * y))[0] for x in range(grid.width // 6 + 1)] for y in range(grid.height // 6 + 1)]
+    expected = rows or [[0, 1, 2], [3, 4, 5], [6]]  # fewer images than classes: as without
+    assert [[red for red in row if red != 255] for row in reds] == [[30 * i for i in row] for row in expected]
 
 
 # --- saying nothing -------------------------------------------------------------------------------------------------

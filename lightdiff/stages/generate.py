@@ -124,7 +124,7 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     # 3. All of them at a glance
     limit.conclude(unfinished, ranks, "" if settings.out else f" with --out {out}")
     made = out / file_name(settings, "walk.webp" if settings.interpolate else "grid.png")
-    draw = save_walk if settings.interpolate else save_grid_of_files
+    draw = save_walk if settings.interpolate else partial(save_grid_of_files, classes=len(settings.class_))
     ranks.on_first(lambda: draw(made, paths))
     if settings.trajectory and ranks.first:
         first = range(min(TRAJECTORY_IMAGES, settings.count))
