@@ -28,7 +28,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.images import frame, load_image, to_float, to_uint8
+from lightdiff.pictures import save_png
+from lightdiff.pipeline import load_vae
 from lightdiff.settings import SamplerName
 from lightdiff.training.progress import read_metrics
 from tests.bench import recipe_page
@@ -106,8 +111,7 @@ CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the
     for calls in recipe_page.CALLS
     if f"{sampler}-{calls}" != recipe_page.DEFAULT_CALLS
 }
-PHOTOGRAPHS = "photographs"  # a row that is not trained: what is left of the distance if all is right
-EVERY = ROWS | CALLS | {PHOTOGRAPHS: Recipe("other photographs of the same data set")}
+EVERY = ROWS | CALLS | {name: Recipe(about) for name, about in recipe_page.FLOORS.items()}
 
 
 def call(words: list[object]) -> tuple[str, float]:
@@ -225,16 +229,36 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     return [row | {"samples": n, "frechet": work.distance(drawn / "images", n)} for n in samples]
 
 
-def measure_photographs(samples: list[int], work: Work) -> list[dict[str, Any]]:
-    """The distance of photographs that the reference, which is every other one, leaves out."""
+def measure_floor(name: str, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
+    """The distance of photographs that the reference, which is every other one, leaves out; as they are, or decoded."""
     rows = []
     for count in samples:
-        others = work.home(PHOTOGRAPHS, count)
-        for photograph in sorted(FACES.rglob("*.jpg"))[1::2][:count]:
-            if not (others / photograph.name).is_symlink():
-                (others / photograph.name).symlink_to(photograph)
-        rows.append({"row": PHOTOGRAPHS, "samples": count, "frechet": work.distance(others, count)})
-    return [{"seed": 0, "share": 1.0, "date": time.strftime("%Y-%m-%d"), "flags": " |  |  | ", **row} for row in rows]
+        photographs = sorted(FACES.rglob("*.jpg"))[1::2][:count]
+        if name == "photographs":
+            others = work.home(name, count)
+            for photograph in photographs:
+                if not (others / photograph.name).is_symlink():
+                    (others / photograph.name).symlink_to(photograph)
+        else:
+            vae = work.home("vae", "", seed, share)
+            others = work.home(name, vae.name, count)
+            decode(photographs, vae, name == "decoded-draws", others)
+        rows.append({"row": name, "samples": count, "frechet": work.distance(others, count)})
+    about = {"seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": EVERY[name].flags}
+    return [about | row for row in rows]
+
+
+def decode(photographs: list[Path], vae: Path, draw: bool, out: Path) -> None:
+    """Encode photographs with a trained VAE and write what it decodes, of the posterior's mean or of a draw."""
+    checkpoint = Checkpoint(vae / "vae" / "checkpoints" / "best.safetensors", "vae")
+    network, _ = load_vae(checkpoint, torch.device("cpu"))
+    rng = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for photograph in photographs:
+            x = to_float(frame(load_image(photograph), 64))[None]
+            posterior = network.encoder(x)
+            z = posterior.sample(torch.randn(posterior.mu.shape, generator=rng)) if draw else posterior.mu
+            save_png(out / f"{photograph.stem}.png", to_uint8(network.decoder(z))[0])
 
 
 def parameters(file: Path) -> int:
@@ -287,8 +311,8 @@ def main() -> None:
         samples = [n for n in chosen.samples if n not in {r["samples"] for r in there}]
         if not samples:
             return
-        if name == PHOTOGRAPHS:
-            rows = measure_photographs(samples, work)
+        if name in recipe_page.FLOORS:
+            rows = measure_floor(name, seed, samples, share, work)
         else:
             rows = measure(name, recipe, seed, samples, share, work)
         for found in rows:

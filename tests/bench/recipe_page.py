@@ -11,6 +11,11 @@ CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
 CALLS = (6, 10, 20, 50)  # of the network, that samplers are compared at
 DEFAULT_CALLS = "ddim-50"  # what the default row is among them
+FLOORS = {  # rows without a U-Net: what is left of the distance if all that follows is right
+    "photographs": "other photographs than these 5,000, as they are",
+    "decoded-mu": "those, encoded and decoded by the default's VAE",
+    "decoded-draws": "the same, from draws of the posterior, which are what the U-Net learns",
+}
 INTRODUCTION = """\
 # The recipe, measured
 
@@ -55,6 +60,12 @@ def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: float | N
             cells += [f"{row[f'{stage}_parameters'] / 1e6:.2f} M", f"{row[f'{stage}_steps']:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def floors_table(rows: list[dict[str, Any]]) -> str:
+    """Images that no U-Net drew."""
+    cells = [f"| {FLOORS[row['row']]} | {row['seed']:.0f} | {row['frechet']:.3f} |" for row in rows]
+    return "\n".join(["| | seed | Frechet-768 |", "|---|---:|---:|", *cells])
 
 
 def calls_table(rows: list[dict[str, Any]]) -> str:
@@ -111,9 +122,6 @@ def mean(values: list[float]) -> float:
 def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     """The page's text."""
     parts = [INTRODUCTION]
-    floor = [f"{row['frechet']:.3f} ({row['samples']:,.0f})" for row in rows if row["row"] == "photographs"]
-    if floor:
-        parts[0] += f" As many photographs that are not among these 5,000 have {' and '.join(floor)}."
     whole = [row for row in rows if row["row"] in ("default", "original") and row["samples"] == 2000]
     if whole:
         parts += ["## The whole recipes, 2,000 samples", table(whole, about)]
@@ -123,6 +131,8 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     if base:
         dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"]))
         parts += ["## What each choice is worth: 1,000 samples", table(dearest_first, about, mean(base))]
+    if floors := [row for row in few if row["row"] in FLOORS]:
+        parts += ["## What is left if the U-Net is perfect: 1,000 images", floors_table(floors)]
     if calls := calls_table(few):
         parts += ["## Quality against calls of the network: the default's U-Net, 1,000 samples", calls]
     if curve := on_curve(rows):
