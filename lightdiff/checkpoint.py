@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -131,6 +131,13 @@ class Checkpoint:
             for name in path:
                 found = found[name]
             return model.model_validate(found)
+        except ValidationError as error:  # whole, as its digest is right, but not of this version
+            first = error.errors()[0]
+            where = ".".join(map(str, (*path, *first["loc"])))
+            raise Damaged(
+                f"{self.path}: its settings cannot be read by this lightdiff, {__version__}; "
+                f"{self.document.lightdiff} wrote it: {where}: {first['msg']}"
+            ) from None
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Damaged(f"{self.path} is damaged: its settings cannot be read") from None
 

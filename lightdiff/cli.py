@@ -120,7 +120,17 @@ def inherit_unet(said: Layer) -> list[Layer]:
     from lightdiff.stages.train_unet import inherited
 
     run = path(said.get("run")) or settings.StageSettings().run
-    return [*saved_settings(said, "unet"), inherited(run, path(said.get("latents")))]
+    saved = saved_settings(said, "unet")
+    for layer in saved:
+        if part(said, "target").get("objective", "") not in ("", part(layer, "target").get("objective")):
+            part(layer, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
+    return [*saved, inherited(run, path(said.get("latents")))]
+
+
+def part(layer: Layer, name: str) -> Layer:
+    """A part of settings that may have come from anywhere; empty if there is none."""
+    found = layer.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def estimate(chosen: Any) -> None:

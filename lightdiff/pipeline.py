@@ -330,9 +330,13 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 
 
 def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
-    """The VAE to decode with: the one given, else the copy kept with the latents, else the run's."""
+    """The VAE to decode with: the one given, else the copy kept with the latents, else the run's.
+
+    The latents are the run's, or those that the U-Net was trained on, where they still are.
+    """
     if given is not None:
         return find_vae(given, run)
-    homes = [run.path, unet.path.parent.parent.parent]
-    kept = first_found(home / "latents" / "vae.safetensors" for home in homes)
-    return kept or find_vae(None, run)
+    homes = [run.latents, RunFolder(unet.path.parent.parent.parent).latents]
+    if used := unet.settings(TrainUNetSettings).latents:
+        homes += [used, RunFolder(used).latents]
+    return first_found(home / "vae.safetensors" for home in homes) or find_vae(None, run)

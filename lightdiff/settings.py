@@ -20,6 +20,8 @@ LatentDtype = Literal["float16", "bfloat16", "float32"]
 Objective = Literal["eps", "x0", "v", "flow"]
 LossWeight = Literal["none", "min-snr"]
 SamplerName = Literal["ddim", "ddpm", "dpm++2m", "heun", "euler"]
+NOISY: frozenset[SamplerName] = frozenset({"ddpm"})  # samplers that add noise of their own at each step
+WITH_ETA: frozenset[SamplerName] = frozenset({"ddim"})  # those that add as much as --eta says
 Spacing = Literal["trailing", "uniform", "karras", "quadratic"]
 EPS_MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold
 GRID = (8, 4)  # columns and rows of the grids drawn while training
@@ -515,16 +517,18 @@ class GenerateSettings(StageSettings):
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"--eta belongs to --sampler ddim, not to {self.sampler}")
+        if self.eta and self.sampler not in WITH_ETA:
+            raise ValueError(f"--eta belongs to --sampler {' or '.join(sorted(WITH_ETA))}, not to {self.sampler}")
         if self.guidance != 1 and not self.class_:
             raise ValueError("--guidance needs a --class to guide to")
         if self.mask and not self.from_:
             raise ValueError("--mask needs the image that it belongs to: --from IMAGE")
         if self.strength is not None and not self.from_:
             raise ValueError("--strength needs the image that it belongs to: --from IMAGE")
-        if self.interpolate and (self.eta or self.sampler == "ddpm"):
-            raise ValueError("--interpolate needs a sampler without noise of its own: no --eta, and not ddpm")
+        if self.interpolate and (self.eta or self.sampler in NOISY):
+            raise ValueError(
+                f"--interpolate needs a sampler without noise of its own: no --eta, not {', '.join(NOISY)}"
+            )
         if self.interpolate and self.from_:
             raise ValueError("--interpolate walks between images of a seed; it does not go with --from")
         if self.interpolate and self.trajectory:

@@ -113,7 +113,7 @@ def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> Non
     assert (finding.code, finding.stage) == ("signal-left", "unet")
     left = math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 19) for i in range(20))
     assert f"leaves {left:.3g} of" in finding.measured
-    assert finding.advice == "lightdiff train-unet --restart --timesteps 1000"
+    assert finding.advice == f"lightdiff train-unet --run {copied} --restart --timesteps 1000"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lightdiff.diffusion.objectives import (
 )
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
-from lightdiff.settings import Objective, ScheduleSettings
+from lightdiff.settings import NOISY, Objective, ScheduleSettings
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 preserving = st.floats(1e-4, 1 - 1e-4).map(lambda bar: Level(7, math.sqrt(bar), math.sqrt(1 - bar)))
@@ -243,7 +243,7 @@ def test_inpainting_keeps_what_it_is_told_and_lets_the_rest_go_its_way() -> None
     mask[..., :2] = 1
     levels, x = sampling_levels(schedule, 20), normal(2, 1, 4, 4)
     for name, sampler in SAMPLERS.items():
-        if name == "ddpm":
+        if name in NOISY:
             continue
         free = sampler(data.denoise, levels, x)
         kept = sampler(inpainting(data.denoise, known, mask), levels, x)

@@ -33,7 +33,7 @@ class Sampler(Protocol):
         eta: float = 0.0,
         step_noise: StepNoise | None = None,
     ) -> Latents:
-        """Take len(levels) - 1 steps."""
+        """Take len(levels) - 1 steps. `eta` is 0 but for the samplers of `WITH_ETA` in settings.py."""
 
 
 def posterior_std(here: Level, there: Level) -> float:
@@ -64,7 +64,7 @@ def ddim(
 
 
 def ddpm(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 1.0, step_noise: StepNoise | None = None
+    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
 ) -> Latents:
     """Ancestral sampling: a draw from q(x_there | x_here, x0_hat), Ho et al. 2020 (arXiv:2006.11239), Eq. 6 and 7.
 

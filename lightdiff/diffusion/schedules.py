@@ -86,16 +86,17 @@ def alpha_bar_table(settings: ScheduleSettings) -> Float[Tensor, " T"]:
     rounding error. With zero_terminal_snr, sqrt(alpha_bar) is shifted and stretched to end at 0 (Lin et al. 2023,
     arXiv:2305.08891, Algorithm 1).
     """
-    assert settings.schedule not in ("auto", "flow"), "auto is resolved before, and flow has no alpha_bar"
     s, steps = settings, settings.timesteps
     if s.schedule == "linear":
         betas = torch.linspace(s.beta_start, s.beta_end, steps, dtype=torch.float64)
     elif s.schedule == "scaled-linear":
         betas = torch.linspace(s.beta_start**0.5, s.beta_end**0.5, steps, dtype=torch.float64).square()
-    else:
+    elif s.schedule == "cosine":
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         curve = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    else:  # auto, which is resolved before; flow, which has no alpha_bar; or one that nobody has written yet
+        raise ValueError(f"no table of alpha_bar is known for schedule {s.schedule}")
     alpha_bar = torch.cumprod(1 - betas, dim=0)  # float64: a product of 1000 factors
     if s.zero_terminal_snr:
         alpha = alpha_bar.sqrt()

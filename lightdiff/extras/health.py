@@ -1,6 +1,7 @@
 """Health in plain words: what a run's own numbers say is wrong with it, what is usual, and what to change."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,12 @@ def examine(run: Path) -> list[Finding]:
         findings += of_schedule(found.unet)
         findings += of_average(found.unet.loop, found.unet_rows)
         findings += of_generalisation(found.unet_rows, images)
-    return findings + of_samples(found.evaluation, found.unet_rows, images)
+    findings += of_samples(found.evaluation, found.unet_rows, images)
+    for finding in findings:  # so that what is advised can be typed as it stands
+        finding.advice = re.sub(
+            r"lightdiff (train-vae|scale|train-unet|evaluate)", rf"\g<0> --run {run}", finding.advice
+        )
+    return findings
 
 
 # --- the data -----------------------------------------------------------------------------------------------------
