@@ -120,7 +120,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     for place in places:
         if (place / "index.json").is_file():
             return place
-    see_folder(places[-1].parent)
+    see_spelling(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")
 
 
@@ -132,22 +132,20 @@ def _find(given: Path | None, places: list[Path], flag: str, folder: Path, comma
     for place in places:
         if place.is_file():
             return place
-    see_folder(folder.parent)
+    see_spelling(folder.parent)
     raise UserError(f"{folder} holds no checkpoint: run '{command}' first, or point {flag} at one")
 
 
-def see_folder(run: Path) -> None:
-    """See that a run is there.
+def see_spelling(run: Path) -> None:
+    """Where there is no such run, but some of a similar name, say so instead of what is missing in it.
 
     Raises:
-        UserError: If not, naming those of a similar name.
+        UserError: If so.
     """
-    if run.is_dir():
-        return
-    beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
-    near = difflib.get_close_matches(run.name, beside)
-    meant = f"; did you mean {' or '.join(str(run.parent / name) for name in near)}?" if near else ""
-    raise UserError(f"there is no run folder {run}{meant}")
+    beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() and not run.exists() else []
+    if near := difflib.get_close_matches(run.name, beside):
+        meant = " or ".join(str(run.parent / name) for name in near)
+        raise UserError(f"there is no run folder {run}; did you mean {meant}?")
 
 
 def claim(folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from lightdiff.checkpoint import (
     tensor_digest,
 )
 from lightdiff.errors import RunError, UserError
+from lightdiff.settings import ScheduleSettings
 
 PROPERTY = settings(
     deadline=None,
@@ -548,3 +550,10 @@ def test_odd_documents(tmp_path: Path, text: str) -> None:
     save_file({}, tmp_path / "a", metadata={KEY: text})
     with pytest.raises(UserError, match="is damaged"):
         Checkpoint(tmp_path / "a")
+
+
+def test_settings_of_another_version_are_named(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a", settings={"schedule": "sine"}, lightdiff="9.9")
+    with pytest.raises(UserError, match=re.escape("schedule: Input should be 'auto'")) as error:
+        Checkpoint(file).settings(ScheduleSettings)
+    assert f"cannot be read by this lightdiff, {__version__}; 9.9 wrote it" in str(error.value)

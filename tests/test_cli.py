@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from conftest import UNET_FLAGS
 
 import lightdiff
 from lightdiff import settings
@@ -317,6 +318,28 @@ def test_a_flag_that_would_do_nothing_is_refused(cli, tmp_path, words, said):
     assert result.code == 2
     assert said in result.err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", ["encode", "scale", "train-unet", "generate"])
+def test_a_run_folder_that_is_misspelled_is_named_rightly(cli, run, command):
+    result = cli(command, "--run", run.with_name("rnu"))
+    assert (result.code, result.err) == (
+        2,
+        f"error: there is no run folder {run.with_name('rnu')}; did you mean {run}?",
+    )
+    assert "did you mean" not in cli(command, "--run", run.with_name("other")).err
+
+
+def test_another_objective_for_a_run_is_refused_as_such(cli, run):
+    refused = f"error: {run}/unet holds a run with --objective flow, not v: choose another --run, or leave that setting"
+    assert cli("train-unet", "--run", run, "--objective", "v").err.startswith(refused)
+
+
+def test_a_unet_on_another_runs_latents_finds_their_vae(cli, run, tmp_path):
+    assert cli("train-unet", "--run", tmp_path / "more", "--latents", run, *UNET_FLAGS).code == 0
+    few = ("--num-images", 1, "--num-steps", 1, "--device", "cpu", "--out", tmp_path / "out")
+    assert cli("generate", "--run", tmp_path / "more", *few).code == 0
+    assert (tmp_path / "out/00000.png").is_file()
 
 
 def test_the_later_of_steps_and_epochs_wins(cli, tmp_path, run):
