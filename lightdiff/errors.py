@@ -42,3 +42,10 @@ class LostContact(RunError):
 
 class Damaged(UserError):
     """A file that is cut off, has a flipped bit, or is no snapshot at all."""
+
+
+def not_installed(command: str, *packages: str) -> UserError:
+    """That a command needs packages that lightdiff does without otherwise."""
+    names = " ".join(packages)
+    how = f"python -m pip install {names} (with pipx: pipx inject lightdiff {names})"
+    return UserError(f"{command} needs {' and '.join(packages)}: {how}")

@@ -43,6 +43,7 @@ ONLY_PARSED = {  # commands that are not run here, and why
 }
 WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are written
     "generate --run runs/demo --sampler mine --num-steps 10",
+    "train-unet --run runs/sine --latents runs/demo --objective eps --schedule sine --steps 1000",
     "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
     "generate --run runs/back --vae runs/demo",
 }
@@ -307,11 +308,13 @@ def put(file: Path, old: str, new: str) -> None:
 def edited(package: Path) -> None:
     """Write the page's lines into a copy of the package, at the places that the page names."""
     blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
-    sampler, table, name, row, objective, layout, recognised, labels = blocks
+    sampler, table, name, row, objective, schedule, betas, layout, recognised, labels = blocks
     put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n{table}")
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
+    put(package / "settings.py", r"^    schedule: Literal.*\n", schedule)
+    put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
     files = package / "data/files.py"
     put(files, r"^Layout = .*\n", layout)
     put(files, r"^import os\n", "import os\nimport re\n")
@@ -325,8 +328,15 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
     package = tmp_path / "lightdiff"
     shutil.copytree(ROOT / "lightdiff", package, ignore=shutil.ignore_patterns("__pycache__"))
     edited(package)
-    new = {"mine", "back", "class-number"}
-    for file in ("diffusion/samplers.py", "diffusion/objectives.py", "settings.py", "data/files.py"):
+    new = {"mine", "back", "sine", "class-number"}
+    changed = (
+        "diffusion/samplers.py",
+        "diffusion/objectives.py",
+        "diffusion/schedules.py",
+        "settings.py",
+        "data/files.py",
+    )
+    for file in changed:
         before, after = ((root / file).read_text(encoding="utf-8") for root in (ROOT / "lightdiff", package))
         compile(after, file, "exec")
         words = [set(re.findall(r'"([^"\n]+)"', text)) for text in (before, after)]
@@ -360,3 +370,4 @@ def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: P
     assert result.returncode == 0, result.stderr
     assert "class-number" in result.stdout
     assert Path("runs/back/samples/0001/00001.png").is_file()
+    assert Path("runs/sine/unet/checkpoints/last.safetensors").is_file()

@@ -149,7 +149,7 @@ def test_without_weights_and_network_it_says_where_to_get_them(trained, cli, tmp
 def test_without_the_extra_it_says_how_to_install_it(trained, cli):
     with patch.dict(sys.modules, {"torch_fidelity.feature_extractor_inceptionv3": None}):
         result = cli("evaluate", "--run", trained, "--device", "cpu")
-    assert (result.code, "pip install 'lightdiff[eval]'" in result.err) == (2, True)
+    assert (result.code, "python -m pip install torch-fidelity scikit-image" in result.err) == (2, True)
 
 
 @pytest.mark.parametrize(

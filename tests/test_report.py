@@ -10,6 +10,7 @@ import pytest
 from conftest import UNET_FLAGS, call, succeed
 
 from lightdiff.data.latents import read_index
+from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, curves_of, grids, thinned
 from lightdiff.extras.report.page import HERE
 from lightdiff.pictures import save_grid
@@ -72,6 +73,15 @@ def comparison(two_runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "two.html"
     succeed("report", *two_runs, "--out", out)
     return Page(out)
+
+
+def test_without_the_extra_it_says_so_before_it_looks(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "NEEDED", ("plotly", "no_such_package"))
+    result = call("report", tmp_path)
+    assert (result.code, result.err.partition(" (")[0]) == (
+        2,
+        "error: report needs plotly and no_such_package: python -m pip install plotly no_such_package",
+    )
 
 
 # --- what is collected ----------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from lightdiff.checkpoint import Checkpoint, publish, publish_text
 from lightdiff.data.files import ImageFile, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
-from lightdiff.errors import UserError
-from lightdiff.extras.features import Features, features_of, load_features
+from lightdiff.errors import UserError, not_installed
+from lightdiff.extras.features import EVAL, Features, features_of, load_features
 from lightdiff.extras.latent_facts import ACTIVE, evenly
 from lightdiff.losses import kl_per_element, psnr
 from lightdiff.pictures import save_grid
@@ -198,7 +198,7 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
-        raise UserError("evaluate needs scikit-image: pip install 'lightdiff[eval]'") from None
+        raise not_installed("evaluate", *EVAL) from None
     pairs = zip(x.permute(0, 2, 3, 1).numpy(), x_hat.permute(0, 2, 3, 1).numpy(), strict=True)
     found = [structural_similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs]  # type: ignore[no-untyped-call]
     return torch.tensor(found).mean()

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageDataset, batches
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, not_installed
 from lightdiff.models.perceptual import fetched
 from lightdiff.settings import ImageSettings
 from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+EVAL = ("torch-fidelity", "scikit-image")  # the extra `eval`
 LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file has weights of
 
 
@@ -87,7 +88,7 @@ def inception() -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise UserError("evaluate needs torch-fidelity: pip install 'lightdiff[eval]'") from None
+        raise not_installed("evaluate", *EVAL) from None
     return FeatureExtractorInceptionV3
 
 

@@ -1,27 +1,32 @@
 """report: one self-contained page about a run, or about several side by side."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from lightdiff.checkpoint import publish_text
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
 from lightdiff.settings import Device
 from lightdiff.training.compute import pick_device
 from lightdiff.training.progress import console
 
+NEEDED = ("plotly", "jinja2")  # the extra `report`
+
 
 def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     """Write the page, and return where it is: RUN/report.html, or report.html here for several runs.
 
     Raises:
-        UserError: If a run holds nothing, or something else lies where the page is to go.
+        UserError: If the extra is not installed, a run holds nothing, or something else lies where the page is to go.
     """
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if target.is_dir():
         raise UserError(f"--out: {target} is a folder; name a file")
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:200]:
         raise UserError(f"--out: {target} is no report of lightdiff, so it is left as it is: choose another name")
+    if not all(map(find_spec, NEEDED)):
+        raise not_installed("report", *NEEDED)
     where = pick_device(device)
     found: list[RunFacts] = []
     for run in runs:

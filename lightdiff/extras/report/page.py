@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightdiff import __version__
-from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import EDGES
 from lightdiff.extras.report.collect import Curve, RunFacts, Training
 from lightdiff.extras.report.measure import Picture
@@ -57,18 +56,9 @@ BETTER = {  # which of two values is the better one
 
 
 def render(runs: Sequence[RunFacts]) -> str:
-    """The page.
-
-    Raises:
-        UserError: If plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise UserError(
-            "report needs plotly: pip install 'lightdiff[report]' (or: pipx inject lightdiff plotly)"
-        ) from None
+    """The page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
 
     several = len(runs) > 1
     names = unique([run.name for run in runs])
