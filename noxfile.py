@@ -10,7 +10,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests", "lint", "types", "build", "docs"]
 
-AT_ONCE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # each test computes in one thread
+AT_ONCE = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]  # each test computes in one thread
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -20,7 +20,7 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite with coverage, as many files at a time as there are cores; arguments after -- go to pytest."""
+    """Run the test suite with coverage, as many tests at a time as there are cores; arguments after -- go to pytest."""
     install(session, "test", "types")
     session.run("pytest", *(session.posargs or [*AT_ONCE, "--cov", "--cov-report=term", "--durations=10"]))
 
