@@ -77,11 +77,11 @@ def default_of(model: type[BaseModel], path: tuple[str, ...]) -> Any:
 
 
 def described(value: Any) -> str:
-    """A default as help shows it."""
-    if value is None or value == () or value == "":
+    """A value as help shows it and as one types it; nothing for none."""
+    if value is None or value == "":
         return ""
-    if isinstance(value, tuple):
-        return ",".join(str(v) for v in value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(described, value))
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lightdiff.options import default_of, flag, typed
+from lightdiff.options import default_of, described, flag, typed
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
 MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
@@ -44,10 +44,4 @@ def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]
 
 def words(value: Any) -> str:
     """A setting's value as one types it."""
-    if value in (None, "", []):
-        return "-"
-    if isinstance(value, list):
-        return ",".join(words(v) for v in value)
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return described(value) or "-"
