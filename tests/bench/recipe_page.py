@@ -1,6 +1,7 @@
 """docs/recipe.md and its curve, from the rows that were measured."""
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,16 @@ def number(text: str) -> Any:
         return text
 
 
-def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: float | None = None) -> str:
-    """Rows as a table; with a baseline, what each choice is worth."""
-    head = ["", "seed", "Frechet-768", *(["worse than the default by"] if baseline else [])]
+def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: dict[float, float] | None = None) -> str:
+    """Rows as a table; with a baseline for each seed, what each choice is worth."""
+    head = ["", "seed", "Frechet-768", *(["worse than the default of that seed by"] if baseline else [])]
     head += ["PSNR", "VAE", "steps", "U-Net", "steps"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [f"**{row['row']}**: {about[row['row']]}", f"{row['seed']:.0f}", f"{row['frechet']:.3f}"]
         if baseline:
-            cells.append(f"{row['frechet'] - baseline:+.3f}" if row["row"] != "default" else "")
+            worse = row["frechet"] - baseline.get(row["seed"], math.nan)
+            cells.append("" if row["row"] == "default" or math.isnan(worse) else f"{worse:+.3f}")
         cells += [f"{row['psnr']:.1f} dB"]
         for stage in ("vae", "unet"):
             cells += [f"{row[f'{stage}_parameters'] / 1e6:.2f} M", f"{row[f'{stage}_steps']:,.0f}"]
@@ -127,10 +129,10 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
         parts += ["## The whole recipes, 2,000 samples", table(whole, about)]
     few = [row for row in rows if row["samples"] == 1000]
     single = [row for row in few if row["share"] == 1 and row["row"] in about]
-    base = [row["frechet"] for row in single if row["row"] == "default"]
+    base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}
     if base:
-        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"]))
-        parts += ["## What each choice is worth: 1,000 samples", table(dearest_first, about, mean(base))]
+        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"], row["seed"]))
+        parts += ["## What each choice is worth: 1,000 samples", table(dearest_first, about, base)]
     if floors := [row for row in few if row["row"] in FLOORS]:
         parts += ["## What is left if the U-Net is perfect: 1,000 images", floors_table(floors)]
     if calls := calls_table(few):
