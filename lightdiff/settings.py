@@ -250,7 +250,7 @@ class LatentsSettings(Settings):
     width: int = Field(16, ge=1, description="width of a latent")
     shift: tuple[float, ...] = Field((0.0,), description="subtracted from z, one number or one a channel")
     scale: tuple[float, ...] = Field((1.0,), description="then multiplied with, one number or one a channel")
-    only_mu: bool = Field(False, description="train on mu alone instead of samples of the posterior")
+    only_mu: bool = Field(True, description="train on mu alone instead of draws of the posterior")
     labels: dict[str, tuple[str, ...]] = Field({}, description="names of the labels, each with the values it takes")
 
 
@@ -393,7 +393,9 @@ class ScaleSettings(StageSettings):
     NO_FLAG: ClassVar = frozenset({"job.max_time"})  # it takes seconds
 
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
-    only_mu: bool = Field(False, description="statistics of mu alone instead of samples of the posterior")
+    only_mu: bool = Field(
+        True, description="the U-Net learns mu alone; without, draws of the posterior, mu + sigma times noise"
+    )
     normalize: Literal["channel", "global"] = Field(
         "channel", description="shift and scale each channel, or one scaling factor for all and no shift"
     )

@@ -75,7 +75,7 @@ ROWS: dict[str, Recipe] = {
         "the original scripts' recipe, its networks scaled to the budget",
         vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
         "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
-        scale="--normalize global",
+        scale="--normalize global --no-only-mu",
         unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
         generate="--sampler ddim --min-alpha-bar 0",
     ),
@@ -90,7 +90,7 @@ ROWS: dict[str, Recipe] = {
     "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
-    "only-mu": Recipe("the U-Net learns mu, not draws of the posterior", scale="--only-mu"),
+    "draws": Recipe("the U-Net learns draws of the posterior, not mu", scale="--no-only-mu"),
     "vae-original": Recipe(
         "the original's VAE, at these widths",
         vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 "

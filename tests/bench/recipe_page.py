@@ -14,8 +14,8 @@ CALLS = (6, 10, 20, 50)  # of the network, that samplers are compared at
 DEFAULT_CALLS = "ddim-50"  # what the default row is among them
 FLOORS = {  # rows without a U-Net: what is left of the distance if all that follows is right
     "photographs": "other photographs than these 5,000, as they are",
-    "decoded-mu": "those, encoded and decoded by the default's VAE",
-    "decoded-draws": "the same, from draws of the posterior, which are what the U-Net learns",
+    "decoded-mu": "those, encoded and decoded by the default's VAE: from mu, which is what the U-Net learns",
+    "decoded-draws": "the same, from draws of the posterior",
 }
 INTRODUCTION = """\
 # The recipe, measured
