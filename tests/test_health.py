@@ -14,7 +14,7 @@ from torch import nn
 
 from lightdiff.checkpoint import Document
 from lightdiff.data.files import scan
-from lightdiff.data.latents import LatentSet
+from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.extras import health
 from lightdiff.extras.evidence import metrics_of, rows_of
@@ -172,9 +172,10 @@ def test_show_prints_findings_and_puts_them_in_json(copied: Path, cli: Callable[
 # --- latent facts -------------------------------------------------------------------------------------------------
 
 
-def test_facts_are_those_of_the_closed_forms(healthy: Path) -> None:
-    latents = LatentSet(healthy / "latents")
-    facts = latent_facts(healthy / "latents")
+def test_facts_are_those_of_the_closed_forms(copied: Path) -> None:
+    succeed("scale", "--run", copied, "--no-only-mu")
+    latents = LatentSet(copied / "latents")
+    facts = latent_facts(copied / "latents")
     statistics = latents.index.statistics
     assert statistics is not None
     mu, logvar = (x.double() for x in latents.gather(list(latents.train)))
@@ -196,6 +197,18 @@ def test_facts_are_those_of_the_closed_forms(healthy: Path) -> None:
         assert len(density) == len(EDGES) - 1 == 40
         # a count of n has a spread of sqrt(n)
         assert (density * 0.2 - mass).abs().le(6 * (mass / mu[:, c].numel()).sqrt() + 6 / mu[:, c].numel()).all()
+
+
+def test_facts_are_of_mu_where_the_unet_learns_mu(copied: Path) -> None:
+    succeed("scale", "--run", copied)
+    latents = LatentSet(copied / "latents")
+    assert latents.index.statistics is not None
+    shift, scale = (torch.tensor(v) for v in (latents.index.statistics.shift, latents.index.statistics.scale))
+    mu = Scaling(shift, scale).to_x0(latents.gather(list(latents.train))[0].double())
+    for c, found in enumerate(latent_facts(copied / "latents").channels):
+        assert (found.scaled_mean, found.scaled_std) == pytest.approx((0, 1), abs=1e-5)
+        density = torch.histc(mu[:, c].float(), len(EDGES) - 1, EDGES[0], EDGES[-1]) / mu[:, c].numel() / 0.2
+        assert found.histogram == pytest.approx(density.tolist(), abs=1e-3)
 
 
 def test_facts_of_fewer_images_and_of_many_shards(copied: Path) -> None:
@@ -271,25 +284,23 @@ def heavy(share: float) -> ChannelFacts:
 
 
 @pytest.mark.parametrize(
-    ("channels", "only_mu", "wanted"),
+    ("channels", "wanted"),
     [
-        ([channel()], False, []),
-        ([channel(scaled_std=0.4), channel(scaled_std=1.4)], False, []),  # about 1 as a whole
-        ([channel(scaled_std=2.1)], False, ["latent-scale"]),
-        ([channel(scaled_std=1.9)], False, []),
-        ([channel(scaled_std=0.45)], False, ["latent-scale"]),
-        ([channel(scaled_mean=-1.2)], False, ["latent-scale"]),
-        ([channel(scaled_std=math.nan)], False, ["latent-scale"]),
-        ([channel(std=1.0, posterior_std=0.9, scaled_std=2.2)], True, []),  # mu alone has a std of 0.96
-        ([channel(std=1.0, posterior_std=0.9, scaled_std=2.2)], False, ["latent-scale"]),
-        ([channel(), heavy(0.007)], False, ["heavy-tails"]),
-        ([channel(), heavy(0.004)], False, []),
-        ([channel(scaled_std=1.5, histogram=heavy(0.01).histogram)], False, []),  # a normal one has 0.008 there
+        ([channel()], []),
+        ([channel(scaled_std=0.4), channel(scaled_std=1.4)], []),  # about 1 as a whole
+        ([channel(scaled_std=2.1)], ["latent-scale"]),
+        ([channel(scaled_std=1.9)], []),
+        ([channel(scaled_std=0.45)], ["latent-scale"]),
+        ([channel(scaled_mean=-1.2)], ["latent-scale"]),
+        ([channel(scaled_std=math.nan)], ["latent-scale"]),
+        ([channel(), heavy(0.007)], ["heavy-tails"]),
+        ([channel(), heavy(0.004)], []),
+        ([channel(scaled_std=1.5, histogram=heavy(0.01).histogram)], []),  # a normal one has 0.008 there
     ],
 )
-def test_rules_of_the_latents(channels: list[ChannelFacts], only_mu: bool, wanted: list[str]) -> None:
+def test_rules_of_the_latents(channels: list[ChannelFacts], wanted: list[str]) -> None:
     facts = LatentFacts(images=100, channels=channels)
-    assert [finding.code for finding in health.of_latents(facts, only_mu, regular=True)] == wanted
+    assert [finding.code for finding in health.of_latents(facts, regular=True)] == wanted
 
 
 @pytest.mark.parametrize(

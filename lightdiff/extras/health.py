@@ -76,7 +76,7 @@ def examine(run: Path) -> list[Finding]:
         findings += of_vae(found.vae, found.vae_metrics, found.facts if found.same_vae else None)
     if found.facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
-        findings += of_latents(found.facts, found.index.statistics.only_mu, regular)
+        findings += of_latents(found.facts, regular)
     images = len(trained_on(found.index)) if found.index else 0
     if found.unet:
         findings += of_schedule(found.unet)
@@ -227,18 +227,18 @@ def of_no_kl(settings: TrainVAESettings, metrics: Row, channels: list[ChannelFac
 # --- the latents --------------------------------------------------------------------------------------------------
 
 
-def of_latents(facts: LatentFacts, only_mu: bool, regular: bool) -> list[Finding]:
+def of_latents(facts: LatentFacts, regular: bool) -> list[Finding]:
     """Whether x0 = (z - shift) scale is what diffusion expects: near mean 0 and std 1, without long tails."""
-    moments = [x0_moments(c, only_mu) for c in facts.channels]
-    size = math.sqrt(mean([std**2 for _, std in moments]))
-    off = max((abs(m) for m, _ in moments), default=0.0)
+    stds = [c.scaled_std for c in facts.channels]
+    size = math.sqrt(mean([std**2 for std in stds]))
+    off = max((abs(c.scaled_mean) for c in facts.channels), default=0.0)
     if not (SCALES[0] <= size <= SCALES[1] and off <= OFF_CENTRE):  # so that nan is a finding, too
         return [
             Finding(
                 code="latent-scale",
                 stage="latents",
                 title="The latents that the U-Net sees are far from unit scale",
-                measured=f"x0 = (z - shift) scale has a std of {size:.3g} (channels: {span([s for _, s in moments])}) "
+                measured=f"x0 = (z - shift) scale has a std of {size:.3g} (channels: {span(stds)}) "
                 f"and a mean of up to {off:.2g}",
                 usual=f"std 1, {SCALES[0]:g} to {SCALES[1]:g}; mean 0, -{OFF_CENTRE:g} to {OFF_CENTRE:g}: else each "
                 "level of the schedule has another noise than it says",
@@ -259,14 +259,6 @@ def of_latents(facts: LatentFacts, only_mu: bool, regular: bool) -> list[Finding
             advice="lightdiff train-vae --restart with a higher --kl-beta, and --model.norm pixel if it is group",
         )
     ]
-
-
-def x0_moments(channel: ChannelFacts, only_mu: bool) -> tuple[float, float]:
-    """Mean and std of what the U-Net is trained on: with `only_mu`, posteriors' noise is no part of it."""
-    if not only_mu or not channel.std:
-        return channel.scaled_mean, channel.scaled_std
-    share = max(0.0, 1 - (channel.posterior_std / channel.std) ** 2)
-    return channel.scaled_mean, channel.scaled_std * math.sqrt(share)
 
 
 def beyond(channel: ChannelFacts) -> float:

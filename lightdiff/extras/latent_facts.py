@@ -24,10 +24,11 @@ CHUNK = 1 << 20  # of them at a time
 class ChannelFacts(BaseModel):
     """What one channel holds, over the images looked at, at every position of the latent.
 
+    z is what the U-Net learns: mu, or, where `scale --no-only-mu` said so or has not run, mu + sigma noise.
     `scaled_mean` and `scaled_std` are of (z - shift) scale, and equal to `mean` and `std` before `scale` has run.
     """
 
-    mean: float  # of z = mu + sigma noise
+    mean: float  # of z
     std: float
     scaled_mean: float
     scaled_std: float
@@ -103,6 +104,7 @@ class Sums:
         """Start with nothing."""
         statistics, self.channels = index.statistics, index.shape[0]
         unscaled = Scaling(torch.zeros(1), torch.ones(1))
+        self.only_mu = statistics is not None and statistics.only_mu
         self.scaling = (
             Scaling(torch.tensor(statistics.shift), torch.tensor(statistics.scale)) if statistics else unscaled
         )
@@ -119,7 +121,8 @@ class Sums:
         self.mu_squared += mu.double().square().sum(0)
         self.variance += logvar.exp().sum(0, dtype=torch.float64)
         self.kl += kl_per_element(posterior).sum(0, dtype=torch.float64)
-        x0 = self.scaling.to_x0(posterior.sample(torch.randn(mu.shape, generator=self.rng)))
+        z = mu if self.only_mu else posterior.sample(torch.randn(mu.shape, generator=self.rng))
+        x0 = self.scaling.to_x0(z)
         for c in range(self.channels):
             self.counts[c] += torch.histc(x0[:, c], len(EDGES) - 1, EDGES[0], EDGES[-1])
 
@@ -127,7 +130,8 @@ class Sums:
         """What follows from the sums."""
         mu, mu_squared, variance, kl = (s / self.sides for s in (self.mu, self.mu_squared, self.variance, self.kl))
         mean, noise = mu.mean((1, 2)), variance.mean((1, 2))  # (c,)
-        std = (mu_squared.mean((1, 2)) + noise - mean.square()).clamp(min=0).sqrt()  # law of total variance
+        drawn = torch.zeros_like(noise) if self.only_mu else noise
+        std = (mu_squared.mean((1, 2)) + drawn - mean.square()).clamp(min=0).sqrt()  # law of total variance
         shift, scale = (value.double().expand(self.channels) for value in (self.scaling.shift, self.scaling.scale))
         density = self.counts / (self.sides * mu[0].numel() * (EDGES[1] - EDGES[0]))
         columns: dict[str, Tensor] = {
