@@ -193,7 +193,10 @@ def smaller(words: list[str]) -> list[str]:
     line = shlex.join(words)
     for said, instead in INSTEAD.items():
         line = line.replace(said, instead)
-    return [*shlex.split(line), *SMALL.get(words[0], [])]
+    few = SMALL.get(words[0], [])
+    if "--interpolate" in words:  # --frames says how many
+        few = few[few.index("--num-steps") :]
+    return [*shlex.split(line), *few]
 
 
 def begun_anew(page: list[list[str]]) -> set[str]:
