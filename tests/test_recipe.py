@@ -9,6 +9,7 @@ import typer
 
 from lightdiff.cli import app
 from tests.bench import recipe, recipe_page
+from tests.bench.contest import processor
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"vae": "train-vae", "scale": "scale", "unet": "train-unet", "generate": "generate"}
@@ -127,13 +128,40 @@ def test_the_page_is_that_of_the_rows(tmp_path, monkeypatch):
     assert recipe_page.page(recipe_page.read(), about) == recipe_page.PAGE.read_text(), "run nox -s recipe -- --write"
 
 
-def test_a_choice_is_compared_with_the_default():
+def test_a_choice_is_compared_with_the_default_of_its_processor():
     rows = [
-        {"row": name, "seed": 0.0, "share": 1.0, "samples": 1000.0, "frechet": value, "psnr": 29.0}
+        {"row": name, "processor": processor, "seed": 0.0, "share": 1.0, "samples": 1000.0, "frechet": value}
+        | {"psnr": 29.0}
         | {f"{stage}_{what}": 1e6 for stage in ("vae", "unet") for what in ("parameters", "steps")}
-        for name, value in (("default", 0.5), ("objective-v", 0.6), ("objective-eps", 0.75))
+        for processor, name, value in (
+            ("A", "default", 0.5),
+            ("A", "objective-v", 0.6),
+            ("A", "objective-eps", 0.75),
+            ("B", "objective-v", 0.44),
+            ("B", "default", 0.4),
+        )
     ]
     page = recipe_page.page(rows, dict.fromkeys(recipe.ROWS, "about"))
-    assert page.index("**default**") < page.index("**objective-eps**") < page.index("**objective-v**")
-    assert "| 0.750 | +0.250 |" in page
-    assert "| 0.600 | +0.100 |" in page
+    newer, older = page.index("## Measured on two cores of: B"), page.index("## Measured on two cores of: A")
+    assert newer < older
+    part = page[older:]
+    assert part.index("**default**") < part.index("**objective-eps**") < part.index("**objective-v**")
+    assert "| 0.750 | +0.250 |" in part
+    assert "| 0.600 | +0.100 |" in part
+    assert "| 0.440 | +0.040 |" in page[:older]
+
+
+def test_samplers_are_compared_at_equal_calls():
+    values = {"default": 0.4, "ddim-6": 0.5, "dpm++2m-50": 0.3, "kl-1e-3": 0.9}
+    rows = [{"row": name, "seed": 0.0, "frechet": value} for name, value in values.items()]
+    lines = recipe_page.calls_table(rows).splitlines()
+    assert lines[2:] == ["| `ddim` | 0.500 |  |  | 0.400 |", "| `dpm++2m` |  |  |  | 0.300 |"]
+    assert recipe_page.calls_table(rows[:1]) == recipe_page.calls_table(rows[3:]) == ""
+
+
+def test_a_processor_is_known_by_its_name_and_what_it_can_do(tmp_path):
+    about = tmp_path / "cpuinfo"
+    about.write_text("model name\t: Intel(R) Xeon(R) Processor\nflags\t\t: avx512f amx_bf16 amx_tile\n")
+    assert processor(about) == "Intel Xeon, AMX"
+    about.write_text("model name\t: AMD EPYC\nflags\t\t: avx512f avx512_bf16\n")
+    assert processor(about) == "AMD EPYC"

@@ -3,7 +3,8 @@
 `nox -s recipe -- [ROW ...] [--seed N ...] [--samples N ...] [--share S ...] [--write]`, or
 `python -m tests.bench.recipe` the same, trains, draws and judges. Each row is added to a CSV file as soon as it is
 known, and a row that is there is not measured again: the table can grow and be interrupted. VAEs, latents and U-Nets
-are shared by the rows that have them in common.
+are shared by the rows that have them in common. A second of another processor buys other steps, so rows are compared
+with those of the same processor.
 
 Every process computes in one thread, and as many run at a time as there are cores: threads that wait for each other
 in turning loops would count as processor time.
@@ -37,6 +38,7 @@ from lightdiff.pipeline import load_vae
 from lightdiff.settings import SamplerName
 from lightdiff.training.progress import read_metrics
 from tests.bench import recipe_page
+from tests.bench.contest import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
@@ -47,7 +49,8 @@ SECONDS = {"train-vae": 900.0, "train-unet": 1500.0}  # of processor time, user 
 TRIALS = (10, 60)  # optimizer steps of the two short runs that the time of a step is found by
 FIELDS = [
     *("row", "seed", "share", "samples", "frechet", "psnr", "val_loss"),
-    *("vae_parameters", "vae_steps", "vae_cpu", "unet_parameters", "unet_steps", "unet_cpu", "date", "flags"),
+    *("vae_parameters", "vae_steps", "vae_cpu", "unet_parameters", "unet_steps", "unet_cpu"),
+    *("processor", "date", "flags"),
 ]
 STAGES = ("vae", "scale", "unet", "generate")  # that a row has flags for
 Stage = Literal["train-vae", "train-unet"]
@@ -306,7 +309,7 @@ def main() -> None:
     def one(name: str, seed: int, share: float) -> None:
         row = EVERY[name]
         recipe = replace(row, **{s: f"{getattr(row, s)} {getattr(chosen, s)}".strip() for s in STAGES})
-        wanted = {"row": name, "seed": seed, "share": share, "flags": recipe.flags}
+        wanted = {"row": name, "seed": seed, "share": share, "processor": processor(), "flags": recipe.flags}
         there = [r for r in recipe_page.read(chosen.results) if all(r[n] == v for n, v in wanted.items())]
         samples = [n for n in chosen.samples if n not in {r["samples"] for r in there}]
         if not samples:
@@ -317,7 +320,7 @@ def main() -> None:
             rows = measure(name, recipe, seed, samples, share, work)
         for found in rows:
             with adding:
-                add(chosen.results, found)
+                add(chosen.results, found | {"processor": processor()})
                 print(found, flush=True)
 
     with ThreadPoolExecutor(chosen.jobs) as pool:

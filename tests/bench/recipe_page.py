@@ -25,7 +25,9 @@ are written by hand.*
 
 All rows have one budget of processor time, user and system of all threads: 900 s for the VAE and 1,500 s for the U-Net,
 on 10,000 photographs of faces at 64 px. Two short runs before each training tell how many steps that buys. Every
-process computes in one thread, and two of them run side by side on two cores. Drawing is not in the budget.
+process computes in one thread, and two of them run side by side on two cores. Drawing is not in the budget. What a
+second buys depends on the processor, so there is a part of the page for each that rows were measured on, and a choice
+is compared with the default of the same processor, and of the same seed.
 
 The distance is the Frechet distance of Inception's 768 features between as many samples and 5,000 of the photographs:
 lower is better, and it is no FID."""
@@ -72,9 +74,10 @@ def floors_table(rows: list[dict[str, Any]]) -> str:
 
 def calls_table(rows: list[dict[str, Any]]) -> str:
     """Samplers against calls."""
-    found = {row["row"]: row["frechet"] for row in rows if row["seed"] == 0 and row["share"] == 1}
+    found = {row["row"]: row["frechet"] for row in rows if row["seed"] == 0}
+    splits = [name.rpartition("-") for name in found]
+    samplers = dict.fromkeys(sampler for sampler, _, calls in splits if calls in map(str, CALLS))
     found |= {DEFAULT_CALLS: found["default"]} if "default" in found else {}
-    samplers = dict.fromkeys(name.rpartition("-")[0] for name in found if name.rpartition("-")[2].isdecimal())
     lines = [
         "| `--sampler` | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |",
         "|---|" + "---:|" * len(CALLS),
@@ -100,11 +103,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for name in ("default", "original"):
-        mine = [row for row in rows if row["row"] == name]
+    for line in dict.fromkeys((row["row"], row["processor"]) for row in rows):
+        mine = [row for row in rows if (row["row"], row["processor"]) == line]
         shares = sorted({row["share"] for row in mine})
         means = [mean([row["frechet"] for row in mine if row["share"] == share]) for share in shares]
-        axis.plot([2400 * share for share in shares], means, marker="o", label=name)
+        axis.plot([2400 * share for share in shares], means, marker="o", label=", ".join(line))
     axis.set(xscale="log", yscale="log", xlabel="processor time of both trainings, s", ylabel="Frechet-768")
     shares = sorted({row["share"] for row in rows})
     axis.set_xticks([2400 * share for share in shares], [f"{2400 * share:,.0f}" for share in shares])
@@ -124,29 +127,38 @@ def mean(values: list[float]) -> float:
 def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     """The page's text."""
     parts = [INTRODUCTION]
-    whole = [row for row in rows if row["row"] in ("default", "original") and row["samples"] == 2000]
-    if whole:
-        parts += ["## The whole recipes, 2,000 samples", table(whole, about)]
-    few = [row for row in rows if row["samples"] == 1000]
-    single = [row for row in few if row["share"] == 1 and row["row"] in about]
-    base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}
-    if base:
-        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"], row["seed"]))
-        parts += ["## What each choice is worth: 1,000 samples", table(dearest_first, about, base)]
-    if floors := [row for row in few if row["row"] in FLOORS]:
-        parts += ["## What is left if the U-Net is perfect: 1,000 images", floors_table(floors)]
-    if calls := calls_table(few):
-        parts += ["## Quality against calls of the network: the default's U-Net, 1,000 samples", calls]
+    for processor in dict.fromkeys(row["processor"] for row in reversed(rows)):  # the last one measured on comes first
+        parts += measured_on(processor, [row for row in rows if row["processor"] == processor], about)
     if curve := on_curve(rows):
         parts += ["## Distance against compute", "![Distance against processor time](recipe/curve.svg)"]
         cells = [
-            f"| {row['row']} | {2400 * row['share']:,.0f} s | {row['seed']:.0f} | {row['frechet']:.3f} |"
-            for row in sorted(curve, key=lambda row: (row["row"], row["share"], row["seed"]))
+            f"| {row['row']} | {row['processor']} | {2400 * row['share']:,.0f} s | {row['seed']:.0f} | "
+            f"{row['frechet']:.3f} |"
+            for row in sorted(curve, key=lambda row: (row["row"], row["processor"], row["share"], row["seed"]))
         ]
-        parts.append("\n".join(["| | processor time | seed | Frechet-768 |", "|---|---:|---:|---:|", *cells]))
+        parts.append("\n".join(["| | | processor time | seed | Frechet-768 |", "|---|---|---:|---:|---:|", *cells]))
     if REMARKS.is_file():
         parts.append(REMARKS.read_text().strip())
     return "\n\n".join(parts) + "\n"
+
+
+def measured_on(processor: str, rows: list[dict[str, Any]], about: dict[str, str]) -> list[str]:
+    """The tables of one processor's rows, at the full budget."""
+    parts = [f"## Measured on two cores of: {processor}"]
+    whole = [row for row in rows if row["row"] in ("default", "original") and row["samples"] == 2000]
+    if whole:
+        parts += ["### The whole recipes, 2,000 samples", table(whole, about)]
+    few = [row for row in rows if row["samples"] == 1000 and row["share"] == 1]
+    single = [row for row in few if row["row"] in about]
+    base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}
+    if base:
+        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"], row["seed"]))
+        parts += ["### What each choice is worth, 1,000 samples", table(dearest_first, about, base)]
+    if floors := [row for row in few if row["row"] in FLOORS]:
+        parts += ["### What is left if the U-Net is perfect, 1,000 images", floors_table(floors)]
+    if calls := calls_table(few):
+        parts += ["### Quality against calls of the network, 1,000 samples", calls]
+    return parts
 
 
 def write(about: dict[str, str]) -> None:
