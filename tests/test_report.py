@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import UNET_FLAGS, call, succeed
 
+from lightdiff.checkpoint import Document
 from lightdiff.data.latents import read_index
 from lightdiff.extras import report
-from lightdiff.extras.report.collect import Curve, curves_of, grids, thinned
-from lightdiff.extras.report.page import HERE
+from lightdiff.extras.report.collect import Curve, RunFacts, Training, curves_of, grids, thinned
+from lightdiff.extras.report.page import HERE, metrics_table
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import StageFolder
 
@@ -180,6 +181,25 @@ def test_a_comparison_tells_what_differs_and_what_is_better(comparison, two_runs
     row = re.search(r"U-Net: validation loss</th>(.*?)</tr>", comparison.source, re.S)[1]
     cells = re.findall(r"<td.*?</td>", row, re.S)
     assert ["better" in cell for cell in cells] == [loss == min(losses) for loss in losses]
+
+
+def test_losses_of_different_questions_are_not_ranked():
+    def run(objective, loss, latents="a"):
+        settings = {"target": {"objective": objective}, "noise": {}, "latent": {}}
+        document = Document(
+            stage="unet",
+            settings=settings,
+            lineage={"latents": latents},
+            metrics={"val_loss": loss, "val_loss_band_4": loss},
+        )
+        return RunFacts(Path("run"), unet=Training(document, 1, [], {}, []))
+
+    def ranked(*runs):
+        return [row["best"] for row in metrics_table(runs)]
+
+    assert ranked(run("flow", 0.5), run("flow", 0.4)) == [[1], [1]]
+    assert ranked(run("flow", 0.5), run("eps", 0.4)) == [[], []]
+    assert ranked(run("flow", 0.5), run("flow", 0.4, latents="b")) == [[], []]
 
 
 def test_in_a_comparison_runs_are_told_apart_by_name(two_runs, tmp_path, comparison):

@@ -31,7 +31,7 @@ def run(settings: DemoSettings) -> Path:
     heading("1. train-vae: images -> a VAE")
     common = {"seed": s.seed, "device": s.device}
     vae_loop = LoopSettings.model_validate(
-        {"steps": s.vae_steps, "batch_size": 32, "val_every": s.vae_steps, "save_every": 300, **common}
+        {"steps": s.vae_steps, "batch_size": 32, "val_every": 150, "save_every": 300, **common}
     )
     images = ImageSettings(data=(faces,), resolution=s.resolution, random_crop=1.0, flip=False)
     loss = VAELossSettings(lpips_gamma=0.0, reconstruction="l1", kl_beta=3e-3)

@@ -20,7 +20,7 @@ function draw(chart) {
     margin: { l: 48, r: 8, t: 30, b: 40 }, hovermode: "x unified", showlegend: traces.length > 1,
     hoverlabel: { bgcolor: style("--paper"), font: { color: ink } }, legend: { orientation: "h", y: -0.28, yanchor: "top" }, modebar: { color: ink, activecolor: ink, bgcolor: "rgba(0,0,0,0)" },
     dragmode: coarse ? false : "zoom",
-    xaxis: { ...axis, title: { text: chart.x } }, yaxis: { ...axis, type: chart.log ? "log" : "linear", exponentformat: "power" },
+    xaxis: { ...axis, title: { text: chart.x } }, yaxis: { ...axis, ...(chart.log ? { type: "log", tickformat: "~g", nticks: 3 } : { exponentformat: "power" }) },
   };
   Plotly.react(chart.id, traces, layout, {
     responsive: true, displaylogo: false, displayModeBar: true, modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]],

@@ -42,13 +42,27 @@ MACHINE = [
     ("Images a second", {"images_per_s": "images a second"}, False),
     ("Memory of the process or the GPU, MB", {"memory_mb": "memory"}, False),
 ]
+MEASURES = {  # of a snapshot, in words
+    "val_loss": "validation loss",
+    "val_mse": "error of the pixels (MSE)",
+    "val_l1": "error of the pixels (L1)",
+    "val_kl": "KL, nats an element",
+    "val_kl_sum": "KL, nats an image",
+    "val_lpips": "LPIPS",
+    "val_psnr": "PSNR (dB)",
+    "val_loss_band_1": "loss in band 1 (the least noise)",
+    "val_loss_band_2": "loss in band 2",
+    "val_loss_band_3": "loss in band 3",
+    "val_loss_band_4": "loss in band 4 (the most noise)",
+}
 BETTER = {  # which of two values is the better one
     "PSNR (dB)": max,
     "SSIM": max,
     "precision": max,
     "recall": max,
     "LPIPS": min,
-    "validation loss": min,
+    "loss": min,
+    "error": min,
     "FID": min,
     "KID": min,
     "distance": min,
@@ -111,25 +125,40 @@ def metrics_table(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     for number, run in enumerate(runs):
         for stage, training in run.trainings():
             for name, value in training.document.metrics.items():
-                called = {"val_psnr": "PSNR (dB)", "val_loss": "validation loss"}.get(name, name.removeprefix("val_"))
+                called = MEASURES.get(name, name.removeprefix("val_"))
                 measured.setdefault(f"{STAGES[stage]}: {called}", {})[number] = value
         for stage, results in run.evaluation.items():
             for name, value in results.items():
                 if isinstance(value, (int, float)) and not name.endswith("+-"):
                     measured.setdefault(f"{STAGES.get(stage, stage)}, evaluated: {name}", {})[number] = value
     return [
-        {"name": name, "values": [number_words(values.get(i)) for i in range(len(runs))], "best": best(name, values)}
+        {
+            "name": name,
+            "values": [number_words(values.get(i)) for i in range(len(runs))],
+            "best": best(runs, name, values),
+        }
         for name, values in measured.items()
     ]
 
 
-def best(name: str, values: dict[int, float]) -> list[int]:
+def best(runs: Sequence[RunFacts], name: str, values: dict[int, float]) -> list[int]:
     """The runs with the better value, where that can be said and they differ."""
     choose = next((choose for word, choose in BETTER.items() if word in name), None)
     if choose is None or len(set(values.values())) < 2:
         return []
+    if "loss" in name:
+        stage = next(stage for stage, title in STAGES.items() if name.startswith(title))
+        if any(question(runs[i], stage) != question(runs[next(iter(values))], stage) for i in values):
+            return []
     wanted = choose(values.values())
     return [number for number, value in values.items() if value == wanted]
+
+
+def question(run: RunFacts, stage: str) -> object:
+    """What a training's loss is about: losses of different questions cannot be compared."""
+    document = getattr(run, stage).document
+    asked = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[stage]
+    return [document.settings[part] for part in asked], document.lineage.get("latents")
 
 
 def differences(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
