@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -350,8 +350,3 @@ def reason(error: BaseException) -> str:
         return error.strerror
     text = str(error)
     return os.strerror(errno.ENOSPC) if "StorageFull" in text or "os error 28" in text else text
-
-
-def first_found(candidates: Iterable[Path]) -> Path | None:
-    """The first of these paths that is a file."""
-    return next((path for path in candidates if path.is_file()), None)

@@ -124,7 +124,8 @@ def inherit_unet(said: Layer) -> list[Layer]:
     for layer in saved:
         if part(said, "target").get("objective", "") not in ("", part(layer, "target").get("objective")):
             part(layer, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
-    return [*saved, inherited(run, path(said.get("latents")))]
+    named = next((layer["latents"] for layer in (said, *saved) if layer.get("latents")), None)
+    return [*saved, inherited(run, path(named))]
 
 
 def part(layer: Layer, name: str) -> Layer:

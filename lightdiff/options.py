@@ -272,6 +272,7 @@ def command(
         named = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
         flags = nest({path: given(path, fields[path], value) for path, value in named.items()})
         from_file = read_settings(settings) if settings else {}
+        from_file = {name: value for name, value in from_file.items() if name not in getattr(model, "NO_FILE", ())}
         lowest = [preset(chosen)] if preset and chosen else []
         below = inherit(merge(from_file, flags)) if inherit else []
         built = build(model, [defaults(model), *lowest, *below, from_file, flags])

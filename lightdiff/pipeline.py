@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint, check_own, first_found, load_weights
-from lightdiff.data.latents import Scaling
+from lightdiff.checkpoint import Checkpoint, check_own, load_weights
+from lightdiff.data.latents import Scaling, read_index
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, watched
 from lightdiff.diffusion.samplers import SAMPLERS
@@ -329,14 +329,32 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
         )
 
 
-def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
-    """The VAE to decode with: the one given, else the copy kept with the latents, else the run's.
+def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
+    """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
+    there = [home for home in homes_of_latents(unet, run) if (home / "index.json").is_file()]
+    return fitting(there, lambda home: read_index(home).digest, unet.document.lineage.get("latents"))
 
-    The latents are the run's, or those that the U-Net was trained on, where they still are.
-    """
+
+def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
+    """The VAE to decode with: the one given, else the copy kept with the U-Net's latents, else the run's."""
     if given is not None:
         return find_vae(given, run)
-    homes = [run.latents, RunFolder(unet.path.parent.parent.parent).latents]
-    if used := unet.settings(TrainUNetSettings).latents:
-        homes += [used, RunFolder(used).latents]
-    return first_found(home / "vae.safetensors" for home in homes) or find_vae(None, run)
+    copies = [home / "vae.safetensors" for home in homes_of_latents(unet, run)]
+    there = [copy for copy in copies if copy.is_file()]
+    wanted = unet.document.lineage.get("vae")
+    return fitting(there, lambda copy: vae_digest(Checkpoint(copy, "vae")), wanted) or find_vae(None, run)
+
+
+def homes_of_latents(unet: Checkpoint, run: RunFolder) -> list[Path]:
+    """Where the latents of a U-Net may be: where it was told that they are, in its run, and in this one."""
+    told = unet.document.settings.get("latents")
+    said = [Path(told), RunFolder(Path(told)).latents] if isinstance(told, str) else []
+    homes = [*said, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
+    return list({home.absolute(): home for home in homes}.values())
+
+
+def fitting(places: list[Path], digest: Callable[[Path], str], wanted: str | None) -> Path | None:
+    """The first of this digest, else the first; a place without rivals is not looked into."""
+    if len(places) > 1:
+        return next((place for place in places if digest(place) == wanted), places[0])
+    return places[0] if places else None

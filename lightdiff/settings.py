@@ -406,6 +406,7 @@ class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to tell signal from noise."""
 
     NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
+    NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
@@ -421,6 +422,11 @@ class TrainUNetSettings(StageSettings):
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
     model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
+
+    @field_validator("latents")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TrainUNetSettings":

@@ -26,7 +26,6 @@ from lightdiff.checkpoint import (
     KEY,
     Checkpoint,
     Document,
-    first_found,
     publish,
     publish_link,
     publish_text,
@@ -367,13 +366,6 @@ def test_what_a_killed_process_leaves_is_a_temporary(tmp_path: Path) -> None:
     (tmp_path / names[0]).touch()
     remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
-
-
-def test_first_found(tmp_path: Path) -> None:
-    (tmp_path / "b").touch()
-    (tmp_path / "c").touch()
-    assert first_found(tmp_path / name for name in "abc") == tmp_path / "b"
-    assert first_found([tmp_path, tmp_path / "a"]) is None
 
 
 # --- damage -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import Result, call, succeed
 from torch import nn
 
-from lightdiff.checkpoint import Document
+from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.toy_faces import draw_dataset
@@ -68,6 +69,27 @@ def copied(healthy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(healthy, tmp_path / "run"))
 
 
+def commands(advice: str) -> list[list[str]]:
+    """The commands in advice, as a shell takes them apart: flags, each with a value or none."""
+    found = []
+    for text in advice.split("lightdiff ")[1:]:
+        words = re.split(r"(?<=\S)(?:[,;)(]| \()(?= |$)", text)[0]
+        command, *rest = shlex.split(words)
+        kept = [command]
+        while rest and rest[0].startswith("--"):
+            takes_value = len(rest) > 1 and not rest[1].startswith("--") and rest[0] != "--restart"
+            kept += rest[: 1 + takes_value]
+            rest = rest[1 + takes_value :]
+        found.append(kept)
+    return found
+
+
+def loss_settings(run: Path) -> tuple[int, str, int]:
+    """Batch size, objective and steps of a run's U-Net."""
+    settings = Checkpoint(run / "unet/checkpoints/last.safetensors", "unet").settings(TrainUNetSettings)
+    return settings.loop.batch_size, settings.target.objective, settings.loop.steps
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -102,8 +124,12 @@ def test_a_scaling_factor_set_by_hand_that_is_wrong(copied: Path, factor: float)
     assert (finding.code, finding.stage) == ("latent-scale", "latents")
     std = math.sqrt(sum(c.std**2 for c in latent_facts(copied / "latents").channels) / 4)
     assert f"a std of {factor * std:.3g} " in finding.measured
-    succeed("scale", "--run", copied)  # the advice
+    again, anew = commands(finding.advice)
+    assert again == ["scale", "--run", str(copied)]
+    succeed(*again)
     assert codes(copied) == []
+    succeed(*anew, "--steps", 2)  # the saved settings' section on latents is of the old ones: it is left out
+    assert loss_settings(copied) == (8, "flow", 2)
 
 
 def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> None:
@@ -113,7 +139,26 @@ def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> Non
     assert (finding.code, finding.stage) == ("signal-left", "unet")
     left = math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 19) for i in range(20))
     assert f"leaves {left:.3g} of" in finding.measured
-    assert finding.advice == f"lightdiff train-unet --run {copied} --restart --timesteps 1000"
+    saved = copied / "unet" / "settings.json"
+    assert finding.advice == f"lightdiff train-unet --run {copied} --restart --settings {saved} --timesteps 1000"
+    succeed(*commands(finding.advice)[0])
+    assert loss_settings(copied) == (8, "eps", 3)  # what was chosen stays
+    assert codes(copied) == []
+
+
+def test_advice_is_typed_as_it_stands_whatever_the_run_is_called(tmp_path: Path) -> None:
+    run = tmp_path / r"my run\next"
+    saved = run / "vae" / "settings.json"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("{}")
+    (words,) = commands(health.as_typed("lightdiff train-vae --restart --kl-beta 0.003, then encode", run))
+    assert words == ["train-vae", "--run", str(run), "--restart", "--settings", str(saved), "--kl-beta", "0.003"]
+    best = str(run / "unet" / "checkpoints" / "best.safetensors")
+    advice = health.as_typed("lightdiff generate --unet RUN/unet/checkpoints/best.safetensors, or more images", run)
+    assert commands(advice) == [["generate", "--run", str(run), "--unet", best]]
+    assert commands(health.as_typed("lightdiff evaluate measures it; fewer steps", run)) == [
+        ["evaluate", "--run", str(run)]
+    ]
 
 
 @pytest.mark.slow

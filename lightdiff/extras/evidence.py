@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
-from lightdiff.pipeline import vae_digest
+from lightdiff.pipeline import latents_behind, vae_digest
 from lightdiff.run_folder import RunFolder, StageFolder, find_latents, read_json
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 from lightdiff.training.progress import Row, read_metrics
@@ -43,8 +43,8 @@ def gather(run: RunFolder) -> Evidence:
     if unet:
         found.unet = tried(lambda: unet.settings(TrainUNetSettings))
         found.unet_rows = rows_of(run.unet)
-    elsewhere = found.unet.latents if found.unet else None  # the U-Net may have been trained on another run's latents
-    latents = tried(lambda: find_latents(elsewhere, run)) or tried(lambda: find_latents(None, run))
+    behind = tried(lambda: latents_behind(unet, run)) if unet else None  # they may be another run's
+    latents = behind or tried(lambda: find_latents(None, run))
     if latents:
         found.index = tried(lambda: read_index(latents))
         found.facts = tried(lambda: latent_facts(latents))

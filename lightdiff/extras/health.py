@@ -1,7 +1,9 @@
 """Health in plain words: what a run's own numbers say is wrong with it, what is usual, and what to change."""
 
 import math
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,11 +85,29 @@ def examine(run: Path) -> list[Finding]:
         findings += of_average(found.unet.loop, found.unet_rows)
         findings += of_generalisation(found.unet_rows, images)
     findings += of_samples(found.evaluation, found.unet_rows, images)
-    for finding in findings:  # so that what is advised can be typed as it stands
-        finding.advice = re.sub(
-            r"lightdiff (train-vae|scale|train-unet|evaluate)", rf"\g<0> --run {run}", finding.advice
-        )
+    for finding in findings:
+        finding.advice = as_typed(finding.advice, run)
     return findings
+
+
+def as_typed(advice: str, run: Path) -> str:
+    """Advice whose commands can be typed as they stand: about this run, and beginning anew with its own settings."""
+
+    def whole(found: re.Match[str]) -> str:
+        command, anew = found[1], found[2] or ""
+        saved = run / command.removeprefix("train-") / "settings.json"
+        settings = f" --settings {quoted(saved)}" if anew and saved.is_file() else ""
+        return f"lightdiff {command} --run {quoted(run)}{anew}{settings}"
+
+    advice = advice.replace("RUN/unet/checkpoints/best.safetensors", quoted(RunFolder(run).unet.best))
+    return re.sub(r"lightdiff (train-vae|scale|train-unet|generate|evaluate)( --restart)?", whole, advice)
+
+
+def quoted(path: Path) -> str:
+    """A path as it is typed."""
+    if os.name == "posix":
+        return shlex.quote(str(path))
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 # --- the data -----------------------------------------------------------------------------------------------------
@@ -242,7 +262,7 @@ def of_latents(facts: LatentFacts, regular: bool) -> list[Finding]:
                 f"and a mean of up to {off:.2g}",
                 usual=f"std 1, {SCALES[0]:g} to {SCALES[1]:g}; mean 0, -{OFF_CENTRE:g} to {OFF_CENTRE:g}: else each "
                 "level of the schedule has another noise than it says",
-                advice="lightdiff scale, without --scaling-factor, then train-unet --restart",
+                advice="lightdiff scale (without --scaling-factor), then lightdiff train-unet --restart",
             )
         ]
     tails = [beyond(c) - normal_beyond(c.scaled_mean, c.scaled_std) for c in facts.channels]

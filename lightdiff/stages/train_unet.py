@@ -177,7 +177,7 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     ranks = join(device, settings.job.timeout)
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
     if latents_settings(latents.folder) != settings.latent:
-        raise UserError("--settings: its latent section is not that of these latents; leave it out")
+        raise UserError(f"the settings' section `latent` is not that of the latents in {latents.folder}")
     settings = resolve(settings)
     ranks.check_same("set of latents", latents.index.digest)
     folder = RunFolder(settings.run).unet

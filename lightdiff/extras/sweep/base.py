@@ -10,6 +10,7 @@ from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.sweep.axes import Where
 from lightdiff.options import Layer, build, merge, nest
+from lightdiff.pipeline import latents_behind
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
 from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.stages import train_unet, train_vae
@@ -57,9 +58,8 @@ class Base:
                 f"--run: {run.path} has no U-Net whose settings the cells could have: train one first{hint}"
             )
         unet = Checkpoint(find_unet(None, run), "unet") if whole else None
-        elsewhere = unet and unet.document.settings.get("latents")
-        places = [*([Path(elsewhere), RunFolder(Path(elsewhere)).latents] if elsewhere else []), run.latents]
-        latents = next((place for place in places if (place / "index.json").is_file()), None)
+        its_own = run.latents if (run.latents / "index.json").is_file() else None
+        latents = latents_behind(unet, run) if unet else its_own
         vae = latents / VAE_COPY if latents and not anew else find_vae(None, run)
         return cls(run, Checkpoint(vae, "vae"), latents, read_index(latents) if latents else None, unet)
 
