@@ -126,12 +126,12 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
     )
 
 
-def given(path: tuple[str, ...], field: FieldInfo, value: Any) -> Any:
-    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list."""
-    if parsed_as(field.annotation) is str and get_origin(field.annotation) is not None and isinstance(value, str):
-        if get_origin(field.annotation) is Literal:
-            return value
-        return [] if value.strip() in ("", "none") else [part.strip() for part in value.split(",")]
+def given(field: FieldInfo, value: Any) -> Any:
+    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list, unless it may be a name."""
+    kind = field.annotation
+    if parsed_as(kind) is str and get_origin(kind) not in (None, Literal) and isinstance(value, str):
+        empty = ("",) if str in get_args(kind) else ("", "none")
+        return [] if value.strip() in empty else [part.strip() for part in value.split(",")]
     return value
 
 
@@ -270,7 +270,7 @@ def command(
     def call(settings: Path | None = None, dry_run: bool = False, **values: Any) -> None:
         chosen = values.pop("preset", None)
         named = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        flags = nest({path: given(path, fields[path], value) for path, value in named.items()})
+        flags = nest({path: given(fields[path], value) for path, value in named.items()})
         from_file = read_settings(settings) if settings else {}
         from_file = {name: value for name, value in from_file.items() if name not in getattr(model, "NO_FILE", ())}
         lowest = [preset(chosen)] if preset and chosen else []

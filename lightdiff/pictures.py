@@ -40,12 +40,19 @@ def save_grid(path: Path, x: Float[torch.Tensor, "n 3 h w"], columns: int) -> No
 
 def save_grid_of_files(path: Path, images: Sequence[Path], classes: int = 1) -> None:
     """Save a grid of the first of these pictures; of classes that take turns, each has a row."""
-    some, columns = images[:GRID_IMAGES], min(8, round(min(len(images), GRID_IMAGES) ** 0.5))
+    some = images[:GRID_IMAGES]
+    columns = min(8, round(len(some) ** 0.5))
     if 1 < classes <= len(some):
         columns = min(WIDEST, len(some) // classes)
         some = [image for row in range(classes) for image in some[row : classes * columns : classes]]
-    shown = torch.stack([to_float(torch.from_numpy(np.array(Image.open(p)))).permute(2, 0, 1) for p in some])
-    save_grid(path, shown, columns=max(1, columns))
+    shown = torch.stack([to_float(torch.from_numpy(np.array(opened(p)))).permute(2, 0, 1) for p in some])
+    save_grid(path, shown, columns)
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture from a file that is closed again: a process may not have many open."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRAME_MS) -> None:
@@ -62,7 +69,7 @@ def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRA
 
 def save_walk(path: Path, images: Sequence[Path]) -> None:
     """Save pictures as one that moves from the first to the last and back."""
-    save_animation(path, [Image.open(p) for p in [*images, *images[-2:0:-1]]])
+    save_animation(path, [opened(p) for p in [*images, *images[-2:0:-1]]])
 
 
 def save_trajectory(folder: Path, prefix: str, moments: Sequence[Moment]) -> None:

@@ -16,6 +16,7 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_len
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+LPIPSNet = Literal["vgg", "alex", "squeeze"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 Objective = Literal["eps", "x0", "v", "flow"]
 LossWeight = Literal["none", "min-snr"]
@@ -337,7 +338,7 @@ class VAELossSettings(Settings):
     reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, which lie in [-1, 1]")
     kl_beta: float = Field(3e-3, ge=0, description="weight of the KL divergence, a mean over latent elements")
     lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
-    lpips_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="network behind LPIPS")
+    lpips_net: LPIPSNet = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     equivariance: float = Field(
         0.0, ge=0, le=1, description="share of steps that decode shrunk and turned latents to images treated the same"
@@ -541,6 +542,8 @@ class GenerateSettings(StageSettings):
             raise ValueError("--interpolate walks between images of a seed; it does not go with --from")
         if self.interpolate and self.trajectory:
             raise ValueError("--trajectory shows how images of their own come out of noise; no --interpolate")
+        if self.interpolate and len(self.class_) > 1:
+            raise ValueError("--interpolate walks within one --class: between two, every other image would be of each")
         if len(self.interpolate) == 1 or any(i < 0 for i in self.interpolate):
             raise ValueError("--interpolate: two numbers of images or more, from 0 on")
         return self
@@ -565,7 +568,8 @@ class EvaluateSettings(StageSettings):
     num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
     weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
     features: Path | None = Field(None, description="other weights of Inception; the numbers are then named after them")
-    lpips_weights: Path | None = Field(None, description="file with the ImageNet weights of the LPIPS network")
+    lpips_net: LPIPSNet | None = Field(None, description="network behind LPIPS; default: what the VAE learnt with")
+    lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     batch_size: int = Field(50, ge=1, description="images at a time")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 

@@ -81,6 +81,12 @@ def test_a_table_gives_labels(colours, tmp_path):
     assert labels == {"blue/00.png": {"label": "sky", "size": "big"}, "orange/01.png": {"label": "fruit"}}
 
 
+def test_a_tables_index_is_no_label_and_spaces_are_no_part_of_a_name(colours, tmp_path):
+    csv = table(tmp_path / "t.csv", ",file, age", "0,blue/00.png,young", "1,blue/01.png,old")
+    labels = {file.path: file.labels for file in scan([colours], 0, table=csv) if file.labels}
+    assert labels == {"blue/00.png": {"age": "young"}, "blue/01.png": {"age": "old"}}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -204,6 +210,8 @@ def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):
     ("flags", "message"),
     [
         (["--class", "green"], "this U-Net knows no green; it knows blue, orange"),
+        (["--class", "none"], "this U-Net knows no none; it knows blue, orange"),
+        (["--class", "blue,orange", "--interpolate", "0,1"], "--interpolate walks within one --class"),
         (["--guidance", "2"], "--guidance needs a --class to guide to"),
         (["--class", "blue", "--guidance-interval", "0.9,0.2"], "--guidance-interval: two numbers from 0 to 1"),
     ],

@@ -1,5 +1,6 @@
 """Beginning with an image, drawing parts of it anew, walking between two: through the command line."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
+from lightdiff.pictures import save_walk
 from lightdiff.pipeline import Pipeline, Sampling, noise_between
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
@@ -97,6 +99,25 @@ def test_a_walk_keeps_the_length_of_noise_and_ends_where_it_should():
     steps = (walk[1:9] - walk[:8]).flatten(1).norm(dim=1)
     assert float(steps.max() / steps.min()) < 1.1
     assert torch.equal(noise_between(shape, [3, 3], 4, seed=2), ends[:1].expand(4, -1, -1, -1))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+def test_a_long_walk_does_not_keep_its_pictures_open(tmp_path):
+    import resource
+
+    files = [tmp_path / f"{i}.png" for i in range(100)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.dup(0)  # the lowest number that is free
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 50, hard))
+    try:
+        save_walk(tmp_path / "walk.webp", files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with Image.open(tmp_path / "walk.webp") as walk:
+        assert walk.n_frames == 198
 
 
 def test_a_walk_by_the_command_line(trained, tmp_path):

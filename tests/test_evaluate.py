@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import succeed
+from conftest import UNET_FLAGS, succeed
 from oracles import normal
 from PIL import Image
 
 from lightdiff.extras import evaluate
+from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
+from lightdiff.models.perceptual import cached_weights
+from lightdiff.models.vae import Posterior
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import EvaluateSettings, VAELossSettings
 from lightdiff.training.ranks import Ranks
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("skimage")
-PUBLISHED = Features("", "", torch.nn.Identity())
-OTHER = Features("mine", "", torch.nn.Identity())
+CPU = torch.device("cpu")
+PUBLISHED = Features("", "", torch.nn.Identity(), CPU)
+OTHER = Features("mine", "", torch.nn.Identity(), CPU)
 FID = ("Frechet distance", "FID")
 
 
@@ -76,14 +82,49 @@ def test_copies_are_told_from_new_images():
 
 
 def test_active_units_are_those_whose_mean_varies():
-    spread = evaluate.Spread()
+    units = evaluate.Units(channels=2, side=4)
     mu = torch.zeros(50, 2, 4, 4)
     mu[:, 0] = normal(50, 4, 4, dtype=torch.float32)
     mu[:, 1, :2] = normal(50, 2, 4, dtype=torch.float32)
     mu[:, 1, 2:] = 0.05 * normal(50, 2, 4, dtype=torch.float32) + 3  # variance 0.0025, below 0.01
-    for part in mu.split(7):
-        spread.add(part)
-    assert spread.active(Ranks()) == [1.0, 0.5]
+    logvar = torch.zeros(50, 2, 4, 4)
+    for part in range(0, 50, 7):
+        units.add(Posterior(mu[part : part + 7], logvar[part : part + 7]))
+    kl, active = units.over(Ranks())
+    assert active == [1.0, 0.5]
+    assert kl == pytest.approx((mu.square() / 2).mean((0, 2, 3)).tolist(), rel=1e-6)  # sigma is 1
+
+
+@pytest.mark.parametrize("counts", [(3, 50), (50, 1)])
+def test_too_few_images_are_no_set(counts):
+    a, b = (normal(n, 3, seed=n) for n in counts)
+    assert evaluate.frechet(PUBLISHED, a, b, FID) == evaluate.kernel(PUBLISHED, a, b) == {}
+    assert evaluate.precision_recall(a, b) == {}
+
+
+def test_results_of_another_network_are_not_kept(tmp_path):
+    path = tmp_path / "metrics.json"
+    evaluate.store(path, "unet", {"network": "a", "FID": 3.0})
+    evaluate.store(path, "unet", {"network": "a", "Frechet distance (mine)": 1.0})
+    assert json.loads(path.read_text())["unet"] == {"network": "a", "FID": 3.0, "Frechet distance (mine)": 1.0}
+    evaluate.store(path, "unet", {"network": "b", "Frechet distance (mine)": 2.0})
+    assert json.loads(path.read_text())["unet"] == {"network": "b", "Frechet distance (mine)": 2.0}
+
+
+def test_lpips_is_measured_where_its_weights_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    untrained = VAELossSettings(lpips_gamma=0.0, lpips_net="alex")
+    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Ranks())
+    assert chosen.lpips_gamma == 0
+    assert "no LPIPS, as the weights of alex are not at hand" in " ".join(capsys.readouterr().err.split())
+    named = EvaluateSettings(lpips_net="squeeze", lpips_weights=tmp_path / "w")
+    chosen = evaluate.lpips_settings(untrained, named, Ranks())
+    assert (chosen.lpips_gamma, chosen.lpips_net, chosen.lpips_weights) == (1, "squeeze", tmp_path / "w")
+    kept = cached_weights("alex")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Ranks())
+    assert (chosen.lpips_gamma, chosen.lpips_weights) == (1, None)
 
 
 def test_ssim_is_1_for_the_same_and_less_for_others():
@@ -122,6 +163,19 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     again = succeed("evaluate", "--run", run, *flags, "--precision", "fp32")
     assert "training images" not in again.err.split("Samples of the U-Net")[0]  # their features were kept
     assert json.loads((run / "evaluation/metrics.json").read_text()) == found
+    kept = evaluated(RunFolder(run))
+    assert kept == found
+    succeed("train-unet", "--run", run, *UNET_FLAGS, "--steps", 8)  # it is another network now
+    assert set(evaluated(RunFolder(run))) == {"vae"}
+
+
+def test_what_generate_makes_beside_its_samples_is_none(run):
+    flags = ["--run", run, "--num-steps", 2, "--device", "cpu", "--name", "new"]
+    succeed("generate", *flags, "--num-images", 5, "--trajectory", "--out", run / "drawn")
+    assert {p.suffix for p in (run / "drawn").iterdir()} == {".png", ".webp", ".json"}
+    assert [f.path for f in evaluate.samples_in(run / "drawn")] == [f"new-{i:05d}.png" for i in range(5)]
+    succeed("generate", *flags, "--interpolate", "0,1", "--frames", 3, "--out", run / "walk")
+    assert len(evaluate.samples_in(run / "walk")) == 3
 
 
 @pytest.mark.slow

@@ -239,16 +239,16 @@ def test_no_level_is_another_thing_than_not_given() -> None:
 
 
 def test_lists_of_real_numbers_and_of_folders(tmp_path: Path) -> None:
-    path = ("latent", "shift")
-    assert given(path, dict(leaves(TrainUNetSettings))[path], "0.5,-1") == ["0.5", "-1"]
+    assert given(dict(leaves(TrainUNetSettings))[("latent", "shift")], "0.5,-1") == ["0.5", "-1"]
     one, two = tmp_path / "a,b", tmp_path / "c"
     assert parsed(TrainVAESettings, "--data", str(one), "--data", str(two)).images.data == (one, two)
 
 
 def test_text_is_not_split() -> None:
     field = dict(leaves(GenerateSettings))[("name",)]
-    assert given(("name",), field, "a,b") == "a,b"
+    assert given(field, "a,b") == "a,b"
     assert parsed(GenerateSettings, "--name", "none").name == "none"
+    assert parsed(GenerateSettings, "--class", "none").class_ == ("none",)  # a class may be called that
     assert parsed(TrainVAESettings, "--background", "none").images.background == "none"
 
 

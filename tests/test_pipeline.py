@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
@@ -15,7 +16,8 @@ from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_in
 from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, Sampling
+from lightdiff.pipeline import Pipeline, Sampling, latents_behind, vae_behind
+from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,
@@ -303,6 +305,31 @@ def test_a_unet_of_other_latents_is_refused(copy, faces, tmp_path):
 def draw(run: Path, out: Path, **more):
     settings = {"run": run, "out": out, "num_images": 5, "num_steps": 4, "compute": {"precision": "fp32"}, **more}
     return generate.run(build(GenerateSettings, [settings]))
+
+
+def test_a_unet_finds_its_latents_and_their_vae_in_another_run(copy, faces, tmp_path):
+    """In its own run are latents of another VAE, and it is resumed, drawn with and looked at without naming any."""
+    mixed = tmp_path / "mixed"
+    succeed("train-vae", "--run", mixed, "--data", faces, *VAE_FLAGS, "--seed", 9)
+    succeed("encode", "--run", mixed, "--workers", 0, "--device", "cpu")
+    succeed("scale", "--run", mixed)
+    succeed("train-unet", "--run", mixed, "--latents", copy, *UNET_FLAGS)
+    unet = Checkpoint(RunFolder(mixed).unet.last, "unet")
+    assert latents_behind(unet, RunFolder(mixed)) == copy / "latents"
+    assert vae_behind(unet, None, RunFolder(mixed)) == copy / "latents" / "vae.safetensors"
+    succeed("train-unet", "--run", mixed, *UNET_FLAGS, "--steps", 5)
+    succeed("generate", "--run", mixed, "--num-images", 1, "--num-steps", 1, "--device", "cpu")
+    shutil.rmtree(copy)
+    assert latents_behind(unet, RunFolder(mixed)) == mixed / "latents"  # there are no others any more
+    assert call("generate", "--run", mixed, "--num-images", 1).code == 2
+
+
+def test_a_saved_settings_file_of_other_latents_may_be_taken_up(copy, tmp_path):
+    succeed("scale", "--run", copy, "--scaling-factor", 3)
+    saved = copy / "unet" / "settings.json"
+    succeed("train-unet", "--run", tmp_path / "new", "--latents", copy, "--settings", saved, "--steps", 1)
+    settings = Checkpoint(RunFolder(tmp_path / "new").unet.last, "unet").settings(TrainUNetSettings)
+    assert settings.latent.scale == (3.0,)
 
 
 def test_pictures_do_not_depend_on_the_batch(finished, tmp_path):

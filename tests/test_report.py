@@ -5,14 +5,17 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 from conftest import UNET_FLAGS, call, succeed
 
 from lightdiff.checkpoint import Document
 from lightdiff.data.latents import read_index
 from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, curves_of, grids, thinned
+from lightdiff.extras.report.measure import encoded
 from lightdiff.extras.report.page import HERE, metrics_table
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import StageFolder
@@ -105,8 +108,6 @@ def test_long_curves_are_thinned_to_means():
 
 
 def test_of_many_grids_the_first_and_the_last_are_kept(tmp_path):
-    import torch
-
     folder = StageFolder(tmp_path)
     for step in range(1, 101):
         save_grid(folder.images / f"step-{step:08d}.png", torch.zeros(1, 3, 2, 2), 1) if step > 1 else None
@@ -202,6 +203,13 @@ def test_losses_of_different_questions_are_not_ranked():
     assert ranked(run("flow", 0.5), run("flow", 0.4, latents="b")) == [[], []]
 
 
+def test_being_nearer_to_training_images_is_no_merit():
+    near, far = (
+        RunFacts(Path("run"), evaluation={"unet": {"FID": v, "distance to the nearest": v}}) for v in (1.0, 9.0)
+    )
+    assert [row["best"] for row in metrics_table([near, far])] == [[0], []]
+
+
 def test_in_a_comparison_runs_are_told_apart_by_name(two_runs, tmp_path, comparison):
     assert f"{two_runs[0].name} and other" in comparison.words
     twin = Path(shutil.copytree(two_runs[0] / "vae", tmp_path / two_runs[0].name / "vae")).parent
@@ -238,6 +246,30 @@ def test_a_damaged_part_is_named_and_the_rest_shown(run):
     words = Page(run / "report.html").words
     assert "shard-00000" in words
     assert "U-Net: noise to latents" in words
+
+
+def test_what_goes_wrong_in_a_part_ends_no_report(run):
+    grid = next((run / "samples").glob("*/*grid.png"))
+    grid.write_bytes(grid.read_bytes()[:100])
+    evaluation = run / "evaluation" / "metrics.json"
+    evaluation.parent.mkdir()
+    evaluation.write_text('{"unet": 3, "vae": {"network": "gone", "rFID": 1.0}}')
+    from lightdiff.pipeline import Pipeline
+
+    with patch.object(Pipeline, "load", side_effect=torch.OutOfMemoryError("no memory is left")):
+        succeed("report", run)
+    words = Page(run / "report.html").words
+    assert "no memory is left" in words
+    assert "not shown: cannot identify image file" in words
+    assert "of other networks than these" in words
+    assert "rFID" not in words
+
+
+def test_pictures_too_large_for_webp_are_shown_all_the_same():
+    from PIL import Image
+
+    assert encoded(Image.new("RGB", (2, 16_384)), "tall").src.startswith("data:image/png;base64,")
+    assert encoded(Image.new("RGB", (2, 16_383)), "less tall").src.startswith("data:image/webp;base64,")
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty"])
@@ -305,9 +337,14 @@ def test_in_a_browser(which, phone, page, comparison, tmp_path):
         assert view.locator(".plot .main-svg .scatterlayer .trace").count() == sum(len(c["series"]) for c in charts)
         assert view.evaluate("document.documentElement.scrollWidth") <= size["width"]
         sliders = view.locator("input[type=range]")
+        sliders_of = {"one": page, "two": comparison}[which].data["sliders"]
         assert sliders.count() == 3
         for i in range(3):
             home = view.locator(f"#slider-{i}")
+            last = [column["frames"][column["at"][-1]]["label"] for column in sliders_of[i]["columns"]]
+            where = home.locator("output").inner_text()
+            assert all(label in where for label in last)
+            assert sliders.nth(i).get_attribute("aria-valuetext") == where  # before it is moved
             seen, alts = set(), set()
             sliders.nth(i).focus()
             view.keyboard.press("Home")

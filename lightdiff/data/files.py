@@ -203,7 +203,8 @@ def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dic
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = csv.DictReader(stream, restval="")
-            names = rows.fieldnames or ()
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+            names = [name for name in rows.fieldnames if name]  # a table's index has none
             missing = {"file", *columns}.difference(names)
             if missing:
                 raise UserError(f"{flag}: {table} has no column {', '.join(sorted(missing))}")

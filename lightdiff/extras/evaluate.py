@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
@@ -20,9 +19,12 @@ from lightdiff.data.files import ImageFile, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError, not_installed
+from lightdiff.extras.evidence import NETWORK
 from lightdiff.extras.features import EVAL, Features, features_of, load_features
 from lightdiff.extras.latent_facts import ACTIVE, evenly
 from lightdiff.losses import kl_per_element, psnr
+from lightdiff.models.perceptual import cached_weights
+from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
@@ -39,6 +41,9 @@ QUARTERS = 4
 NEIGHBOURS, SHOWN = 4, 8
 CLOSE = 0.01  # share of held-out images that lie nearer to a training image than what is called a copy
 
+PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
+FEWEST = 4  # images that something can be said of as a set: precision and recall look at three neighbours
+
 Found = dict[str, Any]
 
 
@@ -49,9 +54,8 @@ def run(settings: EvaluateSettings) -> Path:
     here = RunFolder(settings.run)
     home = here.path / "evaluation"
     unet = find_unet(settings.unet, here) if settings.of != "vae" else None
-    saved = Checkpoint(
-        vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
-    )
+    vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
+    saved = Checkpoint(vae, "vae")
     images = ImageSettings.model_validate(saved.document.settings["images"])
     files = list_images(images)
     features = load_features(settings.weights, settings.features, device, ranks)
@@ -71,9 +75,12 @@ def run(settings: EvaluateSettings) -> Path:
 
 
 def store(path: Path, part: str, found: Found) -> None:
-    """Put a part's results beside what other features have found, in one file."""
+    """Put a part's results beside what other features have found of the same network, in one file."""
     everything = read_json(path) if path.is_file() else {}
-    everything[part] = {**everything.get(part, {}), **found}
+    before = everything.get(part)
+    if isinstance(before, dict) and before.get(NETWORK) == found[NETWORK]:
+        found = before | found
+    everything[part] = found
     publish_text(path, json.dumps(everything, indent=2) + "\n")
 
 
@@ -111,14 +118,14 @@ def evaluate_vae(
 ) -> Found:
     """Reconstructions of the held-out images (of training images, where none are held out), through mu."""
     chosen = [file for file in files if file.split == "val"] or files
-    vae, _ = load_vae(saved, device)
-    loss = VAELossSettings.model_validate(saved.document.settings["loss"])
-    loss = loss.model_copy(update={"lpips_weights": settings.lpips_weights or loss.lpips_weights})
+    vae, model = load_vae(saved, device)
+    loss = lpips_settings(VAELossSettings.model_validate(saved.document.settings["loss"]), settings, ranks)
     lpips = perceptual(loss, device, ranks)
     dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
     mine, size = ranks.share(len(chosen)), settings.batch_size
     order = ([(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size))
-    means, spread, pairs = Means(), Spread(), Pairs(features, len(chosen))
+    side = images.resolution // model.factor
+    means, units, pairs = Means(), Units(model.latent_channels, side), Pairs(features, len(chosen))
     with Reporter("reconstructions", len(mine)) as reporter:
         done = 0
         for batch in batches(dataset, order, pick_workers(settings.compute.workers, device)):
@@ -132,42 +139,50 @@ def evaluate_vae(
             found = {"PSNR (dB)": psnr(x, x_hat).mean(), "SSIM": ssim(batch.x, pixels.cpu())}
             if lpips is not None:
                 found[f"LPIPS ({loss.lpips_net})"] = lpips(x_hat.clamp(-1, 1), x).mean()
-            per_channel = kl_per_element(posterior).mean((0, 2, 3))
-            means.add(found | {f"kl {c}": value for c, value in enumerate(per_channel)}, len(x))
-            spread.add(posterior.mu)
+            means.add(found, len(x))
+            units.add(posterior)
             pairs.add(batch.index, batch.x.to(device), pixels)
             reporter.advance(done, {})
     numbers = means.over(ranks)
-    channels = [name for name in numbers if name.startswith("kl ")]
     originals, back = pairs.over(ranks)
-    result: Found = {"images": len(originals)}
-    result |= {name: value for name, value in numbers.items() if name not in channels}
+    if not len(originals):
+        raise UserError(f"none of the {len(chosen)} images can be read that reconstructions would be measured on")
+    result: Found = {NETWORK: saved.document.digest, "images": len(originals), **numbers}
     result |= frechet(features, back, originals, ("reconstructions' Frechet distance", "rFID"))
-    result["KL a channel (nats an element)"] = [numbers[name] for name in channels]
-    result["active units a channel (share)"] = spread.active(ranks)
-    return result
+    kl, active = units.over(ranks)
+    return result | {"KL a channel (nats an element)": kl, "active units a channel (share)": active}
 
 
-class Spread:
-    """Variance of mu over images, unit by unit."""
+def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Ranks) -> VAELossSettings:
+    """The VAE's settings of LPIPS, with what was asked for; weight 0 where its network's weights are not at hand."""
+    net = settings.lpips_net or loss.lpips_net
+    its_own = loss.lpips_weights if net == loss.lpips_net else None
+    file = settings.lpips_weights or its_own
+    at_hand = file if file and (settings.lpips_weights or file.is_file()) else None
+    there = ranks.on_first(lambda: at_hand is not None or cached_weights(net).is_file())
+    if not there:
+        console.print(f"note: no LPIPS, as the weights of {net} are not at hand; --lpips-weights FILE names them")
+    chosen = {"lpips_net": net, "lpips_weights": at_hand, "lpips_gamma": float(there)}
+    return loss.model_copy(update=chosen)
 
-    def __init__(self) -> None:
+
+class Units:
+    """What each latent unit does over images: its KL, and how much its mu varies."""
+
+    def __init__(self, channels: int, side: int) -> None:
         """Start with nothing."""
-        self.sums: Tensor | None = None  # of 1, mu and mu^2, (3, c, h, w)
+        self.sums = torch.zeros(4, channels, side, side, dtype=torch.float64)  # of 1, mu, mu^2 and the KL
 
-    def add(self, mu: Float[Tensor, "b c h w"]) -> None:
+    def add(self, posterior: Posterior) -> None:
         """Take in a batch."""
-        wide = mu.double().cpu()
-        sums = torch.stack([torch.ones_like(wide).sum(0), wide.sum(0), wide.square().sum(0)])
-        self.sums = sums if self.sums is None else self.sums + sums
+        mu, kl = posterior.mu.double().cpu(), kl_per_element(posterior).double().cpu()
+        self.sums += torch.stack([part.sum(0) for part in (torch.ones_like(mu), mu, mu.square(), kl)])
 
-    def active(self, ranks: Ranks) -> list[float]:
-        """The share of active units of each channel."""
-        assert self.sums is not None
-        count, first, second = ranks.sum(self.sums)
+    def over(self, ranks: Ranks) -> tuple[list[float], list[float]]:
+        """For each channel, the mean KL (nats an element) and the share of units that are active."""
+        count, first, second, kl = ranks.sum(self.sums)
         variance = second / count - (first / count).square()
-        shares: list[float] = (variance > ACTIVE).double().mean((1, 2)).tolist()
-        return shares
+        return (kl / count).mean((1, 2)).tolist(), (variance > ACTIVE).double().mean((1, 2)).tolist()
 
 
 class Pairs:
@@ -175,19 +190,15 @@ class Pairs:
 
     def __init__(self, features: Features, count: int) -> None:
         """Make room for `count` images."""
-        self.features, self.count = features, count
-        self.rows: Tensor | None = None
+        self.features = features
+        self.rows = torch.full((count, 2, features.width), torch.nan)
 
     def add(self, index: Tensor, x: Tensor, x_hat: Tensor) -> None:
         """Take in a batch of bytes."""
-        both = torch.stack([self.features(x), self.features(x_hat)], 1).float().cpu()  # (b, 2, d)
-        if self.rows is None:
-            self.rows = torch.full((self.count, 2, both.shape[2]), torch.nan)
-        self.rows[index] = both
+        self.rows[index] = torch.stack([self.features(x), self.features(x_hat)], 1).float().cpu()
 
     def over(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Those of all processes, without images that could not be read."""
-        assert self.rows is not None
         there = ranks.sum(self.rows.isfinite().all(2).all(1).float()) > 0
         rows = ranks.sum(self.rows.nan_to_num())[there]
         return rows[:, 0], rows[:, 1]
@@ -222,13 +233,13 @@ def evaluate_unet(
     drawn_images = images.model_copy(update={"data": (folder,), "labels": None})
     if not folder.is_dir():
         raise UserError(f"--samples: there is no folder {folder}")
-    samples = [f for f in scan(drawn_images.data, 0) if not f.path.endswith("grid.png")]
+    samples = samples_in(folder)
     if len(samples) < 2:
         raise UserError(f"--samples: {folder} holds {len(samples)} images; some hundred are needed")
     workers = pick_workers(settings.compute.workers, device)
 
     def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
-        return features_of(features, which, of, settings.batch_size, workers, device, ranks, what)
+        return features_of(features, which, of, settings.batch_size, workers, ranks, what)
 
     train, val = (at_most([f for f in files if f.split == split], settings.num_reference) for split in ("train", "val"))
     of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
@@ -236,12 +247,17 @@ def evaluate_unet(
         cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None
     )
     found, numbers = measured(samples, drawn_images, "samples")
-    result: Found = {"samples": len(found), "training images": len(of_train[0])}
+    if not len(found) or not len(of_train[0]):
+        raise UserError(f"none of the {'images trained on' if len(found) else 'samples'} can be read")
+    if min(len(found), len(of_train[0])) < FEWEST:
+        console.print(f"note: fewer than {FEWEST} images say nothing as a set: only the nearest ones are looked for")
+    digest = Checkpoint(unet, "unet").document.digest
+    result: Found = {NETWORK: digest, "samples": len(found), "training images": len(of_train[0])}
     result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
     result |= kernel(features, found, of_train[0])
     result |= precision_recall(found, of_train[0])
     distance, nearest = nearest_of(found, of_train[0])
-    if of_val:
+    if of_val and len(of_val[0]):
         result |= copies(distance[:, 0], nearest_of(of_val[0], of_train[0])[0][:, 0])
     picture = home / "nearest.png"
     most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
@@ -249,6 +265,11 @@ def evaluate_unet(
     ranks.on_first(lambda: draw_nearest(picture, rows, drawn_images, images))
     result["the samples most like training images, beside those"] = str(picture)
     return result
+
+
+def samples_in(folder: Path) -> list[ImageFile]:
+    """The images in a folder, without those that `generate` makes beside its samples."""
+    return [file for file in scan((folder,), 0) if not file.path.endswith(PICTURES)]
 
 
 def drawn(unet: Path, settings: EvaluateSettings, home: Path) -> Path:
@@ -291,6 +312,8 @@ def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) ->
 
     A quarter of the images spreads twice as much as all of them.
     """
+    if min(len(a), len(b)) < FEWEST:
+        return {}
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     def distance(some: Tensor) -> float:
@@ -308,6 +331,8 @@ def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) ->
 
 def kernel(features: Features, a: Tensor, b: Tensor) -> Found:
     """Kernel distance (Binkowski et al. 2018, arXiv:1801.01401, section 4): unbiased for any number of images."""
+    if min(len(a), len(b)) < FEWEST:
+        return {}
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(len(a), len(b), 1000)
@@ -321,6 +346,8 @@ def kernel(features: Features, a: Tensor, b: Tensor) -> Found:
 
 def precision_recall(a: Tensor, b: Tensor) -> Found:
     """Share of samples near training images, and the other way (Kynkäänniemi et al. 2019, arXiv:1904.06991)."""
+    if min(len(a), len(b)) < FEWEST:
+        return {}
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     found = prc_features_to_metric(a, b, verbose=False)

@@ -19,6 +19,7 @@ from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 from lightdiff.training.progress import Row, read_metrics
 
 T = TypeVar("T")
+NETWORK = "network"  # in results of `evaluate`: the digest of the snapshot that they are of
 MOST_BYTES = 200_000_000  # that are read in search of duplicates
 
 
@@ -54,9 +55,28 @@ def gather(run: RunFolder) -> Evidence:
         found.vae = tried(lambda: vae.settings(TrainVAESettings))
         found.vae_metrics = metrics_of(vae.document, rows_of(run.vae))
         found.same_vae = found.index is not None and vae_digest(vae) == found.index.vae_digest
-    samples = tried(lambda: read_json(run.path / "evaluation" / "metrics.json")["unet"])
-    found.evaluation = samples if isinstance(samples, dict) else {}
+    found.evaluation = (tried(lambda: evaluated(run)) or {}).get("unet", {})
     return found
+
+
+def evaluated(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """What `evaluate` found of the run's snapshots as they are; results of others, that are gone, are left out.
+
+    Raises:
+        RunError: If the file is damaged.
+    """
+    path = run.path / "evaluation" / "metrics.json"
+    parts = read_json(path) if path.is_file() else {}
+    known = {}
+    for stage, folder, others in (("vae", run.vae, [run.latents / "vae.safetensors"]), ("unet", run.unet, [])):
+        files = [folder.last, folder.best, *folder.steps(), *others]
+        snapshots = [tried(partial(Checkpoint, file, stage)) for file in files]
+        known[stage] = {snapshot.document.digest for snapshot in snapshots if snapshot}
+    return {
+        stage: part
+        for stage, part in parts.items()
+        if isinstance(part, dict) and part.get(NETWORK) in known.get(stage, ())
+    }
 
 
 def trained_on(index: LatentIndex) -> list[int]:

@@ -31,11 +31,17 @@ class Features:
     name: str  # "" for the published ones, whose Frechet distance is the FID of papers
     digest: str
     network: nn.Module
+    device: torch.device
 
     def __call__(self, x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Features of images of bytes."""
         found: Tensor = self.network(x)[0]
         return found
+
+    @property
+    def width(self) -> int:
+        """How many features an image has."""
+        return int(self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=self.device)).shape[1])
 
     def called(self, measure: str, published: str) -> str:
         """A measure's name: that of papers for the published features alone."""
@@ -76,7 +82,7 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
     if needed:
         raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network behind FID")
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return Features(other.stem if other else "", digest, network.to(device))
+    return Features(other.stem if other else "", digest, network.to(device), device)
 
 
 def inception() -> Any:
@@ -99,7 +105,6 @@ def features_of(
     images: ImageSettings,
     batch_size: int,
     workers: int,
-    device: torch.device,
     ranks: Ranks,
     what: str,
 ) -> tuple[Float[Tensor, "n d"], list[int]]:
@@ -107,13 +112,13 @@ def features_of(
     dataset = ImageDataset(files, images.data, images, seed=0, train=False)
     mine = ranks.share(len(files))
     order = ([(0, i) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size))
-    width = int(features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).shape[1])
+    width = features.width
     rows = torch.zeros(len(files), width + 1)  # the last column: whether it could be read
     with Reporter(what, len(mine)) as reporter:
         done = 0
         for batch in batches(dataset, order, workers):
             if len(batch.x):
-                rows[batch.index, :width] = features(batch.x.to(device)).float().cpu()
+                rows[batch.index, :width] = features(batch.x.to(features.device)).float().cpu()
                 rows[batch.index, width] = 1
             done += len(batch.x) + batch.missing
             reporter.advance(done, {})

@@ -62,6 +62,11 @@ def cached(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
+def cached_weights(net: Net) -> Path:
+    """Where torch's cache keeps the network's ImageNet weights."""
+    return cached(TRUNKS[net].url)
+
+
 def fetched(url: str, need: str, otherwise: str) -> Path:
     """A file of weights in torch's cache, downloaded if it is not there.
 

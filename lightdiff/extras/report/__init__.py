@@ -32,7 +32,7 @@ def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     for run in runs:
         with console.status(f"looking at {run}"):
             found.append(collect(run, where))
-    text = render(found)
+    text = render(found).encode(errors="replace").decode()  # names of files need not be UTF-8
     target.parent.mkdir(parents=True, exist_ok=True)
     publish_text(target, text)
     console.print(f"{len(text.encode()) / 1e6:.1f} MB; open it in a browser", soft_wrap=True)

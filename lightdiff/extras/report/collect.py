@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Document
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.evidence import rows_of
+from lightdiff.extras.evidence import evaluated, opened, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows
-from lightdiff.pipeline import Pipeline
-from lightdiff.run_folder import RunFolder, StageFolder, read_json
+from lightdiff.pipeline import Pipeline, latents_behind
+from lightdiff.run_folder import RunFolder, StageFolder
 
 MOST_FRAMES = 24  # of a slider through time
 MOST_POINTS = 1500  # of a curve
@@ -105,17 +106,19 @@ def collect(path: Path, device: torch.device) -> RunFacts:
         if folder.last.is_file():
             with noting(found, stage):
                 setattr(found, stage, training(stage, folder))
-    if (run.latents / "index.json").is_file():
+    unet = opened("unet", [run.unet.last])
+    latents = run.latents if unet is None else latents_behind(unet, run)
+    if latents and (latents / "index.json").is_file():
         with noting(found, "latents"):
-            found.index = read_index(run.latents)
-            found.latents = latent_facts(run.latents)
+            found.index = read_index(latents)
+            found.latents = latent_facts(latents)
     if not (found.vae or found.unet or found.index or found.missing):
         raise UserError(f"{path} holds no training and no latents of lightdiff")
     found.findings = examine(path)
-    evaluation = path / "evaluation" / "metrics.json"
-    if evaluation.is_file():
-        with noting(found, "evaluation"):
-            found.evaluation = read_json(evaluation)
+    with noting(found, "evaluation"):
+        found.evaluation = evaluated(run)
+        if not found.evaluation and (path / "evaluation" / "metrics.json").is_file():
+            raise UserError("what was evaluated is of other networks than these: lightdiff evaluate measures these")
     if found.vae:
         with noting(found, "reconstructions"):
             found.reconstructions = reconstructions(run.vae, device)
@@ -123,30 +126,22 @@ def collect(path: Path, device: torch.device) -> RunFacts:
         with noting(found, "trajectory"):
             pipeline = Pipeline.load(path, device="cuda" if device.type == "cuda" else "cpu")
             found.trajectory = trajectory(pipeline)
-            if found.index:
-                found.nearest = nearest(pipeline, run.latents)
-    grids = sorted(run.samples.glob("*/*grid.png"), key=lambda p: p.stat().st_mtime)
-    if grids:
-        found.samples = encoded(grids[-1], f"New images, from {grids[-1].parent.name}")
+            if found.index and latents:
+                found.nearest = nearest(pipeline, latents)
+    with noting(found, "samples"):
+        grids = sorted(run.samples.glob("*/*grid.png"), key=lambda p: p.stat().st_mtime)
+        if grids:
+            found.samples = encoded(grids[-1], f"New images, from {grids[-1].parent.name}")
     return found
 
 
-class noting:
-    """What goes wrong in here is noted instead of ending the report."""
-
-    def __init__(self, found: RunFacts, part: str) -> None:
-        """Note it under this name."""
-        self.found, self.part = found, part
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> bool:
-        """Note."""
-        if isinstance(error, (LightdiffError, OSError, ValueError)):
-            self.found.missing[self.part] = str(error)
-            return True
-        return False
+@contextmanager
+def noting(found: RunFacts, part: str) -> Iterator[None]:
+    """What goes wrong in here is noted under this name instead of ending the report; memory may run out, too."""
+    try:
+        yield
+    except (LightdiffError, OSError, ValueError, RuntimeError) as error:
+        found.missing[part] = str(error)
 
 
 def training(stage: str, folder: StageFolder) -> Training:

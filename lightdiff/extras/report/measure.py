@@ -14,7 +14,7 @@ from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import evenly
-from lightdiff.pictures import grid
+from lightdiff.pictures import grid, opened
 from lightdiff.pipeline import Moment, Pipeline, Sampling, load_vae
 from lightdiff.run_folder import StageFolder
 from lightdiff.settings import ImageSettings
@@ -26,6 +26,7 @@ STEPS = 20  # of a trajectory
 NEAREST = 3
 MOST_NUMBERS = 100_000_000  # of the latents that neighbours are looked for in
 QUALITY = 90
+MOST_WEBP = 16_383  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class Picture:
 def encoded(image: Image.Image | Path, alt: str) -> Picture:
     """A picture as a data address (WebP)."""
     if isinstance(image, Path):
-        with Image.open(image) as opened:
-            return encoded(opened.convert("RGB"), alt)
-    stream = io.BytesIO()
-    image.save(stream, format="WEBP", quality=QUALITY, method=4)
+        return encoded(opened(image), alt)
+    stream, kind = io.BytesIO(), "webp" if max(image.size) <= MOST_WEBP else "png"
+    image.save(stream, format=kind, quality=QUALITY, method=4)  # PNG takes no notice of both
     text = base64.b64encode(stream.getvalue()).decode()
-    return Picture(f"data:image/webp;base64,{text}", alt, *image.size)
+    return Picture(f"data:image/{kind};base64,{text}", alt, *image.size)
 
 
 @torch.inference_mode()
@@ -64,7 +64,10 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     chosen = ([f for f in files if f.split == "val"] or files)[:SHOWN]
     dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
     items = [dataset[0, i].x for i in range(len(chosen))]
-    x = to_float(torch.stack([item for item in items if item is not None])).to(device)
+    readable = [item for item in items if item is not None]
+    if not readable:
+        raise UserError(f"none of the images can be read that would be shown, the first is {chosen[0].path}")
+    x = to_float(torch.stack(readable)).to(device)
     vae, _ = load_vae(saved, device)
     x_hat = vae.decoder(vae.encoder(x).mu).clamp(-1, 1)
     error = ((x_hat - x) * ENLARGED).clamp(-1, 1)

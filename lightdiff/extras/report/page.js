@@ -31,7 +31,7 @@ function slide(slider) {
   const home = document.getElementById(slider.id), input = home.querySelector("input");
   if (!input) return;
   const images = home.querySelectorAll("img"), where = home.querySelector("output");
-  input.addEventListener("input", () => {
+  const show = () => {
     const labels = slider.columns.map((column, i) => {
       const frame = column.frames[column.at[Number(input.value)]];
       images[i].src = frame.src;
@@ -41,7 +41,9 @@ function slide(slider) {
     const same = labels.every((label) => label === labels[0]);
     where.textContent = same ? labels[0] : labels.map((label, i) => `${slider.columns[i].name}: ${label}`).join("; ");
     input.setAttribute("aria-valuetext", where.textContent);
-  });
+  };
+  input.addEventListener("input", show);
+  show();
 }
 
 const redraw = () => data.charts.forEach(draw);

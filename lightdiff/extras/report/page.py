@@ -65,7 +65,8 @@ BETTER = {  # which of two values is the better one
     "error": min,
     "FID": min,
     "KID": min,
-    "distance": min,
+    "Frechet distance": min,
+    "kernel distance": min,
 }
 
 

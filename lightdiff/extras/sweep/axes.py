@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
-from lightdiff.options import Layer, flag, nest, parsed_as, typed
+from lightdiff.options import Layer, flag, given, nest, parsed_as, typed
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -104,6 +104,6 @@ def is_list(info: FieldInfo) -> bool:
 def parsed(info: FieldInfo, text: str) -> Any:
     """A value as pydantic takes it."""
     if is_list(info):
-        return [] if text == "none" else [part.strip() for part in text.split(",")]
+        return given(info, text) if parsed_as(info.annotation) is str else [part.strip() for part in text.split(",")]
     numbers = get_origin(info.annotation) is Literal and not isinstance(get_args(info.annotation)[0], str)
     return int(text) if numbers and text.isdigit() else text

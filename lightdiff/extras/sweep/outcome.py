@@ -15,7 +15,7 @@ from lightdiff.data.loading import ImageDataset
 from lightdiff.extras.sweep.axes import Axis
 from lightdiff.extras.sweep.plan import Cell, Plan, Result, essence
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
-from lightdiff.pictures import save_png
+from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, free_name, read_json
 from lightdiff.settings import ImageSettings
@@ -51,7 +51,7 @@ def conclude(plan: Plan) -> list[Path]:
         sheets.append(folder / RECONSTRUCTIONS)
     if plan.whole:
         files = range(s.num_images)
-        samples = [[Image.open(cell.end.place / f"{i:05d}.png") for i in files] for cell in plan.cells]
+        samples = [[opened(cell.end.place / f"{i:05d}.png") for i in files] for cell in plan.cells]
         save_png(folder / SHEET, drawn(plan, "samples", plan.axes, samples))
         sheets.append(folder / SHEET)
     return sheets
