@@ -135,10 +135,9 @@ def part(layer: Layer, name: str) -> Layer:
 
 
 def estimate(chosen: Any) -> None:
-    """What a training will take."""
-    from lightdiff.extras.estimate import estimate as look
-
-    look(chosen)
+    """What a training, or the trainings of a sweep, will take."""
+    name = "sweep" if isinstance(chosen, settings.SweepSettings) else "estimate"
+    import_module(f"lightdiff.extras.{name}").estimate(chosen)
 
 
 def path(value: Any) -> Path | None:
@@ -174,7 +173,7 @@ add(
 add("generate", settings.GenerateSettings, STAGES)
 add("demo", settings.DemoSettings, OTHERS)
 add("evaluate", settings.EvaluateSettings, OTHERS, package="extras")
-add("sweep", settings.SweepSettings, OTHERS, package="extras")
+add("sweep", settings.SweepSettings, OTHERS, package="extras", estimate=estimate)
 
 
 @app.command(rich_help_panel=OTHERS)

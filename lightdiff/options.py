@@ -219,6 +219,8 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     if isinstance(shown, (list, tuple)):
         shown = ",".join(str(v) for v in shown)
     is_leaf = any(p == path for p, _ in leaves(model))
+    if message.startswith("--"):  # it names what it is about
+        return message
     name = f"--{flag(path)}" if is_leaf else f"--{path[-1]}.*" if path else "settings"
     return f"{name}: {message}" + (f" (found {shown})" if is_leaf and str(shown) not in message else "")
 
@@ -242,7 +244,7 @@ def command(
         estimate: What --dry-run does with the settings, after it has printed them.
     """
     fields = typed(model)
-    rehearsed = ", what they will take, after a few timed steps," if estimate else ""
+    rehearsed = " and what they will take," if estimate else ""
     extras = [
         inspect.Parameter(
             "settings",

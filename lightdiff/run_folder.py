@@ -104,14 +104,19 @@ class RunFolder:
 
 def find_vae(given: Path | None, run: RunFolder) -> Path:
     """The VAE's checkpoint: the one given, or the best of a given run, or of this one."""
-    folder = run.vae if given is None else RunFolder(given).vae
+    folder = run.vae if given is None else stage_folder(given, "vae")
     return _find(given, [folder.best, folder.last], "--vae", folder.path, "lightdiff train-vae")
 
 
 def find_unet(given: Path | None, run: RunFolder) -> Path:
     """The U-Net's checkpoint: the one given, or the last of a given run, or of this one."""
-    folder = run.unet if given is None else RunFolder(given).unet
+    folder = run.unet if given is None else stage_folder(given, "unet")
     return _find(given, [folder.last, folder.best], "--unet", folder.path, "lightdiff train-unet")
+
+
+def stage_folder(given: Path, stage: str) -> StageFolder:
+    """The stage's folder in a run folder, or the one given, if it is one itself."""
+    return StageFolder(given if (given / "checkpoints").is_dir() else given / stage)
 
 
 def find_latents(given: Path | None, run: RunFolder) -> Path:

@@ -250,7 +250,7 @@ def test_a_damaged_part_is_named_and_the_rest_shown(run):
 
 def test_what_goes_wrong_in_a_part_ends_no_report(run):
     grid = next((run / "samples").glob("*/*grid.png"))
-    grid.write_bytes(grid.read_bytes()[:100])
+    grid.write_bytes(b"no picture")
     evaluation = run / "evaluation" / "metrics.json"
     evaluation.parent.mkdir()
     evaluation.write_text('{"unet": 3, "vae": {"network": "gone", "rFID": 1.0}}')

@@ -54,6 +54,8 @@ def run(settings: EvaluateSettings) -> Path:
     here = RunFolder(settings.run)
     home = here.path / "evaluation"
     unet = find_unet(settings.unet, here) if settings.of != "vae" else None
+    if settings.samples and not settings.samples.is_dir():
+        raise UserError(f"--samples: there is no folder {settings.samples}")
     vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
     saved = Checkpoint(vae, "vae")
     images = ImageSettings.model_validate(saved.document.settings["images"])
@@ -231,8 +233,6 @@ def evaluate_unet(
     """Samples against the images trained on, and how near they lie to them."""
     folder = settings.samples or drawn(unet, settings, home)
     drawn_images = images.model_copy(update={"data": (folder,), "labels": None})
-    if not folder.is_dir():
-        raise UserError(f"--samples: there is no folder {folder}")
     samples = samples_in(folder)
     if len(samples) < 2:
         raise UserError(f"--samples: {folder} holds {len(samples)} images; some hundred are needed")

@@ -31,10 +31,16 @@ class Evidence:
     vae_metrics: Row = field(default_factory=dict)
     index: LatentIndex | None = None
     facts: LatentFacts | None = None
-    same_vae: bool = False  # whether the latents came from this VAE
+    vae_digest: str = ""
+    own_latents: bool = False  # whether they lie in this run
     unet: TrainUNetSettings | None = None
     unet_rows: list[Row] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)  # of samples
+
+    @property
+    def same_vae(self) -> bool:
+        """Whether the latents came from this VAE."""
+        return self.index is not None and self.vae_digest == self.index.vae_digest
 
 
 def gather(run: RunFolder) -> Evidence:
@@ -47,6 +53,7 @@ def gather(run: RunFolder) -> Evidence:
     behind = tried(lambda: latents_behind(unet, run)) if unet else None  # they may be another run's
     latents = behind or tried(lambda: find_latents(None, run))
     if latents:
+        found.own_latents = latents.absolute() == run.latents.absolute()
         found.index = tried(lambda: read_index(latents))
         found.facts = tried(lambda: latent_facts(latents))
     copy = [latents / "vae.safetensors"] if latents else []
@@ -54,7 +61,7 @@ def gather(run: RunFolder) -> Evidence:
     if vae:
         found.vae = tried(lambda: vae.settings(TrainVAESettings))
         found.vae_metrics = metrics_of(vae.document, rows_of(run.vae))
-        found.same_vae = found.index is not None and vae_digest(vae) == found.index.vae_digest
+        found.vae_digest = vae_digest(vae)
     found.evaluation = (tried(lambda: evaluated(run)) or {}).get("unet", {})
     return found
 

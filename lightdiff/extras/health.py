@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from lightdiff.data.files import scan
 from lightdiff.diffusion.schedules import Schedule
-from lightdiff.extras.evidence import gather, same_content, trained_on, tried
+from lightdiff.extras.evidence import Evidence, gather, same_content, trained_on, tried
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
@@ -79,6 +79,7 @@ def examine(run: Path) -> list[Finding]:
     if found.facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
         findings += of_latents(found.facts, regular)
+    findings += of_lineage(found)
     images = len(trained_on(found.index)) if found.index else 0
     if found.unet:
         findings += of_schedule(found.unet)
@@ -100,7 +101,7 @@ def as_typed(advice: str, run: Path) -> str:
         return f"lightdiff {command} --run {quoted(run)}{anew}{settings}"
 
     advice = advice.replace("RUN/unet/checkpoints/best.safetensors", quoted(RunFolder(run).unet.best))
-    return re.sub(r"lightdiff (train-vae|scale|train-unet|generate|evaluate)( --restart)?", whole, advice)
+    return re.sub(r"lightdiff (train-vae|encode|scale|train-unet|generate|evaluate)( --restart)?", whole, advice)
 
 
 def quoted(path: Path) -> str:
@@ -240,6 +241,22 @@ def of_no_kl(settings: TrainVAESettings, metrics: Row, channels: list[ChannelFac
             usual="--kl-beta 1e-3 to 1e-2: sigma 0.02 to 0.5 of the std, a std near 1, 1 to 4 nats. Without, latents "
             "take any size and shape, and small errors of the U-Net show in the pixels",
             advice="lightdiff train-vae --restart --kl-beta 3e-3, then encode, scale and train-unet anew",
+        )
+    ]
+
+
+def of_lineage(found: Evidence) -> list[Finding]:
+    """Latents that this run's VAE, which was trained on or anew since, did not make."""
+    if not (found.vae_digest and found.index and found.own_latents) or found.same_vae:
+        return []
+    return [
+        Finding(
+            code="earlier-vae",
+            stage="latents",
+            title="The latents come from another VAE than the run's",
+            measured=f"they were made by VAE {found.index.vae_digest[:8]}, and vae/ holds {found.vae_digest[:8]} now",
+            usual="the same; a U-Net of these latents draws with the VAE kept beside them, never with the new one",
+            advice="lightdiff encode --restart, then lightdiff scale, then lightdiff train-unet --restart",
         )
     ]
 

@@ -65,8 +65,9 @@ def read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file") from None
     except Exception as error:  # torch.load raises whatever a broken zip or pickle provokes
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"{file} is damaged or no checkpoint of the original scripts: {first}") from None
+        raise UserError(
+            f"{file} is damaged, or no checkpoint of the original scripts ({type(error).__name__})"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{file} is no checkpoint of the original scripts: it has no model_state_dict")
     return content

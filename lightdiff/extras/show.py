@@ -13,7 +13,8 @@ from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows, words
-from lightdiff.run_folder import RunFolder
+from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.stages.start import flag_of
 
 PART_OF = {"data": "vae", "samples": "unet"}  # whose findings stand with another stage's in --json
 
@@ -28,7 +29,7 @@ def show(place: Path, as_json: bool = False) -> None:
     found = list(parts(place))
     if not found:
         raise UserError(f"{place} holds no checkpoint and no latents of lightdiff")
-    is_run = place.is_dir() and not (place / "index.json").is_file()
+    is_run = place.is_dir() and not (place / "index.json").is_file() and not (place / "checkpoints").is_dir()
     findings = examine(place) if is_run else None
     if as_json:
         console.print_json(json.dumps(as_objects(found, findings)))
@@ -45,13 +46,15 @@ def show(place: Path, as_json: bool = False) -> None:
 
 
 def parts(place: Path) -> Iterator[tuple[Path, Document | LatentIndex]]:
-    """What there is at a path: one checkpoint, or the stages of a run."""
+    """What there is at a path: one checkpoint, that of a stage, or the stages of a run."""
     if place.is_file():
         yield place, Checkpoint(place).document
         return
     if not place.exists():
         raise UserError(f"{place} does not exist")
-    run = RunFolder(place)
+    run, own = RunFolder(place), StageFolder(place).last
+    if own.is_file():
+        yield own, Checkpoint(own).document
     if run.vae.last.is_file():
         yield run.vae.last, Checkpoint(run.vae.last).document
     for latents in (place, run.latents):
@@ -102,8 +105,9 @@ def show_document(console: Console, document: Document) -> None:
     for name, digest in document.lineage.items():
         pairs.add_row(f"from {name}", digest[:16])
     for change in document.facts.get("history", []):
-        words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in change["changed"].items())
-        pairs.add_row(f"changed at step {change['step']}", words)
+        named = {flag_of(name) if "." in name else name: pair for name, pair in change["changed"].items()}
+        said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in named.items())
+        pairs.add_row(f"changed at step {change['step']}", said)
     console.print(pairs)
     model = MODELS.get(document.stage)
     if model is not None:

@@ -166,12 +166,20 @@ def begin(
     if saved:
         changed = check_same(saved, settings)
         data, before = document.lineage.get("data"), saved.document.lineage.get("data")
+        if data != before and "images.data" in changed:
+            _, now = changed["images.data"]
+            raise UserError(
+                f"--data: {', '.join(now)} holds other images than {folder.path} was trained on: choose another --run, "
+                "or leave --data out"
+            )
         if data != before:  # files were added or removed
             console.print("note: the list of images is not the one this run began with")
             changed["list of images"] = (before, data)
         document.facts = history(saved, changed)
         if saved.document.step >= total:
-            console.print(f"{folder.path} has its {total} steps already; give more --steps to train on")
+            step = saved.document.step
+            there = f"has its {total}" if step == total else f"is past {total}: it has {step}"
+            console.print(f"{folder.path} {there} steps already; give more --steps to train on")
             return False
         if settings.from_step:  # not before all else has been found to be right
             task.ranks.on_first(lambda: go_back(folder, saved))
@@ -193,9 +201,10 @@ def check_same(saved: Checkpoint, settings: StageSettings) -> dict[str, tuple[An
     changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changed.items():
         if name in FIXED or not {name, name.split(".")[0]} & set(FREE):
+            with_it = f"with {flag_of(name)} {before}, not {now}" if before else f"without {flag_of(name)} {now}"
             raise UserError(
-                f"{saved.path.parent.parent} holds a run with {flag_of(name)} {before}, not {now}: "
-                "choose another --run, or leave that setting as it was"
+                f"{saved.path.parent.parent} holds a run {with_it}: choose another --run, or leave that setting as it "
+                "was"
             )
     return changed
 

@@ -50,6 +50,12 @@ def run(settings: SweepSettings) -> str:
         return "\n".join(map(str, conclude(plan)))
 
 
+def estimate(settings: SweepSettings) -> None:
+    """Say what a sweep would make."""
+    plan = Plan(settings)
+    tell(plan, [result for result in plan.new_results() if not result.done])
+
+
 def find_lpips(plan: Plan) -> None:
     """See that all weights of LPIPS are there, as the last VAE may be the first to need them.
 
@@ -87,7 +93,8 @@ def tell(plan: Plan, todo: Sequence[Result]) -> None:
     seconds, size = cost(plan, todo)
     if seconds or size:
         console.print(
-            f"trainings take about {words(seconds)} at the base's speed; results, {size / 1e6:.0f} MB", soft_wrap=True
+            f"trainings take about {words(seconds)}, as fast as that run was; results, {size / 1e6:.0f} MB",
+            soft_wrap=True,
         )
 
 

@@ -75,6 +75,12 @@ def metrics(result: Result) -> dict[str, float]:
     return Checkpoint(path).document.metrics
 
 
+def question(cell: dict[str, Any]) -> str:
+    """What the loss of a cell's U-Net is about."""
+    unet = cell["settings"].get("train-unet", {}).items()
+    return json.dumps([cell["folders"].get("latents"), [v for k, v in unet if k.startswith(("target.", "noise."))]])
+
+
 def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
     """Print what can be compared between the cells."""
     table = Table(title="What validation found", title_justify="left")
@@ -83,6 +89,9 @@ def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
     made = {result.kind for result in plan.new_results()}
     pairs = [(kind, name) for kind, names in SHOWN.items() for name in names if kind in made]
     pairs = [(kind, name) for kind, name in pairs if any(name in cell["metrics"][kind] for cell in cells)]
+    if len({question(cell) for cell in cells}) > 1:
+        pairs = [(kind, name) for kind, name in pairs if kind != "unet"]
+        console.print("note: losses of different objectives, schedules or latents cannot be compared; see the sheet")
     for kind, name in pairs:
         table.add_column(f"{kind} {name}", justify="right")
     for cell in cells:
