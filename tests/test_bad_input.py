@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNET_FLAGS, VAE_FLAGS, succeed
+from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -408,6 +408,18 @@ def test_a_folder_that_holds_another_run(refused, run, flags, words):
     told = refused("train-vae", "--run", run, *flags)
     assert f"{run / 'vae'} holds a run with {words}" in told
     assert "--run" in told
+
+
+def test_a_run_of_other_images(refused, run, faces, tmp_path):
+    """Its folder may have moved, and files may have come; but other images are another run."""
+    moved = Path(shutil.copytree(faces, tmp_path / "moved"))
+    assert call("train-vae", "--run", run, "--data", moved, "--steps", 4).code == 0
+    few = tmp_path / "few"
+    for file in sorted(faces.rglob("*.png"))[:10]:
+        (few / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, few / file.parent.name)
+    told = refused("train-vae", "--run", run, "--data", few, "--steps", 5)
+    assert f"--data: {few} holds other images than {run / 'vae'} was trained on" in told
 
 
 def test_a_folder_that_holds_another_unet(refused, run):

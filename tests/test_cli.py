@@ -342,6 +342,21 @@ def test_a_unet_on_another_runs_latents_finds_their_vae(cli, run, tmp_path):
     assert (tmp_path / "out/00000.png").is_file()
 
 
+def test_a_stage_s_folder_can_be_shown_and_drawn_with(cli, run, tmp_path):
+    shown = cli("show", run / "unet").out
+    assert "unet, written by lightdiff" in shown
+    assert "health" not in shown  # that is of a run
+    few = ("--num-images", 1, "--num-steps", 1, "--device", "cpu", "--out", tmp_path / "out")
+    assert cli("generate", "--run", tmp_path, "--unet", run / "unet", *few).code == 0
+
+
+def test_a_label_for_a_run_without_one_is_refused_in_words(cli, run):
+    assert (
+        f"error: {run}/unet holds a run without --label class:"
+        in cli("train-unet", "--run", run, "--label", "class").err
+    )
+
+
 def test_the_later_of_steps_and_epochs_wins(cli, tmp_path, run):
     file = tmp_path / "mine.toml"
     file.write_text("[loop]\nepochs = 2\n")

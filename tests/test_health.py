@@ -132,6 +132,16 @@ def test_a_scaling_factor_set_by_hand_that_is_wrong(copied: Path, factor: float)
     assert loss_settings(copied) == (8, "flow", 2)
 
 
+def test_latents_of_an_earlier_vae_are_told(copied: Path) -> None:
+    succeed("train-vae", "--run", copied, "--steps", 322)
+    (finding,) = [f for f in examine(copied) if f.code == "earlier-vae"]
+    again, scaled, anew = commands(finding.advice)
+    succeed(*again, "--workers", 0, "--device", "cpu")
+    succeed(*scaled)
+    succeed(*anew, "--steps", 2)
+    assert "earlier-vae" not in codes(copied)
+
+
 def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> None:
     chosen = "--restart --objective eps --schedule linear --timesteps 20 --preset tiny --steps 3".split()
     succeed("train-unet", "--run", copied, *HERE, *chosen)

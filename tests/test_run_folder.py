@@ -97,6 +97,14 @@ def test_checkpoints_are_found(tmp_path: Path, find: Find, name: str, first: str
     assert find(place, run) == getattr(stage, first)
 
 
+def test_a_stages_own_folder_is_as_good_as_its_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    for find, stage in ((find_vae, run.vae), (find_unet, run.unet)):
+        stage.checkpoints.mkdir(parents=True)
+        stage.last.touch()
+        assert find(stage.path, RunFolder(tmp_path)) == find(run.path, RunFolder(tmp_path)) == stage.last
+
+
 @pytest.mark.parametrize(("find", "flag"), [(find_vae, "--vae"), (find_unet, "--unet")])
 def test_a_checkpoint_that_is_given(tmp_path: Path, find: Find, flag: str) -> None:
     run = RunFolder(tmp_path / "run")

@@ -274,6 +274,23 @@ def test_what_is_wrong_is_told_before_any_work(run, words, message):
     assert not (run / "sweeps").exists()
 
 
+def test_a_rehearsal_tells_what_would_be_made_and_makes_nothing(run):
+    result = call("sweep", "--run", run, "--vary", "kl-beta=1e-3,1e-1", "--vary", "num-steps=1,2", "--dry-run")
+    assert result.code == 0
+    assert json.loads(result.stdout)["vary"] == ["kl-beta=1e-3,1e-1", "num-steps=1,2"]
+    assert "to make: 2 VAEs of 3 steps, 2 sets of latents, 2 U-Nets of 3 steps, 4 sets of samples" in result.err
+    assert not (run / "sweeps").exists()
+
+
+def test_losses_of_different_questions_are_no_columns(run):
+    result = call("sweep", "--run", run, "--vary", "objective=flow,eps", "--num-images", "1", "--set", "num-steps=1")
+    assert result.code == 0
+    assert "unet val_loss" not in result.err
+    assert "losses of different objectives" in result.err
+    result = call("sweep", "--run", run, "--vary", "model.blocks=1,2", "--num-images", "1", "--set", "num-steps=1")
+    assert "unet val_loss" in result.err
+
+
 def test_a_base_that_lacks_something(run, tmp_path):
     nothing = call("sweep", "--run", tmp_path / "none", "--vary", "kl-beta=1,2")
     assert (nothing.code, "has no VAE whose settings the cells could have" in nothing.err) == (2, True)

@@ -492,6 +492,8 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, faces, capsys):
     train_vae.run(vae_settings(tmp_path, faces))
     train_vae.run(vae_settings(tmp_path, faces))
     assert "has its 8 steps already; give more --steps to train on" in " ".join(capsys.readouterr().err.split())
+    train_vae.run(vae_settings(tmp_path, faces, steps=7))
+    assert "vae is past 7: it has 8 steps already" in " ".join(capsys.readouterr().err.split())
     train_vae.run(vae_settings(tmp_path, faces, steps=10, lr=5e-4))
     document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
     assert document.step == 10

@@ -65,9 +65,8 @@ def read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file") from None
     except Exception as error:  # torch.load raises whatever a broken zip or pickle provokes
-        raise UserError(
-            f"{file} is damaged, or no checkpoint of the original scripts ({type(error).__name__})"
-        ) from None
+        what = type(error).__name__  # torch's own words advise to load it unsafely
+        raise UserError(f"{file} is damaged or no checkpoint of the original scripts: {what} in reading it") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{file} is no checkpoint of the original scripts: it has no model_state_dict")
     return content

@@ -201,10 +201,10 @@ def check_same(saved: Checkpoint, settings: StageSettings) -> dict[str, tuple[An
     changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changed.items():
         if name in FIXED or not {name, name.split(".")[0]} & set(FREE):
-            with_it = f"with {flag_of(name)} {before}, not {now}" if before else f"without {flag_of(name)} {now}"
+            flag = flag_of(name)
+            held = f"without {flag} {now}" if before in ("", None) else f"with {flag} {before}, not {now}"
             raise UserError(
-                f"{saved.path.parent.parent} holds a run {with_it}: choose another --run, or leave that setting as it "
-                "was"
+                f"{saved.path.parent.parent} holds a run {held}: choose another --run, or leave that setting as it was"
             )
     return changed
 
