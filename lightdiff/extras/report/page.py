@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightdiff import __version__
+from lightdiff.extras.evidence import question
 from lightdiff.extras.latent_facts import EDGES
 from lightdiff.extras.report.collect import Curve, RunFacts, Training
 from lightdiff.extras.report.measure import Picture
@@ -149,17 +150,11 @@ def best(runs: Sequence[RunFacts], name: str, values: dict[int, float]) -> list[
         return []
     if "loss" in name:
         stage = next(stage for stage, title in STAGES.items() if name.startswith(title))
-        if any(question(runs[i], stage) != question(runs[next(iter(values))], stage) for i in values):
+        first, *others = [question(getattr(runs[i], stage).document) for i in values]
+        if any(other != first for other in others):
             return []
     wanted = choose(values.values())
     return [number for number, value in values.items() if value == wanted]
-
-
-def question(run: RunFacts, stage: str) -> object:
-    """What a training's loss is about: losses of different questions cannot be compared."""
-    document = getattr(run, stage).document
-    asked = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[stage]
-    return [document.settings[part] for part in asked], document.lineage.get("latents")
 
 
 def differences(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:

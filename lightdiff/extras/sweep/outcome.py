@@ -12,6 +12,7 @@ from rich.table import Table
 from lightdiff.checkpoint import Checkpoint, publish_text
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset
+from lightdiff.extras.evidence import question
 from lightdiff.extras.sweep.axes import Axis
 from lightdiff.extras.sweep.plan import Cell, Plan, Result, essence
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
@@ -70,15 +71,13 @@ def told(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 def metrics(result: Result) -> dict[str, float]:
     """What the last validation of a network found."""
+    return snapshot(result).document.metrics
+
+
+def snapshot(result: Result) -> Checkpoint:
+    """A trained network."""
     run = RunFolder(result.place)
-    path = find_vae(result.place, run) if result.kind == "vae" else find_unet(result.place, run)
-    return Checkpoint(path).document.metrics
-
-
-def question(cell: dict[str, Any]) -> str:
-    """What the loss of a cell's U-Net is about."""
-    unet = cell["settings"].get("train-unet", {}).items()
-    return json.dumps([cell["folders"].get("latents"), [v for k, v in unet if k.startswith(("target.", "noise."))]])
+    return Checkpoint(find_vae(result.place, run) if result.kind == "vae" else find_unet(result.place, run))
 
 
 def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
@@ -89,7 +88,8 @@ def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
     made = {result.kind for result in plan.new_results()}
     pairs = [(kind, name) for kind, names in SHOWN.items() for name in names if kind in made]
     pairs = [(kind, name) for kind, name in pairs if any(name in cell["metrics"][kind] for cell in cells)]
-    if len({question(cell) for cell in cells}) > 1:
+    asked = [question(snapshot(cell.results["unet"]).document) for cell in plan.cells] if plan.whole else []
+    if any(other != asked[0] for other in asked):
         pairs = [(kind, name) for kind, name in pairs if kind != "unet"]
         console.print("note: losses of different objectives, schedules or latents cannot be compared; see the sheet")
     for kind, name in pairs:
