@@ -89,7 +89,7 @@ def evaluated(run: RunFolder) -> dict[str, dict[str, Any]]:
 def question(document: Document) -> object:
     """What a training's loss is about: losses of different questions cannot be compared."""
     asked = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[document.stage]
-    return [document.settings[part] for part in asked], document.lineage.get("latents")
+    return [document.settings.get(part) for part in asked], document.lineage.get("latents")
 
 
 def trained_on(index: LatentIndex) -> list[int]:

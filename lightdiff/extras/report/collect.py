@@ -106,10 +106,11 @@ def collect(path: Path, device: torch.device) -> RunFacts:
         if folder.last.is_file():
             with noting(found, stage):
                 setattr(found, stage, training(stage, folder))
-    unet = opened("unet", [run.unet.last])
-    latents = run.latents if unet is None else latents_behind(unet, run)
-    if latents and (latents / "index.json").is_file():
-        with noting(found, "latents"):
+    latents: Path | None = run.latents
+    with noting(found, "latents"):
+        if unet := opened("unet", [run.unet.last]):
+            latents = latents_behind(unet, run)
+        if latents and (latents / "index.json").is_file():
             found.index = read_index(latents)
             found.latents = latent_facts(latents)
     if not (found.vae or found.unet or found.index or found.missing):
