@@ -45,7 +45,7 @@ WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are wri
     "generate --run runs/demo --sampler mine --num-steps 10",
     "train-unet --run runs/sine --latents runs/demo --objective eps --schedule sine --steps 1000",
     "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
-    "generate --run runs/back --vae runs/demo",
+    "generate --run runs/back",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
