@@ -16,7 +16,8 @@ from lightdiff.data.latents import read_index
 from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, curves_of, grids, thinned
 from lightdiff.extras.report.measure import encoded
-from lightdiff.extras.report.page import HERE, metrics_table
+from lightdiff.extras.report.page import HERE, differences, metrics_table
+from lightdiff.extras.settings_rows import Row
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import StageFolder
 
@@ -201,6 +202,17 @@ def test_losses_of_different_questions_are_not_ranked():
     assert ranked(run("flow", 0.5), run("flow", 0.4)) == [[1], [1]]
     assert ranked(run("flow", 0.5), run("eps", 0.4)) == [[], []]
     assert ranked(run("flow", 0.5), run("flow", 0.4, latents="b")) == [[], []]
+
+
+def test_settings_of_a_stage_that_only_one_run_has_do_not_differ():
+    def run(*values):
+        rows = [Row("lr", value, "1") for value in values]
+        return RunFacts(
+            Path("run"), vae=Training(Document(stage="vae", settings={}), 1, rows, {}, []) if rows else None
+        )
+
+    assert differences([run("1"), run()]) == []
+    assert [row["values"] for row in differences([run("1"), run(), run("2")])] == [["1", "-", "2"]]
 
 
 def test_being_nearer_to_training_images_is_no_merit():

@@ -147,7 +147,8 @@ def measured_on(processor: str, rows: list[dict[str, Any]], about: dict[str, str
     parts = [f"## Measured on two cores of: {processor}"]
     whole = [row for row in rows if row["row"] in ("default", "original") and row["samples"] == 2000]
     if whole:
-        parts += ["### The whole recipes, 2,000 samples", table(whole, about)]
+        in_order = sorted(whole, key=lambda row: (row["row"], row["seed"]))
+        parts += ["### The whole recipes, 2,000 samples", table(in_order, about)]
     few = [row for row in rows if row["samples"] == 1000 and row["share"] == 1]
     single = [row for row in few if row["row"] in about]
     base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}

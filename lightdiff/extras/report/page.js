@@ -18,7 +18,7 @@ function draw(chart) {
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 },
     margin: { l: 48, r: 8, t: 30, b: 40 }, hovermode: "x unified", showlegend: traces.length > 1,
-    hoverlabel: { bgcolor: style("--paper"), font: { color: ink } }, legend: { orientation: "h", y: -0.28, yanchor: "top" }, modebar: { color: ink, activecolor: ink, bgcolor: "rgba(0,0,0,0)" },
+    hoverlabel: { bgcolor: style("--paper"), font: { color: ink } }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, modebar: { color: ink, activecolor: ink, bgcolor: "rgba(0,0,0,0)" },
     dragmode: coarse ? false : "zoom",
     xaxis: { ...axis, title: { text: chart.x } }, yaxis: { ...axis, ...(chart.log ? { type: "log", tickformat: "~g", nticks: 3 } : { exponentformat: "power" }) },
   };

@@ -164,9 +164,8 @@ def differences(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
         tables = [{row.flag: row.value for row in t.rows} if (t := getattr(run, stage)) else {} for run in runs]
         flags = [flag for flag in dict.fromkeys(flag for table in tables for flag in table) if flag != "run"]
         for flag in flags:
-            values = [table.get(flag, "-") for table in tables]
-            if len(set(values)) > 1:
-                rows.append({"stage": title, "flag": flag, "values": values})
+            if len({table.get(flag, "-") for table in tables if table}) > 1:  # a run without the stage has none
+                rows.append({"stage": title, "flag": flag, "values": [table.get(flag, "-") for table in tables]})
     for what in ("shift", "scale"):
         values = [
             ", ".join(f"{v:.3g}" for v in getattr(run.index.statistics, what))
