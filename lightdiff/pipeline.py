@@ -26,7 +26,7 @@ from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.run_folder import RunFolder, find_unet, find_vae
+from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
     Device,
@@ -348,8 +348,8 @@ def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
 def homes_of_latents(unet: Checkpoint, run: RunFolder) -> list[Path]:
     """Where the latents of a U-Net may be: where it was told that they are, in its run, and in this one."""
     told = unet.document.settings.get("latents")
-    said = [Path(told), RunFolder(Path(told)).latents] if isinstance(told, str) else []
-    homes = [*said, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
+    named = named_latents(Path(told)) if isinstance(told, str) else []
+    homes = [*named, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
     return list({home.absolute(): home for home in homes}.values())
 
 

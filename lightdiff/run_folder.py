@@ -121,12 +121,17 @@ def stage_folder(given: Path, stage: str) -> StageFolder:
 
 def find_latents(given: Path | None, run: RunFolder) -> Path:
     """The folder of latents: the one given, or that of a given run, or of this one."""
-    places = [run.latents] if given is None else [given, RunFolder(given).latents]
+    places = [run.latents] if given is None else named_latents(given)
     for place in places:
         if (place / "index.json").is_file():
             return place
     see_spelling(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")
+
+
+def named_latents(given: Path) -> list[Path]:
+    """Where latents may lie that were named by a folder: in it, or in that run."""
+    return [given, RunFolder(given).latents]
 
 
 def _find(given: Path | None, places: list[Path], flag: str, folder: Path, command: str) -> Path:

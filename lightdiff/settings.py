@@ -53,6 +53,11 @@ def with_changes(settings: S, **changes: Any) -> S:
     return type(settings).model_validate({**settings.model_dump(), **changes})
 
 
+def absolute(path: Path | None) -> Path | None:
+    """A path that means the same from everywhere."""
+    return path.expanduser().absolute() if path else None
+
+
 # --- networks -----------------------------------------------------------------------------------------------------
 
 
@@ -237,10 +242,7 @@ class ImageSettings(Settings):
     def _absolute(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(Path(p).expanduser().absolute() for p in value)
 
-    @field_validator("labels")
-    @classmethod
-    def _absolute_file(cls, value: Path | None) -> Path | None:
-        return value.expanduser().absolute() if value else None
+    _absolute_labels = field_validator("labels")(absolute)
 
 
 class LatentsSettings(Settings):
@@ -424,10 +426,7 @@ class TrainUNetSettings(StageSettings):
     model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
 
-    @field_validator("latents")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return value.expanduser().absolute() if value else None
+    _absolute_latents = field_validator("latents")(absolute)
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TrainUNetSettings":

@@ -40,7 +40,6 @@ from lightdiff.training.ranks import Ranks, join
 QUARTERS = 4
 NEIGHBOURS, SHOWN = 4, 8
 CLOSE = 0.01  # share of held-out images that lie nearer to a training image than what is called a copy
-
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
 FEWEST = 4  # images that something can be said of as a set: precision and recall look at three neighbours
 

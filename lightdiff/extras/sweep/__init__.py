@@ -42,8 +42,7 @@ def run(settings: SweepSettings) -> str:
     find_lpips(plan)
     with Lock(settings.job.force_unlock) as lock:
         enter(plan.folder, lock)
-        todo = [result for result in plan.new_results() if not result.done]
-        tell(plan, todo)
+        todo = tell(plan)
         for number, result in enumerate(todo, 1):
             console.print(f"\n{number} of {len(todo)}: {NAMES[result.kind][0]}, {label(plan, result)}", style="bold")
             make(plan, result, settings.job)
@@ -52,8 +51,7 @@ def run(settings: SweepSettings) -> str:
 
 def estimate(settings: SweepSettings) -> None:
     """Say what a sweep would make."""
-    plan = Plan(settings)
-    tell(plan, [result for result in plan.new_results() if not result.done])
+    tell(Plan(settings))
 
 
 def find_lpips(plan: Plan) -> None:
@@ -76,19 +74,20 @@ def find_lpips(plan: Plan) -> None:
 # --- before -------------------------------------------------------------------------------------------------------
 
 
-def tell(plan: Plan, todo: Sequence[Result]) -> None:
-    """Say what there is, what is to be made, and about how long that takes."""
+def tell(plan: Plan) -> list[Result]:
+    """Say what there is, what is to be made, and about how long that takes; return what is to be made."""
     values = " x ".join(f"{axis.name} {', '.join(axis.texts)}" for axis in plan.axes)
     console.print(f"{len(plan.cells)} cells: {values}", soft_wrap=True)
     shared = list(dict.fromkeys(r.kind for cell in plan.cells for r in cell.results.values() if not r.new))
     if shared:
         console.print(f"from {plan.base.run.path}: {', '.join(NAMES[kind][0] for kind in shared)}", soft_wrap=True)
-    there = [result for result in plan.new_results() if result.done]
+    results = list(plan.new_results())
+    there, todo = ([result for result in results if result.done == done] for done in (True, False))
     if there:
         console.print(f"there already: {counted(there)}", soft_wrap=True)
     if not todo:
         console.print("nothing is left to make")
-        return
+        return todo
     console.print(f"to make: {counted(todo)}", soft_wrap=True)
     seconds, size = cost(plan, todo)
     if seconds or size:
@@ -96,6 +95,7 @@ def tell(plan: Plan, todo: Sequence[Result]) -> None:
             f"trainings take about {words(seconds)}, as fast as that run was; results, {size / 1e6:.0f} MB",
             soft_wrap=True,
         )
+    return todo
 
 
 def counted(results: Sequence[Result]) -> str:
