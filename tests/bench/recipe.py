@@ -3,8 +3,12 @@
 `nox -s recipe -- [ROW ...] [--seed N ...] [--samples N ...] [--share S ...] [--write]`, or
 `python -m tests.bench.recipe` the same, trains, draws and judges. Each row is added to a CSV file as soon as it is
 known, and a row that is there is not measured again: the table can grow and be interrupted. VAEs, latents and U-Nets
-are shared by the rows that have them in common. A second of another processor buys other steps, so rows are compared
-with those of the same processor.
+are shared by the rows that have them in common.
+
+The budget is spent by the default recipe, which is trained first: two short runs tell how many steps it buys. All other
+rows take as many, or fewer or more where a step of theirs costs other than the default's, which short runs of both in
+turn tell: what a second buys changes with the processor, with what else it does and from hour to hour, and none of it
+is to be part of what a choice is worth.
 
 Every process computes in one thread, and as many run at a time as there are cores: threads that wait for each other
 in turning loops would count as processor time.
@@ -45,15 +49,17 @@ SHARED = ROOT.parent / "shared"
 FACES = SHARED / "data" / "faces"
 FRECHET = SHARED / "tools" / "frechet.py"
 LPIPS = SHARED / "weights" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-SECONDS = {"train-vae": 900.0, "train-unet": 1500.0}  # of processor time, user and system, in all threads
+Stage = Literal["train-vae", "train-unet"]
+# Of processor time, user and system, in all threads:
+SECONDS: dict[Stage, float] = {"train-vae": 900.0, "train-unet": 1500.0}
 TRIALS = (10, 60)  # optimizer steps of the two short runs that the time of a step is found by
+TURNS = 2  # of such runs, where the times of two recipes are compared
 FIELDS = [
     *("row", "seed", "share", "samples", "frechet", "psnr", "val_loss"),
     *("vae_parameters", "vae_steps", "vae_cpu", "unet_parameters", "unet_steps", "unet_cpu"),
     *("processor", "date", "flags"),
 ]
 STAGES = ("vae", "scale", "unet", "generate")  # that a row has flags for
-Stage = Literal["train-vae", "train-unet"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,18 @@ class Recipe:
     scale: str = ""
     unet: str = ""
     generate: str = ""
+    timed: tuple[Stage, ...] = ()  # whose steps cost other than the default's
 
     @property
     def flags(self) -> str:
         """All of it."""
         return " | ".join((self.vae, self.scale, self.unet, self.generate))
+
+    def tried(self, flags: dict[str, str]) -> "Recipe":
+        """The same with some more typed."""
+        more = {stage: f"{getattr(self, stage)} {flags[stage]}".strip() for stage in STAGES}
+        timed = {f"train-{stage}" for stage in ("vae", "unet") if flags[stage]}
+        return replace(self, **more, timed=tuple({*self.timed, *timed}))  # type: ignore[arg-type]
 
 
 ROWS: dict[str, Recipe] = {
@@ -78,18 +91,23 @@ ROWS: dict[str, Recipe] = {
         "the original scripts' recipe, its networks scaled to the budget",
         vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
         "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
-        scale="--normalize global --no-only-mu",
+        scale="--normalize global",
         unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
         generate="--sampler ddim --min-alpha-bar 0",
+        timed=("train-vae", "train-unet"),
     ),
     "objective-eps": Recipe("noise is predicted, on the cosine schedule", unet="--objective eps"),
     "objective-v": Recipe("v is predicted, on the cosine schedule", unet="--objective v"),
     "weight-min-snr": Recipe("min-SNR weights", unet="--loss-weight min-snr"),
     "density-uniform": Recipe("all levels alike", unet="--density uniform"),
     "not-stratified": Recipe("each level drawn by itself", unet="--no-stratified"),
-    "unet-adamw": Recipe("AdamW for the U-Net, lr 1e-3", unet="--optimizer adamw --lr 1e-3"),
-    "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96"),
-    "no-attention": Recipe("no attention in the U-Net", unet="--model.attend-levels none --model.mid-attention off"),
+    "unet-adamw": Recipe("AdamW for the U-Net, lr 1e-3", unet="--optimizer adamw --lr 1e-3", timed=("train-unet",)),
+    "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96", timed=("train-unet",)),
+    "no-attention": Recipe(
+        "no attention in the U-Net",
+        unet="--model.attend-levels none --model.mid-attention off",
+        timed=("train-unet",),
+    ),
     "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
@@ -98,11 +116,14 @@ ROWS: dict[str, Recipe] = {
         "the original's VAE, at these widths",
         vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 "
         "--kl-beta 1e-3 --lpips-gamma 0.1 --optimizer muon --lr 2e-3",
+        timed=("train-vae", "train-unet"),
     ),
-    "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3"),
+    "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3", timed=("train-vae",)),
     "kl-1e-3": Recipe("a KL weight of 1e-3, as the original's", vae="--kl-beta 1e-3"),
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
-    "equivariance": Recipe("a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25"),
+    "equivariance": Recipe(
+        "a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25", timed=("train-vae",)
+    ),
     "sampler-dpm": Recipe("DPM-Solver++(2M), 50 steps", generate="--sampler dpm++2m"),
 }
 CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
@@ -138,6 +159,20 @@ def lightdiff(*words: object) -> float:
     return call(["-m", "lightdiff", *words])[1]
 
 
+@dataclass(frozen=True)
+class Training:
+    """A stage, the folder of its run, and what is typed beyond."""
+
+    stage: Stage
+    run: Path
+    flags: tuple[object, ...]
+
+    def train(self, steps: int, run: Path | None = None) -> float:
+        """Train, there or in another folder, and return the processor time."""
+        words = [self.stage, *self.flags, "--restart", "--val-every", 0, "--save-every", 10**6]
+        return lightdiff(*words, "--run", run or self.run, "--steps", steps)
+
+
 class Work:
     """The folder of runs: each result lies in one named after what it was made with, and is made once."""
 
@@ -154,12 +189,19 @@ class Work:
         (home / "what.txt").write_text(text)
         return home
 
-    def trained(self, stage: Stage, run: Path, flags: list[object], share: float) -> tuple[int, float]:
-        """Train as many steps as the budget allows; the steps, and the processor time they took."""
-        kept = run / "trained.json"
-        with self._locks[run]:
+    def trained(self, training: Training, budgeted: Training, share: float, timed: bool) -> tuple[int, float]:
+        """Train as many steps as the budget buys the default; the steps, and the processor time they took.
+
+        `share`: of the budget. `timed`: as many as a step of this training costs more or less than the default's.
+        """
+        first = training == budgeted
+        bought = 0 if first else self.trained(budgeted, budgeted, 1, timed=False)[0] * share
+        kept = training.run / "trained.json"
+        with self._locks[training.run]:
             if not kept.is_file():
-                kept.write_text(json.dumps(train_within(SECONDS[stage] * share, stage, run, flags)))
+                cost = relative_cost(training, budgeted) if timed else 1
+                steps = steps_within(training) if first else int(bought / cost)
+                kept.write_text(json.dumps((steps, training.train(steps))))
         steps, seconds = json.loads(kept.read_text())
         return steps, seconds
 
@@ -181,36 +223,38 @@ class Work:
         return float(re.findall(r"\d+\.\d+", said)[0])
 
 
-def train_within(budget: float, stage: Stage, run: Path, flags: list[object]) -> tuple[int, float]:
-    """Train for so many seconds of processor time: two short runs tell the time of a start and of a step."""
-    words = [stage, *flags, "--restart", "--val-every", 0, "--save-every", 10**6]
-    few, more = (lightdiff(*words, "--run", run / "trial", "--steps", n) for n in TRIALS)
+def steps_within(training: Training) -> int:
+    """How many steps the budget buys: two short runs tell the time of a start and of a step."""
+    few, more = (training.train(n, training.run / "trial") for n in TRIALS)
     step = (more - few) / (TRIALS[1] - TRIALS[0])
-    steps = int((budget - (few - TRIALS[0] * step)) / step)
-    return steps, lightdiff(*words, "--run", run, "--steps", steps)
+    return int((SECONDS[training.stage] - (few - TRIALS[0] * step)) / step)
+
+
+def relative_cost(training: Training, other: Training) -> float:
+    """How much longer a step takes than the other's: short runs of both in turn, as what else goes on changes."""
+    times = [0.0, 0.0]
+    for _ in range(TURNS):
+        for sign, steps in zip((-1, 1), TRIALS, strict=True):
+            for i, each in enumerate((training, other)):
+                times[i] += sign * each.train(steps, training.run / f"trial-{i}")
+    return times[0] / times[1]
 
 
 def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
     """Train both networks of a recipe, draw, and judge: a row for each number of samples."""
-    perceptual = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else ["--lpips-net", "squeeze", "--lpips-weights", LPIPS]
-    vae = work.home("vae", recipe.vae, seed, share)
-    flags = ["--data", FACES, "--resolution", 64, *perceptual, *recipe.vae.split(), "--seed", seed]
-    vae_steps, vae_cpu = work.trained("train-vae", vae, flags, share)
+    default = ROWS["default"]
+    vae = vae_training(recipe, seed, share, work)
+    budgeted = vae_training(default, 0, 1.0, work)
+    vae_steps, vae_cpu = work.trained(vae, budgeted, share, "train-vae" in recipe.timed)
 
-    latents = work.home("latents", vae.name, recipe.scale)
-    work.once(
-        latents,
-        ["encode", "--run", latents, "--vae", vae],
-        ["scale", "--run", latents, *recipe.scale.split()],
-    )
+    latents = encoded(recipe, vae, work)
+    unet = unet_training(recipe, latents, seed, share, work)
+    budgeted = unet_training(default, encoded(default, budgeted, work), 0, 1.0, work)
+    unet_steps, unet_cpu = work.trained(unet, budgeted, share, "train-unet" in recipe.timed)
 
-    unet = work.home("unet", latents.name, recipe.unet, seed, share)
-    flags = ["--latents", latents, *recipe.unet.split(), "--seed", seed]
-    unet_steps, unet_cpu = work.trained("train-unet", unet, flags, share)
-
-    drawn = work.home("drawn", unet.name, recipe.generate, max(samples))
+    drawn = work.home("drawn", unet.run.name, recipe.generate, max(samples))
     copy = latents / "latents" / "vae.safetensors"
-    words = ["generate", "--run", unet, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
+    words = ["generate", "--run", unet.run, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
     work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *recipe.generate.split()])
     with suppress(FileNotFoundError):  # where it has been moved before
         (drawn / "images" / "grid.png").rename(drawn / "grid.png")  # it is no sample
@@ -218,18 +262,39 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
         "row": name,
         "seed": seed,
         "share": share,
-        "psnr": round(last_value(vae / "vae" / "metrics.jsonl", "val_psnr"), 2),
-        "val_loss": round(last_value(unet / "unet" / "metrics.jsonl", "val_loss"), 4),
-        "vae_parameters": parameters(vae / "vae" / "checkpoints" / "last.safetensors"),
+        "psnr": round(last_value(vae.run / "vae" / "metrics.jsonl", "val_psnr"), 2),
+        "val_loss": round(last_value(unet.run / "unet" / "metrics.jsonl", "val_loss"), 4),
+        "vae_parameters": parameters(vae.run / "vae" / "checkpoints" / "last.safetensors"),
         "vae_steps": vae_steps,
         "vae_cpu": round(vae_cpu),
-        "unet_parameters": parameters(unet / "unet" / "checkpoints" / "last.safetensors"),
+        "unet_parameters": parameters(unet.run / "unet" / "checkpoints" / "last.safetensors"),
         "unet_steps": unet_steps,
         "unet_cpu": round(unet_cpu),
         "date": time.strftime("%Y-%m-%d"),
         "flags": recipe.flags,
     }
     return [row | {"samples": n, "frechet": work.distance(drawn / "images", n)} for n in samples]
+
+
+def vae_training(recipe: Recipe, seed: int, share: float, work: Work) -> Training:
+    """A recipe's VAE."""
+    perceptual = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else ["--lpips-net", "squeeze", "--lpips-weights", LPIPS]
+    flags = ("--data", FACES, "--resolution", 64, *perceptual, *recipe.vae.split(), "--seed", seed)
+    return Training("train-vae", work.home("vae", recipe.vae, seed, share), flags)
+
+
+def unet_training(recipe: Recipe, latents: Path, seed: int, share: float, work: Work) -> Training:
+    """A recipe's U-Net, on its latents."""
+    flags = ("--latents", latents, *recipe.unet.split(), "--seed", seed)
+    return Training("train-unet", work.home("unet", latents.name, recipe.unet, seed, share), flags)
+
+
+def encoded(recipe: Recipe, vae: Training, work: Work) -> Path:
+    """A recipe's latents, of its VAE."""
+    latents = work.home("latents", vae.run.name, recipe.scale)
+    scale = ["scale", "--run", latents, *recipe.scale.split()]
+    work.once(latents, ["encode", "--run", latents, "--vae", vae.run], scale)
+    return latents
 
 
 def measure_floor(name: str, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
@@ -308,7 +373,7 @@ def main() -> None:
 
     def one(name: str, seed: int, share: float) -> None:
         row = EVERY[name]
-        recipe = replace(row, **{s: f"{getattr(row, s)} {getattr(chosen, s)}".strip() for s in STAGES})
+        recipe = row.tried({stage: getattr(chosen, stage) for stage in STAGES})
         wanted = {"row": name, "seed": seed, "share": share, "processor": processor(), "flags": recipe.flags}
         there = [r for r in recipe_page.read(chosen.results) if all(r[n] == v for n, v in wanted.items())]
         samples = [n for n in chosen.samples if n not in {r["samples"] for r in there}]
