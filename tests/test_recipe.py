@@ -53,29 +53,68 @@ def test_a_command_that_fails_says_why():
         recipe.call(["-c", "import sys; sys.exit('no such stage')"])
 
 
-def test_a_budget_buys_steps(monkeypatch, tmp_path):
-    """A start takes 7 s, a step 0.5 s: 100 s are 186 steps."""
-    asked = []
+class Clock:
+    """Stands for lightdiff: starts and steps take time by their recipe, and all of it doubles once in a while."""
 
-    def lightdiff(*words):
-        asked.append(words[words.index("--steps") + 1])
-        return 7 + 0.5 * asked[-1]
+    def __init__(self, per_step):
+        self.per_step, self.asked, self.slow = per_step, [], 1.0
 
-    monkeypatch.setattr(recipe, "lightdiff", lightdiff)
-    steps, seconds = recipe.train_within(100, "train-vae", tmp_path, ["--lr", "1"])
-    assert (steps, seconds) == (186, 100)
-    assert asked == [*recipe.TRIALS, 186]
+    def __call__(self, *words):
+        self.asked.append((words[words.index("--lr") + 1], words[words.index("--steps") + 1]))
+        lr, steps = self.asked[-1]
+        return self.slow * (7 + self.per_step[lr] * steps)
 
 
-def test_work_is_done_once(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(recipe, "train_within", lambda *said: done.append(said) or (3, 4.0))
+def training(home, lr):
+    return recipe.Training("train-vae", home, ("--lr", lr))
+
+
+def test_a_budget_buys_the_default_steps_and_all_others_as_many_of_the_same_cost(monkeypatch, tmp_path):
+    """A start takes 7 s, a step 0.5 s: 900 s are 1,786 steps. A step of 0.25 s buys twice as many, whenever."""
+    clock = Clock({"default": 0.5, "other": 0.5, "cheap": 0.25})
+    monkeypatch.setattr(recipe, "lightdiff", clock)
     work = recipe.Work(tmp_path)
-    home = work.home("vae", "--lr 1", 0)
-    assert home == work.home("vae", "--lr 1", 0) != work.home("vae", "--lr 2", 0)
-    for _ in range(2):
-        assert work.trained("train-vae", home, [], 1) == (3, 4.0)
-    assert len(done) == 1
+    default = training(work.home("vae", "default"), "default")
+    assert work.trained(default, default, 1, timed=False) == (1786, 900)
+    assert clock.asked == [*(("default", n) for n in recipe.TRIALS), ("default", 1786)]
+    clock.slow = 2.0
+    other, cheap = (training(work.home("vae", name), name) for name in ("other", "cheap"))
+    assert work.trained(other, default, 1, timed=False) == (1786, 1800)
+    assert work.trained(cheap, default, 1, timed=True) == (3572, 1800)
+    third = training(work.home("vae", "third"), "cheap")
+    assert work.trained(third, default, 0.25, timed=True)[0] == 893
+    asked = len(clock.asked)
+    assert work.trained(cheap, default, 1, timed=True) == (3572, 1800)
+    assert len(clock.asked) == asked
+
+
+def test_the_default_is_trained_first_whatever_is_asked_for(monkeypatch, tmp_path):
+    clock = Clock({"default": 0.5, "other": 0.5})
+    monkeypatch.setattr(recipe, "lightdiff", clock)
+    work = recipe.Work(tmp_path)
+    default, other = (training(work.home("vae", name), name) for name in ("default", "other"))
+    assert work.trained(other, default, 1, timed=False) == work.trained(default, default, 1, timed=False)
+    assert clock.asked[-1] == ("other", 1786)
+
+
+def test_what_is_tried_out_is_timed():
+    tried = recipe.ROWS["no-attention"].tried({"vae": "--lr 1", "scale": "", "unet": "", "generate": "--no-ema"})
+    assert tried.flags.split(" | ") == ["--lr 1", "", recipe.ROWS["no-attention"].unet, "--no-ema"]
+    assert set(tried.timed) == {"train-vae", "train-unet"}
+    assert recipe.ROWS["default"].tried(dict.fromkeys(recipe.STAGES, "")) == recipe.ROWS["default"]
+
+
+def test_rows_that_cost_other_than_the_default_are_timed():
+    """Those that change a network, an optimizer or how often latents are decoded."""
+    for row in recipe.ROWS.values():
+        for stage, flags in (("train-vae", row.vae), ("train-unet", row.unet)):
+            dearer = any(flag in flags for flag in ("--preset", "--model.", "--optimizer", "--equivariance"))
+            assert stage in row.timed or not dearer
+
+
+def test_a_home_is_that_of_what_it_was_made_with(tmp_path):
+    work = recipe.Work(tmp_path)
+    assert work.home("vae", "--lr 1", 0) == work.home("vae", "--lr 1", 0) != work.home("vae", "--lr 2", 0)
 
 
 def test_rows_are_added_and_not_measured_again(tmp_path, monkeypatch, capsys):

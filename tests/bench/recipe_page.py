@@ -23,11 +23,12 @@ INTRODUCTION = """\
 *Tables and curve on this page are written by `nox -s recipe -- --write` from [the rows](recipe/rows.csv); the remarks
 are written by hand.*
 
-All rows have one budget of processor time, user and system of all threads: 900 s for the VAE and 1,500 s for the U-Net,
-on 10,000 photographs of faces at 64 px. Two short runs before each training tell how many steps that buys. Every
-process computes in one thread, and two of them run side by side on two cores. Drawing is not in the budget. What a
-second buys depends on the processor, so there is a part of the page for each that rows were measured on, and a choice
-is compared with the default of the same processor, and of the same seed.
+The budget is processor time, user and system of all threads: 900 s for the VAE and 1,500 s for the U-Net, on 10,000
+photographs of faces at 64 px. Two short runs tell how many steps it buys the default recipe. Every other row takes as
+many, or more or fewer where a step costs something else: both recipes are then timed in turn. Every process computes in
+one thread, and two of them run side by side on two cores. Drawing is not in the budget. What a second buys depends on
+the processor, so there is a part of the page for each that rows were measured on, and a choice is compared with the
+default of the same processor, and of the same seed.
 
 The distance is the Frechet distance of Inception's 768 features between as many samples and 5,000 of the photographs:
 lower is better, and it is no FID."""
