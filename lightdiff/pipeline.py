@@ -91,6 +91,11 @@ def levels_for(settings: TrainUNetSettings, sampling: Sampling, strength: float 
     return sampling_levels(schedule, sampling.num_steps, floor, sampling.spacing, strength)
 
 
+def usable_levels(settings: TrainUNetSettings) -> int:
+    """How many levels a network can begin sampling at, which are as many steps as it can take."""
+    return int((Schedule.of(settings.resolved().noise).signal() >= first_signal(settings)).sum())
+
+
 def guidance_for(settings: TrainUNetSettings, sampling: Sampling, items: Sequence[int]) -> Guidance | None:
     """Which class each of the items is to be drawn of; None for a network that knows none.
 

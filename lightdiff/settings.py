@@ -563,10 +563,17 @@ class EvaluateSettings(StageSettings):
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
     samples: Path | None = Field(None, description="folder with samples; default: drawn with generate's defaults")
+    data: tuple[Path, ...] = Field(
+        (), description="folder of images, where it is not that the VAE learnt from any more"
+    )
     num_images: int = Field(2000, ge=2, description="samples to draw")
     num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
     weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
-    features: Path | None = Field(None, description="other weights of Inception; the numbers are then named after them")
+    features: Path | None = Field(
+        None,
+        json_schema_extra={"instead_of": "weights"},
+        description="other weights of Inception; the numbers are then named after them",
+    )
     lpips_net: LPIPSNet | None = Field(None, description="network behind LPIPS; default: what the VAE learnt with")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     batch_size: int = Field(50, ge=1, description="images at a time")

@@ -1,7 +1,10 @@
 """Distances between sets of images against closed forms, and the command on a tiny run."""
 
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +15,7 @@ from conftest import UNET_FLAGS, succeed
 from oracles import normal
 from PIL import Image
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.extras import evaluate
 from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
@@ -51,6 +55,8 @@ def test_numbers_of_other_features_are_not_called_fid():
     names = {*evaluate.frechet(OTHER, a, b, FID), *evaluate.kernel(OTHER, a, b)}
     assert names == {f"{m} (mine){e}" for m in ("Frechet distance", "kernel distance") for e in ("", " +-")}
     assert {"KID", "KID +-"} == set(evaluate.kernel(PUBLISHED, a, b))
+    assert OTHER.naming({"recall": 0.5}) == {"recall (mine)": 0.5}
+    assert PUBLISHED.naming({"recall": 0.5}) == {"recall": 0.5}
 
 
 def test_the_kernel_distance_is_unbiased():
@@ -107,6 +113,8 @@ def test_results_of_another_network_are_not_kept(tmp_path):
     evaluate.store(path, "unet", {"network": "a", "FID": 3.0})
     evaluate.store(path, "unet", {"network": "a", "Frechet distance (mine)": 1.0})
     assert json.loads(path.read_text())["unet"] == {"network": "a", "FID": 3.0, "Frechet distance (mine)": 1.0}
+    evaluate.store(path, "unet", {"network": "a", "samples": 9, "KID": 1.0})  # of other samples
+    assert json.loads(path.read_text())["unet"] == {"network": "a", "samples": 9, "KID": 1.0}
     evaluate.store(path, "unet", {"network": "b", "Frechet distance (mine)": 2.0})
     assert json.loads(path.read_text())["unet"] == {"network": "b", "Frechet distance (mine)": 2.0}
 
@@ -156,7 +164,9 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     found = json.loads((run / "evaluation/metrics.json").read_text())
     assert {"PSNR (dB)", "SSIM", "reconstructions' Frechet distance (made-up)"} <= set(found["vae"])
     assert len(found["vae"]["KL a channel (nats an element)"]) == 4
-    assert {"Frechet distance (made-up)", "precision", "recall", "samples"} <= set(found["unet"])
+    assert {f"{name} (made-up)" for name in ("Frechet distance", "precision", "recall")} <= set(found["unet"])
+    assert not {"FID", "precision", "recall"} & set(found["unet"])
+    assert found["vae"]["which are"] == "held out"
     assert found["unet"]["samples"] == 6
     with Image.open(run / "evaluation/nearest.png") as picture:
         assert picture.size == (5 * 18 - 2, 6 * 18 - 2)  # six samples, each beside four training images of 16 px
@@ -167,6 +177,55 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     assert kept == found
     succeed("train-unet", "--run", run, *UNET_FLAGS, "--steps", 8)  # it is another network now
     assert set(evaluated(RunFolder(run))) == {"vae"}
+
+
+def test_another_precision_and_other_images_are_measured_anew(run, weights, tmp_path):
+    flags = ["--features", weights, "--num-images", 4, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+    succeed("evaluate", "--run", run, *flags)
+    succeed("evaluate", "--run", run, *flags, "--precision", "bf16")
+    numbers = json.loads((run / "evaluation/metrics.json").read_text())["unet"]
+    assert len(list((run / "evaluation").glob("samples-*-4*"))) == 2
+    assert numbers["samples in"].endswith("-bf16")
+    images = Path(Checkpoint(run / "vae/checkpoints/best.safetensors", "vae").document.settings["images"]["data"][0])
+    shutil.copytree(images, tmp_path / "moved")
+    kept = set((run / "evaluation").glob("features-*"))
+    succeed("evaluate", "--run", run, *flags, "--precision", "bf16", "--data", tmp_path / "moved")  # the same pixels
+    assert json.loads((run / "evaluation/metrics.json").read_text())["unet"] == pytest.approx(numbers)
+    for path in (tmp_path / "moved").rglob("*.png"):  # other pixels under the same names
+        Image.eval(Image.open(path), lambda v: 255 - v).save(path)
+        os.utime(path, (1, 1))
+    succeed("evaluate", "--run", run, *flags, "--precision", "bf16", "--data", tmp_path / "moved")
+    turned = json.loads((run / "evaluation/metrics.json").read_text())["unet"]
+    name = "Frechet distance (made-up)"
+    assert turned[name] != pytest.approx(numbers[name])
+    assert len(set((run / "evaluation").glob("features-*")) - kept) >= 2
+
+
+def test_a_run_without_a_unet_has_its_vae_measured(trained, weights, tmp_path, cli):
+    shutil.copytree(trained / "vae", tmp_path / "run/vae")
+    flags = ["--features", weights, "--workers", 0, "--device", "cpu"]
+    said = succeed("evaluate", "--run", tmp_path / "run", *flags)
+    assert "the VAE alone is measured" in said.err
+    assert set(json.loads((tmp_path / "run/evaluation/metrics.json").read_text())) == {"vae"}
+    result = cli("evaluate", "--run", tmp_path / "run", *flags, "--of", "unet")
+    assert (result.code, "train-unet" in result.err) == (2, True)
+
+
+def test_copies_are_looked_for_among_all_images_or_it_is_told(run, weights):
+    flags = ["--features", weights, "--num-images", 4, "--workers", 0, "--device", "cpu", "--of", "unet"]
+    said = succeed("evaluate", "--run", run, *flags, "--num-reference", 4)
+    assert "note: 4 of " in said.err
+    assert "--num-reference 0 takes all" in " ".join(said.err.split())
+    assert "--num-reference" not in succeed("evaluate", "--run", run, *flags, "--num-reference", 0).err
+
+
+def test_other_weights_are_not_taken_for_the_published_ones(trained, weights, tmp_path, cli):
+    copy = tmp_path / "copy.pth"
+    torch.save(safetensors.torch.load_file(weights), copy)
+    result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy)
+    assert (result.code, "is no copy of Inception's published weights" in " ".join(result.err.split())) == (2, True)
+    result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy, "--features", weights)
+    assert (result.code, "--features stands in place of --weights" in " ".join(result.err.split())) == (2, True)
 
 
 def test_what_generate_makes_beside_its_samples_is_none(run):

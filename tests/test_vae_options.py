@@ -49,6 +49,19 @@ def test_a_change_of_images_is_that_of_latents_where_the_decoder_only_enlarges(c
     )
 
 
+@pytest.mark.parametrize("resolution", [40, 56, 64, 72, 120])
+def test_decoded_latents_and_images_are_changed_to_the_same_size(resolution):
+    latent = normal(1, 4, resolution // 4, resolution // 4)
+    for change in (Change(quarters, turns) for quarters in (1, 2, 3, 4) for turns in (0, 1)):
+        small, image = change(latent), change(normal(1, 3, resolution, resolution), 4)
+        assert image.shape[2:] == tuple(4 * side for side in small.shape[2:])
+
+
+def test_images_of_a_size_that_is_not_divided_by_16_are_trained_on(faces, tmp_path):
+    flags = [*VAE_FLAGS, "--resolution", 20, "--equivariance", 1, "--steps", 6]
+    succeed("train-vae", "--run", tmp_path, "--data", faces, *flags)
+
+
 def test_changes_come_as_often_as_asked_for_and_each_alike():
     rng = random.Random(0)
     assert {random_change(rng, 0.0) for _ in range(100)} == {Change(4, 0)}

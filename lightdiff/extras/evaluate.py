@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint, publish, publish_text
-from lightdiff.data.files import ImageFile, scan
+from lightdiff.data.files import ImageFile, full_paths, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError, not_installed
@@ -26,9 +27,16 @@ from lightdiff.losses import kl_per_element, psnr
 from lightdiff.models.perceptual import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import load_vae, vae_behind
+from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
-from lightdiff.settings import EvaluateSettings, GenerateSettings, ImageSettings, VAELossSettings
+from lightdiff.settings import (
+    EvaluateSettings,
+    GenerateSettings,
+    ImageSettings,
+    TrainUNetSettings,
+    VAELossSettings,
+    with_changes,
+)
 from lightdiff.stages import generate
 from lightdiff.stages.start import data_digest, list_images
 from lightdiff.stages.train_vae import perceptual
@@ -41,6 +49,7 @@ QUARTERS = 4
 NEIGHBOURS, SHOWN = 4, 8
 CLOSE = 0.01  # share of held-out images that lie nearer to a training image than what is called a copy
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
+BASIS = (NETWORK, "samples", "samples in", "training images", "images", "which are")  # what numbers stand on
 FEWEST = 4  # images that something can be said of as a set: precision and recall look at three neighbours
 
 Found = dict[str, Any]
@@ -52,19 +61,19 @@ def run(settings: EvaluateSettings) -> Path:
     ranks = join(device, settings.job.timeout)
     here = RunFolder(settings.run)
     home = here.path / "evaluation"
-    unet = find_unet(settings.unet, here) if settings.of != "vae" else None
+    unet = unet_of(settings, here)
     if settings.samples and not settings.samples.is_dir():
         raise UserError(f"--samples: there is no folder {settings.samples}")
     vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
     saved = Checkpoint(vae, "vae")
-    images = ImageSettings.model_validate(saved.document.settings["images"])
+    images = images_of(saved, settings)
     files = list_images(images)
     features = load_features(settings.weights, settings.features, device, ranks)
     parts: dict[str, Callable[[], Found]] = {}
     if settings.of != "unet":
         parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
     if unet:
-        parts["unet"] = lambda: evaluate_unet(unet, images, files, features, settings, home, device, ranks)
+        parts["unet"] = lambda: evaluate_unet(unet, vae, images, files, features, settings, home, device, ranks)
     with Lock(settings.job.force_unlock) as lock:
         ranks.on_first(lambda: home.mkdir(parents=True, exist_ok=True))
         ranks.on_first(lambda: lock.take(home))
@@ -75,11 +84,30 @@ def run(settings: EvaluateSettings) -> Path:
     return home / "metrics.json"
 
 
+def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
+    """The U-Net to measure; None where the VAE alone is asked for, or there is nothing else."""
+    if settings.of == "vae":
+        return None
+    try:
+        return find_unet(settings.unet, here)
+    except UserError as error:
+        if settings.of == "unet" or settings.unet or not here.vae.path.is_dir():
+            raise
+        console.print(f"note: {error}; the VAE alone is measured", soft_wrap=True)
+        return None
+
+
+def images_of(vae: Checkpoint, settings: EvaluateSettings) -> ImageSettings:
+    """The images that a VAE learnt from, or others treated like them; their labels do not matter here."""
+    images = ImageSettings.model_validate(vae.document.settings["images"])
+    return with_changes(images, labels=None, data=settings.data or images.data)
+
+
 def store(path: Path, part: str, found: Found) -> None:
-    """Put a part's results beside what other features have found of the same network, in one file."""
+    """Put a part's results beside what other features have found of the same network and images, in one file."""
     everything = read_json(path) if path.is_file() else {}
     before = everything.get(part)
-    if isinstance(before, dict) and before.get(NETWORK) == found[NETWORK]:
+    if isinstance(before, dict) and all(before.get(name) == found.get(name) for name in BASIS):
         found = before | found
     everything[part] = found
     publish_text(path, json.dumps(everything, indent=2) + "\n")
@@ -87,9 +115,8 @@ def store(path: Path, part: str, found: Found) -> None:
 
 def show(part: str, found: Found) -> None:
     """Print results as a table."""
-    table = Table(
-        title={"vae": "The VAE, on images held out", "unet": "Samples of the U-Net"}[part], title_justify="left"
-    )
+    title = {"vae": "Reconstructions of the VAE", "unet": "Samples of the U-Net"}[part]
+    table = Table(title=title, title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in found.items():
@@ -118,7 +145,8 @@ def evaluate_vae(
     ranks: Ranks,
 ) -> Found:
     """Reconstructions of the held-out images (of training images, where none are held out), through mu."""
-    chosen = [file for file in files if file.split == "val"] or files
+    held_out = [file for file in files if file.split == "val"]
+    chosen = held_out or files
     vae, model = load_vae(saved, device)
     loss = lpips_settings(VAELossSettings.model_validate(saved.document.settings["loss"]), settings, ranks)
     lpips = perceptual(loss, device, ranks)
@@ -148,7 +176,8 @@ def evaluate_vae(
     originals, back = pairs.over(ranks)
     if not len(originals):
         raise UserError(f"none of the {len(chosen)} images can be read that reconstructions would be measured on")
-    result: Found = {NETWORK: saved.document.digest, "images": len(originals), **numbers}
+    which = "held out" if held_out else "trained on, as none are held out"
+    result: Found = {NETWORK: saved.document.digest, "images": len(originals), "which are": which, **numbers}
     result |= frechet(features, back, originals, ("reconstructions' Frechet distance", "rFID"))
     kl, active = units.over(ranks)
     return result | {"KL a channel (nats an element)": kl, "active units a channel (share)": active}
@@ -221,6 +250,7 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
 
 def evaluate_unet(
     unet: Path,
+    vae: Path,
     images: ImageSettings,
     files: list[ImageFile],
     features: Features,
@@ -230,7 +260,7 @@ def evaluate_unet(
     ranks: Ranks,
 ) -> Found:
     """Samples against the images trained on, and how near they lie to them."""
-    folder = settings.samples or drawn(unet, settings, home)
+    folder = settings.samples or drawn(unet, vae, settings, home)
     drawn_images = images.model_copy(update={"data": (folder,), "labels": None})
     samples = samples_in(folder)
     if len(samples) < 2:
@@ -240,7 +270,13 @@ def evaluate_unet(
     def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
         return features_of(features, which, of, settings.batch_size, workers, ranks, what)
 
-    train, val = (at_most([f for f in files if f.split == split], settings.num_reference) for split in ("train", "val"))
+    every = {split: [file for file in files if file.split == split] for split in ("train", "val")}
+    train, val = (at_most(some, settings.num_reference) for some in every.values())
+    if len(train) < len(every["train"]):
+        console.print(
+            f"note: {len(train):,} of {len(every['train']):,} training images are compared with, and copies of the "
+            "others are not found: --num-reference 0 takes all"
+        )
     of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
     of_val = (
         cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None
@@ -251,13 +287,15 @@ def evaluate_unet(
     if min(len(found), len(of_train[0])) < FEWEST:
         console.print(f"note: fewer than {FEWEST} images say nothing as a set: only the nearest ones are looked for")
     digest = Checkpoint(unet, "unet").document.digest
-    result: Found = {NETWORK: digest, "samples": len(found), "training images": len(of_train[0])}
+    result: Found = {NETWORK: digest, "samples": len(found), "samples in": str(folder)}
+    result["training images"] = len(of_train[0])
     result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
     result |= kernel(features, found, of_train[0])
-    result |= precision_recall(found, of_train[0])
+    result |= features.naming(precision_recall(found, of_train[0]))
     distance, nearest = nearest_of(found, of_train[0])
     if of_val and len(of_val[0]):
-        result |= copies(distance[:, 0], nearest_of(of_val[0], of_train[0])[0][:, 0])
+        new = nearest_of(of_val[0], of_train[0])[0]
+        result |= features.naming(copies(distance[:, 0], new[:, 0]))
     picture = home / "nearest.png"
     most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
     rows = [(samples[numbers[i]], [train[of_train[1][j]] for j in nearest[i].tolist()]) for i in most_alike]
@@ -271,13 +309,21 @@ def samples_in(folder: Path) -> list[ImageFile]:
     return [file for file in scan((folder,), 0) if not file.path.endswith(PICTURES)]
 
 
-def drawn(unet: Path, settings: EvaluateSettings, home: Path) -> Path:
-    """The folder with this U-Net's samples, drawn as `generate` draws by default."""
-    digest = Checkpoint(unet, "unet").document.digest
-    out = home / f"samples-{digest[:8]}-{settings.num_images}"
-    chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": settings.vae, "num_images": settings.num_images}
+def drawn(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path:
+    """The folder with this U-Net's samples, drawn as `generate` draws by default, as far as its levels suffice.
+
+    A U-Net that was always told the class draws all of them in turn.
+    """
+    saved = Checkpoint(unet, "unet")
+    learnt, precision = saved.settings(TrainUNetSettings), settings.compute.precision
+    digests = f"{saved.document.digest[:8]}-{Checkpoint(vae, 'vae').document.digest[:8]}"
+    out = home / f"samples-{digests}-{settings.num_images}{'' if precision == 'auto' else f'-{precision}'}"
+    chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": vae, "num_images": settings.num_images}
     chosen |= {"out": out, "compute": settings.compute, "batch_size": settings.batch_size, "job": settings.job}
-    generate.run(GenerateSettings.model_validate(chosen))
+    drawing = GenerateSettings.model_validate(chosen)
+    steps = min(drawing.num_steps, max(1, usable_levels(learnt)))
+    classes = learnt.classes if not learnt.label_dropout else ()
+    generate.run(with_changes(drawing, num_steps=steps, class_=classes))
     return out
 
 
@@ -295,7 +341,8 @@ def cached(
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
     """Features of a set of images, kept for the next time."""
-    what = [features.digest, data_digest(files), [str(d) for d in images.data], images.resolution, images.background]
+    there = ranks.on_first(lambda: [stamp(path) for path in full_paths(files, images.data)])
+    what = [features.digest, data_digest(files), there, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
     if ranks.on_first(path.is_file):
         tensors = safetensors.torch.load_file(path)
@@ -304,6 +351,15 @@ def cached(
     tensors = {"features": found.contiguous(), "numbers": torch.tensor(numbers)}
     ranks.on_first(lambda: publish(path, lambda temporary: safetensors.torch.save_file(tensors, temporary)))
     return found, numbers
+
+
+def stamp(path: str) -> list[int]:
+    """By which a file is known to be the same as before without being read: its size, and when it was written."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
 def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) -> Found:

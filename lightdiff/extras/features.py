@@ -20,6 +20,7 @@ from lightdiff.training.progress import Reporter
 from lightdiff.training.ranks import Ranks
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+PUBLISHED = "6726825d"  # what their digest begins with, as their name says
 EVAL = ("torch-fidelity", "scikit-image")  # the extra `eval`
 LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file has weights of
 
@@ -47,12 +48,16 @@ class Features:
         """A measure's name: that of papers for the published features alone."""
         return published if not self.name else f"{measure} ({self.name})"
 
+    def naming(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Numbers that papers have no own name for, named after other features."""
+        return {self.called(name, name): value for name, value in found.items()}
+
 
 def load_features(weights: Path | None, other: Path | None, device: torch.device, ranks: Ranks) -> Features:
     """The network behind FID, with the published weights, or another file's.
 
     Args:
-        weights: A copy of the published weights (.pth); None: torch's cache, else fetched once.
+        weights: A copy of the published weights (.pth), known by their digest; None: torch's cache, else fetched once.
         other: Other weights of this network (.safetensors), up to Mixed_6e or all, instead.
         device: Where to compute.
         ranks: One process fetches for all.
@@ -66,7 +71,15 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
         other or weights or ranks.on_first(lambda: fetched(URL, "FID needs Inception's published weights", otherwise))
     )
     try:
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if weights and not digest.startswith(PUBLISHED):
+            raise UserError(
+                f"--weights: {file} is no copy of Inception's published weights, whose sha256 begins with {PUBLISHED}: "
+                "other weights are named with --features, and the numbers after them"
+            )
         state = safetensors.torch.load_file(file) if other else torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # what a damaged file raises can be nearly anything
         raise UserError(f"--{'features' if other else 'weights'}: {file} cannot be read: {error}") from None
     layer = next((layer for block, layer in LAYERS.items() if any(name.startswith(block) for name in state)), "")
@@ -81,7 +94,6 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
     needed = sorted(n for n in missing if layer == "2048" and "num_batches" not in n)
     if needed:
         raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network behind FID")
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return Features(other.stem if other else "", digest, network.to(device), device)
 
 

@@ -43,10 +43,10 @@ class Change(NamedTuple):
     quarters: int  # of the side that are left, 1 to 4
     turns: int  # by 90 degrees, 0 to 3
 
-    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
-        """The changed images or latents."""
+    def __call__(self, x: Float[Tensor, "b c h w"], factor: int = 1) -> Float[Tensor, "b c i j"]:
+        """The changed latents; or images, with the factor by which they are larger than their latents."""
         if self.quarters < 4:
-            size = [max(1, side * self.quarters // 4) for side in x.shape[2:]]
+            size = [factor * max(1, side // factor * self.quarters // 4) for side in x.shape[2:]]
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
         return torch.rot90(x, self.turns, (2, 3))
 

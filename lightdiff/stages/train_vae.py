@@ -96,7 +96,8 @@ class VAETask:
         """The VAE's loss."""
         change = Change(*part["change"][0].tolist())
         x_hat, posterior = model(part["x"], part["noise"], change)
-        return vae_loss(change(part["x"]), x_hat, posterior, self.settings.loss, self.lpips)
+        x = change(part["x"], self.settings.model.factor)
+        return vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
