@@ -5,6 +5,7 @@ A field of a nested model becomes a flag in that model's help panel: `--lr`, or,
 it does not override what a file or an earlier stage said.
 """
 
+import csv
 import inspect
 import json
 import tomllib
@@ -127,18 +128,21 @@ def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> i
 
 
 def given(field: FieldInfo, value: Any) -> Any:
-    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list, unless it may be a name."""
+    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list, unless it may be a name.
+
+    What has a comma itself stands in quotes, as in a CSV file.
+    """
     kind = field.annotation
     if parsed_as(kind) is str and get_origin(kind) not in (None, Literal) and isinstance(value, str):
         empty = ("",) if str in get_args(kind) else ("", "none")
-        return [] if value.strip() in empty else [part.strip() for part in value.split(",")]
+        return [] if value.strip() in empty else [p.strip() for p in next(csv.reader([value], skipinitialspace=True))]
     return value
 
 
 def check_effects(
     fields: Mapping[tuple[str, ...], FieldInfo], named: Collection[tuple[str, ...]], built: BaseModel
 ) -> None:
-    """Refuse typed flags of which one would do nothing.
+    """Refuse typed flags of which one would do nothing: in place of another, or needing `name`, or `name=this|that`.
 
     Raises:
         UserError: If two of them say one thing, or one belongs to a setting that is off.
@@ -147,8 +151,11 @@ def check_effects(
         rival, needed = ((*path[:-1], extra(fields[path], word)) for word in ("instead_of", "needs"))
         if rival in named:
             raise UserError(f"--{flag(path)} stands in place of --{flag(rival)}: give one of them")
-        if needed[-1] and not reduce(getattr, needed, built):
-            raise UserError(f"--{flag(path)} does nothing without --{flag(needed)}")
+        name, _, values = needed[-1].partition("=")
+        value: Any = reduce(getattr, (*path[:-1], name), built) if name else True
+        if value not in values.split("|") if values else not value:
+            wanted = " ".join([f"--{flag((*path[:-1], name))}", values.replace("|", " or ")]).rstrip()
+            raise UserError(f"--{flag(path)} does nothing without {wanted}")
 
 
 def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
@@ -188,7 +195,8 @@ def read_settings(path: Path) -> Layer:
         raise UserError(f"--settings: {path} is neither TOML (named .toml) nor JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"--settings: {path} holds no settings")
-    return value
+    inner = value.get("settings")  # beside what else is told of samples
+    return inner if isinstance(inner, dict) else value
 
 
 def build(model: type[BaseModel], layers: list[Layer]) -> Any:

@@ -105,7 +105,8 @@ def guidance_for(settings: TrainUNetSettings, sampling: Sampling, items: Sequenc
     known = settings.classes
     for name in sampling.classes:
         if name not in known:
-            listed = f"it knows {', '.join(known)}" if known else "it was trained without --label"
+            quoted = [f'"{value}"' if "," in value else value for value in known]
+            listed = f"it knows {', '.join(quoted)}" if known else "it was trained without --label"
             raise UserError(f"--class: this U-Net knows no {name}; {listed}")
     if not sampling.classes:
         return None

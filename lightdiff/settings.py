@@ -192,8 +192,20 @@ class ScheduleSettings(Settings):
         "auto", description="noise schedule; auto: flow for rectified flow, else cosine"
     )
     timesteps: int = Field(1000, ge=2, le=1_000_000, description="levels T of the noise schedule")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of the linear schedules")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="last beta of the linear schedules")
+    beta_start: float = Field(
+        1e-4,
+        gt=0,
+        lt=1,
+        json_schema_extra={"needs": "schedule=linear|scaled-linear"},
+        description="first beta of the linear schedules",
+    )
+    beta_end: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        json_schema_extra={"needs": "schedule=linear|scaled-linear"},
+        description="last beta of the linear schedules",
+    )
     zero_terminal_snr: bool = Field(False, description="stretch the schedule until its last level is noise alone")
 
     def resolved(self, objective: Objective) -> "ScheduleSettings":
@@ -208,15 +220,29 @@ class ObjectiveSettings(Settings):
 
     objective: Objective = Field("flow", description="what is predicted: noise, clean latent, v, or rectified flow")
     loss_weight: LossWeight = Field("none", description="weight of the loss by level of noise")
-    min_snr_gamma: float = Field(5.0, gt=0, description="signal-to-noise ratio above which min-snr weighs no more")
+    min_snr_gamma: float = Field(
+        5.0,
+        gt=0,
+        json_schema_extra={"needs": "loss_weight=min-snr"},
+        description="signal-to-noise ratio above which min-snr weighs no more",
+    )
 
 
 class LevelSettings(Settings):
     """Which levels of noise the U-Net is trained at."""
 
     density: Literal["uniform", "logit-normal"] = Field("logit-normal", description="density of the levels trained at")
-    density_mean: float = Field(0.0, description="logit of the middle of logit-normal's density; above 0: noisier")
-    density_std: float = Field(1.0, gt=0, description="spread of logit-normal's density")
+    density_mean: float = Field(
+        0.0,
+        json_schema_extra={"needs": "density=logit-normal"},
+        description="logit of the middle of logit-normal's density; above 0: noisier",
+    )
+    density_std: float = Field(
+        1.0,
+        gt=0,
+        json_schema_extra={"needs": "density=logit-normal"},
+        description="spread of logit-normal's density",
+    )
     stratified: bool = Field(True, description="spread the levels of a batch evenly, instead of each by itself")
 
 
@@ -417,7 +443,11 @@ class TrainUNetSettings(StageSettings):
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     label: str = Field("", description="label that the U-Net is told, so that it draws what is asked for; empty: none")
     label_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of the images whose label it is not told, as guidance needs it"
+        0.1,
+        ge=0,
+        le=1,
+        json_schema_extra={"needs": "label"},
+        description="share of the images whose label it is not told, as guidance needs it",
     )
     loop: LoopSettings = Field(LoopSettings(steps=50_000, batch_size=32), title="Training")
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
@@ -476,7 +506,9 @@ class GenerateSettings(StageSettings):
         1.0, ge=0, description="classifier-free guidance: 1 is the class as learnt, more makes it more typical"
     )
     guidance_interval: tuple[float, ...] = Field(
-        (0.0, 1.0), description="share of noise levels that guidance is used at: from, to; 0 is clean"
+        (0.0, 1.0),
+        json_schema_extra={"needs": "class_"},
+        description="share of noise levels that guidance is used at: from, to; 0 is clean",
     )
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
     batch_size: int = Field(32, ge=1, description="images drawn at a time")

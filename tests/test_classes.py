@@ -12,12 +12,13 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import scan
-from lightdiff.data.latents import LatentSet, latents_settings
+from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling
-from lightdiff.settings import TrainUNetSettings
+from lightdiff.settings import ImageSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
+from lightdiff.stages.start import list_images
 from lightdiff.training.ranks import Ranks
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
@@ -82,7 +83,7 @@ def test_a_table_gives_labels(colours, tmp_path):
 
 
 def test_a_tables_index_is_no_label_and_spaces_are_no_part_of_a_name(colours, tmp_path):
-    csv = table(tmp_path / "t.csv", ",file, age", "0,blue/00.png,young", "1,blue/01.png,old")
+    csv = table(tmp_path / "t.csv", ",file, age", "0, ./blue/00.png, young", "1,blue/01.png ,old ")
     labels = {file.path: file.labels for file in scan([colours], 0, table=csv) if file.labels}
     assert labels == {"blue/00.png": {"age": "young"}, "blue/01.png": {"age": "old"}}
 
@@ -92,12 +93,22 @@ def test_a_tables_index_is_no_label_and_spaces_are_no_part_of_a_name(colours, tm
     [
         (["path,label", "blue/00.png,sky"], "has no column file"),
         (["file", "blue/00.png"], "has no column but file"),
+        (["file;label", "blue/00.png;sky"], "has no column file; columns are separated by commas"),
+        (["file,label", "blue/00.png,sky", "./blue/00.png,sea"], "names blue/00.png twice, with different labels"),
         (["file,label", "nothing.png,sky"], r"names no image of .*it has nothing.png, there is blue/00.png"),
     ],
 )
 def test_a_table_that_helps_nobody_is_refused(colours, tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         scan([colours], 0, table=table(tmp_path / "t.csv", *rows))
+
+
+def test_images_without_a_label_are_counted(colours, tmp_path, capsys):
+    csv = table(tmp_path / "t.csv", "file,label", "blue/00.png,sky", "blue/00.png,sky")
+    list_images(ImageSettings(data=(colours,), labels=csv))
+    assert "note: 23 of 24 images have no label" in " ".join(capsys.readouterr().err.split())
+    list_images(ImageSettings(data=(colours,)))
+    assert "label" not in capsys.readouterr().err
 
 
 def test_a_table_that_is_not_there_is_told(colours, tmp_path):
@@ -195,6 +206,40 @@ def test_guidance_of_1_is_the_class_alone_and_of_0_none(told):
     torch.testing.assert_close(
         model.sample(3, 0, how), model.sample(3, 0, Sampling(num_steps=4)), rtol=0, atol=2e-4
     )  # float32
+
+
+def test_a_class_of_images_held_out_alone_is_none(encoded, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(encoded / "latents", folder)
+    index = read_index(folder)
+    for position, split in enumerate(index.splits):
+        if split == "v":
+            index.labels[position] = {"class": "rare"}
+    index.write(folder)
+    settings = latents_settings(folder)
+    assert settings.labels["class"] == tuple(sorted(COLOURS))
+    told = index.classes("class", settings.labels["class"])
+    assert {int(told[i]) for i, split in enumerate(index.splits) if split == "v"} == {2}  # as without a label
+
+
+def test_a_network_that_never_drew_without_a_class_says_so(encoded, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--latents", encoded, "--label", "class", "--label-dropout", 0]
+    succeed("train-unet", "--run", run, *UNET_FLAGS, *flags)
+    drawn = ["generate", "--run", run, "--num-images", 1, "--num-steps", 2, "--device", "cpu"]
+    said = "trained with --label-dropout 0"
+    assert said in " ".join(succeed(*drawn).err.split())
+    assert said in " ".join(succeed(*drawn, "--class", "blue", "--guidance", 2).err.split())
+    assert said not in " ".join(succeed(*drawn, "--class", "blue").err.split())
+
+
+def test_samples_settings_draw_the_same_again(told, tmp_path):
+    flags = ["--run", told, "--num-images", 2, "--device", "cpu"]
+    chosen = ["--class", "orange", "--guidance", 1.5, "--num-steps", 3, "--seed", 5]
+    succeed("generate", *flags, *chosen, "--out", tmp_path / "a")
+    succeed("generate", *flags, "--settings", tmp_path / "a/settings.json", "--out", tmp_path / "b")
+    for name in ("00000.png", "00001.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):

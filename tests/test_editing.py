@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, succeed
+from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
 from PIL import Image
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
@@ -59,6 +60,35 @@ def test_what_a_mask_leaves_out_stays_to_the_pixel(trained, face, tmp_path):
         np.testing.assert_array_equal(image[:, :8], source[:, :8])
         assert distance(image[:, 8:], source[:, 8:]) > 1
     assert distance(drawn[0], drawn[1]) > 1  # each of its own noise
+
+
+def test_what_is_transparent_lies_on_the_models_background_and_stays_where_it_is_a_mask(trained, tmp_path):
+    run = tmp_path / "run"
+    flags = [*VAE_FLAGS, "--background", "black"]
+    data = Checkpoint(trained / "vae/checkpoints/best.safetensors", "vae").document.settings["images"]["data"][0]
+    succeed("train-vae", "--run", run, "--data", data, *flags)
+    succeed("encode", "--run", run, "--workers", 0, "--device", "cpu")
+    succeed("scale", "--run", run)
+    succeed("train-unet", "--run", run, *UNET_FLAGS)
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    mask = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (16, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    flags = ["--from", tmp_path / "clear.png", "--mask", tmp_path / "mask.png", "--num-images", 1, "--out"]
+    succeed("generate", "--run", run, *FAST, *flags, tmp_path / "out")
+    drawn = pixels(tmp_path / "out/00000.png")
+    assert (drawn[:, :8] == 0).all()
+    assert (drawn[:, 8:] != 0).any()
+
+
+def test_a_mask_of_another_shape_is_refused(trained, tmp_path, cli):
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    flags = ["generate", "--run", trained, *FAST, "--num-images", 1, "--from", tmp_path / "wide.png"]
+    for size, refused in (((20, 40), True), ((80, 40), False), ((16, 16), False)):
+        Image.new("L", size, 255).save(tmp_path / "mask.png")
+        result = cli(*flags, "--mask", tmp_path / "mask.png", "--out", tmp_path / f"{size[0]}")
+        assert ("not the same shape" in " ".join(result.err.split())) == refused, result.err
+        assert result.code == (2 if refused else 0)
 
 
 @pytest.mark.parametrize(

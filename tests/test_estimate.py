@@ -9,7 +9,8 @@ from conftest import UNET_FLAGS, VAE_FLAGS
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.extras.estimate import words
+from lightdiff.data.files import scan
+from lightdiff.extras.estimate import of_whole_batch, words
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
 
@@ -58,6 +59,36 @@ def test_a_unet_is_estimated(run, cli):
     assert f"unet: {parameters / 1e6:.2f} M parameters; 4 x 8 x 8 an image" in result.err
     assert "500 steps of 6 take" in result.err
     assert Checkpoint(run / "unet/checkpoints/last.safetensors").settings(TrainUNetSettings).loop.steps == 3
+
+
+@pytest.mark.parametrize("whole", [4, 6, 32, 500])
+def test_a_step_takes_time_of_its_own_and_for_each_image(whole):
+    timed = lambda size: 0.5 + 0.02 * size  # noqa: E731
+    assert of_whole_batch(4, whole, timed, timed(4)) == pytest.approx(timed(whole))
+
+
+def test_a_large_batch_is_not_timed_as_a_whole():
+    asked = []
+
+    def timed(size):
+        asked.append(size)
+        return 1.0 * size
+
+    assert of_whole_batch(4, 64, timed, 4.0) == pytest.approx(64)
+    assert asked == [8]
+
+
+def test_epochs_are_estimated_where_the_images_are_known(cli, faces, run, tmp_path):
+    flags = [*VAE_FLAGS, "--epochs", 3, "--dry-run"]
+    flags.remove("--steps")
+    flags.remove("3")
+    result = cli("train-vae", "--run", tmp_path / "new", "--data", faces, *flags)
+    trained_on = sum(file.split == "train" for file in scan([faces], 0.2))
+    assert f"{round(3 * trained_on / 6)} steps of 6 take" in result.err, result.err
+    assert "how long an epoch takes" in cli("train-vae", "--run", tmp_path / "new", *flags).err
+    flags = [*UNET_FLAGS[:2], *UNET_FLAGS[4:], "--epochs", 3, "--dry-run", "--restart"]
+    result = cli("train-unet", "--run", run, *flags)
+    assert f"{round(3 * trained_on / 6)} steps of 6 take" in result.err, result.err
 
 
 def test_lpips_that_is_not_at_hand_is_left_out_and_told(cli, faces, tmp_path):

@@ -356,6 +356,35 @@ def test_settings_files(tmp_path: Path, name: str, text: str) -> None:
     assert read_settings(tmp_path / name) == {"run": "ä", "loop": {"lr": 0.5}}
 
 
+def test_a_names_comma_is_kept_in_quotes() -> None:
+    assert parsed(GenerateSettings, "--class", 'bare,"dark, round"').class_ == ("bare", "dark, round")
+    assert parsed(GenerateSettings, "--class", "5'11\", b").class_ == ("5'11\"", "b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--min-snr-gamma", "5"], "--min-snr-gamma does nothing without --loss-weight min-snr"),
+        (
+            ["--density", "uniform", "--density-mean", "1"],
+            "--density-mean does nothing without --density logit-normal",
+        ),
+        (["--beta-end", "0.1"], "--beta-end does nothing without --schedule linear or scaled-linear"),
+        (["--label-dropout", "0.2"], "--label-dropout does nothing without --label"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parsed(TrainUNetSettings, *flags)
+
+
+def test_flags_that_belong_to_a_choice_go_with_it() -> None:
+    assert parsed(TrainUNetSettings, "--loss-weight", "min-snr", "--min-snr-gamma", "3").target.min_snr_gamma == 3
+    flags = ["--objective", "eps", "--schedule", "scaled-linear", "--beta-end", "0.1"]
+    assert parsed(TrainUNetSettings, *flags).noise.beta_end == 0.1
+    assert parsed(TrainUNetSettings, "--density-std", "2").levels.density_std == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -35,7 +35,8 @@ One section a command, one table a panel of its `--help`. Each setting has one n
 that a stage saves. Lists take commas: `--model.channels 64,128,256`.
 
 The commands below also take `--settings FILE` (TOML or JSON; a saved `settings.json` is one), `--dry-run` (print the
-settings as JSON and stop) and `--help`; `train-vae` and `train-unet` take `--preset NAME` too. Later wins: defaults,
+settings as JSON and stop; a training also times a few steps, and says what it will take: parameters, memory, time) and
+`--help`; `train-vae` and `train-unet` take `--preset NAME` too. Later wins: defaults,
 preset, what an earlier stage or a stopped run saved, the settings file, flags.
 """
 

@@ -7,6 +7,7 @@ which its file system lists them.
 import csv
 import hashlib
 import os
+import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -207,10 +208,11 @@ def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dic
             names = [name for name in rows.fieldnames if name]  # a table's index has none
             missing = {"file", *columns}.difference(names)
             if missing:
-                raise UserError(f"{flag}: {table} has no column {', '.join(sorted(missing))}")
+                hint = "; columns are separated by commas" if len(names) == 1 and ";" in names[0] else ""
+                raise UserError(f"{flag}: {table} has no column {', '.join(sorted(missing))}{hint}")
             if len(names) < 2:
                 raise UserError(f"{flag}: {table} has no column but file; it needs one for each label")
-            return [{name: row[name] for name in names} for row in rows if row["file"]]
+            return [{name: row[name].strip() for name in names} for row in rows if row["file"].strip()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
 
@@ -221,9 +223,13 @@ def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -
     Files that the table does not name have no label.
 
     Raises:
-        UserError: If it cannot be read, or names no file that is there.
+        UserError: If it cannot be read, names no file that is there, or one twice with different labels.
     """
-    rows = {row.pop("file").replace("\\", "/"): row for row in _read_table(table, "--labels")}
+    rows: dict[str, dict[str, str]] = {}
+    for row in _read_table(table, "--labels"):
+        path = posixpath.normpath(row.pop("file").replace("\\", "/"))
+        if rows.setdefault(path, row) != row:
+            raise UserError(f"--labels: {table} names {path} twice, with different labels")
     found = [replace(file, labels={name: v for name, v in rows.get(file.path, {}).items() if v}) for file in files]
     if not any(file.labels for file in found):
         example = next(iter(rows), "none")

@@ -225,5 +225,7 @@ def latents_settings(folder: Path) -> LatentsSettings:
         raise UserError(f"{folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
     c, h, w = index.shape
     shift, scale = tuple(index.statistics.shift), tuple(index.statistics.scale)
-    only_mu, labels = index.statistics.only_mu, label_values(index.labels)
+    only_mu = index.statistics.only_mu
+    trained_on = (found for found, split in zip(index.labels, index.splits, strict=True) if split == "t")
+    labels = label_values(trained_on)
     return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu, labels=labels)

@@ -1,6 +1,7 @@
 """--dry-run of a training: what it will take, found by building the network and timing a few steps of made-up data."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,69 +9,105 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightdiff.data.latents import read_index
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
 from lightdiff.models.perceptual import TRUNKS, cached
 from lightdiff.models.vae import Posterior
+from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
+from lightdiff.stages.start import list_images
 from lightdiff.training.compute import pick_device, pick_precision
 from lightdiff.training.loop import Trainer
 from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks
 
 WARM_UP, TIMED, ENOUGH_SECONDS = 1, 5, 10.0
-CPU_IMAGES = 4  # in a timed step: on a CPU an image takes as long in any batch
+CPU_IMAGES = 4  # in the first timed steps on a CPU, where the whole batch may take minutes
+CPU_SECONDS = 3.0  # that the whole batch may take to be timed itself
 
 
 def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     """Print parameters, FLOPs and memory an image, the size of latents, and the time that the training will take."""
     device = pick_device(settings.loop.device)
     precision = pick_precision(settings.loop.precision, device)
-    size = settings.loop.batch_size if device.type == "cuda" else min(settings.loop.batch_size, CPU_IMAGES)
-    micro = min(settings.loop.micro, size)
-    loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
-    ready = with_changes(settings, loop=loop)
-    if isinstance(ready, TrainVAESettings):
-        task, batch, inputs = made_up_images(ready, device)
-    else:
-        task, batch, inputs = made_up_latents(ready, device)
+    whole = settings.loop.batch_size
+    settings = without_missing_lpips(settings)
+
+    def ready(size: int) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
+        micro = min(settings.loop.micro, size)
+        loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
+        s = with_changes(settings, loop=loop)
+        made = made_up_images(s, device) if isinstance(s, TrainVAESettings) else made_up_latents(s, device)
+        return Trainer(made[0], loop, precision), *made[1:]
+
+    first = whole if device.type == "cuda" else min(whole, CPU_IMAGES)
+    trainer, batch, inputs = ready(first)
+    task = trainer.task
     parameters = sum(p.numel() for p in task.model.parameters())
     with FlopCounterMode(display=False) as flops:
         task.model(*inputs)
     activations = activation_bytes(task.model, inputs)
-    trainer = Trainer(task, ready.loop, precision)
-    speed = size / timed(trainer, batch)
+    seconds = of_whole_batch(first, whole, lambda size: timed(*ready(size)[:2]), timed(trainer, batch))
     console.print(
         f"{task.stage}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
-        + (f" -> latents of {shape(inputs[1])}" if isinstance(ready, TrainVAESettings) else ""),
+        + (f" -> latents of {shape(inputs[1])}" if isinstance(settings, TrainVAESettings) else ""),
         f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
         f"weights, gradients, optimizer and average: {(trainer.nbytes + 4 * parameters) / 1e6:.0f} MB; a checkpoint: "
         f"{trainer.nbytes / 1e6:.0f} MB",
         sep="\n",
         soft_wrap=True,
     )
-    batch_size, steps = settings.loop.batch_size, settings.loop.steps
-    if loop.epochs:
+    count = images_trained_on(settings) if settings.loop.epochs else 0
+    if settings.loop.epochs and not count:
         duration = "how long an epoch takes depends on the number of images"
     else:
-        duration = f"{steps} steps of {batch_size} take {words(steps * batch_size / speed)}"
+        steps = settings.loop.total_steps(count)
+        duration = f"{steps} steps of {whole} take {words(steps * seconds)}"
     console.print(
-        f"{speed:.3g} images/s on {device.type} in {precision}, without loading and validation: {duration}",
+        f"{whole / seconds:.3g} images/s on {device.type} in {precision}, without loading and validation: {duration}",
         soft_wrap=True,
     )
+
+
+def of_whole_batch(first: int, whole: int, time_of: Callable[[int], float], seconds: float) -> float:
+    """Seconds of a step of the whole batch, from those of the first few images.
+
+    A step takes a while for itself, the optimizer's part, and a while for each image: where the whole batch would take
+    too long to be timed, steps of two sizes tell them apart.
+    """
+    if first == whole:
+        return seconds
+    if 2 * first >= whole or seconds * whole / first < CPU_SECONDS:
+        return time_of(whole)
+    an_image = max(0.0, time_of(2 * first) - seconds) / first
+    return seconds + an_image * (whole - first)
+
+
+def images_trained_on(settings: TrainVAESettings | TrainUNetSettings) -> int:
+    """How many there are; 0 where no folder has been named yet."""
+    if isinstance(settings, TrainUNetSettings):
+        return read_index(find_latents(settings.latents, RunFolder(settings.run))).splits.count("t")
+    return sum(file.split == "train" for file in list_images(settings.images)) if settings.images.data else 0
+
+
+def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
+    """The same settings, but for LPIPS where its weights would have to be fetched first."""
+    if isinstance(settings, TrainUNetSettings) or not settings.loss.lpips_gamma or settings.loss.lpips_weights:
+        return settings
+    url = TRUNKS[settings.loss.lpips_net].url
+    if cached(url).is_file():
+        return settings
+    console.print(f"LPIPS is left out of this: its weights are not there yet ({url})")
+    return with_changes(settings, loss=with_changes(settings.loss, lpips_gamma=0))
 
 
 def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
     s = train_vae.resolve(settings)
-    lpips = None
-    if s.loss.lpips_gamma and (s.loss.lpips_weights or cached(TRUNKS[s.loss.lpips_net].url).is_file()):
-        lpips = train_vae.perceptual(s.loss, device, Ranks())
-    elif s.loss.lpips_gamma:
-        console.print(f"LPIPS is left out of this: its weights are not there yet ({TRUNKS[s.loss.lpips_net].url})")
-        s = with_changes(s, loss=with_changes(s.loss, lpips_gamma=0))
+    lpips = train_vae.perceptual(s.loss, device, Ranks())
     task = train_vae.VAETask(s, [], device, lpips, None, Ranks())  # type: ignore[arg-type]  # no file is read
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,11 +198,13 @@ class Source:
         """
         assert settings.from_ is not None
         resolution = size[0] * pipeline.vae_settings.factor
-        pixels = framed(settings.from_, resolution, "--from")
+        images = pipeline.vae_checkpoint.document.settings.get("images", {})
+        pixels = framed(settings.from_, resolution, "--from", images.get("background", "white"))
         digest = hashlib.sha256(pixels.numpy().tobytes())
         x, mask = to_float(pixels)[None], None
         if settings.mask:
-            white = framed(settings.mask, resolution, "--mask").float().mean(0) > 127
+            see_shape(settings.mask, settings.from_)
+            white = framed(settings.mask, resolution, "--mask", "black").float().mean(0) > 127
             digest.update(white.numpy().tobytes())
             mask = white.float()[None, None]
         small = None if mask is None else F.adaptive_max_pool2d(mask, size)  # what is touched at all is drawn anew
@@ -213,12 +216,24 @@ class Source:
         return x if self.mask is None else torch.lerp(self.x, x, self.mask)
 
 
-def framed(path: Path, resolution: int, flag: str) -> UInt8[Tensor, "3 r r"]:
+def framed(path: Path, resolution: int, flag: str, background: str) -> UInt8[Tensor, "3 r r"]:
     """An image's centre square."""
     try:
-        return frame(load_image(path), resolution)
+        return frame(load_image(path, background), resolution)
     except BadImage as error:
         raise UserError(f"{flag}: {path} cannot be read: {error}") from None
+
+
+def see_shape(mask: Path, source: Path) -> None:
+    """See that a mask lies on the image it belongs to: of its shape, or square, as what is drawn.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    with suppress(BadImage):  # which is told where they are read
+        (width, height), (w, h) = load_image(source).size, load_image(mask).size
+        if w != h and abs(w * height - h * width) > max(w * height, h * width) / 50:
+            raise UserError(f"--mask: {mask} has {w} x {h} pixels, {source} {width} x {height}: not the same shape")
 
 
 def check(pipeline: Pipeline, sampling: Sampling, source: Source | None) -> None:
@@ -228,6 +243,12 @@ def check(pipeline: Pipeline, sampling: Sampling, source: Source | None) -> None
         UserError: If not.
     """
     guidance_for(pipeline.settings, sampling, [0])
+    learnt = pipeline.settings
+    if learnt.label and not learnt.label_dropout and (not sampling.classes or sampling.guidance != 1):
+        console.print(
+            "note: this U-Net was trained with --label-dropout 0: what it draws without a class, which guidance begins "
+            "with, it has learnt from images without a label, if there were any"
+        )
     try:
         levels_for(pipeline.settings, sampling, source.edit.strength if source else 1.0)
     except ValueError as error:

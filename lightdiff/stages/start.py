@@ -36,7 +36,10 @@ def list_images(images: ImageSettings) -> list[ImageFile]:
     """All images of the --data folders; on a terminal it is told how many there are so far."""
     with console.status("looking for images") as status:
         tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
-        return scan(images.data, images.val_share, tell, images.labels)
+        files = scan(images.data, images.val_share, tell, images.labels)
+    if images.labels and (without := sum(not file.labels for file in files)):
+        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
+    return files
 
 
 def resumed(
