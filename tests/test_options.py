@@ -464,6 +464,40 @@ def test_wrong_u_nets(layer: Layer, message: str) -> None:
     assert line.startswith(message)
 
 
+FLOW_APART = "rectified flow and its schedule belong together"
+NOISE_ALONE = "--zero-terminal-snr: the flow schedule ends with noise alone anyway"
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule", "zero_terminal_snr", "message"),
+    [
+        ("eps", "flow", False, FLOW_APART),
+        ("v", "flow", False, FLOW_APART),
+        ("flow", "linear", False, FLOW_APART),
+        ("flow", "cosine", False, FLOW_APART),
+        ("flow", "auto", True, NOISE_ALONE),
+        ("x0", "flow", True, NOISE_ALONE),
+        ("eps", "auto", True, "--zero-terminal-snr needs --objective v or x0"),
+        ("eps", "linear", True, "--zero-terminal-snr needs --objective v or x0"),
+        ("eps", "auto", False, ""),
+        ("v", "linear", True, ""),
+        ("x0", "cosine", True, ""),
+        ("x0", "flow", False, ""),
+        ("flow", "flow", False, ""),
+    ],
+)
+def test_only_objectives_and_schedules_that_fit_together(
+    objective: str, schedule: str, zero_terminal_snr: bool, message: str
+) -> None:
+    noise = {"schedule": schedule, "zero_terminal_snr": zero_terminal_snr}
+    layer: Layer = {"target": {"objective": objective}, "noise": noise}
+    if not message:
+        assert build(TrainUNetSettings, [defaults(TrainUNetSettings), layer]).target.objective == objective
+        return
+    (line,) = refused(TrainUNetSettings, layer)
+    assert message in line
+
+
 @pytest.mark.parametrize(
     ("layer", "line"),
     [
