@@ -15,9 +15,10 @@ from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, Sampling
-from lightdiff.settings import ImageSettings, TrainUNetSettings
+from lightdiff.pipeline import Pipeline, Sampling, sample_latents
+from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
+from lightdiff.stages.generate import sampling_of
 from lightdiff.stages.start import list_images
 from lightdiff.training.ranks import Ranks
 
@@ -240,6 +241,22 @@ def test_samples_settings_draw_the_same_again(told, tmp_path):
     succeed("generate", *flags, "--settings", tmp_path / "a/settings.json", "--out", tmp_path / "b")
     for name in ("00000.png", "00001.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_guidance_is_used_in_its_share_of_the_levels_of_noise():
+    settings = TrainUNetSettings(label="class", latent=LatentsSettings(labels={"class": tuple(COLOURS)}))
+    calls = {}
+
+    def network(x_t, t, label):
+        calls[int(t[0])] = label.tolist()
+        return x_t
+
+    asked = GenerateSettings(num_steps=10, class_=("orange", "blue"), guidance=2.0, guidance_interval=(0.15, 0.55))
+    sample_latents(network, settings, range(3), 0, torch.device("cpu"), sampling_of(asked))
+    assert list(calls) == list(range(999, 0, -100))  # sigma is (t + 1) / 1000
+    within = {t for t, labels in calls.items() if labels == [1, 0, 1, 2, 2, 2]}
+    assert within == {499, 399, 299, 199}
+    assert all(labels == [1, 0, 1] for t, labels in calls.items() if t not in within)
 
 
 def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
+from oracles import normal
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
@@ -14,7 +15,8 @@ from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
 from lightdiff.pictures import save_walk
-from lightdiff.pipeline import Pipeline, Sampling, noise_between
+from lightdiff.pipeline import Edit, Pipeline, Sampling, noise_between, sample_latents
+from lightdiff.settings import LatentsSettings, TrainUNetSettings
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
 
@@ -89,6 +91,31 @@ def test_a_mask_of_another_shape_is_refused(trained, tmp_path, cli):
         result = cli(*flags, "--mask", tmp_path / "mask.png", "--out", tmp_path / f"{size[0]}")
         assert ("not the same shape" in " ".join(result.err.split())) == refused, result.err
         assert result.code == (2 if refused else 0)
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [("ddim", 1.0), ("euler", 0.5), ("heun", 0.7), ("dpm++2m", 0.9)])
+def test_outside_of_a_mask_latents_are_the_source_and_its_noise_all_the_way(sampler, strength):
+    settings = TrainUNetSettings(latent=LatentsSettings(shift=(0.5,), scale=(2.0,)))
+    z, mask, seen = normal(1, 4, 16, 16, dtype=torch.float32), torch.zeros(1, 1, 16, 16), []
+    mask[..., :8] = 1
+    drawn = sample_latents(
+        lambda x_t, t: torch.sin(3 * x_t),
+        settings,
+        [2, 9],
+        0,
+        torch.device("cpu"),
+        Sampling(num_steps=6, sampler=sampler),
+        edit=Edit(z, strength, mask),
+        see=lambda *moment: seen.append(moment),
+    )
+    known, noise = 2 * (z - 0.5), item_noise((4, 16, 16), [2, 9], 0, "start")
+    assert seen[0][0].sigma == pytest.approx(strength)
+    for level, x_t, x0 in seen:
+        wanted = level.alpha * known + level.sigma * noise
+        torch.testing.assert_close(x_t[..., 8:], wanted[..., 8:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(x0[..., 8:], known.expand_as(x0)[..., 8:])
+    torch.testing.assert_close(drawn[..., 8:], z.expand_as(drawn)[..., 8:])
+    assert float((drawn - z)[..., :8].abs().mean()) > 0.1
 
 
 @pytest.mark.parametrize(

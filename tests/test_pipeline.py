@@ -1,6 +1,7 @@
 """All five stages, by their functions and by the library, on small drawn faces."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
+from oracles import GaussianData
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_index, shard_path
+from lightdiff.data.order import item_noise
 from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, Sampling, latents_behind, vae_behind
+from lightdiff.pipeline import Pipeline, Sampling, latents_behind, sample_latents, vae_behind
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import (
     DemoSettings,
@@ -341,7 +345,19 @@ def test_pictures_do_not_depend_on_the_batch(finished, tmp_path):
     assert (tmp_path / "a/grid.png").is_file()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"ema": False}, {"eta": 1.0}, {"clamp": 0.1}, {"num_steps": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"ema": False},
+        {"eta": 1.0},
+        {"clamp": 0.1},
+        {"num_steps": 3},
+        {"sampler": "euler", "spacing": "quadratic"},
+        {"sampler": "heun"},
+        {"min_alpha_bar": 0.1},
+    ],
+)
 def test_every_setting_of_the_sampler_does_something(finished, tmp_path, change):
     draw(finished, tmp_path / "a")
     draw(finished, tmp_path / "b", **change)
@@ -476,6 +492,82 @@ def test_one_step_is_one_call_of_the_network(finished):
     model.unet.register_forward_hook(lambda *_: calls.append(1))
     model.sample(2, sampling=Sampling(num_steps=7))
     assert len(calls) == 7
+
+
+# --- latents of a network that is known -----------------------------------------------------------------------------
+
+DATA = GaussianData(mean=0.8, std=0.5)
+CPU = torch.device("cpu")
+LATENT = {"channels": 2, "height": 24, "width": 24, "shift": [1.0, -2.0], "scale": [4.0, 0.5]}
+
+
+class Perfect:
+    """The best network for Gaussian data, of any objective. It keeps the levels that it is asked about."""
+
+    def __init__(self, settings):
+        self.objective, self.asked = settings.target.objective, []
+        self.schedule = Schedule.of(settings.noise.resolved(self.objective))
+
+    def __call__(self, x_t, t):
+        level = Level(int(t[0]), float(self.schedule.alpha[int(t[0])]), float(self.schedule.sigma[int(t[0])]))
+        self.asked.append(level)
+        x0, eps = DATA.denoise(x_t, level)
+        return {"eps": eps, "x0": x0, "v": level.alpha * eps - level.sigma * x0, "flow": eps - x0}[self.objective]
+
+
+@pytest.mark.parametrize(
+    ("objective", "noise"),
+    [
+        ("eps", {"schedule": "cosine"}),
+        ("eps", {"schedule": "linear"}),
+        ("x0", {"schedule": "cosine"}),
+        ("x0", {"schedule": "flow"}),
+        ("v", {"schedule": "cosine"}),
+        # More than a third of the variance would be signal where these end
+        ("v", {"schedule": "linear", "beta_end": 2e-3, "zero_terminal_snr": True}),
+        ("x0", {"schedule": "scaled-linear", "beta_end": 2e-3, "zero_terminal_snr": True}),
+        ("flow", {"schedule": "flow"}),
+    ],
+)
+def test_what_is_drawn_is_the_data_whatever_the_network_predicts(objective, noise):
+    settings = TrainUNetSettings.model_validate({"target": {"objective": objective}, "noise": noise, "latent": LATENT})
+    network = Perfect(settings)
+    z = sample_latents(network, settings, [3, 5], 7, CPU, Sampling(num_steps=100, sampler="heun"))
+    start = network.asked[0]
+    left_out = network.schedule.signal()[start.t + 1 :]
+    if objective == "eps":
+        assert start.alpha**2 >= 3e-3
+        assert bool((left_out < 3e-3).all())
+    else:
+        assert not len(left_out)
+    x0 = torch.stack([(z[:, 0] - 1) * 4, (z[:, 1] + 2) * 0.5], 1)
+    x = math.hypot(start.alpha, start.sigma) * item_noise((2, 24, 24), [3, 5], 7, "start")
+    # The error of 100 steps is 0.01 at most
+    torch.testing.assert_close(x0, DATA.flow(x, start, CLEAN), rtol=0, atol=0.02)
+    # 2,304 samples, standard errors 0.01 and 0.007; eps begins with 5 % of signal that is noise, too
+    assert float(x0.mean()) == pytest.approx(DATA.mean, abs=0.06)
+    assert float(x0.std()) == pytest.approx(DATA.std, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "levels"),
+    [
+        ("trailing", [999, 799, 599, 399, 199]),
+        ("uniform", [999, 749.25, 499.5, 249.75, 0]),
+        ("quadratic", [999, 561.9, 249.75, 62.4, 0]),
+        # ((1 - p) 999^(1/7) + p 999^(-1/7))^7 is sigma / alpha, and t = 1000 sigma - 1
+        ("karras", [998, 993.57, 950, 410.52, 0]),
+    ],
+)
+def test_the_network_is_asked_about_the_levels_of_the_spacing(spacing, levels):
+    asked = []
+
+    def network(x_t, t):
+        asked.append(float(t[0]))
+        return x_t
+
+    sample_latents(network, TrainUNetSettings(), [0], 0, CPU, Sampling(num_steps=5, spacing=spacing))
+    assert asked == pytest.approx(levels, abs=0.51)  # whole levels are rounded to, and karras interpolates
 
 
 # --- the demo -------------------------------------------------------------------------------------------------------
