@@ -151,6 +151,21 @@ def test_labels_are_forgotten_as_often_as_asked_for(encoded):
 COLOURS_OF = {"blue": 0, "orange": 1}
 
 
+def test_validation_tells_each_image_its_class(encoded):
+    task, told = task_of(encoded, loop={"batch_size": 3, "micro_batch": 3, "precision": "fp32"}), []
+
+    class Listening(torch.nn.Module):
+        def forward(self, x_t, t, label):
+            told.extend(label.tolist())
+            return x_t
+
+    task.validate(Listening())
+    files = [task.latents.index.files[position][1] for position in task.latents.val]
+    classes = [COLOURS_OF[path.split("/")[0]] for path in files]
+    assert sorted(told) == sorted(4 * classes)  # at one level of each of four bands
+    assert set(classes) == {0, 1}
+
+
 def test_a_network_without_a_label_is_one_for_no_known_class(encoded):
     task = task_of(encoded)
     x, t = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 900])
@@ -264,6 +279,13 @@ def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):
     succeed("generate", *flags, "--class", "orange,blue", "--guidance", 1.5, "--guidance-interval", "0.2,0.9")
     about = json.loads((tmp_path / "out/settings.json").read_text())
     assert about["settings"]["class_"] == ["orange", "blue"]
+    with Image.open(tmp_path / "out/grid.png") as grid:
+        shown = np.asarray(grid.convert("RGB"))
+    for i in range(4):  # a row for each class
+        with Image.open(tmp_path / f"out/{i:05d}.png") as image:
+            row, column = i % 2, i // 2
+            place = shown[18 * row :, 18 * column :][:16, :16]
+            np.testing.assert_array_equal(place, np.asarray(image.convert("RGB")))
     again = cli("generate", *flags, "--class", "blue")
     assert (again.code, "--class" in again.err) == (2, True)
 

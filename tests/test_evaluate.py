@@ -16,13 +16,14 @@ from oracles import normal
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import ImageFile
 from lightdiff.extras import evaluate
 from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
 from lightdiff.models.perceptual import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder
-from lightdiff.settings import EvaluateSettings, VAELossSettings
+from lightdiff.settings import EvaluateSettings, ImageSettings, VAELossSettings
 from lightdiff.training.ranks import Ranks
 
 pytest.importorskip("torch_fidelity")
@@ -117,6 +118,30 @@ def test_results_of_another_network_are_not_kept(tmp_path):
     assert json.loads(path.read_text())["unet"] == {"network": "a", "samples": 9, "KID": 1.0}
     evaluate.store(path, "unet", {"network": "b", "Frechet distance (mine)": 2.0})
     assert json.loads(path.read_text())["unet"] == {"network": "b", "Frechet distance (mine)": 2.0}
+
+
+def test_kept_features_are_of_these_images_and_this_network_alone(tmp_path):
+    made = []
+
+    def features(digest, files=("a.png", "b.png"), resolution=16):
+        def measure():
+            made.append(normal(2, 3, seed=len(made)))
+            return made[-1], [0, 1]
+
+        network = Features("mine", digest, torch.nn.Identity(), CPU)
+        images, listed = ImageSettings(resolution=resolution), [ImageFile(0, path, "train", {}) for path in files]
+        return evaluate.cached(tmp_path, network, listed, images, Ranks(), measure)
+
+    first = features("one")
+    again = features("one")
+    assert len(made) == 1
+    assert torch.equal(first[0], again[0])
+    assert first[1] == again[1] == [0, 1]
+    for i, other in enumerate(({"digest": "two"}, {"files": ("a.png", "c.png")}, {"resolution": 32})):
+        found, _ = features(**{"digest": "one", **other})
+        assert torch.equal(found, made[-1])
+        assert len(made) == i + 2
+    assert torch.equal(features("one")[0], made[0])
 
 
 def test_lpips_is_measured_where_its_weights_are(tmp_path, monkeypatch, capsys):

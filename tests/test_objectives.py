@@ -1,6 +1,7 @@
 """Objectives there and back, weights by their formulas, guidance and inpainting against closed forms."""
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from lightdiff.diffusion.objectives import (
 )
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
-from lightdiff.settings import NOISY, Objective, ScheduleSettings
+from lightdiff.settings import NOISY, Objective, ScheduleSettings, TrainUNetSettings
+from lightdiff.stages.train_unet import UNetTask
+from lightdiff.training.ranks import Ranks
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 preserving = st.floats(1e-4, 1 - 1e-4).map(lambda bar: Level(7, math.sqrt(bar), math.sqrt(1 - bar)))
@@ -116,6 +119,36 @@ def test_min_snr_by_its_formulas(snr: float) -> None:
         found = loss_weight("min-snr", 5.0, name, alpha, sigma)  # type: ignore[arg-type]
         assert float(found) == pytest.approx(value, rel=1e-9)
     assert float(loss_weight("none", 5.0, "eps", alpha, sigma)) == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "min-snr"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_training_loss_is_the_weighed_error(objective: Objective, kind: str) -> None:
+    layer = {
+        "target": {"objective": objective, "loss_weight": kind, "min_snr_gamma": 3.0},
+        "latent": {"height": 8, "width": 8},
+        "model": {"width": 8, "time_dim": 8},
+    }
+    task = UNetTask(TrainUNetSettings.model_validate(layer).resolved(), cast(Any, None), torch.device("cpu"), Ranks())
+    x0, eps = (normal(3, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    t = torch.tensor([150, 500, 850])
+
+    class Half(torch.nn.Module):
+        """Predicts half of x_t."""
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return x_t / 2
+
+    expected = []
+    for i, at in enumerate(t.tolist()):
+        alpha, sigma = float(task.schedule.alpha[at]), float(task.schedule.sigma[at])
+        wanted = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i], "flow": eps[i] - x0[i]}[objective]
+        error = float(((alpha * x0[i] + sigma * eps[i]) / 2 - wanted).square().mean())
+        # The error of x0 is that of the prediction times sigma / alpha, 1, sigma, or sigma of a straight line
+        share = {"eps": sigma / alpha, "x0": 1.0, "v": sigma, "flow": sigma}[objective]
+        expected.append(error if kind == "none" else min((alpha / sigma) ** 2, 3.0) * share**2 * error)
+    loss = task.loss(Half(), {"x0": x0, "eps": eps, "t": t})["loss"]
+    assert float(loss) == pytest.approx(sum(expected) / 3, rel=1e-4)
 
 
 # --- denoisers ----------------------------------------------------------------------------------------------------

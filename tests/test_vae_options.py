@@ -14,8 +14,10 @@ from oracles import normal
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.losses import vae_loss
 from lightdiff.models.vae import VAE, Change
-from lightdiff.settings import VAELossSettings, VAESettings
-from lightdiff.stages.train_vae import random_change
+from lightdiff.options import build
+from lightdiff.settings import TrainVAESettings, VAELossSettings, VAESettings
+from lightdiff.stages.train_vae import VAETask, random_change, resolve
+from lightdiff.training.ranks import Ranks
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 changes = st.builds(Change, st.integers(1, 4), st.integers(0, 3))
@@ -81,6 +83,24 @@ def test_the_loss_of_a_changed_step_is_that_of_changed_images():
     torch.testing.assert_close(x_hat, model.decoder(z))
     loss = vae_loss(change(x), x_hat, posterior, VAELossSettings(lpips_gamma=0))
     assert float(loss["mse"]) == pytest.approx(float((change(x) - model.decoder(z)).square().mean()))
+
+
+@pytest.mark.parametrize("change", [Change(4, 0), Change(4, 3), Change(2, 0), Change(3, 2)])
+def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change):
+    layer = {
+        "images": {"resolution": 32},
+        "loss": {"lpips_gamma": 0, "kl_beta": 0.1, "equivariance": 1.0},
+        "model": {"encoder_width": 8, "decoder_width": 8},
+    }
+    task = VAETask(resolve(build(TrainVAESettings, [layer])), [], torch.device("cpu"), None, None, Ranks())
+    x, noise = normal(2, 3, 32, 32).float().tanh(), normal(2, 4, 8, 8, seed=1).float()
+    part = {"x": x, "noise": noise, "change": torch.tensor([change]).expand(2, -1)}
+    found = task.loss(task.model, part)
+    posterior = task.model.encoder(x)
+    error = change(x) - task.model.decoder(change(posterior.sample(noise)))
+    assert error.shape[2] == 8 * change.quarters
+    torch.testing.assert_close(found["mse"], error.square().mean())
+    torch.testing.assert_close(found["loss"], found["mse"] + 0.1 * found["kl"])
 
 
 def test_micro_batches_of_changed_steps_equal_one_batch(faces, tmp_path):
