@@ -143,8 +143,28 @@ def test_ancestral_sampling_gives_gaussian_data_its_variance(schedule: str) -> N
     assert float(drawn.var()) == pytest.approx(DATA.std**2, rel=0.08)
 
 
-def test_ancestral_samplings_variance_converges() -> None:
-    lost = [1 - DATA.ddim_variance(levels_of("linear", n), 1.0) / DATA.std**2 for n in (50, 100, 200, 500)]
+def spread(name: SamplerName, levels: list[Level], eta: float) -> tuple[float, float]:
+    """Mean and variance that a sampler ends with from those of DATA at levels[0].
+
+    With a linear denoiser the end is linear in the start and in the noise of each step. A batch shows what becomes of
+    each: an item has noise 1 at one step alone, the last but one begins a standard deviation off, the last is the mean.
+    """
+    steps, first = len(levels) - 1, levels[0]
+    alone = torch.eye(steps + 2, dtype=torch.float64)[:, :, None, None, None]
+    x = first.alpha * DATA.mean + math.sqrt(DATA.variance_at(first)) * alone[steps]
+    end = SAMPLERS[name](DATA.denoise, levels, x, eta, lambda step: alone[step]).flatten()
+    return float(end[-1]), float((end[:-1] - end[-1]).square().sum())
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_ancestral_samplings_variance_converges(name: SamplerName) -> None:
+    lost = []
+    for num_steps in (50, 100, 200, 500):
+        levels = levels_of("linear", num_steps)
+        mean, variance = spread(name, levels, 1.0)
+        assert mean == pytest.approx(DATA.mean, rel=1e-9)
+        assert variance == pytest.approx(DATA.ddim_variance(levels, 1.0), rel=1e-9)
+        lost.append(1 - variance / DATA.std**2)
     assert all(0 < b < a for a, b in pairwise(lost))
 
 
@@ -268,6 +288,20 @@ def test_every_sampler_converges_at_its_order(name: SamplerName, kind: str) -> N
     ratios = [a / b for a, b in pairwise(errors)]
     assert errors[-1] < (0.02 if order == 1 else 1e-3)
     assert all(2**order * 0.8 < ratio < 2**order * 1.25 for ratio in ratios), f"{ratios}: not of order {order}"
+
+
+@pytest.mark.parametrize("kind", ["circle", "straight", "exploding"])
+@pytest.mark.parametrize(("name", "eta"), [("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5)])
+def test_the_variance_of_samplers_with_noise_is_of_first_order(name: SamplerName, eta: float, kind: str) -> None:
+    errors = []
+    for count in (80, 160, 320, 640):
+        levels = path(kind, count)
+        mean, variance = spread(name, levels, eta)
+        assert mean == pytest.approx(levels[-1].alpha * DATA.mean, rel=1e-9)
+        errors.append(abs(1 - variance / DATA.variance_at(levels[-1])))
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert errors[-1] < 0.01
+    assert all(1.9 < ratio < 2.1 for ratio in ratios), ratios
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -399,36 +433,59 @@ def test_every_step_of_heun_is_that_of_diffusers(num_steps: int) -> None:
     schedule = Schedule.of(ScheduleSettings(schedule="linear"))
     network, levels, x = eps_network(schedule), levels_of("linear", num_steps), normal(*SHAPE)
     scheduler.set_timesteps(num_steps)
-    y = x / levels[0].alpha
-    theirs = y
+    y, visited = x / levels[0].alpha, list[Tensor]()
+    expected = [y]  # and, as both tell it, each Euler step that is tried before the one that is taken
     for t in scheduler.timesteps:
-        eps = network(scheduler.scale_model_input(theirs, t), t.expand(len(x)))
-        theirs = scheduler.step(eps, t, theirs).prev_sample
+        eps = network(scheduler.scale_model_input(expected[-1], t), t.expand(len(x)))
+        expected.append(scheduler.step(eps, t, expected[-1]).prev_sample)
 
     def denoise(y_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         eps = network(y_t / math.hypot(1, level.sigma), torch.tensor([level.t]))
         return y_t - level.sigma * eps, eps
 
-    ours = heun(denoise, [Level(level.t, 1.0, level.sigma / level.alpha) for level in levels], y)
-    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=5e-3)  # their tables are float32
+    end = heun(recorded(denoise, visited), [Level(level.t, 1.0, level.sigma / level.alpha) for level in levels], y)
+    for ours, other in zip([*visited, end], expected, strict=True):
+        torch.testing.assert_close(ours, other.double(), rtol=1e-5, atol=2e-3)  # their tables are float32
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeun")])
-def test_rectified_flow_is_that_of_diffusers(name: SamplerName, theirs: str) -> None:
+@pytest.mark.parametrize("num_steps", [1, 5, 50])
+@pytest.mark.parametrize("schedule", ["linear", "scaled-linear"])
+def test_every_step_of_ddpm_is_that_of_diffusers(schedule: str, num_steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
-    kind = getattr(diffusers, theirs if theirs.endswith("Scheduler") else f"{theirs}DiscreteScheduler")
-    scheduler, x = kind(), normal(*SHAPE)
-    scheduler.set_timesteps(10)
+    scheduler = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing", variance_type="fixed_small")
+    settings = ScheduleSettings.model_validate({"schedule": schedule})
+    scheduler.alphas_cumprod = alpha_bar_table(settings)  # theirs is float32
+    network, levels, x = eps_network(Schedule.of(settings)), levels_of(schedule, num_steps), normal(*SHAPE)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == [level.t for level in levels[:-1]]
+    expected, visited = [x], list[Tensor]()
+    for step, t in enumerate(scheduler.timesteps):
+        eps = network(expected[-1], t.expand(len(x)))
+        noise = torch.Generator().manual_seed(1000 + step)  # that of step_noise
+        expected.append(scheduler.step(eps, t, expected[-1], generator=noise).prev_sample)
+    end = ddpm(recorded(denoiser(network), visited), levels, x, step_noise=step_noise)
+    for ours, other in zip([*visited, end], expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_steps", [2, 10])
+@pytest.mark.parametrize(("name", "theirs"), [("euler", "FlowMatchEulerDiscrete"), ("heun", "FlowMatchHeunDiscrete")])
+def test_every_step_of_rectified_flow_is_that_of_diffusers(name: SamplerName, theirs: str, num_steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler, x = getattr(diffusers, f"{theirs}Scheduler")(), normal(*SHAPE)
+    scheduler.set_timesteps(num_steps)
 
     def velocity(x_t: Tensor, time: float) -> Tensor:
         x0, eps = DATA.denoise(x_t, Level(0, 1 - time, time))
         return eps - x0
 
-    expected = x
+    expected, visited = [x], list[Tensor]()
     for t in scheduler.timesteps:
-        expected = scheduler.step(velocity(expected, float(t) / 1000), t, expected).prev_sample
+        expected.append(scheduler.step(velocity(expected[-1], float(t) / 1000), t, expected[-1]).prev_sample)
     sigmas = sorted({round(float(sigma), 6) for sigma in scheduler.sigmas}, reverse=True)
     levels = [Level(1000 * sigma, 1 - sigma, sigma) for sigma in sigmas]
     assert levels[-1][1:] == CLEAN[1:]
     denoise = denoiser(lambda x_t, t: velocity(x_t, float(t[0]) / 1000), "flow")
-    torch.testing.assert_close(SAMPLERS[name](denoise, levels, x), expected.double(), rtol=0, atol=1e-4)
+    end = SAMPLERS[name](recorded(denoise, visited), levels, x)
+    for ours, other in zip([*visited, end], expected, strict=True):
+        torch.testing.assert_close(ours, other.double(), rtol=0, atol=2e-6)  # theirs is rounded to float32
