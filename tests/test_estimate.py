@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightdiff.data.files import scan
 from lightdiff.extras.estimate import of_whole_batch, words
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
+from lightdiff.training.loop import Trainer
 
 
 def test_a_vae_is_estimated_and_nothing_is_made(cli, faces, tmp_path):
@@ -30,6 +32,31 @@ def test_a_vae_is_estimated_and_nothing_is_made(cli, faces, tmp_path):
     assert found is not None
     assert float(found[1]) == pytest.approx(flops / 1e9, rel=0.02)
     assert "3 steps of 6 take" in result.err
+
+
+def test_memory_for_the_way_back_is_what_the_graph_holds(cli, faces, tmp_path):
+    flags = ["--data", faces, *VAE_FLAGS, "--resolution", 64, "--dry-run"]
+    result = cli("train-vae", "--run", tmp_path / "run", *flags)
+    model = VAE(VAESettings.model_validate(json.loads(result.stdout)["model"]).resolved(64))
+    found = re.search(r"([\d.]+) MB for the way back", result.err)
+    assert found is not None
+    kept = kept_bytes(model, torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 16, 16))
+    assert float(found[1]) == pytest.approx(kept / 1e6, rel=0.02)
+
+
+def kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Memory that a call's graph holds, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
 
 
 def convolutions(model: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, int]]:
@@ -89,6 +116,24 @@ def test_epochs_are_estimated_where_the_images_are_known(cli, faces, run, tmp_pa
     flags = [*UNET_FLAGS[:2], *UNET_FLAGS[4:], "--epochs", 3, "--dry-run", "--restart"]
     result = cli("train-unet", "--run", run, *flags)
     assert f"{round(3 * trained_on / 6)} steps of 6 take" in result.err, result.err
+
+
+@pytest.mark.parametrize(("steps", "words"), [(30, "90 seconds"), (100, "5 minutes"), (6000, "5 hours")])
+@pytest.mark.parametrize("command", ["train-vae", "train-unet"])
+def test_a_training_takes_as_long_as_its_steps(run, cli, faces, monkeypatch, command, steps, words):
+    now = [0.0]
+
+    def half_a_second_an_image(trainer, batch, total_steps):
+        now[0] += 0.5 * trainer.loop.batch_size
+        return {}
+
+    monkeypatch.setattr("lightdiff.extras.estimate.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "train_step", half_a_second_an_image)
+    flags = ["--data", faces, *VAE_FLAGS] if command == "train-vae" else UNET_FLAGS
+    result = cli(command, "--run", run, *flags, "--steps", steps, "--dry-run")
+    assert result.code == 0, result.stderr
+    assert "2 images/s" in result.err
+    assert f"{steps} steps of 6 take {words}" in result.err
 
 
 def test_lpips_that_is_not_at_hand_is_left_out_and_told(cli, faces, tmp_path):

@@ -129,7 +129,8 @@ def test_kept_features_are_of_these_images_and_this_network_alone(tmp_path):
             return made[-1], [0, 1]
 
         network = Features("mine", digest, torch.nn.Identity(), CPU)
-        images, listed = ImageSettings(resolution=resolution), [ImageFile(0, path, "train", {}) for path in files]
+        images = ImageSettings(data=(tmp_path,), resolution=resolution)
+        listed = [ImageFile(0, path, "train", {}) for path in files]
         return evaluate.cached(tmp_path, network, listed, images, Ranks(), measure)
 
     first = features("one")
