@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import ImageFile
-from lightdiff.extras import evaluate
+from lightdiff.extras import distances, evaluate
 from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
 from lightdiff.models.perceptual import cached_weights
@@ -38,54 +38,56 @@ def test_the_frechet_distance_of_normal_sets_is_its_closed_form():
     # |m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances
     a = 2 * normal(40_000, 3, seed=1) + torch.tensor([1.0, 0.0, -1.0])
     b = normal(40_000, 3, seed=2)
-    found = evaluate.frechet(PUBLISHED, a, b, FID)
+    found = distances.frechet(PUBLISHED, a, b, FID)
     assert found["FID"] == pytest.approx(2 + 3, rel=0.02)  # standard errors of 40,000 samples: under 1 %
-    again = evaluate.frechet(PUBLISHED, normal(40_000, 3, seed=3), b, FID)["FID"]
+    again = distances.frechet(PUBLISHED, normal(40_000, 3, seed=3), b, FID)["FID"]
     assert 0 <= again < 0.01
 
 
 def test_its_error_is_about_what_repetition_shows():
     b = normal(20_000, 2, seed=2)
-    found = [evaluate.frechet(PUBLISHED, 1.5 * normal(400, 2, seed=10 + i) + 1, b, FID) for i in range(40)]
+    found = [distances.frechet(PUBLISHED, 1.5 * normal(400, 2, seed=10 + i) + 1, b, FID) for i in range(40)]
     spread = np.std([f["FID"] for f in found])
     assert np.mean([f["FID +-"] for f in found]) == pytest.approx(spread, rel=0.4)
 
 
 def test_numbers_of_other_features_are_not_called_fid():
     a, b = normal(100, 4, seed=1), normal(100, 4, seed=2)
-    names = {*evaluate.frechet(OTHER, a, b, FID), *evaluate.kernel(OTHER, a, b)}
+    names = {*distances.frechet(OTHER, a, b, FID), *distances.kernel(OTHER, a, b)}
     assert names == {f"{m} (mine){e}" for m in ("Frechet distance", "kernel distance") for e in ("", " +-")}
-    assert {"KID", "KID +-"} == set(evaluate.kernel(PUBLISHED, a, b))
+    assert {"KID", "KID +-"} == set(distances.kernel(PUBLISHED, a, b))
     assert OTHER.naming({"recall": 0.5}) == {"recall (mine)": 0.5}
     assert PUBLISHED.naming({"recall": 0.5}) == {"recall": 0.5}
 
 
 def test_the_kernel_distance_is_unbiased():
-    found = evaluate.kernel(PUBLISHED, normal(600, 8, seed=1), normal(600, 8, seed=2))
+    found = distances.kernel(PUBLISHED, normal(600, 8, seed=1), normal(600, 8, seed=2))
     assert abs(found["KID"]) < 4 * found["KID +-"]
-    apart = evaluate.kernel(PUBLISHED, normal(600, 8, seed=1) + 1, normal(600, 8, seed=2))
+    apart = distances.kernel(PUBLISHED, normal(600, 8, seed=1) + 1, normal(600, 8, seed=2))
     assert apart["KID"] > 10 * apart["KID +-"]
 
 
 def test_precision_and_recall_tell_quality_from_variety():
     real = torch.cat([normal(300, 2, seed=1) - 20, normal(300, 2, seed=2) + 20])
     half = normal(300, 2, seed=3) - 20  # good, but of one kind only
-    found = evaluate.precision_recall(half, real)
+    found = distances.precision_recall(half, real)
     assert found["precision"] > 0.9
     assert found["recall"] == pytest.approx(0.5, abs=0.06)
     off = torch.cat([real[::2], torch.full((300, 2), 500.0) + normal(300, 2, seed=4)])  # all kinds, half of it nonsense
-    found = evaluate.precision_recall(off, real)
+    found = distances.precision_recall(off, real)
     assert found["precision"] == pytest.approx(0.5, abs=0.06)
 
 
 def test_copies_are_told_from_new_images():
     train, held_out, fresh = normal(2000, 3, seed=1), normal(1000, 3, seed=2), normal(1000, 3, seed=3)
-    distance = evaluate.nearest_of(held_out, train)[0][:, 0]
+    distance = distances.nearest_of(held_out, train)[0][:, 0]
     name = "share of samples nearer than 99% of those"
-    copied = evaluate.nearest_of(train[:500] + 1e-4, train)
+    copied = distances.nearest_of(train[:500] + 1e-4, train)
     assert copied[1][:, 0].tolist() == list(range(500))
-    assert evaluate.copies(copied[0][:, 0], distance)[name] > 0.99
-    assert evaluate.copies(evaluate.nearest_of(fresh, train)[0][:, 0], distance)[name] == pytest.approx(0.01, abs=0.015)
+    assert distances.copies(copied[0][:, 0], distance)[name] > 0.99
+    assert distances.copies(distances.nearest_of(fresh, train)[0][:, 0], distance)[name] == pytest.approx(
+        0.01, abs=0.015
+    )
 
 
 def test_active_units_are_those_whose_mean_varies():
@@ -105,8 +107,8 @@ def test_active_units_are_those_whose_mean_varies():
 @pytest.mark.parametrize("counts", [(3, 50), (50, 1)])
 def test_too_few_images_are_no_set(counts):
     a, b = (normal(n, 3, seed=n) for n in counts)
-    assert evaluate.frechet(PUBLISHED, a, b, FID) == evaluate.kernel(PUBLISHED, a, b) == {}
-    assert evaluate.precision_recall(a, b) == {}
+    assert distances.frechet(PUBLISHED, a, b, FID) == distances.kernel(PUBLISHED, a, b) == {}
+    assert distances.precision_recall(a, b) == {}
 
 
 def test_results_of_another_network_are_not_kept(tmp_path):
