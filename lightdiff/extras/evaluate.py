@@ -121,7 +121,7 @@ def show(part: str, found: Found) -> None:
         elif isinstance(value, list):
             table.add_row(name, "  ".join(f"{v:.3g}" for v in value))
         else:
-            table.add_row(name, str(value))
+            table.add_row(name, value[:8] if name == NETWORK else str(value))
     console.print(table)
 
 
