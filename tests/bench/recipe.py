@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,7 +54,7 @@ Stage = Literal["train-vae", "train-unet"]
 # Of processor time, user and system, in all threads:
 SECONDS: dict[Stage, float] = {"train-vae": 900.0, "train-unet": 1500.0}
 TRIALS = (10, 60)  # optimizer steps of the two short runs that the time of a step is found by
-TURNS = 2  # of such runs, where the times of two recipes are compared
+TURNS = 3  # of such runs, where the times of two recipes are compared
 FIELDS = [
     *("row", "seed", "share", "samples", "frechet", "psnr", "val_loss"),
     *("vae_parameters", "vae_steps", "vae_cpu", "unet_parameters", "unet_steps", "unet_cpu"),
@@ -232,12 +233,14 @@ def steps_within(training: Training) -> int:
 
 def relative_cost(training: Training, other: Training) -> float:
     """How much longer a step takes than the other's: short runs of both in turn, as what else goes on changes."""
-    times = [0.0, 0.0]
+    ratios = []
     for _ in range(TURNS):
-        for sign, steps in zip((-1, 1), TRIALS, strict=True):
-            for i, each in enumerate((training, other)):
-                times[i] += sign * each.train(steps, training.run / f"trial-{i}")
-    return times[0] / times[1]
+        few, more = (
+            [each.train(steps, training.run / f"trial-{i}") for i, each in enumerate((training, other))]
+            for steps in TRIALS
+        )
+        ratios.append((more[0] - few[0]) / (more[1] - few[1]))
+    return median(ratios)
 
 
 def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
