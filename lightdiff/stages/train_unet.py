@@ -16,7 +16,7 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import Sampling, first_signal, load_vae, sample_latents
+from lightdiff.pipeline import Sampling, first_signal, load_vae, sample_latents, usable_levels
 from lightdiff.run_folder import Lock, RunFolder, find_latents
 from lightdiff.settings import GRID, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
@@ -145,7 +145,7 @@ class UNetTask:
         s = self.settings
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
         start = first_signal(s)
-        usable = int((self.schedule.signal() >= start).sum())
+        usable = usable_levels(s)
         steps = min(PICTURE_STEPS, usable or s.noise.timesteps)
         sampling = Sampling(num_steps=steps, min_alpha_bar=start if usable else 0.0, classes=s.classes)
         with autocast(self.device, s.loop.precision):
