@@ -75,17 +75,19 @@ def test_a_budget_buys_the_default_steps_and_all_others_as_many_of_the_same_cost
     monkeypatch.setattr(recipe, "lightdiff", clock)
     work = recipe.Work(tmp_path)
     default = training(work.home("vae", "default"), "default")
-    assert work.trained(default, default, 1, timed=False) == (1786, 900)
+    assert work.trained(default, default, 1, None) == (1786, 900)
     assert clock.asked == [*(("default", n) for n in recipe.TRIALS), ("default", 1786)]
     clock.slow = 2.0
     other, cheap = (training(work.home("vae", name), name) for name in ("other", "cheap"))
-    assert work.trained(other, default, 1, timed=False) == (1786, 1800)
-    assert work.trained(cheap, default, 1, timed=True) == (3572, 1800)
-    third = training(work.home("vae", "third"), "cheap")
-    assert work.trained(third, default, 0.25, timed=True)[0] == 893
+    assert work.trained(other, default, 1, None) == (1786, 1800)
+    cost = work.home("cost", "cheap")
+    assert work.trained(cheap, default, 1, cost) == (3572, 1800)
     asked = len(clock.asked)
-    assert work.trained(cheap, default, 1, timed=True) == (3572, 1800)
+    assert work.trained(cheap, default, 1, cost) == (3572, 1800)
     assert len(clock.asked) == asked
+    seed_1 = training(work.home("vae", "seed 1"), "cheap")
+    assert work.trained(seed_1, default, 0.25, cost)[0] == 893
+    assert clock.asked[asked:] == [("cheap", 893)], "what a step costs is known"
 
 
 def test_the_default_is_trained_first_whatever_is_asked_for(monkeypatch, tmp_path):
@@ -93,7 +95,7 @@ def test_the_default_is_trained_first_whatever_is_asked_for(monkeypatch, tmp_pat
     monkeypatch.setattr(recipe, "lightdiff", clock)
     work = recipe.Work(tmp_path)
     default, other = (training(work.home("vae", name), name) for name in ("default", "other"))
-    assert work.trained(other, default, 1, timed=False) == work.trained(default, default, 1, timed=False)
+    assert work.trained(other, default, 1, None) == work.trained(default, default, 1, None)
     assert clock.asked[-1] == ("other", 1786)
 
 

@@ -190,21 +190,29 @@ class Work:
         (home / "what.txt").write_text(text)
         return home
 
-    def trained(self, training: Training, budgeted: Training, share: float, timed: bool) -> tuple[int, float]:
+    def trained(self, training: Training, budgeted: Training, share: float, cost: Path | None) -> tuple[int, float]:
         """Train as many steps as the budget buys the default; the steps, and the processor time they took.
 
-        `share`: of the budget. `timed`: as many as a step of this training costs more or less than the default's.
+        `share`: of the budget. `cost`: where it is kept what a step costs, of the default's; None: the same.
         """
         first = training == budgeted
-        bought = 0 if first else self.trained(budgeted, budgeted, 1, timed=False)[0] * share
+        bought = 0 if first else self.trained(budgeted, budgeted, 1, None)[0] * share
         kept = training.run / "trained.json"
         with self._locks[training.run]:
             if not kept.is_file():
-                cost = relative_cost(training, budgeted) if timed else 1
-                steps = steps_within(training) if first else int(bought / cost)
+                ratio = 1.0 if cost is None else self.cost(training, budgeted, cost)
+                steps = steps_within(training) if first else int(bought / ratio)
                 kept.write_text(json.dumps((steps, training.train(steps))))
         steps, seconds = json.loads(kept.read_text())
         return steps, seconds
+
+    def cost(self, training: Training, budgeted: Training, folder: Path) -> float:
+        """What a step costs, of the default's: found out once for all seeds and shares."""
+        kept = folder / "cost.json"
+        with self._locks[folder]:
+            if not kept.is_file():
+                kept.write_text(json.dumps(relative_cost(training, budgeted)))
+        return float(json.loads(kept.read_text()))
 
     def once(self, folder: Path, *commands: list[object]) -> None:
         """Run commands of lightdiff that fill this folder, if nobody has."""
@@ -248,12 +256,14 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     default = ROWS["default"]
     vae = vae_training(recipe, seed, share, work)
     budgeted = vae_training(default, 0, 1.0, work)
-    vae_steps, vae_cpu = work.trained(vae, budgeted, share, "train-vae" in recipe.timed)
+    cost = work.home("cost", "vae", recipe.vae) if "train-vae" in recipe.timed else None
+    vae_steps, vae_cpu = work.trained(vae, budgeted, share, cost)
 
     latents = encoded(recipe, vae, work)
     unet = unet_training(recipe, latents, seed, share, work)
     budgeted = unet_training(default, encoded(default, budgeted, work), 0, 1.0, work)
-    unet_steps, unet_cpu = work.trained(unet, budgeted, share, "train-unet" in recipe.timed)
+    cost = work.home("cost", "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else None
+    unet_steps, unet_cpu = work.trained(unet, budgeted, share, cost)
 
     drawn = work.home("drawn", unet.run.name, recipe.generate, max(samples))
     copy = latents / "latents" / "vae.safetensors"
