@@ -46,11 +46,11 @@ DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 class Sampling:
     """How to draw: everything that `generate` lets one choose about the sampler."""
 
-    num_steps: int = 50
+    num_steps: int = 20
     eta: float = 0.0
     clamp: float = 0.0
     min_alpha_bar: float | None = None  # None: what suits the objective
-    sampler: SamplerName = "ddim"
+    sampler: SamplerName = "dpm++2m"
     spacing: Spacing = "trailing"
     classes: Sequence[str] = ()  # what to draw, in turns; none: any
     guidance: float = 1.0

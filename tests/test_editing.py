@@ -125,8 +125,9 @@ def test_outside_of_a_mask_latents_are_the_source_and_its_noise_all_the_way(samp
         (["--mask", "m.png"], "--mask needs the image that it belongs to"),
         (["--strength", "0.5"], "--strength needs the image that it belongs to"),
         (["--interpolate", "3"], "--interpolate: two numbers of images or more"),
-        (["--interpolate", "3,4", "--eta", "0.5"], "--interpolate needs a sampler without noise"),
+        (["--interpolate", "3,4", "--sampler", "ddim", "--eta", "0.5"], "--interpolate needs a sampler without noise"),
         (["--interpolate", "3,4", "--sampler", "ddpm"], "--interpolate needs a sampler without noise"),
+        (["--eta", "0.5"], "--eta belongs to --sampler ddim"),
         (["--sampler", "heun", "--eta", "0.5"], "--eta belongs to --sampler ddim"),
     ],
 )

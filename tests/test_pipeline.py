@@ -350,7 +350,8 @@ def test_pictures_do_not_depend_on_the_batch(finished, tmp_path):
     [
         {"seed": 1},
         {"ema": False},
-        {"eta": 1.0},
+        {"sampler": "ddim"},
+        {"sampler": "ddpm"},
         {"clamp": 0.1},
         {"num_steps": 3},
         {"sampler": "euler", "spacing": "quadratic"},
@@ -364,9 +365,15 @@ def test_every_setting_of_the_sampler_does_something(finished, tmp_path, change)
     assert not np.array_equal(pixels(tmp_path / "a/00000.png"), pixels(tmp_path / "b/00000.png"))
 
 
+def test_eta_does_something(finished, tmp_path):
+    for eta in (0.0, 0.5):
+        draw(finished, tmp_path / str(eta), sampler="ddim", eta=eta)
+    assert not np.array_equal(pixels(tmp_path / "0.0/00000.png"), pixels(tmp_path / "0.5/00000.png"))
+
+
 def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
-    draw(finished, tmp_path / "a", eta=1.0)
-    draw(finished, tmp_path / "b", eta=1.0, batch_size=1, num_images=2)
+    draw(finished, tmp_path / "a", sampler="ddpm")
+    draw(finished, tmp_path / "b", sampler="ddpm", batch_size=1, num_images=2)
     assert np.abs(pixels(tmp_path / "a/00001.png") - pixels(tmp_path / "b/00001.png")).max() <= 1
 
 

@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from lightdiff.cli import app
-from tests.bench import recipe, recipe_page
+from lightdiff.pipeline import Pipeline
+from tests.bench import recipe, recipe_page, solvers
 from tests.bench.contest import processor
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +198,7 @@ def test_samplers_are_compared_at_equal_calls():
     values = {"default": 0.4, "ddim-6": 0.5, "dpm++2m-50": 0.3, "kl-1e-3": 0.9}
     rows = [{"row": name, "seed": 0.0, "frechet": value} for name, value in values.items()]
     lines = recipe_page.calls_table(rows).splitlines()
-    assert lines[2:] == ["| `ddim` | 0.500 |  |  | 0.400 |", "| `dpm++2m` |  |  |  | 0.300 |"]
+    assert lines[2:] == ["| `ddim` | 0.500 |  |  |  |", "| `dpm++2m` |  |  | 0.400 | 0.300 |"]
     assert recipe_page.calls_table(rows[:1]) == recipe_page.calls_table(rows[3:]) == ""
 
 
@@ -206,3 +208,18 @@ def test_a_processor_is_known_by_its_name_and_what_it_can_do(tmp_path):
     assert processor(about) == "Intel Xeon, AMX"
     about.write_text("model name\t: AMD EPYC\nflags\t\t: avx512f avx512_bf16\n")
     assert processor(about) == "AMD EPYC"
+
+
+def test_solvers_come_nearer_to_the_exact_solution_with_more_calls(trained):
+    pipeline = Pipeline.load(trained, device="cpu")
+    pipeline.unet = lambda x_t, t: torch.sin(2 * x_t)  # the trained one has hardly learnt anything
+    found = solvers.errors(pipeline, 2, exact=25)
+    for sampler, error in found.items():
+        assert error[0] > error[1] > error[2] > error[3], sampler
+    assert found["heun"][3] == 0, "50 calls of heun are the 25 steps that are taken for exact"
+    assert found["ddim"][3] > 0
+    lines = solvers.table({"heun": [0.5, 0.25, 0.125, 0]}).splitlines()
+    assert lines[::2] == [
+        "| `--sampler` | 6 calls | 10 calls | 20 calls | 50 calls |",
+        "| `heun` | 0.500 | 0.250 | 0.125 | 0.000 |",
+    ]

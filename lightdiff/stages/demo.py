@@ -55,7 +55,7 @@ def run(settings: DemoSettings) -> Path:
     train_unet.run(TrainUNetSettings.model_validate(unet))
 
     heading("5. generate: noise -> new faces")
-    out = generate.run(GenerateSettings(run=s.run, num_images=64, num_steps=50, seed=s.seed))
+    out = generate.run(GenerateSettings(run=s.run, num_images=64, seed=s.seed))
     tell(s, faces, out)
     return out
 

@@ -28,7 +28,6 @@ from lightdiff.training.progress import console
 from lightdiff.training.ranks import Ranks, join
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation
-PICTURE_STEPS = 50
 RESIDENT_SHARE = 0.25  # of a GPU's free memory, that latents may take up
 
 
@@ -146,7 +145,7 @@ class UNetTask:
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
         start = first_signal(s)
         usable = usable_levels(s)
-        steps = min(PICTURE_STEPS, usable or s.noise.timesteps)
+        steps = min(Sampling.num_steps, usable or s.noise.timesteps)
         sampling = Sampling(num_steps=steps, min_alpha_bar=start if usable else 0.0, classes=s.classes)
         with autocast(self.device, s.loop.precision):
             z = sample_latents(model, s, range(GRID[0] * GRID[1] // 2), s.loop.seed, self.device, sampling)

@@ -396,7 +396,7 @@ def lightdiff_sampling(
     pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
     if compiled:
         translate(pipeline.unet, device, training=False)
-    chosen = Sampling(num_steps=steps)
+    chosen = Sampling(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
 

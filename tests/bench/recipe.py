@@ -94,7 +94,7 @@ ROWS: dict[str, Recipe] = {
         "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
         scale="--normalize global",
         unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
-        generate="--sampler ddim --min-alpha-bar 0",
+        generate="--sampler ddim --num-steps 50 --min-alpha-bar 0",
         timed=("train-vae", "train-unet"),
     ),
     "objective-eps": Recipe("noise is predicted, on the cosine schedule", unet="--objective eps"),
@@ -125,7 +125,7 @@ ROWS: dict[str, Recipe] = {
     "equivariance": Recipe(
         "a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25", timed=("train-vae",)
     ),
-    "sampler-dpm": Recipe("DPM-Solver++(2M), 50 steps", generate="--sampler dpm++2m"),
+    "sampler-ddim": Recipe("drawn by ddim, 50 steps", generate="--sampler ddim --num-steps 50"),
 }
 CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
     f"{sampler}-{calls}": Recipe(

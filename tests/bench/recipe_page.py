@@ -11,7 +11,7 @@ REMARKS = FOLDER / "remarks.md"
 CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
 CALLS = (6, 10, 20, 50)  # of the network, that samplers are compared at
-DEFAULT_CALLS = "ddim-50"  # what the default row is among them
+DEFAULT_CALLS = "dpm++2m-20"  # what the default row is among them
 FLOORS = {  # rows without a U-Net: what is left of the distance if all that follows is right
     "photographs": "other photographs than these 5,000, as they are",
     "decoded-mu": "those, encoded and decoded by the default's VAE: from mu, which is what the U-Net learns",
