@@ -136,7 +136,11 @@ CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the
     for calls in recipe_page.CALLS
     if f"{sampler}-{calls}" != recipe_page.DEFAULT_CALLS
 }
-EVERY = ROWS | CALLS | {name: Recipe(about) for name, about in recipe_page.FLOORS.items()}
+FLOORS: dict[str, Recipe] = {
+    name: Recipe(about, vae=ROWS.get(name.removeprefix("decoded-by-"), ROWS["default"]).vae)
+    for name, about in recipe_page.FLOORS.items()
+}
+EVERY = ROWS | CALLS | FLOORS
 
 
 def call(words: list[object]) -> tuple[str, float]:
@@ -310,7 +314,9 @@ def encoded(recipe: Recipe, vae: Training, work: Work) -> Path:
     return latents
 
 
-def measure_floor(name: str, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
+def measure_floor(
+    name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work
+) -> list[dict[str, Any]]:
     """The distance of photographs that the reference, which is every other one, leaves out; as they are, or decoded."""
     rows = []
     for count in samples:
@@ -321,11 +327,11 @@ def measure_floor(name: str, seed: int, samples: list[int], share: float, work: 
                 if not (others / photograph.name).is_symlink():
                     (others / photograph.name).symlink_to(photograph)
         else:
-            vae = work.home("vae", "", seed, share)
+            vae = work.home("vae", recipe.vae, seed, share)
             others = work.home(name, vae.name, count)
             decode(photographs, vae, name == "decoded-draws", others)
         rows.append({"row": name, "samples": count, "frechet": work.distance(others, count)})
-    about = {"seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": EVERY[name].flags}
+    about = {"seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": recipe.flags}
     return [about | row for row in rows]
 
 
@@ -392,8 +398,8 @@ def main() -> None:
         samples = [n for n in chosen.samples if n not in {r["samples"] for r in there}]
         if not samples:
             return
-        if name in recipe_page.FLOORS:
-            rows = measure_floor(name, seed, samples, share, work)
+        if name in FLOORS:
+            rows = measure_floor(name, recipe, seed, samples, share, work)
         else:
             rows = measure(name, recipe, seed, samples, share, work)
         for found in rows:

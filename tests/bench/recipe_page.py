@@ -16,6 +16,9 @@ FLOORS = {  # rows without a U-Net: what is left of the distance if all that fol
     "photographs": "other photographs than these 5,000, as they are",
     "decoded-mu": "those, encoded and decoded by the default's VAE: from mu, which is what the U-Net learns",
     "decoded-draws": "the same, from draws of the posterior",
+    "decoded-by-equivariance": "from mu, by the VAE of `equivariance`",
+    "decoded-by-vae-original": "from mu, by the VAE of `vae-original`",
+    "decoded-by-kl-1e-3": "from mu, by the VAE of `kl-1e-3`",
 }
 INTRODUCTION = """\
 # The recipe, measured
