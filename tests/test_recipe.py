@@ -224,3 +224,13 @@ def test_solvers_come_nearer_to_the_exact_solution_with_more_calls(trained):
         "| `--sampler` | 6 calls | 10 calls | 20 calls | 50 calls |",
         "| `heun` | 0.500 | 0.250 | 0.125 | 0.000 |",
     ]
+
+
+def test_fewer_samples_are_the_first_ones_which_other_recipes_draw_of_the_same_noise(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / "images" / f"{i:05d}.png").write_text(str(i))
+    assert recipe.first(tmp_path, 6) == tmp_path / "images"
+    for _ in range(2):  # where links are made already, too
+        few = recipe.first(tmp_path, 3)
+        assert [file.read_text() for file in sorted(few.iterdir())] == ["0", "1", "2"]

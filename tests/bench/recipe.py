@@ -290,7 +290,27 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
         "date": time.strftime("%Y-%m-%d"),
         "flags": recipe.flags,
     }
-    return [row | {"samples": n, "frechet": work.distance(drawn / "images", n)} for n in samples]
+    return [row | {"samples": n, "frechet": work.distance(first(drawn, n), n)} for n in samples]
+
+
+def first(drawn: Path, count: int) -> Path:
+    """A folder with the first so many images: those that other recipes make of the same noise.
+
+    Of more images than it is told to count, frechet.py takes every so many.
+    """
+    images = sorted((drawn / "images").glob("*.png"))
+    if len(images) == count:
+        return drawn / "images"
+    return linked(images[:count], drawn / f"first-{count}")
+
+
+def linked(images: list[Path], folder: Path) -> Path:
+    """A folder with links to these images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in images:
+        if not (folder / image.name).is_symlink():
+            (folder / image.name).symlink_to(image)
+    return folder
 
 
 def vae_training(recipe: Recipe, seed: int, share: float, work: Work) -> Training:
@@ -322,10 +342,7 @@ def measure_floor(
     for count in samples:
         photographs = sorted(FACES.rglob("*.jpg"))[1::2][:count]
         if name == "photographs":
-            others = work.home(name, count)
-            for photograph in photographs:
-                if not (others / photograph.name).is_symlink():
-                    (others / photograph.name).symlink_to(photograph)
+            others = linked(photographs, work.home(name, count))
         else:
             vae = work.home("vae", recipe.vae, seed, share)
             others = work.home(name, vae.name, count)
