@@ -221,20 +221,7 @@ ROUND_TRIPS = [
     ("train-vae", "--model.attention", "on", "--model.encoder-channels", "8,16", "--lpips-weights", "vgg.pth"),
     ("train-vae", "--preset", "original", "--background", "#102030", "--data", "a", "--data", "b"),
     ("scale", "--only-mu", "--normalize", "global", "--latents", "elsewhere"),
-    (
-        "generate",
-        "--name",
-        "face",
-        "--sampler",
-        "ddim",
-        "--eta",
-        "0.5",
-        "--no-ema",
-        "--out",
-        "new",
-        "--num-images",
-        "3",
-    ),
+    ("generate", *"--name face --sampler ddim --eta 0.5 --no-ema --out new --num-images 3".split()),
     ("demo", "--count", "20", "--seed", "3", "--device", "cpu"),
 ]
 

@@ -371,9 +371,13 @@ def test_eta_does_something(finished, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "0.0/00000.png"), pixels(tmp_path / "0.5/00000.png"))
 
 
+def test_the_library_draws_as_the_command_does_unless_told_otherwise():
+    assert generate.sampling_of(GenerateSettings()) == Sampling()
+
+
 def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
-    draw(finished, tmp_path / "a", sampler="ddpm")
-    draw(finished, tmp_path / "b", sampler="ddpm", batch_size=1, num_images=2)
+    draw(finished, tmp_path / "a", sampler="ddim", eta=1.0)
+    draw(finished, tmp_path / "b", sampler="ddim", eta=1.0, batch_size=1, num_images=2)
     assert np.abs(pixels(tmp_path / "a/00001.png") - pixels(tmp_path / "b/00001.png")).max() <= 1
 
 

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from lightdiff.cli import app
-from lightdiff.pipeline import Pipeline
+from lightdiff.pipeline import Pipeline, Sampling
 from tests.bench import recipe, recipe_page, solvers
 from tests.bench.contest import processor
 
@@ -203,6 +203,11 @@ def test_samplers_are_compared_at_equal_calls():
     assert recipe_page.calls_table(rows[:1]) == recipe_page.calls_table(rows[3:]) == ""
 
 
+def test_the_default_is_the_sampler_that_it_is_taken_for():
+    sampler, _, calls = recipe_page.DEFAULT_CALLS.rpartition("-")
+    assert (sampler, recipe_page.steps_for(sampler, int(calls))) == (Sampling.sampler, Sampling.num_steps)
+
+
 def test_a_processor_is_known_by_its_name_and_what_it_can_do(tmp_path):
     about = tmp_path / "cpuinfo"
     about.write_text("model name\t: Intel(R) Xeon(R) Processor\nflags\t\t: avx512f amx_bf16 amx_tile\n")
@@ -219,7 +224,7 @@ def test_solvers_come_nearer_to_the_exact_solution_with_more_calls(trained):
         assert error[0] > error[1] > error[2] > error[3], sampler
     assert found["heun"][3] == 0, "50 calls of heun are the 25 steps that are taken for exact"
     assert found["ddim"][3] > 0
-    lines = solvers.table({"heun": [0.5, 0.25, 0.125, 0]}).splitlines()
+    lines = recipe_page.by_calls({"heun": [0.5, 0.25, 0.125, 0]}).splitlines()
     assert lines[::2] == [
         "| `--sampler` | 6 calls | 10 calls | 20 calls | 50 calls |",
         "| `heun` | 0.500 | 0.250 | 0.125 | 0.000 |",

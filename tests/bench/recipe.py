@@ -130,7 +130,7 @@ ROWS: dict[str, Recipe] = {
 CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
     f"{sampler}-{calls}": Recipe(
         f"{sampler}, {calls} calls of the network",
-        generate=f"--sampler {sampler} --num-steps {calls // 2 if sampler == 'heun' else calls}",
+        generate=f"--sampler {sampler} --num-steps {recipe_page.steps_for(sampler, calls)}",
     )
     for sampler in get_args(SamplerName)
     for calls in recipe_page.CALLS

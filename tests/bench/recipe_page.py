@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,25 @@ def calls_table(rows: list[dict[str, Any]]) -> str:
     splits = [name.rpartition("-") for name in found]
     samplers = dict.fromkeys(sampler for sampler, _, calls in splits if calls in map(str, CALLS))
     found |= {DEFAULT_CALLS: found["default"]} if "default" in found else {}
+    values = {sampler: [found.get(f"{sampler}-{calls}") for calls in CALLS] for sampler in samplers}
+    return by_calls(values) if values else ""
+
+
+def by_calls(values: Mapping[str, Sequence[float | None]]) -> str:
+    """A line for each sampler, with a value for each number of CALLS."""
     lines = [
         "| `--sampler` | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |",
         "|---|" + "---:|" * len(CALLS),
     ]
-    for sampler in samplers:
-        values = [found.get(f"{sampler}-{calls}") for calls in CALLS]
-        lines.append(f"| `{sampler}` | " + " | ".join(f"{v:.3f}" if v else "" for v in values) + " |")
-    return "\n".join(lines) if samplers else ""
+    for sampler, row in values.items():
+        cells = ("" if value is None else f"{value:.3f}" for value in row)
+        lines.append(f"| `{sampler}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steps_for(sampler: str, calls: int) -> int:
+    """How many steps of a sampler make so many calls of the network; heun's last one has a single call."""
+    return calls // 2 if sampler == "heun" else calls
 
 
 def on_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

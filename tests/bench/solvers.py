@@ -14,7 +14,7 @@ from torch import Tensor
 from lightdiff.data.latents import Scaling
 from lightdiff.pipeline import Pipeline, Sampling
 from lightdiff.settings import SamplerName
-from tests.bench.recipe_page import CALLS
+from tests.bench.recipe_page import CALLS, by_calls, steps_for
 
 EXACT = 200  # steps of Heun's method
 SOLVERS: tuple[SamplerName, ...] = ("ddim", "dpm++2m", "heun")
@@ -22,7 +22,7 @@ SOLVERS: tuple[SamplerName, ...] = ("ddim", "dpm++2m", "heun")
 
 def errors(
     pipeline: Pipeline, num_images: int, classes: tuple[str, ...] = (), guidance: float = 1.0, exact: int = EXACT
-) -> dict[SamplerName, list[float]]:
+) -> dict[str, list[float]]:
     """The error of each sampler for each number of CALLS."""
 
     def draw(sampler: SamplerName, steps: int) -> Tensor:
@@ -30,21 +30,11 @@ def errors(
         return Scaling.of(pipeline.settings.latent).to_x0(pipeline.sample(num_images, 0, how))
 
     solution = draw("heun", exact)
-    steps = {sampler: [calls // 2 if sampler == "heun" else calls for calls in CALLS] for sampler in SOLVERS}
-    return {
-        sampler: [float((draw(sampler, n) - solution).square().mean().sqrt()) for n in steps[sampler]]
-        for sampler in SOLVERS
-    }
 
+    def error(sampler: SamplerName, calls: int) -> float:
+        return float((draw(sampler, steps_for(sampler, calls)) - solution).square().mean().sqrt())
 
-def table(found: dict[SamplerName, list[float]]) -> str:
-    """As in docs/recipe.md."""
-    lines = [
-        "| `--sampler` | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |",
-        "|---|" + "---:|" * len(CALLS),
-    ]
-    lines += [f"| `{sampler}` | " + " | ".join(f"{e:.3f}" for e in row) + " |" for sampler, row in found.items()]
-    return "\n".join(lines)
+    return {sampler: [error(sampler, calls) for calls in CALLS] for sampler in SOLVERS}
 
 
 def main() -> None:
@@ -57,7 +47,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=16)
     chosen = parser.parse_args()
     classes = tuple(chosen.classes.split(",")) if chosen.classes else ()
-    print(table(errors(Pipeline.load(chosen.run, vae=chosen.vae), chosen.num_images, classes, chosen.guidance)))
+    print(by_calls(errors(Pipeline.load(chosen.run, vae=chosen.vae), chosen.num_images, classes, chosen.guidance)))
 
 
 if __name__ == "__main__":
