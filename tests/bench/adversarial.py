@@ -120,7 +120,6 @@ class Contest:
         began = time.process_time()
         for batch in task.batches(0, steps):
             losses = trainer.train_step(batch, steps)
-            trainer.step += 1
             if trainer.step % 100 == 0:
                 said = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
                 print(f"step {trainer.step}: {said}", flush=True)
