@@ -29,7 +29,7 @@ version = release = VERSION[1]
 copyright = ""
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["benchmarks/remarks.md", "recipe/remarks.md"]  # parts of generated pages
+exclude_patterns = ["benchmarks/remarks.md", "recipe/remarks.md", "recipe/summary.md"]  # parts of generated pages
 nitpicky = True
 highlight_language = "none"
 

@@ -86,17 +86,21 @@ class Recipe:
         return replace(self, **more, timed=tuple({*self.timed, *timed}))  # type: ignore[arg-type]
 
 
+UNLIMITED = "--sampler ddim --num-steps 50 --min-alpha-bar 0"  # begins where there is next to no signal
+ORIGINAL = Recipe(
+    "the original scripts' recipe, its networks scaled to the budget",
+    vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
+    "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
+    scale="--normalize global",
+    unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
+    generate=f"{UNLIMITED} --clamp 3",
+    timed=("train-vae", "train-unet"),
+)
 ROWS: dict[str, Recipe] = {
     "default": Recipe("what lightdiff does unless told otherwise"),
-    "original": Recipe(
-        "the original scripts' recipe, its networks scaled to the budget",
-        vae="--preset original --model.encoder-channels 32,64,128 --model.decoder-channels 128,64,32 --kl-beta 1e-3 "
-        "--lpips-gamma 0.5 --lr-schedule constant --warmup-steps 0 --ema-decay 0 --beta2 0.999 --random-crop 1",
-        scale="--normalize global",
-        unet="--preset original --model.channels 64,128,256 --lr-schedule constant --warmup-steps 0 --beta2 0.999",
-        generate="--sampler ddim --num-steps 50 --min-alpha-bar 0",
-        timed=("train-vae", "train-unet"),
-    ),
+    "original": ORIGINAL,
+    "original-no-clamp": replace(ORIGINAL, about="the same, drawn without its limit on x0", generate=UNLIMITED),
+    "original-redrawn": replace(ORIGINAL, about="the same networks, drawn as lightdiff draws", generate=""),
     "objective-eps": Recipe("noise is predicted, on the cosine schedule", unet="--objective eps"),
     "objective-v": Recipe("v is predicted, on the cosine schedule", unet="--objective v"),
     "weight-min-snr": Recipe("min-SNR weights", unet="--loss-weight min-snr"),

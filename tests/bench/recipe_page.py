@@ -8,6 +8,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docs" / "recipe"
 ROWS = FOLDER / "rows.csv"
+SUMMARY = FOLDER / "summary.md"
 REMARKS = FOLDER / "remarks.md"
 CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
@@ -24,8 +25,8 @@ FLOORS = {  # rows without a U-Net: what is left of the distance if all that fol
 INTRODUCTION = """\
 # The recipe, measured
 
-*Tables and curve on this page are written by `nox -s recipe -- --write` from [the rows](recipe/rows.csv); the remarks
-are written by hand.*
+*Tables and curve on this page are written by `nox -s recipe -- --write` from [the rows](recipe/rows.csv); summary and
+remarks are written by hand.*
 
 The budget is processor time, user and system of all threads: 900 s for the VAE and 1,500 s for the U-Net, on 10,000
 photographs of faces at 64 px. Two short runs tell how many steps it buys the default recipe. Every other row takes as
@@ -142,7 +143,7 @@ def mean(values: list[float]) -> float:
 
 def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     """The page's text."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, SUMMARY.read_text().strip()]
     for processor in dict.fromkeys(row["processor"] for row in reversed(rows)):  # the last one measured on comes first
         parts += measured_on(processor, [row for row in rows if row["processor"] == processor], about)
     if curve := on_curve(rows):
@@ -153,9 +154,7 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
             for row in sorted(curve, key=lambda row: (row["row"], row["processor"], row["share"], row["seed"]))
         ]
         parts.append("\n".join(["| | | processor time | seed | Frechet-768 |", "|---|---|---:|---:|---:|", *cells]))
-    if REMARKS.is_file():
-        parts.append(REMARKS.read_text().strip())
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, REMARKS.read_text().strip()]) + "\n"
 
 
 def measured_on(processor: str, rows: list[dict[str, Any]], about: dict[str, str]) -> list[str]:
