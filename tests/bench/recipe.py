@@ -99,8 +99,8 @@ ORIGINAL = Recipe(
 ROWS: dict[str, Recipe] = {
     "default": Recipe("what lightdiff does unless told otherwise"),
     "original": ORIGINAL,
-    "original-no-clamp": replace(ORIGINAL, about="the same, drawn without its limit on x0", generate=UNLIMITED),
-    "original-redrawn": replace(ORIGINAL, about="the same networks, drawn as lightdiff draws", generate=""),
+    "original-no-clamp": replace(ORIGINAL, about="the original, drawn without its limit on x0", generate=UNLIMITED),
+    "original-redrawn": replace(ORIGINAL, about="the original's networks, drawn as lightdiff draws", generate=""),
     "objective-eps": Recipe("noise is predicted, on the cosine schedule", unet="--objective eps"),
     "objective-v": Recipe("v is predicted, on the cosine schedule", unet="--objective v"),
     "weight-min-snr": Recipe("min-SNR weights", unet="--loss-weight min-snr"),
