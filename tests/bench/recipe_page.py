@@ -12,6 +12,7 @@ SUMMARY = FOLDER / "summary.md"
 REMARKS = FOLDER / "remarks.md"
 CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
+BOUND = "\N{NO-BREAK SPACE}"  # between a number and its unit, in cells that are narrow
 CALLS = (6, 10, 20, 50)  # of the network, that samplers are compared at
 DEFAULT_CALLS = "dpm++2m-20"  # what the default row is among them
 FLOORS = {  # rows without a U-Net: what is left of the distance if all that follows is right
@@ -65,9 +66,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: dict[floa
         if baseline:
             worse = row["frechet"] - baseline.get(row["seed"], math.nan)
             cells.append("" if row["row"] == "default" or math.isnan(worse) else f"{worse:+.3f}")
-        cells += [f"{row['psnr']:.1f} dB"]
+        cells += [f"{row['psnr']:.1f}{BOUND}dB"]
         for stage in ("vae", "unet"):
-            cells += [f"{row[f'{stage}_parameters'] / 1e6:.2f} M", f"{row[f'{stage}_steps']:,.0f}"]
+            cells += [f"{row[f'{stage}_parameters'] / 1e6:.2f}{BOUND}M", f"{row[f'{stage}_steps']:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
