@@ -1,6 +1,6 @@
 """Whether an adversarial loss would pay: a trained VAE's decoder trained on with one, and as long without.
 
-`python -m tests.bench.adversarial VAE [--unet RUN --latents RUN] [--seconds S] [--work FOLDER]` freezes the encoder,
+`python -m tests.bench.adversarial VAE [--unet RUN] [--weight W ...] [--seconds S] [--work FOLDER]` freezes the encoder,
 so latents and U-Net stay as they are, and spends the same processor time on both: a step with a discriminator costs
 more, so there are fewer of them. Then it prints, of the VAE as it was and of both, PSNR of images held out and how far
 decoded photographs and, with a U-Net, samples are from photographs, as in docs/recipe.md.
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +30,20 @@ from lightdiff.data.loading import BadFiles
 from lightdiff.losses import vae_loss
 from lightdiff.models.vae import VAE, Change
 from lightdiff.pictures import save_grid, save_png
-from lightdiff.pipeline import Pipeline
+from lightdiff.pipeline import Pipeline, load_vae
 from lightdiff.settings import TrainVAESettings, with_changes
 from lightdiff.stages.start import list_images
 from lightdiff.stages.train_vae import VAETask, perceptual
 from lightdiff.training.compute import pick_device, pick_precision
 from lightdiff.training.loop import Batch, Trainer
 from lightdiff.training.ranks import join
-from tests.bench.recipe import FACES, Work
+from tests.bench.recipe import Work, left_out
 
 WIDTHS = (3, 32, 64, 128)
 SHOWN = (8, 3)  # columns and rows of the picture of each decoder
 COUNT = 1000  # images a distance is measured with
 TRIAL = 10  # steps that the time of a step is found by
+T = TypeVar("T", bound=VAETask)
 STARTS = 0.1  # share of the steps after which the decoder is told what the discriminator says
 
 
@@ -55,10 +57,6 @@ def discriminator() -> nn.Module:
 
 class AdversarialTask(VAETask):
     """A VAE whose loss has a discriminator's share, which learns beside it."""
-
-    weight = 0.5
-    starts_at = 0
-    calls = 0
 
     def oppose(self, weight: float, lr: float, starts_at: int) -> None:
         """Begin with a new discriminator."""
@@ -108,7 +106,7 @@ class Contest:
         paths = full_paths(self.files, settings.images.data)
         self.bad = BadFiles(scratch / "bad.txt", paths, len(self.files), 0.0)
 
-    def task(self, kind: type[VAETask]) -> VAETask:
+    def task(self, kind: type[T]) -> T:
         """A task that begins with the trained weights."""
         task = kind(self.settings, self.files, self.device, self.lpips, self.bad, self.ranks)
         load_weights(task.model, self.saved, self.saved.weights_prefix())
@@ -155,29 +153,29 @@ def main() -> None:
     contest = Contest(saved, chosen.lr, work.home("adversarial"))
 
     plain, opposed = contest.task(VAETask), contest.task(AdversarialTask)
-    opposed.oppose(0.5, chosen.judge_lr, 0)  # type: ignore[attr-defined]
+    opposed.oppose(chosen.weight[0], chosen.judge_lr, 0)
     turns = [[contest.train(task, TRIAL)[1] / TRIAL for task in (plain, opposed)] for _ in range(3)]
     costs = [median(turn[i] for turn in turns) for i in (0, 1)]
     steps = [int(chosen.seconds / cost) for cost in costs]
     print(f"a step takes {costs[0]:.3f} s, with a discriminator {costs[1]:.3f} s", flush=True)
 
-    photographs = sorted(FACES.rglob("*.jpg"))[1::2][:COUNT]
     side = contest.settings.images.resolution
-    x = torch.stack([to_float(frame(load_image(path), side)) for path in photographs])
-    encoder = contest.task(VAETask).model.eval()
+    x = torch.stack([to_float(frame(load_image(path), side)) for path in left_out(COUNT)])
+    trained, _ = load_vae(saved, contest.device)
     with torch.inference_mode():
-        z = {"decoded": torch.cat([encoder.encoder(part).mu for part in torch.split(x, 50)])}  # type: ignore[operator]
+        z = {"decoded": torch.cat([trained.encoder(part).mu for part in torch.split(x, 50)])}
         if chosen.unet:
             pipeline = Pipeline.load(chosen.unet, vae=chosen.vae, precision="auto")
             parts = [pipeline.sample(range(i, i + 100)) for i in range(0, COUNT, 100)]
             z["samples"] = torch.cat(parts)
 
-    arms: list[tuple[str, type[VAETask], int, float]] = [("as it was", VAETask, 0, 0.0)]
-    arms += [("trained on", VAETask, steps[0], 0.0)]
-    arms += [(f"adversarial {weight:g}", AdversarialTask, steps[1], weight) for weight in chosen.weight]
-    for name, kind, count, weight in arms:
-        task = contest.task(kind)
-        if isinstance(task, AdversarialTask):
+    arms: list[tuple[str, int, float | None]] = [("as it was", 0, None), ("trained on", steps[0], None)]
+    arms += [(f"adversarial {weight:g}", steps[1], weight) for weight in chosen.weight]
+    for name, count, weight in arms:
+        if weight is None:
+            task = contest.task(VAETask)
+        else:
+            task = contest.task(AdversarialTask)
             task.oppose(weight, chosen.judge_lr, int(STARTS * count))
         vae, seconds = contest.train(task, count)
         task.model = vae

@@ -344,7 +344,7 @@ def measure_floor(
     """The distance of photographs that the reference, which is every other one, leaves out; as they are, or decoded."""
     rows = []
     for count in samples:
-        photographs = sorted(FACES.rglob("*.jpg"))[1::2][:count]
+        photographs = left_out(count)
         if name == "photographs":
             others = linked(photographs, work.home(name, count))
         else:
@@ -354,6 +354,11 @@ def measure_floor(
         rows.append({"row": name, "samples": count, "frechet": work.distance(others, count)})
     about = {"seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": recipe.flags}
     return [about | row for row in rows]
+
+
+def left_out(count: int) -> list[Path]:
+    """The first so many photographs that the reference, which is every other one, leaves out."""
+    return sorted(FACES.rglob("*.jpg"))[1::2][:count]
 
 
 def decode(photographs: list[Path], vae: Path, draw: bool, out: Path) -> None:
