@@ -48,8 +48,8 @@ def reference(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Kill both trainings 100 times each and compare; arguments after -- go to tests/faults.py. 15 minutes."""
-    session.run(borrowed(session), "-m", "tests.faults", *session.posargs, external=True)
+    """Kill both trainings 100 times each and compare; arguments after -- go to tests/bench/faults.py. 15 minutes."""
+    session.run(borrowed(session), "-m", "tests.bench.faults", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -68,14 +68,14 @@ def recipe(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def saving(session: nox.Session) -> None:
-    """Measure what saving costs; arguments after -- go to tests/saving.py."""
-    session.run(borrowed(session), "-m", "tests.saving", *session.posargs, external=True)
+    """Measure what saving costs; arguments after -- go to tests/bench/saving.py."""
+    session.run(borrowed(session), "-m", "tests.bench.saving", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
 def two_machines(session: nox.Session) -> None:
     """Train over a network link between two namespaces, and cut it. Needs root and iproute2."""
-    session.run(borrowed(session), "-m", "tests.two_machines", *session.posargs, external=True)
+    session.run(borrowed(session), "-m", "tests.bench.two_machines", *session.posargs, external=True)
 
 
 @nox.session

@@ -1,6 +1,6 @@
-"""One .safetensors file = one snapshot: tensors, and one JSON document that says what they are.
+"""One .safetensors file = one snapshot: tensors, and one JSON metadata that says what they are.
 
-The document holds a digest of every tensor, and one over names, dtypes, shapes and itself, so that a flipped bit
+The metadata holds a digest of every tensor, and one over names, dtypes, shapes and itself, so that a flipped bit
 anywhere is found when it is read. Files appear by rename: a reader never sees half of one.
 """
 
@@ -37,7 +37,7 @@ ADDED: dict[str, dict[str, dict[str, Any]]] = {  # settings that did not exist a
 STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 
 
-class Document(BaseModel):
+class Metadata(BaseModel):
     """What a snapshot says of itself."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # else a PSNR of inf is saved as null
@@ -50,12 +50,12 @@ class Document(BaseModel):
     images_seen: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
-    facts: dict[str, Any] = Field(default_factory=dict)
+    extra: dict[str, Any] = Field(default_factory=dict)
     digests: dict[str, str] = Field(default_factory=dict)
     digest: str = ""
 
-    def seal(self, tensors: Mapping[str, tuple[str, list[int]]]) -> str:
-        """The digest over this document without its own digest, and over each tensor's name, dtype and shape."""
+    def compute_digest(self, tensors: Mapping[str, tuple[str, list[int]]]) -> str:
+        """The digest over this metadata without its own digest, and over each tensor's name, dtype and shape."""
         about = self.model_dump(mode="json", exclude={"digest"})
         text = json.dumps([about, sorted((name, *what) for name, what in tensors.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -70,7 +70,7 @@ class Checkpoint:
     """A snapshot opened for reading. Tensors are read, and verified, when they are asked for."""
 
     def __init__(self, path: Path, stage: str | None = None) -> None:
-        """Open a file and verify its document.
+        """Open a file and verify its metadata.
 
         Raises:
             UserError: If there is no such file, or it is no snapshot of this stage that this version can read.
@@ -88,12 +88,12 @@ class Checkpoint:
             raise Damaged(f"{path} is damaged or no checkpoint: {error}") from None
         if KEY not in metadata:
             raise Damaged(f"{path} is no checkpoint of lightdiff")
-        self.document = self._read_document(metadata[KEY])
-        if stage is not None and self.document.stage != stage:
-            wanted, found = (STAGES.get(s, s) for s in (stage, self.document.stage))
+        self.metadata = self._read_metadata(metadata[KEY])
+        if stage is not None and self.metadata.stage != stage:
+            wanted, found = (STAGES.get(s, s) for s in (stage, self.metadata.stage))
             raise UserError(f"{path} holds {found}, but {wanted} is needed here")
 
-    def _read_document(self, text: str) -> Document:
+    def _read_metadata(self, text: str) -> Metadata:
         try:
             raw = json.loads(text)
             version = raw.get("format")
@@ -102,22 +102,22 @@ class Checkpoint:
                     f"{self.path} has format {version}, written by lightdiff {raw.get('lightdiff')}; "
                     f"this lightdiff {__version__} reads up to format {FORMAT}: upgrade it"
                 )
-            document = Document.model_validate(raw)
+            metadata = Metadata.model_validate(raw)
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
-            whole = document.seal(layout) == document.digest and set(layout) == set(document.digests)
+            whole = metadata.compute_digest(layout) == metadata.digest and set(layout) == set(metadata.digests)
         except (ValueError, RecursionError, AttributeError, MemoryError, SafetensorError):
-            raise Damaged(f"{self.path} is damaged: its document cannot be read") from None
+            raise Damaged(f"{self.path} is damaged: its metadata cannot be read") from None
         if not whole:
-            raise Damaged(f"{self.path} is damaged: its header or document does not match its digest")
-        if "loop" in document.settings:  # of a training
-            for section, values in ADDED.get(document.stage, {}).items():
-                before = document.settings.get(section, {})
-                document.settings[section] = {**values, **before} if isinstance(before, dict) else before
-        return document
+            raise Damaged(f"{self.path} is damaged: its header or metadata does not match its digest")
+        if "loop" in metadata.settings:  # of a training
+            for section, values in ADDED.get(metadata.stage, {}).items():
+                before = metadata.settings.get(section, {})
+                metadata.settings[section] = {**values, **before} if isinstance(before, dict) else before
+        return metadata
 
     def close(self) -> None:
-        """Let go of the file, which a newer one may replace; the document stays."""
+        """Let go of the file, which a newer one may replace; the metadata stays."""
         self._file = None
 
     def settings(self, model: type[S], *path: str) -> S:
@@ -126,7 +126,7 @@ class Checkpoint:
         Raises:
             Damaged: If they are none of this kind.
         """
-        found: Any = self.document.settings
+        found: Any = self.metadata.settings
         try:
             for name in path:
                 found = found[name]
@@ -136,14 +136,14 @@ class Checkpoint:
             where = ".".join(map(str, (*path, *first["loc"])))
             raise Damaged(
                 f"{self.path}: its settings cannot be read by this lightdiff, {__version__}; "
-                f"{self.document.lightdiff} wrote it: {where}: {first['msg']}"
+                f"{self.metadata.lightdiff} wrote it: {where}: {first['msg']}"
             ) from None
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Damaged(f"{self.path} is damaged: its settings cannot be read") from None
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors below a prefix."""
-        return [name for name in self.document.digests if name.startswith(prefix)]
+        return [name for name in self.metadata.digests if name.startswith(prefix)]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, verified."""
@@ -151,7 +151,7 @@ class Checkpoint:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise Damaged(f"{self.path} is damaged: {name}: {error}") from None
-        if name not in self._verified and tensor_digest(tensor) != self.document.digests[name]:
+        if name not in self._verified and tensor_digest(tensor) != self.metadata.digests[name]:
             raise Damaged(f"{self.path} is damaged: {name} does not match its digest")
         self._verified.add(name)
         return tensor
@@ -189,18 +189,20 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], document: Document) -> Document:
-    """Write a snapshot, atomically, and return its document with all digests.
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Metadata:
+    """Write a snapshot, atomically, and return its metadata with all digests.
 
     Raises:
         RunError: If it cannot be written; what was there before is untouched.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    document = document.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
-    document = document.model_copy(update={"digest": document.seal({n: layout_of(t) for n, t in ready.items()})})
-    metadata = {KEY: json.dumps(document.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
-    publish(path, lambda temporary: save_file(ready, temporary, metadata=metadata))
-    return document
+    metadata = metadata.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
+    metadata = metadata.model_copy(
+        update={"digest": metadata.compute_digest({n: layout_of(t) for n, t in ready.items()})}
+    )
+    header = {KEY: json.dumps(metadata.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
+    atomic_write(path, lambda temporary: save_file(ready, temporary, metadata=header))
+    return metadata
 
 
 def load_weights(model: nn.Module, source: Checkpoint, prefix: str) -> None:
@@ -254,7 +256,7 @@ DTYPES = {
 }
 
 
-def publish(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place of `path` at once and durably.
 
     Raises:
@@ -288,12 +290,12 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
 TEMPORARY = ".tmp"
 
 
-def publish_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Replace a text file at once and durably."""
-    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def publish_link(path: Path, source: Path) -> None:
+def atomic_link(path: Path, source: Path) -> None:
     """Make `path` the same file as `source`, by a hard link where the disk has them, at once and durably."""
 
     def link(temporary: Path) -> None:
@@ -303,7 +305,7 @@ def publish_link(path: Path, source: Path) -> None:
         except OSError:
             temporary.write_bytes(source.read_bytes())
 
-    publish(path, link)
+    atomic_write(path, link)
 
 
 def check_room(folder: Path, needed: int) -> None:

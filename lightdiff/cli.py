@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lightdiff import __version__, launch, settings
+from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
 from lightdiff.options import Layer, command, read_settings
-from lightdiff.training.place import may_restart_elsewhere, restarted
+from lightdiff.runtime import launcher
+from lightdiff.runtime.dist_env import may_restart_elsewhere, restarted
 
 STAGES = "The five stages"
 OTHERS = "Looking, listing, importing"
@@ -54,8 +55,8 @@ def stage(name: str, package: str) -> Callable[[Any], None]:
 
     def run(chosen: Any) -> None:
         job = getattr(chosen, "job", None)
-        if job is not None and job.nproc_per_node > 1 and not launch.is_worker():
-            launch.launch(job, sys.argv[1:])
+        if job is not None and job.nproc_per_node > 1 and not launcher.is_worker():
+            launcher.launch(job, sys.argv[1:])
             return
         once = {name: default for name, default in (("restart", False), ("from_step", 0)) if getattr(chosen, name, 0)}
         if once and may_restart_elsewhere():  # there, restarted() may be true in one process and not in another
@@ -64,20 +65,20 @@ def stage(name: str, package: str) -> Callable[[Any], None]:
             )
         if restarted() and once:  # these are for the first time
             chosen = settings.with_changes(chosen, **once)
-        from lightdiff.training.progress import console
-        from lightdiff.training.ranks import leave, lost_contact_explained
-        from lightdiff.training.stopping import stop_at_once
+        from lightdiff.runtime.processes import explain_lost_contact, shutdown
+        from lightdiff.runtime.progress import console
+        from lightdiff.runtime.signals import stop_at_once
 
         console.quiet = job is not None and job.quiet
         try:
-            with stop_at_once(), lost_contact_explained(launch.rank()):
+            with stop_at_once(), explain_lost_contact(launcher.rank()):
                 made = import_module(f"lightdiff.{package}.{name}").run(chosen)
-                leave()
+                shutdown()
         except KeyboardInterrupt:  # here, as Typer would leave without a word
             raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
         except Stopped as stopped:
             raise Stopped(f"{stopped}{f', without {once_flags(once)}' if once else ''}", stopped.exit_code) from None
-        if launch.rank() == 0:
+        if launcher.rank() == 0:
             typer.echo(made)
 
     return run
@@ -99,7 +100,7 @@ def saved_settings(said: Layer, name: str) -> list[Layer]:
     saved = newest(folder, name, whole=False)  # the stage will read the rest, and tell what is damaged
     if saved is None:
         return []
-    layer = saved.document.settings.items()
+    layer = saved.metadata.settings.items()
     return [{key: value for key, value in layer if key not in {"run", "init_from", "restart"}}]
 
 
@@ -245,7 +246,7 @@ def import_original(
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
     debug = "--debug" in sys.argv[1:2]
-    launch.report_for_duty()
+    launcher.register_worker()
     try:
         app()
     except LightdiffError as error:
@@ -263,10 +264,10 @@ def fail(error: LightdiffError) -> None:
     """Tell an error and exit: to stderr, or to the process that started this one, which tells it once for all."""
     from rich.console import Console
 
-    if launch.tell(error):
+    if launcher.tell(error):
         sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
     head = "stopped:" if isinstance(error, Stopped) else "error:"
-    who = f"process {launch.rank()}: " if launch.rank() and not str(error).startswith("process ") else ""
+    who = f"process {launcher.rank()}: " if launcher.rank() and not str(error).startswith("process ") else ""
     Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
     sys.exit(error.exit_code)
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lightdiff.checkpoint import publish
+from lightdiff.checkpoint import atomic_write
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.pipeline import Moment
+from lightdiff.pipeline import TrajectoryStep
 
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row
@@ -59,7 +59,7 @@ def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRA
     """Save pictures as one that moves, for ever; the last one stays so many milliseconds."""
     first, *others = frames
     durations = [FRAME_MS] * len(others) + [last_ms]
-    publish(
+    atomic_write(
         path,
         lambda temporary: first.save(
             temporary, format="WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=True
@@ -72,7 +72,7 @@ def save_walk(path: Path, images: Sequence[Path]) -> None:
     save_animation(path, [opened(p) for p in [*images, *images[-2:0:-1]]])
 
 
-def save_trajectory(folder: Path, prefix: str, moments: Sequence[Moment]) -> None:
+def save_trajectory(folder: Path, prefix: str, moments: Sequence[TrajectoryStep]) -> None:
     """Save how images come out of noise: trajectory.webp, which moves, and trajectory.png, some moments side by side.
 
     Both show x_t above the estimate of x0.
@@ -89,4 +89,4 @@ def save_trajectory(folder: Path, prefix: str, moments: Sequence[Moment]) -> Non
 def save_png(path: Path, image: Image.Image | UInt8[torch.Tensor, "3 h w"], info: PngInfo | None = None) -> None:
     """Publish one image as a PNG, with its text chunks."""
     shown = image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
-    publish(path, lambda temporary: shown.save(temporary, format="PNG", pnginfo=info))
+    atomic_write(path, lambda temporary: shown.save(temporary, format="PNG", pnginfo=info))

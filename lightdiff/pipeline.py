@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, check_own, load_weights
 from lightdiff.data.latents import Scaling, read_index
 from lightdiff.data.order import item_noise
-from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, watched
+from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, with_callback
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
+from lightdiff.runtime.device import autocast, cast_weights, pick_device, pick_precision, place
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
     Device,
@@ -36,7 +37,6 @@ from lightdiff.settings import (
     TrainUNetSettings,
     VAESettings,
 )
-from lightdiff.training.compute import autocast, in_low_precision, pick_device, pick_precision, place
 
 N = TypeVar("N", bound=nn.Module)
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
@@ -67,7 +67,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrajectoryStep:
     """One call of the network on the way from noise to images in [-1, 1], on the CPU."""
 
     level: Level
@@ -75,7 +75,7 @@ class Moment:
     x0: Float[Tensor, "b 3 h w"]  # what the network takes to be behind it
 
 
-def first_signal(settings: TrainUNetSettings) -> float:
+def min_signal(settings: TrainUNetSettings) -> float:
     """The share of signal at which to begin sampling, for a network with these settings."""
     return EPS_MIN_ALPHA_BAR if settings.target.objective == "eps" else 0.0
 
@@ -86,14 +86,14 @@ def levels_for(settings: TrainUNetSettings, sampling: Sampling, strength: float 
     Raises:
         ValueError: If there are more steps than usable levels.
     """
-    floor = first_signal(settings) if sampling.min_alpha_bar is None else sampling.min_alpha_bar
+    floor = min_signal(settings) if sampling.min_alpha_bar is None else sampling.min_alpha_bar
     schedule = Schedule.of(settings.resolved().noise)
     return sampling_levels(schedule, sampling.num_steps, floor, sampling.spacing, strength)
 
 
 def usable_levels(settings: TrainUNetSettings) -> int:
     """How many levels a network can begin sampling at, which are as many steps as it can take."""
-    return int((Schedule.of(settings.resolved().noise).signal() >= first_signal(settings)).sum())
+    return int((Schedule.of(settings.resolved().noise).signal() >= min_signal(settings)).sum())
 
 
 def guidance_for(settings: TrainUNetSettings, sampling: Sampling, items: Sequence[int]) -> Guidance | None:
@@ -163,7 +163,7 @@ def sample_latents(
             denoise = inpainting(denoise, known, edit.mask.to(device).expand(len(x), -1, -1, -1))
 
     if see is not None:
-        denoise = watched(denoise, see)
+        denoise = with_callback(denoise, see)
 
     def step_noise(step: int) -> Tensor:
         return item_noise(shape, list(items), seed, f"step {step}").to(device)
@@ -209,7 +209,7 @@ class Pipeline:
         self.precision = precision
         self.vae, self.vae_settings = load_vae(vae, device, precision)
         self.settings = unet.settings(TrainUNetSettings)
-        self.unet = in_low_precision(load_unet(unet, self.settings, device, ema), precision)
+        self.unet = cast_weights(load_unet(unet, self.settings, device, ema), precision)
 
     @classmethod
     def load(
@@ -266,13 +266,13 @@ class Pipeline:
         sampling: Sampling | None = None,
         size: tuple[int, int] | None = None,
         edit: Edit | None = None,
-    ) -> list[Moment]:
+    ) -> list[TrajectoryStep]:
         """What `sample` passes through, one moment for each call of the network; arguments as there."""
-        scaling, found = Scaling.of(self.settings.latent), list[Moment]()
+        scaling, found = Scaling.of(self.settings.latent), list[TrajectoryStep]()
 
         def see(level: Level, x_t: Tensor, x0: Tensor) -> None:
             noisy = scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
-            found.append(Moment(level, self.decode(noisy), self.decode(scaling.to_z(x0))))
+            found.append(TrajectoryStep(level, self.decode(noisy), self.decode(scaling.to_z(x0))))
 
         self.sample(items, seed, sampling, size, edit, see=see)
         return found
@@ -294,7 +294,7 @@ def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -
     model = saved.settings(VAESettings, "model")
     vae = ready(lambda: VAE(model), saved, saved.weights_prefix(), device)
     vae.to(memory_format=torch.channels_last)  # without a backward pass it is faster on CPUs, too
-    return in_low_precision(vae, precision), model
+    return cast_weights(vae, precision), model
 
 
 def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> UNet:
@@ -318,7 +318,7 @@ def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.
 
 def vae_digest(saved: Checkpoint) -> str:
     """The digest by which later stages know this VAE: of its encoder, which made the latents."""
-    return saved.document.weights_digest(f"{saved.weights_prefix()}encoder.")
+    return saved.metadata.weights_digest(f"{saved.weights_prefix()}encoder.")
 
 
 def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
@@ -327,7 +327,7 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
     Raises:
         UserError: If not, with both digests.
     """
-    wanted, found = unet.document.lineage.get("vae", ""), vae_digest(vae)
+    wanted, found = unet.metadata.lineage.get("vae", ""), vae_digest(vae)
     if wanted != found:
         raise UserError(
             f"{unet.path} was trained on latents of VAE {wanted[:8]}, but {vae.path} holds {found[:8]}: "
@@ -337,23 +337,23 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 
 def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
     """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
-    there = [home for home in homes_of_latents(unet, run) if (home / "index.json").is_file()]
-    return fitting(there, lambda home: read_index(home).digest, unet.document.lineage.get("latents"))
+    there = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
+    return fitting(there, lambda home: read_index(home).digest, unet.metadata.lineage.get("latents"))
 
 
 def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
     """The VAE to decode with: the one given, else the copy kept with the U-Net's latents, else the run's."""
     if given is not None:
         return find_vae(given, run)
-    copies = [home / "vae.safetensors" for home in homes_of_latents(unet, run)]
+    copies = [home / "vae.safetensors" for home in latents_candidates(unet, run)]
     there = [copy for copy in copies if copy.is_file()]
-    wanted = unet.document.lineage.get("vae")
+    wanted = unet.metadata.lineage.get("vae")
     return fitting(there, lambda copy: vae_digest(Checkpoint(copy, "vae")), wanted) or find_vae(None, run)
 
 
-def homes_of_latents(unet: Checkpoint, run: RunFolder) -> list[Path]:
+def latents_candidates(unet: Checkpoint, run: RunFolder) -> list[Path]:
     """Where the latents of a U-Net may be: where it was told that they are, in its run, and in this one."""
-    told = unet.document.settings.get("latents")
+    told = unet.metadata.settings.get("latents")
     named = named_latents(Path(told)) if isinstance(told, str) else []
     homes = [*named, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
     return list({home.absolute(): home for home in homes}.values())

@@ -125,7 +125,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     for place in places:
         if (place / "index.json").is_file():
             return place
-    see_spelling(places[-1].parent)
+    check_spelling(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")
 
 
@@ -142,11 +142,11 @@ def _find(given: Path | None, places: list[Path], flag: str, folder: Path, comma
     for place in places:
         if place.is_file():
             return place
-    see_spelling(folder.parent)
+    check_spelling(folder.parent)
     raise UserError(f"{folder} holds no checkpoint: run '{command}' first, or point {flag} at one")
 
 
-def see_spelling(run: Path) -> None:
+def check_spelling(run: Path) -> None:
     """Where there is no such run, but some of a similar name, say so instead of what is missing in it.
 
     Raises:
@@ -158,7 +158,7 @@ def see_spelling(run: Path) -> None:
         raise UserError(f"there is no run folder {run}; did you mean {meant}?")
 
 
-def claim(folder: Path) -> None:
+def ensure_writable(folder: Path) -> None:
     """Make a folder and see that it can be written to, before any long work.
 
     Raises:

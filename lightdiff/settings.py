@@ -379,11 +379,11 @@ class VAELossSettings(Settings):
 class StageSettings(Settings):
     """Base of all stages."""
 
-    SAID_ONCE: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command; not saved
+    NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command; not saved
 
     def to_save(self) -> dict[str, Any]:
         """What is saved with a checkpoint, as JSON."""
-        return self.model_dump(mode="json", exclude=set(self.SAID_ONCE))
+        return self.model_dump(mode="json", exclude=set(self.NOT_SAVED))
 
     run: Path = Field(Path("runs/default"), description="run folder")
     job: JobSettings = Field(JobSettings(), title="Processes and time")

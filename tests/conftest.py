@@ -91,7 +91,7 @@ def cli() -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 faces of 16 pixels. Not to be written to."""
-    from lightdiff.data.toy_faces import draw_dataset
+    from lightdiff.extras.toy_faces import draw_dataset
 
     folder = tmp_path_factory.mktemp("data") / "faces"
     draw_dataset(folder, count=24, seed=0, size=16)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import TrainVAESettings
 from lightdiff.stages.train_vae import VAETask, resolve
 from lightdiff.training.loop import Trainer
-from lightdiff.training.ranks import Ranks
 from tests.bench.adversarial import AdversarialTask, discriminator
 
 LEARNS = 30  # steps
@@ -50,7 +50,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def trained(kind, weight=0.0, starts_at=0, steps=3):
-    task = kind(settings(), [], torch.device("cpu"), None, None, Ranks())
+    task = kind(settings(), [], torch.device("cpu"), None, None, Processes())
     if kind is Opposed:
         task.oppose(weight, 1e-3, starts_at)
     trainer, said = Trainer(task, task.settings.loop, "fp32"), []
@@ -81,7 +81,7 @@ def test_with_weight_the_decoder_is_moved_and_the_frozen_encoder_is_not():
 
 def test_the_weight_is_adaptive():
     """The adversarial gradient at the last convolution is as long as the error's, times the weight."""
-    task = Opposed(settings(), [], torch.device("cpu"), None, None, Ranks())
+    task = Opposed(settings(), [], torch.device("cpu"), None, None, Processes())
     grown = []
     for weight in (0.0, 0.5):
         task.oppose(weight, 0.0, 0)

@@ -289,8 +289,8 @@ def of_another_stage(file: Path, run: Path) -> None:
 def of_a_newer_format(file: Path, run: Path) -> None:
     with safe_open(file, framework="pt") as snapshot:
         tensors = {name: snapshot.get_tensor(name) for name in snapshot.keys()}
-        document = json.loads(snapshot.metadata()["lightdiff"])
-    save_file(tensors, file, metadata={"lightdiff": json.dumps(document | {"format": 2, "lightdiff": "9.9"})})
+        metadata = json.loads(snapshot.metadata()["lightdiff"])
+    save_file(tensors, file, metadata={"lightdiff": json.dumps(metadata | {"format": 2, "lightdiff": "9.9"})})
 
 
 def of_something_else(file: Path, run: Path) -> None:

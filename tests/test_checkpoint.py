@@ -25,10 +25,10 @@ from lightdiff.checkpoint import (
     FORMAT,
     KEY,
     Checkpoint,
-    Document,
-    publish,
-    publish_link,
-    publish_text,
+    Metadata,
+    atomic_link,
+    atomic_write,
+    atomic_write_text,
     remove_temporaries,
     save,
     tensor_digest,
@@ -66,8 +66,8 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 def saved(path: Path, **about: Any) -> Path:
-    document = Document(stage="vae", settings={"lr": 0.5, "channels": [8, 16]}, step=3, metrics={"loss": 0.25})
-    save(path, some_tensors(), document.model_copy(update=about))
+    metadata = Metadata(stage="vae", settings={"lr": 0.5, "channels": [8, 16]}, step=3, metrics={"loss": 0.25})
+    save(path, some_tensors(), metadata.model_copy(update=about))
     return path
 
 
@@ -111,7 +111,7 @@ def fail_with(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0, 3), (7,), (2, 3, 4)])
 def test_round_trip(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.arange(math.prod(shape)).reshape(shape) - 2).to(dtype)
-    save(tmp_path / "a.safetensors", {"model.x": tensor}, Document(stage="vae"))
+    save(tmp_path / "a.safetensors", {"model.x": tensor}, Metadata(stage="vae"))
     read = Checkpoint(tmp_path / "a.safetensors", "vae").tensor("model.x")
     assert (read.dtype, read.shape) == (dtype, tensor.shape)
     assert torch.equal(read, tensor)
@@ -120,29 +120,29 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point])
 def test_round_trip_of_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 0.1]).to(dtype)
-    save(tmp_path / "a", {"x": special}, Document(stage="vae"))
+    save(tmp_path / "a", {"x": special}, Metadata(stage="vae"))
     assert bits(Checkpoint(tmp_path / "a").tensor("x")) == bits(special)
 
 
 def test_tensors_of_any_layout(tmp_path: Path) -> None:
     base = torch.arange(24.0, requires_grad=True)
     views = {"t": base.reshape(4, 6).T, "s": base[::3], "e": torch.ones(1).expand(3)}
-    save(tmp_path / "a", views, Document(stage="vae"))
+    save(tmp_path / "a", views, Metadata(stage="vae"))
     for name, read in read_all(tmp_path / "a").items():
         assert torch.equal(read, views[name])
         assert not read.requires_grad
 
 
 def test_a_file_without_tensors(tmp_path: Path) -> None:
-    save(tmp_path / "a", {}, Document(stage="vae", step=9))
-    assert Checkpoint(tmp_path / "a").document.step == 9
+    save(tmp_path / "a", {}, Metadata(stage="vae", step=9))
+    assert Checkpoint(tmp_path / "a").metadata.step == 9
     assert Checkpoint(tmp_path / "a").weights() == {}
 
 
 def test_the_document_comes_back(tmp_path: Path) -> None:
-    document = save(tmp_path / "deep" / "er" / "a", some_tensors(), Document(stage="vae", facts={"ä": [1, None, "\n"]}))
-    read = Checkpoint(tmp_path / "deep" / "er" / "a").document
-    assert read == document
+    metadata = save(tmp_path / "deep" / "er" / "a", some_tensors(), Metadata(stage="vae", extra={"ä": [1, None, "\n"]}))
+    read = Checkpoint(tmp_path / "deep" / "er" / "a").metadata
+    assert read == metadata
     assert (read.format, read.lightdiff, read.facts) == (FORMAT, __version__, {"ä": [1, None, "\n"]})
     assert read.digests == {name: tensor_digest(tensor) for name, tensor in some_tensors().items()}
 
@@ -150,22 +150,22 @@ def test_the_document_comes_back(tmp_path: Path) -> None:
 @PROPERTY
 @given(st.dictionaries(st.text(), JSON, max_size=3))
 def test_any_document_comes_back(tmp_path: Path, facts: dict[str, Any]) -> None:
-    document = save(tmp_path / "a", {}, Document(stage="vae", facts=facts, settings=facts))
-    assert Checkpoint(tmp_path / "a").document == document
-    assert document.facts == facts
+    metadata = save(tmp_path / "a", {}, Metadata(stage="vae", extra=facts, settings=facts))
+    assert Checkpoint(tmp_path / "a").metadata == metadata
+    assert metadata.extra == facts
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 1e-300, 0.1, -0.0])
 def test_metrics_of_any_value_come_back(tmp_path: Path, number: float) -> None:
-    save(tmp_path / "a", {}, Document(stage="vae", metrics={"psnr": number}, facts={"best": number}))
-    read = Checkpoint(tmp_path / "a").document
+    save(tmp_path / "a", {}, Metadata(stage="vae", metrics={"psnr": number}, extra={"best": number}))
+    read = Checkpoint(tmp_path / "a").metadata
     assert str(read.metrics["psnr"]) == str(read.facts["best"]) == str(number)
 
 
 def test_paths_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
     folder = os.fsdecode(b"/data/\xff")
-    save(tmp_path / "a", {}, Document(stage="vae", settings={"data": [folder]}, facts={"ä": "☃"}))
-    read = Checkpoint(tmp_path / "a").document
+    save(tmp_path / "a", {}, Metadata(stage="vae", settings={"data": [folder]}, extra={"ä": "☃"}))
+    read = Checkpoint(tmp_path / "a").metadata
     assert read.settings == {"data": [folder]}
     assert read.facts == {"ä": "☃"}
 
@@ -178,7 +178,7 @@ def test_names_prefixes_and_weights(tmp_path: Path) -> None:
     assert (file.weights_prefix(), file.weights_prefix(ema=False)) == ("ema.", "model.")
     assert torch.equal(file.weights()["a"], tensors["ema.a"])
     assert torch.equal(file.weights(ema=False)["b"], tensors["model.b"])
-    save(tmp_path / "b", {"model.a": tensors["model.a"]}, Document(stage="vae"))
+    save(tmp_path / "b", {"model.a": tensors["model.a"]}, Metadata(stage="vae"))
     assert Checkpoint(tmp_path / "b").weights_prefix() == "model."
     assert list(Checkpoint(tmp_path / "b").weights()) == ["a"]
 
@@ -186,20 +186,20 @@ def test_names_prefixes_and_weights(tmp_path: Path) -> None:
 def test_the_weights_digest_depends_on_the_weights_alone(tmp_path: Path) -> None:
     tensors = some_tensors()
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    full = save(tmp_path / "a", tensors, Document(stage="vae", step=5)).weights_digest("model.")
-    assert save(tmp_path / "b", weights, Document(stage="vae")).weights_digest("model.") == full
+    full = save(tmp_path / "a", tensors, Metadata(stage="vae", step=5)).weights_digest("model.")
+    assert save(tmp_path / "b", weights, Metadata(stage="vae")).weights_digest("model.") == full
     backwards = dict(reversed(list(tensors.items())))
-    assert save(tmp_path / "c", backwards, Document(stage="vae")).weights_digest("model.") == full
+    assert save(tmp_path / "c", backwards, Metadata(stage="vae")).weights_digest("model.") == full
     averaged = {name.replace("model.", "ema."): tensor for name, tensor in weights.items()}
-    assert save(tmp_path / "d", averaged, Document(stage="vae")).weights_digest("ema.") == full
-    assert Checkpoint(tmp_path / "a").document.weights_digest("model.") == full
+    assert save(tmp_path / "d", averaged, Metadata(stage="vae")).weights_digest("ema.") == full
+    assert Checkpoint(tmp_path / "a").metadata.weights_digest("model.") == full
     other = {
         "value": {**weights, "model.a": weights["model.a"] + 1e-6},
         "name": {"model.c": weights["model.a"], "model.b": weights["model.b"]},
         "one less": {"model.a": weights["model.a"]},
         "one more": {**weights, "model.c": torch.zeros(1)},
     }
-    digests = {save(tmp_path / "e", t, Document(stage="vae")).weights_digest("model.") for t in other.values()}
+    digests = {save(tmp_path / "e", t, Metadata(stage="vae")).weights_digest("model.") for t in other.values()}
     assert len(digests | {full}) == 5
 
 
@@ -223,7 +223,7 @@ def test_a_failing_writer_leaves_everything_as_it_was(tmp_path: Path, error: Exc
         if before:
             path.write_bytes(before)
         with pytest.raises(RunError) as caught:
-            publish(path, fail_with(error))
+            atomic_write(path, fail_with(error))
         assert str(caught.value) == f"{path} could not be written: {text}{UNTOUCHED}"
         assert caught.value.__cause__ is error
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
@@ -233,7 +233,7 @@ def test_a_failing_writer_leaves_everything_as_it_was(tmp_path: Path, error: Exc
 def test_any_other_failure_passes_and_leaves_nothing_either(tmp_path: Path, error: BaseException) -> None:
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(type(error)):
-        publish(tmp_path / "a", fail_with(error))
+        atomic_write(tmp_path / "a", fail_with(error))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
@@ -254,7 +254,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(RunError) as caught:
-        save(path, {"model.a": torch.zeros(1)}, Document(stage="vae"))
+        save(path, {"model.a": torch.zeros(1)}, Metadata(stage="vae"))
     assert str(caught.value) == f"{path} could not be written: No space left on device{UNTOUCHED}"
     assert caught.value.exit_code == 1
     assert path.read_bytes() == old
@@ -271,7 +271,7 @@ def test_a_failure_at_each_step_of_publishing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(checkpoint.os, step, broken)
     with pytest.raises(RunError, match="could not be written: Input/output error"):
-        publish_text(tmp_path / "a", "new")
+        atomic_write_text(tmp_path / "a", "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
@@ -291,7 +291,7 @@ def test_the_mode_follows_the_umask(tmp_path: Path, umask: int, mode: int) -> No
     before = os.umask(umask)
     try:
         saved(tmp_path / "a")
-        publish_text(tmp_path / "b", "text")
+        atomic_write_text(tmp_path / "b", "text")
         assert checkpoint.current_umask() == umask
     finally:
         assert os.umask(before) == umask
@@ -301,15 +301,15 @@ def test_the_mode_follows_the_umask(tmp_path: Path, umask: int, mode: int) -> No
 def test_saving_again_replaces(tmp_path: Path) -> None:
     path = saved(tmp_path / "a")
     reader = Checkpoint(path)
-    save(path, {"model.a": torch.ones(2)}, Document(stage="unet", step=4))
+    save(path, {"model.a": torch.ones(2)}, Metadata(stage="unet", step=4))
     assert torch.equal(reader.tensor("model.a"), some_tensors()["model.a"])  # what is open stays whole
-    assert Checkpoint(path, "unet").document.step == 4
+    assert Checkpoint(path, "unet").metadata.step == 4
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_texts(tmp_path: Path) -> None:
     for text in ("eins", "zwei, größer\n"):
-        publish_text(tmp_path / "a", text)
+        atomic_write_text(tmp_path / "a", text)
         assert (tmp_path / "a").read_text(encoding="utf-8") == text
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
@@ -323,12 +323,12 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> 
         monkeypatch.setattr(checkpoint.os, "link", refuse)
     one, two, last = saved(tmp_path / "1", step=1), saved(tmp_path / "2", step=2), tmp_path / "last"
     for source in (one, two, two, one):
-        publish_link(last, source)
+        atomic_link(last, source)
         assert last.read_bytes() == source.read_bytes()
         assert last.samefile(source) == links
         assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "last"]
     one.unlink()
-    assert Checkpoint(last).document.step == 1
+    assert Checkpoint(last).metadata.step == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes")
@@ -336,7 +336,7 @@ def test_a_link_leaves_the_mode_of_its_source(tmp_path: Path) -> None:
     """Encoding with the VAE of another run must not change that run."""
     source = saved(tmp_path / "a")
     source.chmod(0o440)
-    publish_link(tmp_path / "b", source)
+    atomic_link(tmp_path / "b", source)
     assert source.stat().st_mode & 0o777 == 0o440
     assert source.samefile(tmp_path / "b")
 
@@ -344,7 +344,7 @@ def test_a_link_leaves_the_mode_of_its_source(tmp_path: Path) -> None:
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "last").write_text("old")
     with pytest.raises(RunError, match="No such file"):
-        publish_link(tmp_path / "last", tmp_path / "none")
+        atomic_link(tmp_path / "last", tmp_path / "none")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
@@ -362,7 +362,7 @@ def test_temporaries_are_removed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_leaves_is_a_temporary(tmp_path: Path) -> None:
     names: list[str] = []
-    publish(tmp_path / "a", lambda temporary: names.append(temporary.name))
+    atomic_write(tmp_path / "a", lambda temporary: names.append(temporary.name))
     (tmp_path / names[0]).touch()
     remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
@@ -437,11 +437,11 @@ def test_exchanged_tensors_are_found(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_changed_document_is_found(tmp_path: Path, change: dict[str, Any]) -> None:
-    document = Checkpoint(saved(tmp_path / "a")).document.model_dump(mode="json")
-    save_file(some_tensors(), tmp_path / "b", metadata={KEY: json.dumps(document)})
+    metadata = Checkpoint(saved(tmp_path / "a")).metadata.model_dump(mode="json")
+    save_file(some_tensors(), tmp_path / "b", metadata={KEY: json.dumps(metadata)})
     assert len(read_all(tmp_path / "b")) == 6
-    save_file(some_tensors(), tmp_path / "c", metadata={KEY: json.dumps(document | change)})
-    with pytest.raises(UserError, match=r"is damaged: its (header or )?document"):
+    save_file(some_tensors(), tmp_path / "c", metadata={KEY: json.dumps(metadata | change)})
+    with pytest.raises(UserError, match=r"is damaged: its (header or )?metadata"):
         Checkpoint(tmp_path / "c")
 
 
@@ -477,8 +477,8 @@ def test_foreign_files(tmp_path: Path, metadata: dict[str, str] | None) -> None:
 )
 def test_the_wrong_stage(tmp_path: Path, stage: str, wanted: str, message: str) -> None:
     path = saved(tmp_path / "a", stage=stage)
-    assert Checkpoint(path).document.stage == stage
-    assert Checkpoint(path, stage).document.stage == stage
+    assert Checkpoint(path).metadata.stage == stage
+    assert Checkpoint(path, stage).metadata.stage == stage
     with pytest.raises(UserError) as caught:
         Checkpoint(path, wanted)
     assert str(caught.value) == f"{path} {message}"
@@ -516,7 +516,7 @@ def test_garbage(tmp_path: Path, content: bytes) -> None:
 @PROPERTY
 @given(st.text(max_size=60) | JSON.map(json.dumps) | st.fixed_dictionaries(
     {"stage": st.text() | JSON},
-    optional={name: JSON for name in Document.model_fields if name != "stage"},
+    optional={name: JSON for name in Metadata.model_fields if name != "stage"},
 ).map(json.dumps))  # fmt: skip
 def test_garbage_for_a_document(tmp_path: Path, text: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a", metadata={KEY: text})

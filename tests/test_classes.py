@@ -16,11 +16,11 @@ from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling, sample_latents
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 from lightdiff.stages.generate import sampling_of
 from lightdiff.stages.start import list_images
-from lightdiff.training.ranks import Ranks
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 
@@ -134,7 +134,7 @@ def task_of(run: Path, **changes) -> train_unet.UNetTask:
     settings = build(
         TrainUNetSettings, [train_unet.inherited(run, None), {"model": {"width": 16, "zero_init": False}}, layer]
     ).resolved()
-    return train_unet.UNetTask(settings, LatentSet(run / "latents"), torch.device("cpu"), Ranks())
+    return train_unet.UNetTask(settings, LatentSet(run / "latents"), torch.device("cpu"), Processes())
 
 
 def test_labels_are_forgotten_as_often_as_asked_for(encoded):

@@ -494,7 +494,7 @@ def test_show_puts_settings_that_differ_first(cli, trained, stage):
     assert table["--batch-size"] == ["6", "16" if stage == "vae" else "32"]
     assert table["--lr"] == ["0.002"]
     model = MODELS[f"train-{stage}"]
-    assert set(table) == {f"--{flag(path)}" for path in typed(model) if path[0] not in model.SAID_ONCE}
+    assert set(table) == {f"--{flag(path)}" for path in typed(model) if path[0] not in model.NOT_SAVED}
 
 
 def test_show_as_json(cli, trained):

@@ -10,17 +10,17 @@ from torch import nn
 
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.settings import UNetSettings, VAESettings
-from lightdiff.training import compute
-from lightdiff.training.background import Background, ahead
-from lightdiff.training.compute import (
+from lightdiff.runtime import device as compute
+from lightdiff.runtime.background import Background, prefetch
+from lightdiff.runtime.device import (
     autocast,
-    in_low_precision,
+    cast_weights,
+    compile_network,
+    enable_activation_checkpointing,
     keep_memory,
     pick_compile,
-    recompute_activations,
-    translate,
 )
+from lightdiff.settings import UNetSettings, VAESettings
 from lightdiff.training.ema import EMA
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_activations_computed_again_give_the_same_gradients_in_less_memory(name)
     network, inputs = made(name)
     before, kept = gradients(network, inputs)
     again, _ = made(name)
-    recompute_activations(again)
+    enable_activation_checkpointing(again)
     after, fewer = gradients(again, inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert fewer < 0.6 * kept
@@ -81,7 +81,7 @@ def test_activations_computed_again_give_the_same_gradients_in_less_memory(name)
 
 def test_an_average_of_a_recomputing_network_is_a_network_of_its_own():
     network, inputs = made("unet")
-    recompute_activations(network)
+    enable_activation_checkpointing(network)
     ema = EMA(network, 0.9)
     with torch.no_grad():
         before = answer(ema.model, inputs)
@@ -96,7 +96,7 @@ def test_weights_converted_once_give_what_converting_them_each_time_gives(name):
     network.requires_grad_(False)
     with torch.inference_mode(), autocast(CPU, "bf16"):
         before = answer(network, inputs)
-        after = answer(in_low_precision(network, "bf16"), inputs)
+        after = answer(cast_weights(network, "bf16"), inputs)
     assert torch.equal(before, after)
     assert {p.dtype for m in network.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters()} <= {
         torch.float32
@@ -105,7 +105,7 @@ def test_weights_converted_once_give_what_converting_them_each_time_gives(name):
 
 def test_fp32_leaves_all_weights_as_they_are():
     network, _ = made("unet")
-    assert {p.dtype for p in in_low_precision(network, "fp32").parameters()} == {torch.float32}
+    assert {p.dtype for p in cast_weights(network, "fp32").parameters()} == {torch.float32}
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_compiled_network_computes_the_same(tmp_path, monkeypatch):
     network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
     x = torch.randn(2, 4, 8, 8)
     names, before = list(network.state_dict()), network(x)
-    translate(network, CPU)
+    compile_network(network, CPU)
     torch.testing.assert_close(network(x), before)
     assert list(network.state_dict()) == names
     assert any(path.is_file() for path in tmp_path.rglob("*"))  # kept for the next start
@@ -152,7 +152,7 @@ def test_a_compiled_training_learns_the_same(tmp_path, monkeypatch):
 def test_cuda_graphs_only_on_a_gpu_and_where_one_call_makes_a_gradient(monkeypatch, device, graphs, mode):
     seen = []
     monkeypatch.setattr(nn.Module, "compile", lambda _, **options: seen.append(options))
-    translate(made("unet")[0], torch.device(device), graphs=graphs)
+    compile_network(made("unet")[0], torch.device(device), graphs=graphs)
     assert seen == [{"mode": mode, "dynamic": False}]
 
 
@@ -293,17 +293,17 @@ def test_the_next_is_at_work_while_one_is_used():
         begun[i].set()
         return i
 
-    for i in ahead(lambda i=i: work(i) for i in range(5)):
+    for i in prefetch(lambda i=i: work(i) for i in range(5)):
         assert i == 4 or begun[i + 1].wait(5)
         assert i >= 3 or not begun[i + 2].is_set()
 
 
 def test_nothing_ahead_of_nothing():
-    assert list(ahead([])) == []
+    assert list(prefetch([])) == []
 
 
 def test_threads_in_the_background_have_no_helpers_and_take_none_away():
     torch.set_num_threads(2)
-    assert list(ahead([torch.get_num_threads])) == [1]
+    assert list(prefetch([torch.get_num_threads])) == [1]
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)

@@ -67,7 +67,7 @@ def test_what_a_mask_leaves_out_stays_to_the_pixel(trained, face, tmp_path):
 def test_what_is_transparent_lies_on_the_models_background_and_stays_where_it_is_a_mask(trained, tmp_path):
     run = tmp_path / "run"
     flags = [*VAE_FLAGS, "--background", "black"]
-    data = Checkpoint(trained / "vae/checkpoints/best.safetensors", "vae").document.settings["images"]["data"][0]
+    data = Checkpoint(trained / "vae/checkpoints/best.safetensors", "vae").metadata.settings["images"]["data"][0]
     succeed("train-vae", "--run", run, "--data", data, *flags)
     succeed("encode", "--run", run, "--workers", 0, "--device", "cpu")
     succeed("scale", "--run", run)

@@ -20,11 +20,11 @@ from lightdiff.data.files import ImageFile
 from lightdiff.extras import distances, evaluate
 from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
-from lightdiff.models.perceptual import cached_weights
+from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import EvaluateSettings, ImageSettings, VAELossSettings
-from lightdiff.training.ranks import Ranks
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("skimage")
@@ -99,7 +99,7 @@ def test_active_units_are_those_whose_mean_varies():
     logvar = torch.zeros(50, 2, 4, 4)
     for part in range(0, 50, 7):
         units.add(Posterior(mu[part : part + 7], logvar[part : part + 7]))
-    kl, active = units.over(Ranks())
+    kl, active = units.over(Processes())
     assert active == [1.0, 0.5]
     assert kl == pytest.approx((mu.square() / 2).mean((0, 2, 3)).tolist(), rel=1e-6)  # sigma is 1
 
@@ -133,7 +133,7 @@ def test_kept_features_are_of_these_images_and_this_network_alone(tmp_path):
         network = Features("mine", digest, torch.nn.Identity(), CPU)
         images = ImageSettings(data=(tmp_path,), resolution=resolution)
         listed = [ImageFile(0, path, "train", {}) for path in files]
-        return evaluate.cached(tmp_path, network, listed, images, Ranks(), measure)
+        return evaluate.cached(tmp_path, network, listed, images, Processes(), measure)
 
     first = features("one")
     again = features("one")
@@ -150,16 +150,16 @@ def test_kept_features_are_of_these_images_and_this_network_alone(tmp_path):
 def test_lpips_is_measured_where_its_weights_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     untrained = VAELossSettings(lpips_gamma=0.0, lpips_net="alex")
-    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Ranks())
+    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Processes())
     assert chosen.lpips_gamma == 0
     assert "no LPIPS, as the weights of alex are not at hand" in " ".join(capsys.readouterr().err.split())
     named = EvaluateSettings(lpips_net="squeeze", lpips_weights=tmp_path / "w")
-    chosen = evaluate.lpips_settings(untrained, named, Ranks())
+    chosen = evaluate.lpips_settings(untrained, named, Processes())
     assert (chosen.lpips_gamma, chosen.lpips_net, chosen.lpips_weights) == (1, "squeeze", tmp_path / "w")
     kept = cached_weights("alex")
     kept.parent.mkdir(parents=True)
     kept.touch()
-    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Ranks())
+    chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Processes())
     assert (chosen.lpips_gamma, chosen.lpips_weights) == (1, None)
 
 
@@ -214,7 +214,7 @@ def test_another_precision_and_other_images_are_measured_anew(run, weights, tmp_
     numbers = json.loads((run / "evaluation/metrics.json").read_text())["unet"]
     assert len(list((run / "evaluation").glob("samples-*-4*"))) == 2
     assert numbers["samples in"].endswith("-bf16")
-    images = Path(Checkpoint(run / "vae/checkpoints/best.safetensors", "vae").document.settings["images"]["data"][0])
+    images = Path(Checkpoint(run / "vae/checkpoints/best.safetensors", "vae").metadata.settings["images"]["data"][0])
     shutil.copytree(images, tmp_path / "moved")
     kept = set((run / "evaluation").glob("features-*"))
     succeed("evaluate", "--run", run, *flags, "--precision", "bf16", "--data", tmp_path / "moved")  # the same pixels

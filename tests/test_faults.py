@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.errors import LightdiffError, RunError, UserError
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import Lock, RunFolder
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import TrainVAESettings, VAESettings
 from lightdiff.stages.start import resumed
 from lightdiff.stages.train_vae import network
-from lightdiff.training.ranks import Ranks
 
 HOME = Path(__file__).parent.parent
 
@@ -32,7 +32,11 @@ HOME = Path(__file__).parent.parent
 @pytest.mark.skipif(os.name != "posix", reason="forks and kills")
 def test_five_kills_of_each_training_change_nothing():
     run = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--kills", "5"], cwd=HOME, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.bench.faults", "--kills", "5"],
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "vae: 5 of 5 kills" in run.stdout
@@ -53,7 +57,7 @@ class Killed(BaseException):
 def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypatch, where, what):
     path = tmp_path / "last.safetensors"
     old, new = ({"model.a": torch.full((1000,), value)} for value in (1.0, 2.0))
-    checkpoint.save(path, old, Document(stage="vae", step=1))
+    checkpoint.save(path, old, Metadata(stage="vae", step=1))
 
     def fail(*_, **__):
         raise Killed if what is Killed else OSError(what, os.strerror(what))
@@ -78,15 +82,15 @@ def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypa
         if what is Killed:
             patched.setattr(Path, "unlink", fail)  # a killed process tidies nothing up
         with pytest.raises(Killed if what is Killed else RunError):
-            checkpoint.save(path, new, Document(stage="vae", step=2))
+            checkpoint.save(path, new, Metadata(stage="vae", step=2))
     found = Checkpoint(path).verify()
     published = where == "fsync of the folder"
-    assert found.document.step == (2 if published else 1)
+    assert found.metadata.step == (2 if published else 1)
     torch.testing.assert_close(found.tensor("model.a"), (new if published else old)["model.a"])
     checkpoint.remove_temporaries(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
-    checkpoint.save(path, new, Document(stage="vae", step=3))
-    assert Checkpoint(path).verify().document.step == 3
+    checkpoint.save(path, new, Metadata(stage="vae", step=3))
+    assert Checkpoint(path).verify().metadata.step == 3
 
 
 # --- hostile files --------------------------------------------------------------------------------------------------
@@ -104,13 +108,13 @@ def raw_file(header: bytes, body: bytes = b"", length: int | None = None) -> byt
     return struct.pack("<Q", len(header) if length is None else length) + header + body
 
 
-def sealed(tensors: dict, settings: dict, **document) -> bytes:
+def sealed(tensors: dict, settings: dict, **metadata) -> bytes:
     """A file whose digests are right but whose settings are hostile."""
-    whole = Document(stage="vae", settings=settings, **document)
+    whole = Metadata(stage="vae", settings=settings, **metadata)
     layout = {name: (kind, shape) for name, (kind, shape, _) in tensors.items()}
     digests = {n: checkpoint.hashlib.sha256(data).hexdigest() for n, (_, _, data) in tensors.items()}
     whole = whole.model_copy(update={"digests": digests})
-    whole = whole.model_copy(update={"digest": whole.seal(layout)})
+    whole = whole.model_copy(update={"digest": whole.compute_digest(layout)})
     header: dict = {"__metadata__": {checkpoint.KEY: json.dumps(whole.model_dump(mode="json"))}}
     place = 0
     for name, (kind, shape, data) in tensors.items():
@@ -150,10 +154,10 @@ def test_any_bytes_are_refused_in_a_sentence(tmp_path, data):
 
 
 @FUZZ
-@given(document=JSON)
-def test_any_document_is_refused_in_a_sentence(tmp_path, document):
+@given(metadata=JSON)
+def test_any_document_is_refused_in_a_sentence(tmp_path, metadata):
     path = tmp_path / "file.safetensors"
-    path.write_bytes(raw_file(json.dumps({"__metadata__": {checkpoint.KEY: json.dumps(document)}}).encode()))
+    path.write_bytes(raw_file(json.dumps({"__metadata__": {checkpoint.KEY: json.dumps(metadata)}}).encode()))
     opened_safely(path)
 
 
@@ -198,13 +202,13 @@ def test_a_state_whose_settings_are_not_those_of_its_tensors_is_not_resumed(tmp_
     folder.last.write_bytes(sealed(tensors, hostile))
     before = checkpoint_memory()
     with Lock() as lock, pytest.raises(UserError, match="does not fit this architecture"):
-        resumed(folder, "vae", TrainVAESettings(images={"data": [tmp_path]}), lock, Ranks(), network)
+        resumed(folder, "vae", TrainVAESettings(images={"data": [tmp_path]}), lock, Processes(), network)
     assert checkpoint_memory() - before < 300e6
 
 
 def checkpoint_memory() -> float:
     """Peak memory of this process, in bytes."""
-    from lightdiff.training.compute import memory_in_use
+    from lightdiff.runtime.device import memory_in_use
 
     return memory_in_use(torch.device("cpu"))
 
@@ -214,7 +218,7 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "vae.safetensors"
     model = VAESettings(encoder_width=4, decoder_width=4, encoder_blocks=(1,), decoder_blocks=(1,)).resolved(8)
     tensors = {f"model.{name}": value for name, value in VAE(model).state_dict().items()}
-    checkpoint.save(path, tensors, Document(stage="vae", settings={"model": model.model_dump(mode="json")}))
+    checkpoint.save(path, tensors, Metadata(stage="vae", settings={"model": model.model_dump(mode="json")}))
     load_vae(Checkpoint(path), torch.device("cpu"))
     return path.read_bytes()
 

@@ -13,18 +13,18 @@ import torch
 from conftest import Result, call, succeed
 from torch import nn
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, Scaling
-from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.extras import health
 from lightdiff.extras.evidence import metrics_of, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts, latent_facts
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.progress import Row
 from lightdiff.settings import ImageSettings, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.ema import EMA
-from lightdiff.training.progress import Row
 
 HERE = "--precision fp32 --device cpu --optimizer adamw --warmup-steps 20 --batch-size 8".split()
 VAE = (
@@ -326,9 +326,9 @@ def test_a_frozen_encoder_needs_no_kl() -> None:
 
 def test_without_validation_the_training_speaks() -> None:
     rows = [{"step": 20.0, "mse": 0.4, "kl": 1.0}, {"step": 40.0, "mse": 0.04, "kl": 2.0}]
-    found = metrics_of(Document(stage="vae"), rows)
+    found = metrics_of(Metadata(stage="vae"), rows)
     assert (found["kl"], found["psnr"]) == (2.0, pytest.approx(20.0))
-    assert metrics_of(Document(stage="vae", metrics={"val_psnr": 31.0}), rows) == {"psnr": 31.0}
+    assert metrics_of(Metadata(stage="vae", metrics={"val_psnr": 31.0}), rows) == {"psnr": 31.0}
 
 
 def heavy(share: float) -> ChannelFacts:
@@ -444,8 +444,8 @@ def test_over_fitting_is_a_band_that_rises_while_training_falls(
 def test_few_images_and_none_held_out(images: int, wanted: list[str]) -> None:
     rows = [{"step": 20_000, "images_seen": 320_000, "loss": 0.1}]
     assert [finding.code for finding in health.of_generalisation(rows, images)] == wanted
-    watched = [row | {"val_loss_band_1": 0.2} for row in rows]
-    assert health.of_generalisation(watched, images) == []
+    with_callback = [row | {"val_loss_band_1": 0.2} for row in rows]
+    assert health.of_generalisation(with_callback, images) == []
 
 
 def test_copies_as_evaluate_measures_them() -> None:

@@ -99,7 +99,7 @@ def test_layers(part: str) -> None:
 
 def test_only_training_knows_of_other_processes() -> None:
     found = {module for module, names in MODULES.items() for name, _ in names if within(name, "torch.distributed")}
-    assert found <= {"lightdiff.launch", "lightdiff.training.ranks"}
+    assert found <= {"lightdiff.runtime.launcher", "lightdiff.runtime.processes"}
 
 
 @pytest.mark.parametrize("module", [*LIGHT, "lightdiff.cli", "lightdiff.__main__"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")]
@@ -81,7 +81,7 @@ def gone(pid: int) -> bool:
 
 
 def saved_step(command: Command) -> int:
-    return Checkpoint(command.stage.last, "vae").verify().document.step
+    return Checkpoint(command.stage.last, "vae").verify().metadata.step
 
 
 @pytest.mark.parametrize("processes", [1, 2])

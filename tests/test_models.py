@@ -493,7 +493,7 @@ def reference() -> dict[str, Tensor]:
 @pytest.mark.reference
 def test_an_imported_vae_computes_what_the_original_did(imported: Path, reference: dict[str, Tensor]) -> None:
     saved = Checkpoint(imported / "vae" / "checkpoints" / "best.safetensors", "vae")
-    vae = VAE(VAESettings.model_validate(saved.document.settings["model"])).eval()
+    vae = VAE(VAESettings.model_validate(saved.metadata.settings["model"])).eval()
     vae.load_state_dict(saved.weights())
     with torch.no_grad():
         posterior = vae.encoder(reference["vae.x"])
@@ -508,7 +508,7 @@ def test_an_imported_vae_computes_what_the_original_did(imported: Path, referenc
 @pytest.mark.reference
 def test_an_imported_unet_computes_what_the_original_did(imported: Path, reference: dict[str, Tensor]) -> None:
     saved = Checkpoint(imported / "unet" / "checkpoints" / "last.safetensors", "unet")
-    settings = TrainUNetSettings.model_validate(saved.document.settings)
+    settings = TrainUNetSettings.model_validate(saved.metadata.settings)
     unet = UNet(settings.model, settings.latent.channels).eval()
     unet.load_state_dict(saved.weights())
     with torch.no_grad():
@@ -522,8 +522,8 @@ def test_an_imported_unet_computes_what_the_original_did(imported: Path, referen
 @needs_golden
 @pytest.mark.reference
 def test_what_an_original_checkpoint_says_of_itself_is_kept(imported: Path) -> None:
-    vae = Checkpoint(imported / "vae" / "checkpoints" / "last.safetensors", "vae").document
-    unet = Checkpoint(imported / "unet" / "checkpoints" / "last.safetensors", "unet").document
+    vae = Checkpoint(imported / "vae" / "checkpoints" / "last.safetensors", "vae").metadata
+    unet = Checkpoint(imported / "unet" / "checkpoints" / "last.safetensors", "unet").metadata
     trained = TrainVAESettings.model_validate(vae.settings)
     assert (vae.step, unet.step) == (1234, 999)
     assert (trained.loss.kl_beta, trained.loss.lpips_gamma, trained.images.resolution) == (1e-3, 0.5, 64)

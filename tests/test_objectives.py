@@ -21,9 +21,9 @@ from lightdiff.diffusion.objectives import (
 )
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import NOISY, Objective, ScheduleSettings, TrainUNetSettings
 from lightdiff.stages.train_unet import UNetTask
-from lightdiff.training.ranks import Ranks
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 preserving = st.floats(1e-4, 1 - 1e-4).map(lambda bar: Level(7, math.sqrt(bar), math.sqrt(1 - bar)))
@@ -129,7 +129,9 @@ def test_the_training_loss_is_the_weighed_error(objective: Objective, kind: str)
         "latent": {"height": 8, "width": 8},
         "model": {"width": 8, "time_dim": 8},
     }
-    task = UNetTask(TrainUNetSettings.model_validate(layer).resolved(), cast(Any, None), torch.device("cpu"), Ranks())
+    task = UNetTask(
+        TrainUNetSettings.model_validate(layer).resolved(), cast(Any, None), torch.device("cpu"), Processes()
+    )
     x0, eps = (normal(3, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t = torch.tensor([150, 500, 850])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightdiff.errors import UserError
 from lightdiff.models import perceptual
-from lightdiff.models.perceptual import TRUNKS, Net, PerceptualLoss, find_weights, load_lpips
+from lightdiff.models.lpips import TRUNKS, Net, PerceptualLoss, find_weights, load_lpips
 from lightdiff.settings import VAELossSettings
 
 MODELS: dict[Net, Callable[[], nn.Module]] = {

@@ -16,12 +16,13 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_index, shard_path
 from lightdiff.data.order import item_noise
-from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling, latents_behind, sample_latents, vae_behind
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.device import pick_compile
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,
@@ -32,7 +33,6 @@ from lightdiff.settings import (
     TrainVAESettings,
 )
 from lightdiff.stages import demo, encode, generate, scale, train_unet, train_vae
-from lightdiff.training.compute import pick_compile
 
 LOOP = {"steps": 4, "batch_size": 8, "workers": 0, "val_every": 2, "save_every": 2, "warmup_steps": 0}
 
@@ -112,11 +112,11 @@ def test_a_run_has_the_files_it_should(finished):
 
 def test_default_levels_follow_the_size(finished):
     assert read_index(finished / "latents").shape == (4, 8, 8)
-    assert Checkpoint(finished / "unet/checkpoints/last.safetensors").document.settings["model"]["channels"] == [16, 16]
+    assert Checkpoint(finished / "unet/checkpoints/last.safetensors").metadata.settings["model"]["channels"] == [16, 16]
 
 
 def test_later_stages_know_what_earlier_ones_saw(finished):
-    unet = Checkpoint(finished / "unet/checkpoints/last.safetensors").document
+    unet = Checkpoint(finished / "unet/checkpoints/last.safetensors").metadata
     index = read_index(finished / "latents")
     assert unet.lineage == {"vae": index.vae_digest, "latents": index.digest}
     assert unet.settings["latent"]["scale"] == index.statistics.scale
@@ -388,7 +388,7 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
     assert image.size == (32, 32)
     assert (image.text["seed"], image.text["index"]) == ("3", "2")
     assert json.loads(image.text["settings"])["num_steps"] == 4
-    assert image.text["unet"] == Checkpoint(finished / "unet/checkpoints/last.safetensors").document.digest
+    assert image.text["unet"] == Checkpoint(finished / "unet/checkpoints/last.safetensors").metadata.digest
     assert str(tmp_path) not in str(image.text)
     assert str(finished) not in str(image.text)
     assert (tmp_path / "out/face-grid.png").is_file()

@@ -10,9 +10,9 @@ from conftest import VAE_FLAGS, call
 from rich.console import Console
 
 from lightdiff.pictures import save_grid, save_grid_of_files
-from lightdiff.training import progress
-from lightdiff.training.display import BLOCKS, Display, number, sparkline
-from lightdiff.training.progress import Reporter, cut_metrics
+from lightdiff.runtime import progress
+from lightdiff.runtime.display import BLOCKS, Display, number, sparkline
+from lightdiff.runtime.progress import Reporter, cut_metrics
 
 
 def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:

@@ -19,11 +19,11 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentSet, read_index
-from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.errors import LostContact
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
-from lightdiff.training.place import Place, first_host
-from lightdiff.training.ranks import Ranks, lost_contact_explained
+from lightdiff.runtime.dist_env import DistEnv, first_host
+from lightdiff.runtime.processes import Processes, explain_lost_contact
 
 HOME = Path(__file__).parent.parent
 
@@ -43,12 +43,12 @@ SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TA
 
 
 def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORCH) -> list[str]:
-    """Run tests/many.py in `size` processes; what each wrote to stderr."""
+    """Run tests/bench/many.py in `size` processes; what each wrote to stderr."""
     shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.many", job, str(folder)],
+            [sys.executable, "-m", "tests.bench.many", job, str(folder)],
             cwd=HOME,
             env=shared | dict(zip(launcher, map(str, (size, rank, rank, size)), strict=True)),
             stderr=subprocess.PIPE,
@@ -151,9 +151,9 @@ def test_images_agree(one, several):
 def test_uneven_shares_and_no_validation_images(one, tmp_path):
     shutil.copytree(one / "faces", tmp_path / "faces")
     said = run_many("corners", tmp_path, 3)
-    document = Checkpoint(RunFolder(tmp_path / "run").vae.last).document
-    assert document.step == 5
-    assert document.images_seen == 3 * 2 + 2 * 4
+    metadata = Checkpoint(RunFolder(tmp_path / "run").vae.last).metadata
+    assert metadata.step == 5
+    assert metadata.images_seen == 3 * 2 + 2 * 4
     assert "3 processes on cpu" in " ".join(said[0].split())
     assert "processes" not in said[1]  # one speaks for all
 
@@ -173,34 +173,34 @@ def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
 
 @given(count=st.integers(0, 100), size=st.integers(1, 12))
 def test_shares_cover_everything_once_and_evenly(count, size):
-    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+    shares = [Processes(rank, size).share(count) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    dealt = [Ranks(rank, size).deal(range(count)) for rank in range(size)]
+    dealt = [Processes(rank, size).strided(range(count)) for rank in range(size)]
     assert sorted(i for items in dealt for i in items) == list(range(count))
-    parts = [list(range(count))[Ranks(rank, size).part(count)] for rank in range(size)]
+    parts = [list(range(count))[Processes(rank, size).part(count)] for rank in range(size)]
     assert all(parts) or not count
 
 
 def test_alone_nothing_travels():
-    alone = Ranks()
+    alone = Processes()
     value = torch.ones(2)
     assert alone.sum(value) is value
     assert alone.all_true(value) is value
-    assert alone.largest(3, 4) == [3, 4]
-    assert alone.on_first(lambda: 5) == 5
+    assert alone.all_reduce_max(3, 4) == [3, 4]
+    assert alone.run_on_main(lambda: 5) == 5
     alone.check_same("anything", 1)
 
 
 def test_torchs_variables_and_slurms():
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert Place.of(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == Place(5, 8, 1, 4, "a", 77)
+    assert DistEnv.of(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == DistEnv(5, 8, 1, 4, "a", 77)
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456", "SLURM_LOCALID": "0"}
-    assert Place.of(batch) == Place()  # a batch script is no step
+    assert DistEnv.of(batch) == DistEnv()  # a batch script is no step
     step = batch | {"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
     step |= {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    assert Place.of(step) == Place(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
-    assert Place.of({}) == Place()
+    assert DistEnv.of(step) == DistEnv(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
+    assert DistEnv.of({}) == DistEnv()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_the_first_of_slurms_hosts(hosts, first):
 
 def test_errors_of_lost_contact_are_explained_and_others_left_alone():
     with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
-        with lost_contact_explained(1):
+        with explain_lost_contact(1):
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nmore")
-    with pytest.raises(RuntimeError, match="shape mismatch"), lost_contact_explained(1):
+    with pytest.raises(RuntimeError, match="shape mismatch"), explain_lost_contact(1):
         raise RuntimeError("shape mismatch")

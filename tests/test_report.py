@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import UNET_FLAGS, call, succeed
 
-from lightdiff.checkpoint import Document
+from lightdiff.checkpoint import Metadata
 from lightdiff.data.latents import read_index
 from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, curves_of, grids, thinned
@@ -188,7 +188,7 @@ def test_a_comparison_tells_what_differs_and_what_is_better(comparison, two_runs
 def test_losses_of_different_questions_are_not_ranked():
     def run(objective, loss, latents="a"):
         settings = {"target": {"objective": objective}, "noise": {}, "latent": {}}
-        document = Document(
+        document = Metadata(
             stage="unet",
             settings=settings,
             lineage={"latents": latents},
@@ -208,7 +208,7 @@ def test_settings_of_a_stage_that_only_one_run_has_do_not_differ():
     def run(*values):
         rows = [Row("lr", value, "1") for value in values]
         return RunFacts(
-            Path("run"), vae=Training(Document(stage="vae", settings={}), 1, rows, {}, []) if rows else None
+            Path("run"), vae=Training(Metadata(stage="vae", settings={}), 1, rows, {}, []) if rows else None
         )
 
     assert differences([run("1"), run()]) == []
@@ -239,7 +239,7 @@ def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
     assert path.is_file()
     from lightdiff.checkpoint import Checkpoint
 
-    data = Path(Checkpoint(run / "vae/checkpoints/best.safetensors").document.settings["images"]["data"][0])
+    data = Path(Checkpoint(run / "vae/checkpoints/best.safetensors").metadata.settings["images"]["data"][0])
     moved = data.with_name("elsewhere")
     data.rename(moved)
     try:

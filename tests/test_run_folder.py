@@ -13,7 +13,7 @@ from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import (
     RunFolder,
     StageFolder,
-    claim,
+    ensure_writable,
     find_latents,
     find_unet,
     find_vae,
@@ -147,9 +147,9 @@ def test_latents_are_found(tmp_path: Path) -> None:
 
 
 def test_claim_makes_the_folder_and_leaves_what_is_there(tmp_path: Path) -> None:
-    claim(tmp_path / "a" / "b")
+    ensure_writable(tmp_path / "a" / "b")
     file = touched(tmp_path / "a" / "b" / "c")
-    claim(tmp_path / "a" / "b")
+    ensure_writable(tmp_path / "a" / "b")
     assert file.is_file()
 
 
@@ -157,14 +157,14 @@ def test_claim_makes_the_folder_and_leaves_what_is_there(tmp_path: Path) -> None
 def test_claim_where_a_file_is_in_the_way(tmp_path: Path, below: str) -> None:
     place = touched(tmp_path / "a") / below
     with pytest.raises(UserError, match=f"^{re.escape(str(place))} cannot be made: a file of that name is in the way$"):
-        claim(place)
+        ensure_writable(place)
 
 
 def test_claim_where_nothing_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, int]] = []
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: asked.append((path, mode)))
     with pytest.raises(UserError, match=r"cannot be written to: check its owner and permissions$"):
-        claim(tmp_path / "a")
+        ensure_writable(tmp_path / "a")
     assert asked == [(tmp_path / "a", os.W_OK | os.X_OK)]
 
 
@@ -174,7 +174,7 @@ def test_claim_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"cannot be made: Read-only file system$"):
-        claim(tmp_path / "a")
+        ensure_writable(tmp_path / "a")
 
 
 def test_set_aside_counts_on(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_original_scripts(name: str) -> None:
 def test_noised_has_the_mean_and_variance_of_its_level() -> None:
     alpha_bar = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
     x0 = torch.full((3, 1, 400, 400), 2.0, dtype=torch.float64)
-    x_t = preserving(alpha_bar).noised(x0, normal(3, 1, 400, 400), torch.arange(3))
+    x_t = preserving(alpha_bar).q_sample(x0, normal(3, 1, 400, 400), torch.arange(3))
     # 160,000 samples: the mean's standard error is 0.0025, the variance's 0.0035
     torch.testing.assert_close(x_t.mean((1, 2, 3)), 2 * alpha_bar.sqrt(), rtol=0, atol=0.012)
     torch.testing.assert_close(x_t.var((1, 2, 3)), 1 - alpha_bar, rtol=0.02, atol=0)
@@ -120,7 +120,7 @@ def test_noised_gives_each_image_its_own_level(shape: tuple[int, ...]) -> None:
     # Where batch == width, levels broadcast along the width would go unnoticed by shapes alone.
     x0, eps = normal(*shape, seed=1), normal(*shape, seed=2)
     alpha_bar = torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64)
-    x_t = preserving(alpha_bar).noised(x0, eps, torch.arange(shape[0]))
+    x_t = preserving(alpha_bar).q_sample(x0, eps, torch.arange(shape[0]))
     for i in range(shape[0]):
         a = float(alpha_bar[i])
         torch.testing.assert_close(x_t[i], math.sqrt(a) * x0[i] + math.sqrt(1 - a) * eps[i])

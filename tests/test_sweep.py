@@ -81,13 +81,13 @@ def test_lineage_and_settings_are_those_of_the_cell(swept, base):
         vae = vae / "vae" / "checkpoints" / "best.safetensors" if vae.is_dir() else vae
         unet = unet / "unet" / "checkpoints" / "last.safetensors" if unet.is_dir() else unet
         index = read_index(latents if (latents / "index.json").is_file() else latents / "latents")
-        settings = Checkpoint(unet).document.settings
-        assert Checkpoint(vae).document.settings["loss"]["kl_beta"] == float(beta)
-        assert Checkpoint(unet).document.lineage == {"vae": index.vae_digest, "latents": index.digest}
+        settings = Checkpoint(unet).metadata.settings
+        assert Checkpoint(vae).metadata.settings["loss"]["kl_beta"] == float(beta)
+        assert Checkpoint(unet).metadata.lineage == {"vae": index.vae_digest, "latents": index.digest}
         assert settings["target"]["objective"] == objective
         assert settings["noise"]["schedule"] == ("flow" if objective == "flow" else "cosine")  # follows what is varied
         assert settings["latent"]["shift"] == index.statistics.shift
-        assert {name: Checkpoint(vae).document.metrics[name] for name in ("val_psnr", "val_loss")}.items() <= cell[
+        assert {name: Checkpoint(vae).metadata.metrics[name] for name in ("val_psnr", "val_loss")}.items() <= cell[
             "metrics"
         ]["vae"].items()
 
@@ -143,7 +143,7 @@ def test_what_follows_from_a_varied_setting_follows(run):
     folder = run / "sweeps" / "model.encoder-width"
     assert made(folder) == {"vae": 2}
     found = [
-        Checkpoint(vae / "vae" / "checkpoints" / "last.safetensors").document.settings["model"]["encoder_channels"]
+        Checkpoint(vae / "vae" / "checkpoints" / "last.safetensors").metadata.settings["model"]["encoder_channels"]
         for vae in folder.glob("vae-*")
     ]
     assert sorted(found) == [[16, 16], [24, 24]]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from lightdiff.data.toy_faces import (
+from lightdiff.errors import UserError
+from lightdiff.extras.toy_faces import (
     BEARDED_STYLES,
     CLASSES,
     HAIR_STYLES,
@@ -20,7 +21,6 @@ from lightdiff.data.toy_faces import (
     face_class,
     random_face,
 )
-from lightdiff.errors import UserError
 
 PLAIN = Face(
     background=(200, 220, 240),

@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.order import generator
-from lightdiff.data.toy_faces import draw_dataset
 from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.runtime import signals as stopping
+from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.signals import Request, SignalMonitor, TimeLimit
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
@@ -37,10 +40,7 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, scale, train_unet, train_vae
-from lightdiff.training import stopping
 from lightdiff.training.loop import Trainer, learning_rate, train
-from lightdiff.training.ranks import Ranks
-from lightdiff.training.stopping import TimeLimit, Watch, Wish
 
 TIMING = ("time", "images_per_s", "memory_mb")
 
@@ -57,7 +57,7 @@ class Regression:
         self.target = torch.randn(5, 3, dtype=dtype)
         self.validations = 0
         self.poison = ()
-        self.ranks = Ranks()
+        self.ranks = Processes()
 
     def batches(self, start, steps):
         for i in range(steps):
@@ -105,7 +105,7 @@ def fit(folder, steps=20, task=None, resume=None, **changes):
     task = task or Regression()
     stage = StageFolder(folder)
     stage.checkpoints.mkdir(parents=True, exist_ok=True)
-    return train(task, loop(**changes), stage, Document(stage="vae"), steps, "fp32", resume), stage
+    return train(task, loop(**changes), stage, Metadata(stage="vae"), steps, "fp32", resume), stage
 
 
 def lines(path: Path) -> list[dict]:
@@ -167,7 +167,7 @@ def test_it_learns_and_best_is_the_lowest_validation(tmp_path):
     trainer, stage = fit(tmp_path, steps=300, ema_decay=0.9)
     rows = [row for row in lines(stage.metrics) if "val_loss" in row]
     assert rows[-1]["val_loss"] < 0.05 * rows[0]["val_loss"]
-    best = Checkpoint(stage.best).document
+    best = Checkpoint(stage.best).metadata
     assert best.metrics["val_loss"] == min(row["val_loss"] for row in rows)
     assert not Checkpoint(stage.best).names("optimizer.")
     assert trainer.step == 300
@@ -186,7 +186,7 @@ def test_files_and_intervals(tmp_path):
     task = Regression()
     _, stage = fit(tmp_path, steps=23, task=task, keep=2)
     assert [path.name for path in stage.steps()] == ["step-00000015.safetensors", "step-00000020.safetensors"]
-    assert Checkpoint(stage.last).document.step == 23
+    assert Checkpoint(stage.last).metadata.step == 23
     assert task.validations == 3  # at 10, at 20, and at the last step
     assert sorted(path.name for path in stage.images.iterdir()) == [f"step-{n:08d}.png" for n in (10, 20, 23)]
     assert [row["step"] for row in lines(stage.metrics)] == list(range(1, 24))
@@ -215,7 +215,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
             fit(tmp_path / "stopped", micro_batch=4)
     assert stopped.value.exit_code == 143
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
-    assert saved.document.step == stop_at
+    assert saved.metadata.step == stop_at
     fit(tmp_path / "stopped", micro_batch=4, resume=saved)
     straight, again = StageFolder(tmp_path / "straight"), StageFolder(tmp_path / "stopped")
     assert_same_files(straight.last, again.last)
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     with pytest.raises(RunError, match=r"(?s)step 8: loss or gradient is not finite.*item-70.*and 2 more.*lower --lr"):
         fit(tmp_path, task=task)
     kept = Checkpoint(StageFolder(tmp_path).last)
-    assert kept.document.step == 5
+    assert kept.metadata.step == 5
     assert all(torch.isfinite(t).all() for t in kept.tensors("").values())
 
 
@@ -302,10 +302,10 @@ def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
 
 def test_a_second_signal_leaves_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with Watch(Ranks(), TimeLimit(0)) as watch:
-        assert watch.wish() == Wish(0, False)
+    with SignalMonitor(Processes(), TimeLimit(0)) as watch:
+        assert watch.poll() == Request(0, False)
         os.kill(os.getpid(), signal.SIGINT)
-        assert watch.wish() == Wish(130, False)
+        assert watch.poll() == Request(130, False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -317,7 +317,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
 
     def asking(self, batch, total):
         if self.step == 7:
-            saved.append(Checkpoint(StageFolder(tmp_path).last).document.step)
+            saved.append(Checkpoint(StageFolder(tmp_path).last).metadata.step)
         losses = step(self, batch, total)
         if self.step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -341,9 +341,9 @@ def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch
     clock[0] += 5
     assert limit.spent()
     assert not TimeLimit(minutes=0).spent()
-    limit.conclude(False, Ranks())
+    limit.conclude(False, Processes())
     with pytest.raises(Stopped, match=r"--max-time 1 minutes: what is done is saved; run the same") as stopped:
-        limit.conclude(True, Ranks())
+        limit.conclude(True, Processes())
     assert stopped.value.exit_code == 75
 
 
@@ -351,9 +351,9 @@ def test_max_time_ends_a_training_that_can_go_on(tmp_path):
     stage = StageFolder(tmp_path)
     stage.checkpoints.mkdir(parents=True)
     with pytest.raises(Stopped, match="--max-time 1e-06 minutes: stopped after step 1 of 20, saved to") as stopped:
-        train(Regression(), loop(), stage, Document(stage="vae"), 20, "fp32", job=JobSettings(max_time=1e-6))
+        train(Regression(), loop(), stage, Metadata(stage="vae"), 20, "fp32", job=JobSettings(max_time=1e-6))
     assert stopped.value.exit_code == 75
-    assert Checkpoint(stage.last).document.step == 1
+    assert Checkpoint(stage.last).metadata.step == 1
 
 
 def test_keep_every_keeps_for_good(tmp_path):
@@ -381,7 +381,7 @@ def test_a_picture_that_fails_costs_no_steps(tmp_path):
     task.picture = failing
     with pytest.raises(RuntimeError, match="no colours left"):
         fit(tmp_path, task=task)
-    assert Checkpoint(StageFolder(tmp_path).last).document.step == 10
+    assert Checkpoint(StageFolder(tmp_path).last).metadata.step == 10
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
@@ -495,9 +495,9 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, faces, capsys):
     train_vae.run(vae_settings(tmp_path, faces, steps=7))
     assert "vae is past 7: it has 8 steps already" in " ".join(capsys.readouterr().err.split())
     train_vae.run(vae_settings(tmp_path, faces, steps=10, lr=5e-4))
-    document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
-    assert document.step == 10
-    assert document.facts["history"] == [{"step": 8, "changed": {"loop.steps": [8, 10], "loop.lr": [1e-3, 5e-4]}}]
+    metadata = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").metadata
+    assert metadata.step == 10
+    assert metadata.extra["history"] == [{"step": 8, "changed": {"loop.steps": [8, 10], "loop.lr": [1e-3, 5e-4]}}]
 
 
 def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path, faces):
@@ -516,7 +516,7 @@ def test_automatic_precision_stays_what_it_was(tmp_path, faces, monkeypatch):
     train_vae.run(vae_settings(tmp_path, faces, precision="bf16"))
     monkeypatch.setattr("lightdiff.stages.start.pick_precision", lambda name, _: "fp32" if name == "auto" else name)
     train_vae.run(vae_settings(tmp_path, faces, precision="auto", steps=10))
-    saved = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document.settings
+    saved = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").metadata.settings
     assert (saved["loop"]["precision"], saved["loop"]["steps"]) == ("bf16", 10)
 
 
@@ -555,7 +555,7 @@ def test_from_step_goes_back_and_keeps_what_was_newer_aside(tmp_path, faces, cap
     assert "going on from step 4 of 8" in " ".join(capsys.readouterr().err.split())
     aside = stage.checkpoints / "after-step-4.old-1"
     assert (aside / "step-00000008.safetensors").is_file()
-    assert Checkpoint(aside / "last.safetensors").document.step == 8
+    assert Checkpoint(aside / "last.safetensors").metadata.step == 8
     assert stage.best.is_file()
     assert_same_files(RunFolder(tmp_path / "straight").vae.last, stage.last)
     with pytest.raises(UserError, match="--seed 0, not 1"):  # refused before anything is moved
@@ -582,9 +582,9 @@ def test_two_at_once_in_one_run_folder(tmp_path, faces, monkeypatch):
 HOLD_LOCK = """
 import os, sys, time
 from pathlib import Path
-from lightdiff.run_folder import Lock, claim
+from lightdiff.run_folder import Lock, ensure_writable
 folder = Path(sys.argv[1])
-claim(folder)
+ensure_writable(folder)
 Lock().take(folder)
 if os.fork() == 0:
     os.close(1)
@@ -654,9 +654,9 @@ def test_images_that_vanish_or_break_in_mid_run(tmp_path, faces, monkeypatch):
 
 def test_epochs_count_passes_over_the_training_images(tmp_path, faces):
     train_vae.run(vae_settings(tmp_path, faces, epochs=2))
-    document = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").document
+    metadata = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").metadata
     trained = sum(1 for _ in faces.rglob("*.png")) - round_val(faces)
-    assert document.step == max(1, round(2 * trained / 6))
+    assert metadata.step == max(1, round(2 * trained / 6))
 
 
 def round_val(faces):
@@ -670,7 +670,7 @@ def test_an_empty_validation_set_makes_best_the_last(tmp_path, faces):
     settings = with_changes(settings, images=with_changes(settings.images, val_share=0))
     train_vae.run(settings)
     last, best = (Checkpoint(tmp_path / f"vae/checkpoints/{name}.safetensors") for name in ("last", "best"))
-    assert best.document.step == last.document.step == 4
+    assert best.metadata.step == last.metadata.step == 4
     assert best.weights().keys() == last.weights().keys()
     assert all(torch.equal(w, last.weights()[n]) for n, w in best.weights().items())
 

@@ -13,24 +13,24 @@ from oracles import normal
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.losses import vae_loss
-from lightdiff.models.vae import VAE, Change
+from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.options import build
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import TrainVAESettings, VAELossSettings, VAESettings
-from lightdiff.stages.train_vae import VAETask, random_change, resolve
-from lightdiff.training.ranks import Ranks
+from lightdiff.stages.train_vae import VAETask, resolve, sample_transform
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
-changes = st.builds(Change, st.integers(1, 4), st.integers(0, 3))
+changes = st.builds(LatentTransform, st.integers(1, 4), st.integers(0, 3))
 
 
 @PROPERTY
 @given(changes)
 def test_four_turns_and_a_whole_side_change_nothing(change):
     x = normal(2, 3, 8, 8)
-    assert torch.equal(Change(4, 0)(x), x)
+    assert torch.equal(LatentTransform(4, 0)(x), x)
     turned = x
     for _ in range(4):
-        turned = Change(4, change.turns)(turned)
+        turned = LatentTransform(4, change.turns)(turned)
     assert torch.equal(turned, x)
     assert change(x).shape == (2, 3, 2 * change.quarters, 2 * change.quarters)
 
@@ -44,7 +44,7 @@ def test_a_change_of_images_is_that_of_latents_where_the_decoder_only_enlarges(c
     enlarged = torch.nn.functional.interpolate(z, scale_factor=4.0)
     torch.testing.assert_close(torch.nn.functional.interpolate(change(z), scale_factor=4.0), change(enlarged))
     z = normal(2, 4, 8, 8)
-    turn = Change(4, change.turns)
+    turn = LatentTransform(4, change.turns)
     torch.testing.assert_close(
         torch.nn.functional.interpolate(turn(z), scale_factor=4.0),
         turn(torch.nn.functional.interpolate(z, scale_factor=4.0)),
@@ -54,7 +54,7 @@ def test_a_change_of_images_is_that_of_latents_where_the_decoder_only_enlarges(c
 @pytest.mark.parametrize("resolution", [40, 56, 64, 72, 120])
 def test_decoded_latents_and_images_are_changed_to_the_same_size(resolution):
     latent = normal(1, 4, resolution // 4, resolution // 4)
-    for change in (Change(quarters, turns) for quarters in (1, 2, 3, 4) for turns in (0, 1)):
+    for change in (LatentTransform(quarters, turns) for quarters in (1, 2, 3, 4) for turns in (0, 1)):
         small, image = change(latent), change(normal(1, 3, resolution, resolution), 4)
         assert image.shape[2:] == tuple(4 * side for side in small.shape[2:])
 
@@ -66,16 +66,16 @@ def test_images_of_a_size_that_is_not_divided_by_16_are_trained_on(faces, tmp_pa
 
 def test_changes_come_as_often_as_asked_for_and_each_alike():
     rng = random.Random(0)
-    assert {random_change(rng, 0.0) for _ in range(100)} == {Change(4, 0)}
-    seen = [random_change(rng, 1.0) for _ in range(3000)]
+    assert {sample_transform(rng, 0.0) for _ in range(100)} == {LatentTransform(4, 0)}
+    seen = [sample_transform(rng, 1.0) for _ in range(3000)]
     assert {(c.quarters, c.turns) for c in seen} == {(q, t) for q in (1, 2, 3, 4) for t in range(4)} - {(4, 0)}
-    some = [random_change(rng, 0.3) for _ in range(3000)]
+    some = [sample_transform(rng, 0.3) for _ in range(3000)]
     assert sum(c != (4, 0) for c in some) / 3000 == pytest.approx(0.3, abs=0.04)
 
 
 def test_the_loss_of_a_changed_step_is_that_of_changed_images():
     model = VAE(VAESettings(encoder_width=8, decoder_width=8).resolved(32)).double().requires_grad_(False)
-    x, noise, change = normal(2, 3, 32, 32), normal(2, 4, 8, 8), Change(2, 1)
+    x, noise, change = normal(2, 3, 32, 32), normal(2, 4, 8, 8), LatentTransform(2, 1)
     x_hat, posterior = model(x, noise, change)
     z = torch.rot90(
         torch.nn.functional.interpolate(posterior.sample(noise), (4, 4), mode="bilinear", antialias=True), 1, (2, 3)
@@ -85,14 +85,16 @@ def test_the_loss_of_a_changed_step_is_that_of_changed_images():
     assert float(loss["mse"]) == pytest.approx(float((change(x) - model.decoder(z)).square().mean()))
 
 
-@pytest.mark.parametrize("change", [Change(4, 0), Change(4, 3), Change(2, 0), Change(3, 2)])
+@pytest.mark.parametrize(
+    "change", [LatentTransform(4, 0), LatentTransform(4, 3), LatentTransform(2, 0), LatentTransform(3, 2)]
+)
 def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change):
     layer = {
         "images": {"resolution": 32},
         "loss": {"lpips_gamma": 0, "kl_beta": 0.1, "equivariance": 1.0},
         "model": {"encoder_width": 8, "decoder_width": 8},
     }
-    task = VAETask(resolve(build(TrainVAESettings, [layer])), [], torch.device("cpu"), None, None, Ranks())
+    task = VAETask(resolve(build(TrainVAESettings, [layer])), [], torch.device("cpu"), None, None, Processes())
     x, noise = normal(2, 3, 32, 32).float().tanh(), normal(2, 4, 8, 8, seed=1).float()
     part = {"x": x, "noise": noise, "change": torch.tensor([change]).expand(2, -1)}
     found = task.loss(task.model, part)
@@ -128,7 +130,7 @@ def test_a_frozen_encoder_stays_and_latents_and_unets_stay_valid(trained, faces,
         old, new = before.tensors(before.weights_prefix()), after.tensors(prefix)
         assert all(torch.equal(old[name], new[name]) for name in old if name.startswith("encoder."))
         assert any(not torch.equal(old[name], new[name]) for name in old if name.startswith("decoder."))
-    assert after.document.step == 5
+    assert after.metadata.step == 5
     finer = run / "vae/checkpoints/best.safetensors"
     drawn = ["--num-images", 1, "--num-steps", 2, "--device", "cpu"]
     succeed("generate", "--run", trained, *drawn, "--vae", finer, "--out", tmp_path / "out")

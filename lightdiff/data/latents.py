@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.checkpoint import Checkpoint, atomic_write_text
 from lightdiff.data.files import label_values
 from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import read_json
@@ -80,11 +80,11 @@ class LatentIndex(BaseModel):
         """Publish it as the folder's index."""
         raw = self.model_dump(mode="json")
         raw["checksum"] = self.checksum = checksum_of(raw)
-        publish_text(folder / "index.json", json.dumps(raw))  # in ASCII: names may not be UTF-8
+        atomic_write_text(folder / "index.json", json.dumps(raw))  # in ASCII: names may not be UTF-8
 
 
 def checksum_of(index: dict[str, Any]) -> str:
-    """A digest of an index's document, but for the field that holds it."""
+    """A digest of an index's metadata, but for the field that holds it."""
     text = json.dumps({name: value for name, value in index.items() if name != "checksum"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -160,12 +160,12 @@ class LatentSet:
         self._row = torch.zeros(count, dtype=torch.int32)
         for number in range(-(-count // size)):
             shard = Checkpoint(shard_path(folder, number), "latents")
-            positions = torch.tensor(shard.document.facts["positions"], dtype=torch.int64)
+            positions = torch.tensor(shard.metadata.extra["positions"], dtype=torch.int64)
             self._shard[positions] = number
             self._row[positions] = torch.arange(len(positions), dtype=torch.int32)
             self._mu.append(shard.tensor("mu"))
             self._logvar.append(shard.tensor("logvar"))
-            digests.append(shard.document.digest)
+            digests.append(shard.metadata.digest)
         if self.index.seal(digests) != self.index.digest:
             raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
         there = self._shard.ge(0).tolist()

@@ -22,7 +22,7 @@ Denoise = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
 """(x_t, level) -> (x0_hat, eps_hat): all that a sampler sees of a network."""
 
 
-def mix(objective: Objective, alpha: Share, sigma: Share) -> tuple[Share | float, Share | float]:
+def target_coefficients(objective: Objective, alpha: Share, sigma: Share) -> tuple[Share | float, Share | float]:
     """The objective's a and b at a level.
 
     eps: Ho et al. 2020 (arXiv:2006.11239), Eq. 14. x0: the same paper, section 3.2. v = alpha eps - sigma x0: Salimans
@@ -36,7 +36,7 @@ def mix(objective: Objective, alpha: Share, sigma: Share) -> tuple[Share | float
 
 def target(objective: Objective, x0: Latents, eps: Latents, alpha: Share, sigma: Share) -> Latents:
     """What the network is to predict."""
-    a, b = mix(objective, alpha, sigma)
+    a, b = target_coefficients(objective, alpha, sigma)
     return a * x0 + b * eps
 
 
@@ -44,7 +44,7 @@ def x0_and_eps(
     objective: Objective, x_t: Latents, prediction: Latents, alpha: Share, sigma: Share
 ) -> tuple[Latents, Latents]:
     """The clean latent and the noise that a prediction stands for: x_t = alpha x0 + sigma eps holds exactly."""
-    a, b = mix(objective, alpha, sigma)
+    a, b = target_coefficients(objective, alpha, sigma)
     determinant = alpha * b - sigma * a
     return (b * x_t - sigma * prediction) / determinant, (alpha * prediction - a * x_t) / determinant
 
@@ -65,7 +65,7 @@ def loss_weight(
     """
     if kind == "none":
         return torch.ones_like(alpha)
-    a, b = mix(objective, alpha, sigma)
+    a, b = target_coefficients(objective, alpha, sigma)
     determinant = alpha * b - sigma * a
     return (alpha / sigma).square().clamp(max=gamma) * (sigma / determinant).square()
 
@@ -122,7 +122,7 @@ def inpainting(denoise: Denoise, known: Latents, mask: Float[Tensor, "b 1 h w"])
     return certain
 
 
-def watched(denoise: Denoise, see: Callable[[Level, Latents, Latents], None]) -> Denoise:
+def with_callback(denoise: Denoise, see: Callable[[Level, Latents, Latents], None]) -> Denoise:
     """The same denoiser, that tells the level, x_t and x0_hat of each call."""
 
     def told(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def ddpm(
     return x
 
 
-def along(x: Latents, x0: Latents, eps: Latents, here: Level, there: Level) -> Latents:
+def euler_step(x: Latents, x0: Latents, eps: Latents, here: Level, there: Level) -> Latents:
     """A straight step of the probability flow, with x0_hat and eps_hat held as they are."""
     return x + (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * eps
 
@@ -94,7 +94,7 @@ def euler(
     For rectified flow this is x + (t' - t) velocity. It is also DDIM with eta 0 (Song et al. 2021, Eq. 14).
     """
     for here, there in pairwise(levels):
-        x = along(x, *denoise(x, here), here, there)
+        x = euler_step(x, *denoise(x, here), here, there)
     return x
 
 
@@ -107,10 +107,10 @@ def heun(
     """
     for here, there in pairwise(levels):
         x0, eps = denoise(x, here)
-        tried = along(x, x0, eps, here, there)
+        tried = euler_step(x, x0, eps, here, there)
         if there.sigma > 0:
             x0_there, eps_there = denoise(tried, there)
-            tried = along(x, (x0 + x0_there) / 2, (eps + eps_there) / 2, here, there)
+            tried = euler_step(x, (x0 + x0_there) / 2, (eps + eps_there) / 2, here, there)
         x = tried
     return x
 

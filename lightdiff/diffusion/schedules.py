@@ -62,10 +62,10 @@ class Schedule:
         """Signal and noise of some levels, ready to be multiplied with latents."""
         return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
 
-    def noised(
+    def q_sample(
         self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """Clean latents noised to the level of each: x_t = alpha_t x0 + sigma_t eps.
+        """Clean latents q_sample to the level of each: x_t = alpha_t x0 + sigma_t eps.
 
         Ho et al. 2020 (arXiv:2006.11239), Eq. 4, where alpha = sqrt(alpha_bar).
         """

@@ -13,16 +13,16 @@ from lightdiff.data.latents import read_index
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
-from lightdiff.models.perceptual import TRUNKS, cached
+from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.runtime.device import pick_device, pick_precision
+from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import console
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
 from lightdiff.stages.start import list_images
-from lightdiff.training.compute import pick_device, pick_precision
 from lightdiff.training.loop import Trainer
-from lightdiff.training.progress import console
-from lightdiff.training.ranks import Ranks
 
 WARM_UP, TIMED, ENOUGH_SECONDS = 1, 5, 10.0
 CPU_IMAGES = 4  # in the first timed steps on a CPU, where the whole batch may take minutes
@@ -107,8 +107,8 @@ def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> Tra
 def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
     s = train_vae.resolve(settings)
-    lpips = train_vae.perceptual(s.loss, device, Ranks())
-    task = train_vae.VAETask(s, [], device, lpips, None, Ranks())  # type: ignore[arg-type]  # no file is read
+    lpips = train_vae.perceptual(s.loss, device, Processes())
+    task = train_vae.VAETask(s, [], device, lpips, None, Processes())  # type: ignore[arg-type]  # no file is read
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
@@ -125,7 +125,7 @@ def made_up_latents(settings: TrainUNetSettings, device: torch.device) -> tuple[
     latents: Any = SimpleNamespace(
         index=SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
     )
-    task = train_unet.UNetTask(s, latents, device, Ranks())
+    task = train_unet.UNetTask(s, latents, device, Processes())
     whole = torch.randn(s.loop.batch_size, *task.shape, device=device)
     batch = Posterior(whole, whole), torch.zeros(len(whole), dtype=torch.long, device=device)
     return task, batch, (whole[:1], torch.zeros(1, device=device))

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint, publish, publish_text
+from lightdiff.checkpoint import Checkpoint, atomic_write, atomic_write_text
 from lightdiff.data.files import ImageFile, full_paths, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
@@ -23,11 +23,14 @@ from lightdiff.extras.evidence import NETWORK
 from lightdiff.extras.features import EVAL, Features, features_of, load_features
 from lightdiff.extras.latent_facts import ACTIVE, evenly
 from lightdiff.losses import kl_per_element, psnr
-from lightdiff.models.perceptual import cached_weights
+from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
+from lightdiff.runtime.device import pick_device, pick_workers
+from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.progress import Reporter, console
 from lightdiff.settings import (
     EvaluateSettings,
     GenerateSettings,
@@ -39,10 +42,7 @@ from lightdiff.settings import (
 from lightdiff.stages import generate
 from lightdiff.stages.start import data_digest, list_images
 from lightdiff.stages.train_vae import perceptual
-from lightdiff.training.compute import pick_device, pick_workers
 from lightdiff.training.loop import Means
-from lightdiff.training.progress import Reporter, console
-from lightdiff.training.ranks import Ranks, join
 
 SHOWN = 8
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
@@ -52,7 +52,7 @@ BASIS = (NETWORK, "samples", "samples in", "training images", "images", "which a
 def run(settings: EvaluateSettings) -> Path:
     """Measure, print, and return the file of results."""
     device = pick_device(settings.compute.device)
-    ranks = join(device, settings.job.timeout)
+    ranks = init_distributed(device, settings.job.timeout)
     here = RunFolder(settings.run)
     home = here.path / "evaluation"
     unet = unet_of(settings, here)
@@ -69,11 +69,11 @@ def run(settings: EvaluateSettings) -> Path:
     if unet:
         parts["unet"] = lambda: evaluate_unet(unet, vae, images, files, features, settings, home, device, ranks)
     with Lock(settings.job.force_unlock) as lock:
-        ranks.on_first(lambda: home.mkdir(parents=True, exist_ok=True))
-        ranks.on_first(lambda: lock.take(home))
+        ranks.run_on_main(lambda: home.mkdir(parents=True, exist_ok=True))
+        ranks.run_on_main(lambda: lock.take(home))
         for name, measure in parts.items():
             found = measure()
-            ranks.on_first(partial(store, home / "metrics.json", name, found))
+            ranks.run_on_main(partial(store, home / "metrics.json", name, found))
             show(name, found)
     return home / "metrics.json"
 
@@ -93,7 +93,7 @@ def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
 
 def images_of(vae: Checkpoint, settings: EvaluateSettings) -> ImageSettings:
     """The images that a VAE learnt from, or others treated like them; their labels do not matter here."""
-    images = ImageSettings.model_validate(vae.document.settings["images"])
+    images = ImageSettings.model_validate(vae.metadata.settings["images"])
     return with_changes(images, labels=None, data=settings.data or images.data)
 
 
@@ -104,7 +104,7 @@ def store(path: Path, part: str, found: Found) -> None:
     if isinstance(before, dict) and all(before.get(name) == found.get(name) for name in BASIS):
         found = before | found
     everything[part] = found
-    publish_text(path, json.dumps(everything, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(everything, indent=2) + "\n")
 
 
 def show(part: str, found: Found) -> None:
@@ -136,13 +136,13 @@ def evaluate_vae(
     features: Features,
     settings: EvaluateSettings,
     device: torch.device,
-    ranks: Ranks,
+    ranks: Processes,
 ) -> Found:
     """Reconstructions of the held-out images (of training images, where none are held out), through mu."""
     held_out = [file for file in files if file.split == "val"]
     chosen = held_out or files
     vae, model = load_vae(saved, device)
-    loss = lpips_settings(VAELossSettings.model_validate(saved.document.settings["loss"]), settings, ranks)
+    loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
     lpips = perceptual(loss, device, ranks)
     dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
     mine, size = ranks.share(len(chosen)), settings.batch_size
@@ -171,19 +171,19 @@ def evaluate_vae(
     if not len(originals):
         raise UserError(f"none of the {len(chosen)} images can be read that reconstructions would be measured on")
     which = "held out" if held_out else "trained on, as none are held out"
-    result: Found = {NETWORK: saved.document.digest, "images": len(originals), "which are": which, **numbers}
+    result: Found = {NETWORK: saved.metadata.digest, "images": len(originals), "which are": which, **numbers}
     result |= frechet(features, back, originals, ("reconstructions' Frechet distance", "rFID"))
     kl, active = units.over(ranks)
     return result | {"KL a channel (nats an element)": kl, "active units a channel (share)": active}
 
 
-def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Ranks) -> VAELossSettings:
+def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Processes) -> VAELossSettings:
     """The VAE's settings of LPIPS, with what was asked for; weight 0 where its network's weights are not at hand."""
     net = settings.lpips_net or loss.lpips_net
     its_own = loss.lpips_weights if net == loss.lpips_net else None
     file = settings.lpips_weights or its_own
     at_hand = file if file and (settings.lpips_weights or file.is_file()) else None
-    there = ranks.on_first(lambda: at_hand is not None or cached_weights(net).is_file())
+    there = ranks.run_on_main(lambda: at_hand is not None or cached_weights(net).is_file())
     if not there:
         console.print(f"note: no LPIPS, as the weights of {net} are not at hand; --lpips-weights FILE names them")
     chosen = {"lpips_net": net, "lpips_weights": at_hand, "lpips_gamma": float(there)}
@@ -202,7 +202,7 @@ class Units:
         mu, kl = posterior.mu.double().cpu(), kl_per_element(posterior).double().cpu()
         self.sums += torch.stack([part.sum(0) for part in (torch.ones_like(mu), mu, mu.square(), kl)])
 
-    def over(self, ranks: Ranks) -> tuple[list[float], list[float]]:
+    def over(self, ranks: Processes) -> tuple[list[float], list[float]]:
         """For each channel, the mean KL (nats an element) and the share of units that are active."""
         count, first, second, kl = ranks.sum(self.sums)
         variance = second / count - (first / count).square()
@@ -221,7 +221,7 @@ class Pairs:
         """Take in a batch of bytes."""
         self.rows[index] = torch.stack([self.features(x), self.features(x_hat)], 1).float().cpu()
 
-    def over(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def over(self, ranks: Processes) -> tuple[Tensor, Tensor]:
         """Those of all processes, without images that could not be read."""
         there = ranks.sum(self.rows.isfinite().all(2).all(1).float()) > 0
         rows = ranks.sum(self.rows.nan_to_num())[there]
@@ -251,7 +251,7 @@ def evaluate_unet(
     settings: EvaluateSettings,
     home: Path,
     device: torch.device,
-    ranks: Ranks,
+    ranks: Processes,
 ) -> Found:
     """Samples against the images trained on, and how near they lie to them."""
     folder = settings.samples or drawn(unet, vae, settings, home)
@@ -280,7 +280,7 @@ def evaluate_unet(
         raise UserError(f"none of the {'images trained on' if len(found) else 'samples'} can be read")
     if min(len(found), len(of_train[0])) < FEWEST:
         console.print(f"note: fewer than {FEWEST} images say nothing as a set: only the nearest ones are looked for")
-    digest = Checkpoint(unet, "unet").document.digest
+    digest = Checkpoint(unet, "unet").metadata.digest
     result: Found = {NETWORK: digest, "samples": len(found), "samples in": str(folder)}
     result["training images"] = len(of_train[0])
     result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
@@ -293,7 +293,7 @@ def evaluate_unet(
     picture = home / "nearest.png"
     most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
     rows = [(samples[numbers[i]], [train[of_train[1][j]] for j in nearest[i].tolist()]) for i in most_alike]
-    ranks.on_first(lambda: draw_nearest(picture, rows, drawn_images, images))
+    ranks.run_on_main(lambda: draw_nearest(picture, rows, drawn_images, images))
     result["the samples most like training images, beside those"] = str(picture)
     return result
 
@@ -310,7 +310,7 @@ def drawn(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path
     """
     saved = Checkpoint(unet, "unet")
     learnt, precision = saved.settings(TrainUNetSettings), settings.compute.precision
-    digests = f"{saved.document.digest[:8]}-{Checkpoint(vae, 'vae').document.digest[:8]}"
+    digests = f"{saved.metadata.digest[:8]}-{Checkpoint(vae, 'vae').metadata.digest[:8]}"
     out = home / f"samples-{digests}-{settings.num_images}{'' if precision == 'auto' else f'-{precision}'}"
     chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": vae, "num_images": settings.num_images}
     chosen |= {"out": out, "compute": settings.compute, "batch_size": settings.batch_size, "job": settings.job}
@@ -331,19 +331,19 @@ def cached(
     features: Features,
     files: list[ImageFile],
     images: ImageSettings,
-    ranks: Ranks,
+    ranks: Processes,
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
     """Features of a set of images, kept for the next time."""
-    there = ranks.on_first(lambda: [stamp(path) for path in full_paths(files, images.data)])
+    there = ranks.run_on_main(lambda: [stamp(path) for path in full_paths(files, images.data)])
     what = [features.digest, data_digest(files), there, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
-    if ranks.on_first(path.is_file):
+    if ranks.run_on_main(path.is_file):
         tensors = safetensors.torch.load_file(path)
         return tensors["features"], tensors["numbers"].tolist()
     found, numbers = measure()
     tensors = {"features": found.contiguous(), "numbers": torch.tensor(numbers)}
-    ranks.on_first(lambda: publish(path, lambda temporary: safetensors.torch.save_file(tensors, temporary)))
+    ranks.run_on_main(lambda: atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary)))
     return found, numbers
 
 

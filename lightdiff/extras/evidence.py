@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.pipeline import latents_behind, vae_digest
 from lightdiff.run_folder import RunFolder, StageFolder, find_latents, read_json
+from lightdiff.runtime.progress import Row, read_metrics
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
-from lightdiff.training.progress import Row, read_metrics
 
 T = TypeVar("T")
 NETWORK = "network"  # in results of `evaluate`: the digest of the snapshot that they are of
@@ -60,7 +60,7 @@ def gather(run: RunFolder) -> Evidence:
     vae = opened("vae", [run.vae.best, run.vae.last, *reversed(run.vae.steps()), *copy])  # encode takes the best
     if vae:
         found.vae = tried(lambda: vae.settings(TrainVAESettings))
-        found.vae_metrics = metrics_of(vae.document, rows_of(run.vae))
+        found.vae_metrics = metrics_of(vae.metadata, rows_of(run.vae))
         found.vae_digest = vae_digest(vae)
     found.evaluation = (tried(lambda: evaluated(run)) or {}).get("unet", {})
     return found
@@ -78,7 +78,7 @@ def evaluated(run: RunFolder) -> dict[str, dict[str, Any]]:
     for stage, folder, others in (("vae", run.vae, [run.latents / "vae.safetensors"]), ("unet", run.unet, [])):
         files = [folder.last, folder.best, *folder.steps(), *others]
         snapshots = [tried(partial(Checkpoint, file, stage)) for file in files]
-        known[stage] = {snapshot.document.digest for snapshot in snapshots if snapshot}
+        known[stage] = {snapshot.metadata.digest for snapshot in snapshots if snapshot}
     return {
         stage: part
         for stage, part in parts.items()
@@ -86,10 +86,10 @@ def evaluated(run: RunFolder) -> dict[str, dict[str, Any]]:
     }
 
 
-def question(document: Document) -> object:
+def question(metadata: Metadata) -> object:
     """What a training's loss is about: losses of different questions cannot be compared."""
-    asked = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[document.stage]
-    return [document.settings.get(part) for part in asked], document.lineage.get("latents")
+    asked = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[metadata.stage]
+    return [metadata.settings.get(part) for part in asked], metadata.lineage.get("latents")
 
 
 def trained_on(index: LatentIndex) -> list[int]:
@@ -122,9 +122,9 @@ def rows_of(folder: StageFolder) -> list[Row]:
     return sorted(numbers, key=lambda row: row["step"])
 
 
-def metrics_of(document: Document, rows: list[Row]) -> Row:
+def metrics_of(metadata: Metadata, rows: list[Row]) -> Row:
     """kl, mse (where there is one) and psnr of a VAE: of validation, or of the last training step without any."""
-    metrics = {name.removeprefix("val_"): value for name, value in document.metrics.items()}
+    metrics = {name.removeprefix("val_"): value for name, value in metadata.metrics.items()}
     if not metrics and rows:
         metrics = dict(rows[-1])
     if "mse" in metrics and "psnr" not in metrics:

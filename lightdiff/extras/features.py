@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError, not_installed
-from lightdiff.models.perceptual import fetched
+from lightdiff.models.lpips import fetched
+from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import Reporter
 from lightdiff.settings import ImageSettings
-from lightdiff.training.progress import Reporter
-from lightdiff.training.ranks import Ranks
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED = "6726825d"  # what their digest begins with, as their name says
@@ -53,7 +53,7 @@ class Features:
         return {self.called(name, name): value for name, value in found.items()}
 
 
-def load_features(weights: Path | None, other: Path | None, device: torch.device, ranks: Ranks) -> Features:
+def load_features(weights: Path | None, other: Path | None, device: torch.device, ranks: Processes) -> Features:
     """The network behind FID, with the published weights, or another file's.
 
     Args:
@@ -68,7 +68,9 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
     extractor = inception()
     otherwise = "or name a copy with --weights FILE, or take other features with --features FILE"
     file = (
-        other or weights or ranks.on_first(lambda: fetched(URL, "FID needs Inception's published weights", otherwise))
+        other
+        or weights
+        or ranks.run_on_main(lambda: fetched(URL, "FID needs Inception's published weights", otherwise))
     )
     try:
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -117,7 +119,7 @@ def features_of(
     images: ImageSettings,
     batch_size: int,
     workers: int,
-    ranks: Ranks,
+    ranks: Processes,
     what: str,
 ) -> tuple[Float[Tensor, "n d"], list[int]]:
     """Features of the images that can be read, on the CPU, and their numbers; shared among all processes."""

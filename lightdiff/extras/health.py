@@ -14,6 +14,7 @@ from lightdiff.diffusion.schedules import Schedule
 from lightdiff.extras.evidence import Evidence, gather, same_content, trained_on, tried
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.progress import Row
 from lightdiff.settings import (
     ImageSettings,
     LoopSettings,
@@ -22,7 +23,6 @@ from lightdiff.settings import (
     TrainVAESettings,
     with_changes,
 )
-from lightdiff.training.progress import Row
 
 BANDS = tuple(f"val_loss_band_{band}" for band in (1, 2, 3, 4))
 
@@ -413,8 +413,8 @@ def of_generalisation(rows: list[Row], images: int) -> list[Finding]:
                 f"U-Net; lightdiff train-unet --restart --steps {best['step']:.0f} ends before",
             )
         ]
-    watched = any(band in row for row in rows for band in BANDS)
-    if not watched and images < FEW_IMAGES and passes > MANY_EPOCHS:
+    with_callback = any(band in row for row in rows for band in BANDS)
+    if not with_callback and images < FEW_IMAGES and passes > MANY_EPOCHS:
         return [
             Finding(
                 code="unwatched",

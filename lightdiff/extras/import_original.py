@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import vae_digest
-from lightdiff.run_folder import RunFolder, claim
+from lightdiff.run_folder import RunFolder, ensure_writable
 from lightdiff.settings import (
     ImageSettings,
     LatentsSettings,
@@ -103,8 +103,8 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         raise UserError(f"{file}: {len(theirs)} tensors, but its configuration asks for {len(expected)}")
     weights = renamed(file, theirs, zip(theirs, expected, strict=True))
     check_fit(file, weights, expected)
-    document = Document(stage="vae", settings=settings.model_dump(mode="json"), step=content.get("global_step", 0))
-    return write(run.vae.best, run.vae.last, {f"model.{n}": w for n, w in weights.items()}, document)
+    metadata = Metadata(stage="vae", settings=settings.model_dump(mode="json"), step=content.get("global_step", 0))
+    return write(run.vae.best, run.vae.last, {f"model.{n}": w for n, w in weights.items()}, metadata)
 
 
 def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:
@@ -159,13 +159,13 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
             weights = renamed(file, content[field], unet_names(len(channels) - 1, blocks, content[field]))
             check_fit(file, weights, expected)
             tensors |= {prefix + name: weight for name, weight in weights.items()}
-    document = Document(
+    metadata = Metadata(
         stage="unet",
         settings=settings.model_dump(mode="json"),
         step=content.get("global_step", 0),
         lineage={"vae": vae_digest(vae)},
     )
-    return write(run.unet.last, None, tensors, document)
+    return write(run.unet.last, None, tensors, metadata)
 
 
 def unet_names(levels: int, blocks: int, theirs: Weights) -> Iterator[tuple[str, str]]:
@@ -235,12 +235,12 @@ def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:
     )
 
 
-def write(path: Path, also: Path | None, tensors: Weights, document: Document) -> Path:
+def write(path: Path, also: Path | None, tensors: Weights, metadata: Metadata) -> Path:
     """Publish a checkpoint where none is yet."""
-    claim(path.parent)
+    ensure_writable(path.parent)
     if path.exists():
         raise UserError(f"{path} is there already: choose another --run")
-    checkpoint.save(path, tensors, document)
+    checkpoint.save(path, tensors, metadata)
     if also is not None:
-        checkpoint.publish_link(also, path)
+        checkpoint.atomic_link(also, path)
     return path

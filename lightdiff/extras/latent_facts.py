@@ -82,7 +82,7 @@ def chosen_rows(folder: Path, index: LatentIndex, most: int) -> list[tuple[Path,
     there = [
         (path, row)
         for path in paths
-        for row, position in enumerate(Checkpoint(path, "latents").document.facts["positions"])
+        for row, position in enumerate(Checkpoint(path, "latents").metadata.extra["positions"])
         if index.splits[position] == "t"
     ]
     found: dict[Path, list[int]] = {}

@@ -11,7 +11,7 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import build, read_settings
 from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings
-from lightdiff.training.optimizers import bytes_kept
+from lightdiff.training.optimizers import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 
@@ -57,7 +57,7 @@ def add_row(
 ) -> None:
     """Add one network's row."""
     parameters = sum(p.numel() for p in model.parameters())
-    fixed = parameters * BYTES_A_PARAMETER + bytes_kept(model, loop)
+    fixed = parameters * BYTES_A_PARAMETER + optimizer_state_bytes(model, loop)
     image = activation_bytes(model, inputs)
     table.add_row(
         name,

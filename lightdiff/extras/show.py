@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
@@ -39,39 +39,39 @@ def show(place: Path, as_json: bool = False) -> None:
         if isinstance(what, LatentIndex):
             show_latents(console, what)
         else:
-            show_document(console, what)
+            show_metadata(console, what)
     if findings is not None:
         console.rule("health", align="left")
         show_findings(console, findings)
 
 
-def parts(place: Path) -> Iterator[tuple[Path, Document | LatentIndex]]:
+def parts(place: Path) -> Iterator[tuple[Path, Metadata | LatentIndex]]:
     """What there is at a path: one checkpoint, that of a stage, or the stages of a run."""
     if place.is_file():
-        yield place, Checkpoint(place).document
+        yield place, Checkpoint(place).metadata
         return
     if not place.exists():
         raise UserError(f"{place} does not exist")
     run, own = RunFolder(place), StageFolder(place).last
     if own.is_file():
-        yield own, Checkpoint(own).document
+        yield own, Checkpoint(own).metadata
     if run.vae.last.is_file():
-        yield run.vae.last, Checkpoint(run.vae.last).document
+        yield run.vae.last, Checkpoint(run.vae.last).metadata
     for latents in (place, run.latents):
         if (latents / "index.json").is_file():
             yield latents, read_index(latents)
     if run.unet.last.is_file():
-        yield run.unet.last, Checkpoint(run.unet.last).document
+        yield run.unet.last, Checkpoint(run.unet.last).metadata
 
 
-def about(what: Document | LatentIndex) -> dict[str, Any]:
+def about(what: Metadata | LatentIndex) -> dict[str, Any]:
     """The same as a JSON object; the list of images and digests of single tensors are left out."""
     leave_out = {"files", "splits", "labels"} if isinstance(what, LatentIndex) else {"digests"}
     return what.model_dump(mode="json", exclude=leave_out)
 
 
 def as_objects(
-    found: list[tuple[Path, Document | LatentIndex]], findings: list[Finding] | None
+    found: list[tuple[Path, Metadata | LatentIndex]], findings: list[Finding] | None
 ) -> list[dict[str, Any]]:
     """Each part as a JSON object; those of a run with what was found about them, the first one also with the rest."""
     objects = [{"path": str(path)} | about(what) for path, what in found]
@@ -95,23 +95,23 @@ def show_findings(console: Console, findings: list[Finding]) -> None:
             console.print(f"  {name + ':':<9} {getattr(finding, name)}", soft_wrap=True)
 
 
-def show_document(console: Console, document: Document) -> None:
-    """Print a checkpoint's document."""
+def show_metadata(console: Console, metadata: Metadata) -> None:
+    """Print a checkpoint's metadata."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
-    pairs.add_row("stage", f"{document.stage}, written by lightdiff {document.lightdiff}")
-    pairs.add_row("step", f"{document.step:,}  ({document.images_seen:,} images seen)")
-    for name, value in document.metrics.items():
+    pairs.add_row("stage", f"{metadata.stage}, written by lightdiff {metadata.lightdiff}")
+    pairs.add_row("step", f"{metadata.step:,}  ({metadata.images_seen:,} images seen)")
+    for name, value in metadata.metrics.items():
         pairs.add_row(name, f"{value:.5g}")
-    for name, digest in document.lineage.items():
+    for name, digest in metadata.lineage.items():
         pairs.add_row(f"from {name}", digest[:16])
-    for change in document.facts.get("history", []):
+    for change in metadata.extra.get("history", []):
         named = {flag_of(name) if "." in name else name: pair for name, pair in change["changed"].items()}
         said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in named.items())
         pairs.add_row(f"changed at step {change['step']}", said)
     console.print(pairs)
-    model = MODELS.get(document.stage)
+    model = MODELS.get(metadata.stage)
     if model is not None:
-        show_settings(console, settings_rows(model, document.settings))
+        show_settings(console, settings_rows(model, metadata.settings))
 
 
 def show_settings(console: Console, rows: list[Row]) -> None:

@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
     (Dhariwal & Nichol 2021, arXiv:2105.05233, Eq. 1, "adaptive group normalisation").
     """
 
-    recomputable = True
+    checkpointable = True
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm, time_dim: int = 0) -> None:
         """Build a block (b, in_channels, h, w) -> (b, out_channels, h, w); `time_dim` 0 means no conditioning."""
@@ -67,7 +67,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions of a feature map, added to its input (Vaswani et al. 2017, Eq. 1)."""
 
-    recomputable = True
+    checkpointable = True
 
     def __init__(self, channels: int, heads: int, norm: Norm) -> None:
         """Build it with `heads` heads, which must divide `channels`."""
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 class PlainBlock(nn.Sequential):
     """Convolution, GroupNorm, SiLU: the building block of the original scripts."""
 
-    recomputable = True
+    checkpointable = True
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
         """Build (b, in, h, w) -> (b, out, h, w)."""

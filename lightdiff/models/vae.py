@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
         return self.mu + torch.exp(0.5 * self.logvar) * noise
 
 
-class Change(NamedTuple):
+class LatentTransform(NamedTuple):
     """Makes images or latents smaller, and turns them: a VAE whose latents may be treated as its images are.
 
     Such latents have less of what diffusion finds hard to learn: EQ-VAE, Kouzelis et al. 2025 (arXiv:2502.09509).
@@ -137,7 +137,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(settings)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"], change: Change | None = None
+        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"], change: LatentTransform | None = None
     ) -> tuple[Float[Tensor, "b c i j"], Posterior]:
         """Reconstruct x through a latent drawn with this noise, which may be changed before it is decoded."""
         posterior: Posterior = self.encoder(x)

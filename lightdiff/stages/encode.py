@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import ImageFile, full_paths
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
@@ -18,20 +18,20 @@ from lightdiff.errors import RunError, UserError
 from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import Lock, RunFolder, find_vae
-from lightdiff.settings import EncodeSettings, Precision, VAESettings
-from lightdiff.stages.start import enter, list_images
-from lightdiff.training.background import Background
-from lightdiff.training.compute import (
+from lightdiff.runtime.background import Background
+from lightdiff.runtime.device import (
     as_begun,
     autocast,
-    out_of_memory_explained,
+    explain_out_of_memory,
     pick_device,
     pick_precision,
     pick_workers,
 )
-from lightdiff.training.progress import Reporter, console
-from lightdiff.training.ranks import join
-from lightdiff.training.stopping import TimeLimit
+from lightdiff.runtime.processes import init_distributed
+from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.signals import TimeLimit
+from lightdiff.settings import EncodeSettings, Precision, VAESettings
+from lightdiff.stages.start import enter, list_images
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_COPY = "vae.safetensors"
@@ -40,7 +40,7 @@ VAE_COPY = "vae.safetensors"
 def inherited(run: Path, vae: Path | None) -> dict[str, object]:
     """The image settings that encode takes over from the VAE's checkpoint."""
     saved = Checkpoint(find_vae(vae, RunFolder(run)), "vae")
-    return {"images": saved.document.settings.get("images", {})}
+    return {"images": saved.metadata.settings.get("images", {})}
 
 
 def run(settings: EncodeSettings) -> Path:
@@ -53,15 +53,15 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     """The same, in a folder that nobody else writes to."""
     # 1. The VAE, the images, and what the latents will be
     device = pick_device(settings.compute.device)
-    ranks = join(device, settings.job.timeout)
+    ranks = init_distributed(device, settings.job.timeout)
     saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
     files = list_images(settings.images)
     folder = RunFolder(settings.run).latents
-    precision = ranks.on_first(lambda: pick_precision(wanted_precision(settings, folder), device))
+    precision = ranks.run_on_main(lambda: pick_precision(wanted_precision(settings, folder), device))
     vae, model = load_vae(saved, device, precision)
     index = plan(settings, saved, model, files, precision)
     ranks.check_same("list of images or VAE", (index.files, index.vae_digest))
-    if ranks.on_first(lambda: prepare(folder, index, saved, settings, lock)):
+    if ranks.run_on_main(lambda: prepare(folder, index, saved, settings, lock)):
         console.print(f"{folder} has the latents of all {len(files)} images already")
         return folder
 
@@ -70,13 +70,13 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
         folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
     )
     shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
-    mine = ranks.deal([(n, shards[n]) for n in ranks.on_first(lambda: to_encode(folder, len(shards), bad))])
+    mine = ranks.strided([(n, shards[n]) for n in ranks.run_on_main(lambda: to_encode(folder, len(shards), bad))])
     limit = TimeLimit(settings.job.max_time)
     empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
     unfinished = False
     with (
         Reporter("encode", sum(len(positions) for _, positions in mine)) as reporter,
-        out_of_memory_explained("--batch-size", settings.batch_size),
+        explain_out_of_memory("--batch-size", settings.batch_size),
         Background() as writing,
     ):
 
@@ -84,14 +84,14 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
             reporter.advance(done, {})
 
         for number, shard in encoded(vae.encoder, mine, files, settings, bad, precision, device, advance):
-            writing.do(partial(shard.publish, shard_path(folder, number), empty))
+            writing.do(partial(shard.atomic_write, shard_path(folder, number), empty))
             unfinished = number != mine[-1][0]
             if limit.spent() and unfinished:
                 break
 
     # 3. Only a finished index has a digest
     limit.conclude(unfinished, ranks)
-    ranks.on_first(lambda: finish(folder, index, len(shards)))
+    ranks.run_on_main(lambda: finish(folder, index, len(shards)))
     return folder
 
 
@@ -109,7 +109,7 @@ def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: Encod
     if present is not None and present.complete:
         return True
     index.write(folder)
-    checkpoint.publish_link(folder / VAE_COPY, saved.path)
+    checkpoint.atomic_link(folder / VAE_COPY, saved.path)
     if vae_digest(Checkpoint(folder / VAE_COPY, "vae")) != index.vae_digest:
         raise RunError(f"{saved.path} was replaced by a newer VAE just now; run the same command again")
     return False
@@ -119,20 +119,20 @@ def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
     """The shards that are not there, or not whole; what those that are say of unreadable images is listed."""
     missing = []
     for number in range(shards):
-        document = shard_document(shard_path(folder, number))
-        if document is None:
+        metadata = shard_metadata(shard_path(folder, number))
+        if metadata is None:
             missing.append(number)
         else:
-            bad.add([(p, why) for p, why in document.facts["bad"]])
+            bad.add([(p, why) for p, why in metadata.extra["bad"]])
     return missing
 
 
 def finish(folder: Path, index: LatentIndex, shards: int) -> None:
     """Publish the index of all shards, and say what they hold."""
     paths = [shard_path(folder, number) for number in range(shards)]
-    documents = [Checkpoint(path, "latents").document for path in paths]
-    index.bad = [p for document in documents for p, _ in document.facts["bad"]]
-    index.digest = index.seal([document.digest for document in documents])
+    documents = [Checkpoint(path, "latents").metadata for path in paths]
+    index.bad = [p for metadata in documents for p, _ in metadata.extra["bad"]]
+    index.digest = index.seal([metadata.digest for metadata in documents])
     index.write(folder)
     size = sum(path.stat().st_size for path in paths)
     console.print(
@@ -193,12 +193,12 @@ def check_resumable(folder: Path, index: LatentIndex) -> LatentIndex | None:
     return there
 
 
-def shard_document(path: Path) -> Document | None:
-    """The document of a shard that is there and whole."""
+def shard_metadata(path: Path) -> Metadata | None:
+    """The metadata of a shard that is there and whole."""
     if not path.is_file():
         return None
     try:
-        return Checkpoint(path, "latents").verify().document
+        return Checkpoint(path, "latents").verify().metadata
     except UserError as error:
         console.print(f"{error}; it is encoded again")
         return None
@@ -219,10 +219,10 @@ class Shard:
             store.append(torch.stack(value.chunk(sides), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
         self.kept += positions
 
-    def publish(self, path: Path, empty: Tensor) -> None:
+    def atomic_write(self, path: Path, empty: Tensor) -> None:
         """Write its file; `empty` stands for latents where no image was readable."""
         tensors = {"mu": torch.cat([empty, *self.mu]), "logvar": torch.cat([empty, *self.logvar])}
-        checkpoint.save(path, tensors, Document(stage="latents", facts={"positions": self.kept, "bad": self.bad}))
+        checkpoint.save(path, tensors, Metadata(stage="latents", extra={"positions": self.kept, "bad": self.bad}))
 
 
 def encoded(

@@ -17,28 +17,28 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightdiff import __version__
-from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.checkpoint import Checkpoint, atomic_write_text
 from lightdiff.data.images import BadImage, frame, load_image, to_float, to_uint8
 from lightdiff.errors import Stopped, UserError
 from lightdiff.pictures import save_grid_of_files, save_png, save_trajectory, save_walk
 from lightdiff.pipeline import Edit, Pipeline, Sampling, guidance_for, levels_for, noise_between, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
-from lightdiff.settings import GenerateSettings, flat
-from lightdiff.stages.start import enter, flag_of
-from lightdiff.training.background import Background
-from lightdiff.training.compute import (
+from lightdiff.runtime.background import Background
+from lightdiff.runtime.device import (
     as_begun,
-    out_of_memory_explained,
+    compile_network,
+    explain_out_of_memory,
     pick_compile,
     pick_device,
     pick_precision,
-    translate,
     usable_cores,
 )
-from lightdiff.training.place import restarted
-from lightdiff.training.progress import Reporter, console
-from lightdiff.training.ranks import Ranks, join
-from lightdiff.training.stopping import TimeLimit
+from lightdiff.runtime.dist_env import restarted
+from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.signals import TimeLimit
+from lightdiff.settings import GenerateSettings, flat
+from lightdiff.stages.start import enter, flag_of
 
 STRENGTH = 0.6
 TRAJECTORY_IMAGES = 4
@@ -68,12 +68,12 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     """The same, in a folder that nobody else writes to."""
     # 1. The networks, and whether they can do what is asked
     device = pick_device(settings.compute.device)
-    ranks = join(device, settings.job.timeout)
+    ranks = init_distributed(device, settings.job.timeout)
     here = RunFolder(settings.run)
     unet = Checkpoint(find_unet(settings.unet, here), "unet")
     vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
-    out = settings.out or ranks.on_first(lambda: new_folder(here.samples))
-    precision, compiling = ranks.on_first(lambda: decided(settings, out, device, ranks))
+    out = settings.out or ranks.run_on_main(lambda: new_folder(here.samples))
+    precision, compiling = ranks.run_on_main(lambda: decided(settings, out, device, ranks))
     pipeline = Pipeline(unet, vae, device, settings.ema, precision)
     ranks.check_same("U-Net or VAE", digests(pipeline))
     size = latent_size(settings, pipeline)
@@ -83,22 +83,22 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     paths = [out / file_name(settings, f"{i:05d}.png") for i in range(settings.count)]
     about = {"settings": chosen(settings), "precision": precision, "compile": compiling, **digests(pipeline)}
     about |= {"source": source.digest} if source else {}
-    ranks.on_first(lambda: open_folder(out, paths, settings, about, lock))
+    ranks.run_on_main(lambda: open_folder(out, paths, settings, about, lock))
 
     # 2. Draw batch by batch; one that is there already is whole
     shape = (pipeline.settings.latent.channels, *size)
     walk = noise_between(shape, settings.interpolate, settings.frames, settings.seed) if settings.interpolate else None
     limit = TimeLimit(settings.job.max_time)
     whole = list(batched(settings.count, settings.batch_size))
-    there = ranks.on_first(lambda: [all(paths[i].is_file() for i in items) for items in whole])
-    mine = ranks.deal([items for items, done in zip(whole, there, strict=True) if not done])
+    there = ranks.run_on_main(lambda: [all(paths[i].is_file() for i in items) for items in whole])
+    mine = ranks.strided([items for items, done in zip(whole, there, strict=True) if not done])
     done, unfinished = 0, False
     if compiling == "on":
-        translate(pipeline.unet, device, training=False)
+        compile_network(pipeline.unet, device, training=False)
     try:
         with (
             Reporter("generate", sum(map(len, mine))) as reporter,
-            out_of_memory_explained("--batch-size", settings.batch_size),
+            explain_out_of_memory("--batch-size", settings.batch_size),
             Background(max(1, min(8, usable_cores() // 2))) as writing,
         ):
             for items in mine:
@@ -126,8 +126,8 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     limit.conclude(unfinished, ranks, "" if settings.out else f" with --out {out}")
     made = out / file_name(settings, "walk.webp" if settings.interpolate else "grid.png")
     draw = save_walk if settings.interpolate else partial(save_grid_of_files, classes=len(settings.class_))
-    ranks.on_first(lambda: draw(made, paths))
-    if settings.trajectory and ranks.first:
+    ranks.run_on_main(lambda: draw(made, paths))
+    if settings.trajectory and ranks.is_main:
         first = range(min(TRAJECTORY_IMAGES, settings.count))
         moments = pipeline.trajectory(first, settings.seed, sampling, size, source.edit if source else None)
         save_trajectory(out, file_name(settings, ""), moments)
@@ -135,13 +135,13 @@ def generate(settings: GenerateSettings, lock: Lock) -> Path:
     return out
 
 
-def decided(settings: GenerateSettings, out: Path, device: torch.device, ranks: Ranks) -> tuple[str, str]:
+def decided(settings: GenerateSettings, out: Path, device: torch.device, ranks: Processes) -> tuple[str, str]:
     """Precision, and whether to compile: where images are to be gone on with, as they were begun; else by trying."""
     kept = out / file_name(settings, "settings.json")
     before = read_json(kept) if kept.is_file() else {}
     precision = as_begun(settings.compute.precision, before.get("precision"))
     compiling = as_begun(settings.compute.compile, before.get("compile"))
-    calls = -(-settings.count // (settings.batch_size * ranks.size)) * settings.num_steps
+    calls = -(-settings.count // (settings.batch_size * ranks.world_size)) * settings.num_steps
     return pick_precision(precision, device), pick_compile(compiling, device, calls, training=False)
 
 
@@ -198,7 +198,7 @@ class Source:
         """
         assert settings.from_ is not None
         resolution = size[0] * pipeline.vae_settings.factor
-        images = pipeline.vae_checkpoint.document.settings.get("images", {})
+        images = pipeline.vae_checkpoint.metadata.settings.get("images", {})
         pixels = framed(settings.from_, resolution, "--from", images.get("background", "white"))
         digest = hashlib.sha256(pixels.numpy().tobytes())
         x, mask = to_float(pixels)[None], None
@@ -285,7 +285,7 @@ def open_folder(out: Path, paths: list[Path], settings: GenerateSettings, about:
             )
     elif there := [path.name for path in paths if path.exists()]:
         raise UserError(f"{out} holds {there[0]} already: choose another --out, or a --name")
-    publish_text(kept, json.dumps(about, indent=2) + "\n")
+    atomic_write_text(kept, json.dumps(about, indent=2) + "\n")
 
 
 def chosen(settings: GenerateSettings) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def chosen(settings: GenerateSettings) -> dict[str, Any]:
 
 def digests(pipeline: Pipeline) -> dict[str, str]:
     """The networks that a picture comes from."""
-    return {"unet": pipeline.unet_checkpoint.document.digest, "vae": pipeline.vae_checkpoint.document.digest}
+    return {"unet": pipeline.unet_checkpoint.metadata.digest, "vae": pipeline.vae_checkpoint.metadata.digest}
 
 
 def batched(count: int, size: int) -> Iterator[range]:

@@ -12,31 +12,31 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentIndex, Statistics, read_index, shard_path
 from lightdiff.errors import UserError
 from lightdiff.run_folder import Lock, RunFolder, find_latents
+from lightdiff.runtime.background import prefetch
+from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ScaleSettings
-from lightdiff.training.background import ahead
-from lightdiff.training.progress import console
-from lightdiff.training.ranks import Ranks, join
 
 CACHED = 1 << 18  # numbers that are taken in at a time
 
 
 def run(settings: ScaleSettings) -> Path:
     """Compute the statistics, store them in the index, and return its path."""
-    ranks = join(torch.device("cpu"), settings.job.timeout)
+    ranks = init_distributed(torch.device("cpu"), settings.job.timeout)
     folder = find_latents(settings.latents, RunFolder(settings.run))
     index = read_index(folder)
     if not index.complete:
         raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
     moments = Moments(index.shape[0])
-    shards = ranks.deal(range(-(-len(index.files) // index.shard_size)))
-    for mu, logvar in ahead(partial(read, shard_path(folder, number), index) for number in shards):
+    shards = ranks.strided(range(-(-len(index.files) // index.shard_size)))
+    for mu, logvar in prefetch(partial(read, shard_path(folder, number), index) for number in shards):
         moments.add(mu, logvar)
     moments.over(ranks)
     if not moments.count:
         raise UserError(f"{folder} has no latents in the training split; encode more images")
     index.statistics = found = statistics(moments, settings)
     with Lock(settings.job.force_unlock) as lock:
-        ranks.on_first(lambda: store(folder, index, lock))
+        ranks.run_on_main(lambda: store(folder, index, lock))
     show(index, found, settings)
     return folder / "index.json"
 
@@ -44,7 +44,7 @@ def run(settings: ScaleSettings) -> Path:
 def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
     """Mu and logvar (n, m, c, h, w) of a shard's training images; reading, and verifying digests, takes most time."""
     shard = Checkpoint(path, "latents")
-    rows = torch.tensor([index.splits[p] == "t" for p in shard.document.facts["positions"]], dtype=torch.bool)
+    rows = torch.tensor([index.splits[p] == "t" for p in shard.metadata.extra["positions"]], dtype=torch.bool)
     return shard.tensor("mu")[rows], shard.tensor("logvar")[rows]
 
 
@@ -74,7 +74,7 @@ class Moments:
             self.variance += v.exp().sum(1, dtype=torch.float64)
             self.mu_squared += m.square().sum(1, dtype=torch.float64)
 
-    def over(self, ranks: Ranks) -> None:
+    def over(self, ranks: Processes) -> None:
         """Add up what all processes have."""
         numbers = torch.cat([torch.tensor([self.count]).double(), self.mu, self.mu_squared, self.variance])
         ranks.sum(numbers)

@@ -11,21 +11,21 @@ from torch import nn
 
 from lightdiff.checkpoint import (
     Checkpoint,
-    Document,
+    Metadata,
+    atomic_link,
+    atomic_write_text,
     check_own,
     load_weights,
-    publish_link,
-    publish_text,
     remove_temporaries,
 )
 from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
-from lightdiff.run_folder import LOCK, Lock, StageFolder, claim, free_name, set_aside
+from lightdiff.run_folder import LOCK, Lock, StageFolder, ensure_writable, free_name, set_aside
+from lightdiff.runtime.device import as_begun, pick_compile, pick_precision
+from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, flat, with_changes
-from lightdiff.training.compute import as_begun, pick_compile, pick_precision
 from lightdiff.training.loop import Task
-from lightdiff.training.progress import console
-from lightdiff.training.ranks import Ranks
 
 S = TypeVar("S", TrainVAESettings, TrainUNetSettings)
 FREE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")  # may change on resuming
@@ -43,7 +43,7 @@ def list_images(images: ImageSettings) -> list[ImageFile]:
 
 
 def resumed(
-    folder: StageFolder, stage: str, settings: S, lock: Lock, ranks: Ranks, build: Callable[[S], nn.Module]
+    folder: StageFolder, stage: str, settings: S, lock: Lock, ranks: Processes, build: Callable[[S], nn.Module]
 ) -> Checkpoint | None:
     """The state to go on from, if the run has been started before and is not to begin anew.
 
@@ -57,12 +57,12 @@ def resumed(
     def choose() -> Path | None:
         nonlocal mine
         enter(folder.path, lock, settings.restart)
-        claim(folder.checkpoints)
+        ensure_writable(folder.checkpoints)
         remove_temporaries(folder.checkpoints)
         mine = step_file(folder, settings.from_step, stage) if settings.from_step else newest(folder, stage, whole=True)
         return mine.path if mine else None
 
-    path = ranks.on_first(choose)
+    path = ranks.run_on_main(choose)
     ranks.check_same("run folder", path is None or path.is_file())  # else a machine without it would begin at step 0
     saved = mine or (Checkpoint(path, stage) if path else None)
     if saved:
@@ -111,44 +111,44 @@ def step_file(folder: StageFolder, step: int, stage: str) -> Checkpoint:
 
 def go_back(folder: StageFolder, saved: Checkpoint) -> None:
     """Make a step file the newest state, and keep aside what was saved after it."""
-    step = saved.document.step
+    step = saved.metadata.step
     newer = [path for path in folder.steps() if folder.step_of(path) > step]
-    newer += [path for path in (folder.last, folder.best) if path.is_file() and Checkpoint(path).document.step > step]
+    newer += [path for path in (folder.last, folder.best) if path.is_file() and Checkpoint(path).metadata.step > step]
     if folder.best in newer:
-        saved.document.facts.pop("best", None)  # the best of then has been replaced since: begin to look anew
+        saved.metadata.extra.pop("best", None)  # the best of then has been replaced since: begin to look anew
     if newer:
         aside = free_name(folder.checkpoints / f"after-step-{step}")
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
         console.print(f"what was saved after step {step} is now in {aside}")
-    publish_link(folder.last, saved.path)
+    atomic_link(folder.last, saved.path)
 
 
-def decided(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Ranks, total: int) -> S:
+def decided(settings: S, saved: Checkpoint | None, device: torch.device, ranks: Processes, total: int) -> S:
     """The settings with every `auto` of the loop resolved: as the run has had it so far, else by trying."""
     asked = settings.loop
     before = saved.settings(type(settings)).loop if saved else asked
     precision, compiling = as_begun(asked.precision, before.precision), as_begun(asked.compile, before.compile)
-    precision, compiling = ranks.on_first(
+    precision, compiling = ranks.run_on_main(
         lambda: (pick_precision(precision, device), pick_compile(compiling, device, total))
     )
     return with_changes(settings, loop=with_changes(settings.loop, precision=precision, compile=compiling))
 
 
-def machine(device: torch.device, ranks: Ranks) -> str:
+def machine(device: torch.device, ranks: Processes) -> str:
     """What computes, in words."""
-    return device.type if ranks.size == 1 else f"{ranks.size} processes on {device.type}"
+    return device.type if ranks.world_size == 1 else f"{ranks.world_size} processes on {device.type}"
 
 
 def enter(folder: Path, lock: Lock, restart: bool = False) -> None:
     """Make a stage's folder, lock it, and clear it: of half-written files, or of everything, which is kept aside."""
-    claim(folder)
+    ensure_writable(folder)
     lock.take(folder)
     if restart and any(path.name != LOCK for path in folder.iterdir()):
         aside = set_aside(folder)
         console.print(f"what was in {folder} is now in {aside}")
-        claim(folder)
+        ensure_writable(folder)
         lock.take(folder)
     remove_temporaries(folder)
 
@@ -157,7 +157,7 @@ def begin(
     task: Task,
     settings: TrainVAESettings | TrainUNetSettings,
     folder: StageFolder,
-    document: Document,
+    metadata: Metadata,
     saved: Checkpoint | None,
     total: int,
 ) -> bool:
@@ -168,7 +168,7 @@ def begin(
     """
     if saved:
         changed = check_same(saved, settings)
-        data, before = document.lineage.get("data"), saved.document.lineage.get("data")
+        data, before = metadata.lineage.get("data"), saved.metadata.lineage.get("data")
         if data != before and "images.data" in changed:
             _, now = changed["images.data"]
             raise UserError(
@@ -178,19 +178,19 @@ def begin(
         if data != before:  # files were added or removed
             console.print("note: the list of images is not the one this run began with")
             changed["list of images"] = (before, data)
-        document.facts = history(saved, changed)
-        if saved.document.step >= total:
-            step = saved.document.step
+        metadata.extra = history(saved, changed)
+        if saved.metadata.step >= total:
+            step = saved.metadata.step
             there = f"has its {total}" if step == total else f"is past {total}: it has {step}"
             console.print(f"{folder.path} {there} steps already; give more --steps to train on")
             return False
         if settings.from_step:  # not before all else has been found to be right
-            task.ranks.on_first(lambda: go_back(folder, saved))
-        console.print(f"going on from step {saved.document.step} of {total}")
+            task.ranks.run_on_main(lambda: go_back(folder, saved))
+        console.print(f"going on from step {saved.metadata.step} of {total}")
     elif settings.init_from:
         source = initial_weights(settings.init_from, task.stage)
         load_weights(task.model, source, source.weights_prefix())
-    task.ranks.on_first(lambda: publish_text(folder.settings, json.dumps(settings.to_save(), indent=2) + "\n"))
+    task.ranks.run_on_main(lambda: atomic_write_text(folder.settings, json.dumps(settings.to_save(), indent=2) + "\n"))
     return True
 
 
@@ -200,7 +200,7 @@ def check_same(saved: Checkpoint, settings: StageSettings) -> dict[str, tuple[An
     Raises:
         UserError: If something differs that shapes the weights or the data.
     """
-    old, new = flat(saved.document.settings), flat(settings.to_save())
+    old, new = flat(saved.metadata.settings), flat(settings.to_save())
     changed = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changed.items():
         if name in FIXED or not {name, name.split(".")[0]} & set(FREE):
@@ -227,9 +227,9 @@ def initial_weights(path: Path, stage: str) -> Checkpoint:
 
 def history(saved: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     """A resumed run's facts: those saved, and what has been changed at which step."""
-    facts = dict(saved.document.facts)
+    facts = dict(saved.metadata.extra)
     if changed:
-        entry = {"step": saved.document.step, "changed": {name: list(pair) for name, pair in changed.items()}}
+        entry = {"step": saved.metadata.step, "changed": {name: list(pair) for name, pair in changed.items()}}
         facts["history"] = [*facts.get("history", []), entry]
     return facts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, to_device
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
@@ -16,16 +16,16 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import Sampling, first_signal, load_vae, sample_latents, usable_levels
+from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels
 from lightdiff.run_folder import Lock, RunFolder, find_latents
+from lightdiff.runtime.background import prefetch
+from lightdiff.runtime.device import autocast, pick_device, place
+from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.progress import console
 from lightdiff.settings import GRID, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.start import begin, decided, machine, resumed
-from lightdiff.training.background import ahead
-from lightdiff.training.compute import autocast, pick_device, place
 from lightdiff.training.loop import Batch, train
-from lightdiff.training.progress import console
-from lightdiff.training.ranks import Ranks, join
 
 BANDS = 4  # the levels are split into so many bands of equal width for validation
 RESIDENT_SHARE = 0.25  # of a GPU's free memory, that latents may take up
@@ -36,7 +36,7 @@ class UNetTask:
 
     stage = "unet"
 
-    def __init__(self, settings: TrainUNetSettings, latents: LatentSet, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, settings: TrainUNetSettings, latents: LatentSet, device: torch.device, ranks: Processes) -> None:
         """Build the network from resolved settings; `latents` gives the data."""
         s = self.settings = settings
         self.device, self.latents, self.ranks = device, latents, ranks
@@ -51,8 +51,8 @@ class UNetTask:
     def batches(self, start: int, steps: int) -> Iterator[tuple[Posterior, Tensor]]:
         """This process's share of each batch, on the device; the next one is read meanwhile."""
         size = self.settings.loop.batch_size
-        part = self.ranks.part(size)
-        return ahead(partial(self._read, self._batch_at(start + i * size)[part]) for i in range(steps))
+        part = self.ranks.batch_slice(size)
+        return prefetch(partial(self._read, self._batch_at(start + i * size)[part]) for i in range(steps))
 
     def _read(self, batch: list[tuple[int, int]]) -> tuple[Posterior, Tensor]:
         """The posteriors of (epoch, item), items counting training latents, half of them mirrored; their classes."""
@@ -80,7 +80,7 @@ class UNetTask:
         latents, label = batch
         s = self.settings
         size = self.settings.loop.batch_size
-        part = self.ranks.part(size)
+        part = self.ranks.batch_slice(size)
         whole = (size, *self.shape)
         posterior = torch.randn(whole, generator=rng, device=self.device)[part]
         z = latents.mu if s.latent.only_mu else latents.sample(posterior)
@@ -103,7 +103,7 @@ class UNetTask:
         """Of each element of the prediction, (b, c, h, w)."""
         x0, eps, t = part["x0"], part["eps"], part["t"]
         told = [part["label"]] if "label" in part else []
-        prediction = model(self.schedule.noised(x0, eps, t), t, *told)
+        prediction = model(self.schedule.q_sample(x0, eps, t), t, *told)
         wanted = target(self.settings.target.objective, x0, eps, *self.schedule.at(t))
         error: Tensor = prediction - wanted
         return error.square()
@@ -143,7 +143,7 @@ class UNetTask:
         model.eval()
         s = self.settings
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
-        start = first_signal(s)
+        start = min_signal(s)
         usable = usable_levels(s)
         steps = min(Sampling.num_steps, usable or s.noise.timesteps)
         sampling = Sampling(num_steps=steps, min_alpha_bar=start if usable else 0.0, classes=s.classes)
@@ -173,7 +173,7 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     """The same, in a run folder that nobody else writes to."""
     # 1. What there is to train on, and where the results go
     device = pick_device(settings.loop.device)
-    ranks = join(device, settings.job.timeout)
+    ranks = init_distributed(device, settings.job.timeout)
     latents = LatentSet(find_latents(settings.latents, RunFolder(settings.run)))
     if latents_settings(latents.folder) != settings.latent:
         raise UserError(f"the settings' section `latent` is not that of the latents in {latents.folder}")
@@ -191,15 +191,15 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
     # 2. The task: network, data, loss
     task = UNetTask(settings, latents, device, ranks)
     lineage = {"vae": latents.index.vae_digest, "latents": latents.index.digest}
-    document = Document(stage="unet", settings=settings.to_save(), lineage=lineage)
+    metadata = Metadata(stage="unet", settings=settings.to_save(), lineage=lineage)
 
     # 3. Fresh, from another's weights, or on from where it was
-    if saved and saved.document.lineage != lineage:
+    if saved and saved.metadata.lineage != lineage:
         raise UserError(
-            f"{folder.path} was trained on latents {saved.document.lineage['latents'][:8]}, but "
+            f"{folder.path} was trained on latents {saved.metadata.lineage['latents'][:8]}, but "
             f"{latents.folder} holds {latents.index.digest[:8]}: choose another --run, or --restart"
         )
-    if not begin(task, settings, folder, document, saved, total):
+    if not begin(task, settings, folder, metadata, saved, total):
         return folder.last
     parameters = sum(p.numel() for p in task.model.parameters())
     console.print(
@@ -214,7 +214,7 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
         console.print(f"note: the latents have labels: {named}; with --label {example}, generate could be told which")
 
     # 4. Train
-    train(task, settings.loop, folder, document, total, settings.loop.precision, saved, settings.job)
+    train(task, settings.loop, folder, metadata, total, settings.loop.precision, saved, settings.job)
     return folder.last
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Document
+from lightdiff.checkpoint import Metadata
 from lightdiff.data.files import ImageFile, full_paths
 from lightdiff.data.images import to_float
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
@@ -16,16 +16,16 @@ from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
-from lightdiff.models.vae import VAE, Change
+from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import Lock, RunFolder
+from lightdiff.runtime.device import autocast, pick_device, pick_workers, place
+from lightdiff.runtime.dist_env import DistEnv
+from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.progress import console
 from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
 from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
-from lightdiff.training.compute import autocast, pick_device, pick_workers, place
 from lightdiff.training.loop import Batch, Means, train
-from lightdiff.training.place import Place
-from lightdiff.training.progress import console
-from lightdiff.training.ranks import Ranks, join
 
 
 class VAETask:
@@ -40,7 +40,7 @@ class VAETask:
         device: torch.device,
         lpips: Callable[[Tensor, Tensor], Tensor] | None,
         bad: BadFiles,
-        ranks: Ranks,
+        ranks: Processes,
     ) -> None:
         """Build the network and both data sets from resolved settings."""
         self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
@@ -71,7 +71,7 @@ class VAETask:
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
         loop = self.settings.loop
-        part = self.ranks.part(loop.batch_size)
+        part = self.ranks.batch_slice(loop.batch_size)
         order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
         workers, on_gpu = pick_workers(loop.workers, self.device), self.device.type == "cuda"
         yield from batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
@@ -87,14 +87,14 @@ class VAETask:
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
         """Images in [-1, 1] and the noise of their posteriors."""
         size = self.settings.loop.batch_size
-        noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.part(size)]
+        noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.batch_slice(size)]
         x = to_float(batch.x.to(self.device, non_blocking=True))
-        change = random_change(random.Random(rng.initial_seed()), self.settings.loss.equivariance)
+        change = sample_transform(random.Random(rng.initial_seed()), self.settings.loss.equivariance)
         return {"x": x, "noise": noise, "change": torch.tensor([change]).expand(len(x), -1)}  # on the CPU
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
         """The VAE's loss."""
-        change = Change(*part["change"][0].tolist())
+        change = LatentTransform(*part["change"][0].tolist())
         x_hat, posterior = model(part["x"], part["noise"], change)
         x = change(part["x"], self.settings.model.factor)
         return vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
@@ -136,12 +136,12 @@ class VAETask:
         save_grid(path, torch.cat([row for pair in pairs for row in pair]), columns)
 
 
-def random_change(rng: random.Random, share: float) -> Change:
+def sample_transform(rng: random.Random, share: float) -> LatentTransform:
     """What is done to a batch's latents and images: nothing, or, in this share of the steps, anything else."""
     if rng.random() >= share:
-        return Change(4, 0)
+        return LatentTransform(4, 0)
     smaller, turns = divmod(rng.randrange(1, 16), 4)
-    return Change(4 - smaller, turns)
+    return LatentTransform(4 - smaller, turns)
 
 
 def network(settings: TrainVAESettings) -> VAE:
@@ -159,7 +159,7 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     """The same, in a run folder that nobody else writes to."""
     # 1. What there is to train on, and where the results go
     device = pick_device(settings.loop.device)
-    ranks = join(device, settings.job.timeout)
+    ranks = init_distributed(device, settings.job.timeout)
     resolution = settings.images.resolution
     settings = resolve(settings)
     files = list_images(settings.images)
@@ -178,8 +178,8 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     task = VAETask(settings, files, device, lpips, bad, ranks)
 
     # 3. Fresh, from another's weights, or on from where it was
-    document = Document(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
-    if not begin(task, settings, folder, document, saved, total):
+    metadata = Metadata(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
+    if not begin(task, settings, folder, metadata, saved, total):
         return folder.best
     parameters = sum(p.numel() for p in task.model.parameters())
     console.print(
@@ -189,13 +189,15 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     )
 
     # 4. Train
-    train(task, settings.loop, folder, document, total, settings.loop.precision, saved, settings.job)
+    train(task, settings.loop, folder, metadata, total, settings.loop.precision, saved, settings.job)
     if bad.count:
         console.print(f"{bad.count} unreadable images are listed in {folder.bad_files}")
     return folder.best
 
 
-def perceptual(loss: VAELossSettings, device: torch.device, ranks: Ranks) -> Callable[[Tensor, Tensor], Tensor] | None:
+def perceptual(
+    loss: VAELossSettings, device: torch.device, ranks: Processes
+) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The LPIPS network, or None where its weight is 0.
 
     Raises:
@@ -203,14 +205,14 @@ def perceptual(loss: VAELossSettings, device: torch.device, ranks: Ranks) -> Cal
     """
     if not loss.lpips_gamma:
         return None
-    from lightdiff.models.perceptual import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
+    from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
 
-    weights = ranks.on_first(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
-    (missing,) = ranks.largest(int(not weights.is_file()))
+    weights = ranks.run_on_main(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
+    (missing,) = ranks.all_reduce_max(int(not weights.is_file()))
     for turn in (0, 1) if missing else ():  # other machines have caches of their own: there too, one process first
-        if not weights.is_file() and (Place.of(os.environ).local_rank > 0) == bool(turn):
+        if not weights.is_file() and (DistEnv.of(os.environ).local_rank > 0) == bool(turn):
             weights = find_weights(loss.lpips_net, loss.lpips_weights)
-        ranks.largest(turn)
+        ranks.all_reduce_max(turn)
     return PerceptualLoss(loss.lpips_net, weights).to(device)
 
 

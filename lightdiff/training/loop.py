@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document, load_weights
+from lightdiff.checkpoint import Checkpoint, Metadata, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import NoRoom, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
-from lightdiff.settings import JobSettings, LoopSettings, flat
-from lightdiff.training.compute import (
+from lightdiff.runtime.device import (
     autocast,
+    compile_network,
+    enable_activation_checkpointing,
+    explain_out_of_memory,
     memory_in_use,
-    out_of_memory_explained,
-    recompute_activations,
-    translate,
 )
+from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import Reporter
+from lightdiff.runtime.signals import AGAIN, OUT_OF_TIME, SignalMonitor, TimeLimit
+from lightdiff.settings import JobSettings, LoopSettings, flat
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import MASKING, MOMENTS, bytes_kept, optimizers_of
-from lightdiff.training.progress import Reporter
-from lightdiff.training.ranks import Ranks
-from lightdiff.training.stopping import AGAIN, OUT_OF_TIME, TimeLimit, Watch
+from lightdiff.training.optimizers import MASKING, STATE_KEYS, optimizer_state_bytes, optimizers_of
 
 Batch = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
@@ -47,7 +47,7 @@ class Task(Protocol):
     stage: str
     model: nn.Module
     device: torch.device
-    ranks: Ranks
+    ranks: Processes
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
         """This process's share of `steps` batches, the first of which begins after `start` images."""
@@ -85,12 +85,12 @@ class Trainer:
         self.skipped = 0  # steps without an update, as something was not finite
         self._sound: list[Tensor] = []  # of each step since the last look, whether all was finite
         if loop.checkpoint_activations:
-            recompute_activations(self.model)
+            enable_activation_checkpointing(self.model)
         if loop.compile == "on":
-            one_pass = self.ranks.size == 1 and loop.micro == loop.batch_size
-            translate(self.model, task.device, graphs=one_pass)
+            one_pass = self.ranks.world_size == 1 and loop.micro == loop.batch_size
+            compile_network(self.model, task.device, graphs=one_pass)
         # As it is called in training: with several processes, it averages their gradients.
-        self.network = averaging_gradients(self.model) if self.ranks.size > 1 else self.model
+        self.network = wrap_ddp(self.model) if self.ranks.world_size > 1 else self.model
 
     @property
     def averaged(self) -> nn.Module:
@@ -118,7 +118,7 @@ class Trainer:
             with self._quiet(first + loop.micro < size):
                 with autocast(task.device, self.precision):
                     losses = task.loss(self.network, part)
-                (losses["loss"] * (share * ranks.size)).backward()  # type: ignore[no-untyped-call]
+                (losses["loss"] * (share * ranks.world_size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         limit = loop.clip or math.inf
@@ -127,7 +127,7 @@ class Trainer:
         self.images_seen += loop.batch_size
         if self.ema:
             self.ema.update(self.model, self.step)
-        return sums | {"grad_norm": norm / ranks.size}  # it is the same in all processes, and sums are summed up
+        return sums | {"grad_norm": norm / ranks.world_size}  # it is the same in all processes, and sums are summed up
 
     def _quiet(self, more: bool) -> AbstractContextManager[None]:
         """Leave gradients where they are while more micro-batches of this step come."""
@@ -165,7 +165,7 @@ class Trainer:
     def nbytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
-        return (2 if self.ema else 1) * weights + bytes_kept(self.model, self.loop)
+        return (2 if self.ema else 1) * weights + optimizer_state_bytes(self.model, self.loop)
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimizers know of each parameter, by kind and name."""
@@ -175,7 +175,7 @@ class Trainer:
         return {
             f"{kind}.{name}": known[parameter][kind]
             for name, parameter in self.trained.items()
-            for kind in MOMENTS
+            for kind in STATE_KEYS
             if kind in known[parameter]
         }
 
@@ -200,9 +200,9 @@ class Trainer:
         load_weights(self.model, saved, "model.")
         if self.ema:
             load_weights(self.ema.model, saved, saved.weights_prefix())
-        self.step, self.images_seen = saved.document.step, saved.document.images_seen
-        self.best = saved.document.facts.get("best", math.inf)
-        self.skipped = saved.document.facts.get("skipped", 0)
+        self.step, self.images_seen = saved.metadata.step, saved.metadata.images_seen
+        self.best = saved.metadata.extra.get("best", math.inf)
+        self.skipped = saved.metadata.extra.get("skipped", 0)
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.AdamW):
                 self._begin(optimizer)
@@ -214,10 +214,10 @@ class Trainer:
         where = self.task.device if self.task.device.type in MASKING else "cpu"  # where it counts its steps
         for parameter in adamw.param_groups[0]["params"]:
             count = torch.tensor(float(self.step - self.skipped), device=where)
-            adamw.state[parameter] = {"step": count, **{kind: torch.empty_like(parameter) for kind in MOMENTS}}
+            adamw.state[parameter] = {"step": count, **{kind: torch.empty_like(parameter) for kind in STATE_KEYS}}
 
 
-def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over all processes; its buffers are constants, so they stay at home."""
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
     options: dict[str, bool] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
@@ -238,7 +238,7 @@ class Means:
             self._sums[name] = self._sums.get(name, 0.0) + value.item() * count
         self._count += count
 
-    def over(self, ranks: Ranks) -> dict[str, float]:
+    def over(self, ranks: Processes) -> dict[str, float]:
         """The means over all items of all processes; empty where there are none."""
         names = ranks.names(self._sums)
         numbers = torch.tensor([*(self._sums.get(name, 0.0) for name in names), self._count], dtype=torch.float64)
@@ -264,7 +264,7 @@ def train(
     task: Task,
     loop: LoopSettings,
     folder: StageFolder,
-    document: Document,
+    metadata: Metadata,
     total_steps: int,
     precision: str,
     resume: Checkpoint | None = None,
@@ -276,7 +276,7 @@ def train(
         task: What to train.
         loop: How to train it.
         folder: Where its files go.
-        document: What its checkpoints say of it; step, metrics and digests are filled in here.
+        metadata: What its checkpoints say of it; step, metrics and digests are filled in here.
         total_steps: Optimizer steps of the whole run.
         precision: fp32 or bf16.
         resume: The snapshot to go on from.
@@ -288,31 +288,31 @@ def train(
     """
     ranks = task.ranks
     pass_size = min(loop.micro, len(ranks.share(loop.batch_size)) or 1)
-    with out_of_memory_explained("--micro-batch", pass_size):
+    with explain_out_of_memory("--micro-batch", pass_size):
         trainer = Trainer(task, loop, precision)
         if resume is not None:
             trainer.restore(resume)
             resume.close()
     limit = TimeLimit(job.max_time if job else 0, reserve=2 * trainer.nbytes / SLOW_DISK)
-    ranks.on_first(lambda: checkpoint.check_room(folder.checkpoints, room_needed(trainer)))
-    metrics: dict[str, float] = dict(resume.document.metrics) if resume else {}
+    ranks.run_on_main(lambda: checkpoint.check_room(folder.checkpoints, room_needed(trainer)))
+    metrics: dict[str, float] = dict(resume.metadata.metrics) if resume else {}
     remaining = total_steps - trainer.step
     began, images_before = time.monotonic(), trainer.images_seen
     with (
-        Reporter(task.stage, total_steps, trainer.step, folder.metrics if ranks.first else None) as reporter,
-        Watch(ranks, limit) as watch,
-        out_of_memory_explained("--micro-batch", pass_size),
+        Reporter(task.stage, total_steps, trainer.step, folder.metrics if ranks.is_main else None) as reporter,
+        SignalMonitor(ranks, limit) as watch,
+        explain_out_of_memory("--micro-batch", pass_size),
     ):
-        reporter.settings(flat(document.settings))
+        reporter.settings(flat(metadata.settings))
         for batch in task.batches(trainer.images_seen, remaining):
             losses = trainer.train_step(batch, total_steps)
             step = trainer.step
-            wish = watch.wish()
+            wish = watch.poll()
             validating = step == total_steps or (loop.val_every > 0 and step % loop.val_every == 0)
             saving = step == total_steps or step % loop.save_every == 0 or wish.exit_code or wish.save or validating
             if saving or step % loop.log_every == 0:
                 values, skipped = trainer.look(losses)
-                judge_skipped(trainer, skipped, folder, reporter)
+                check_nonfinite(trainer, skipped, folder, reporter)
                 speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
                 row = {"step": step, "images_seen": trainer.images_seen, **values}
                 row |= {"skipped": trainer.skipped} if trainer.skipped else {}
@@ -330,16 +330,16 @@ def train(
             if validating:
                 picture = folder.images / f"step-{step:08d}.png"
                 try:
-                    ranks.on_first(partial(task.picture, trainer.averaged, picture))
+                    ranks.run_on_main(partial(task.picture, trainer.averaged, picture))
                 except Exception:
-                    save(trainer, folder, document, metrics, keep_step=False, fresh=True)
+                    save(trainer, folder, metadata, metrics, keep_step=False, fresh=True)
                     raise
                 reporter.picture(picture, step)
                 said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
                 reporter.note(f"{task.stage} step {step}: {said}  {picture}")
             if saving:  # last: what a kill cuts off before it is made again
                 reporter.settle()
-                save(trainer, folder, document, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
+                save(trainer, folder, metadata, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
                 reporter.saved(folder.last)
             if wish.exit_code and step < total_steps:
                 why = f"--max-time {limit.minutes:g} minutes: " if wish.exit_code == OUT_OF_TIME else ""
@@ -350,25 +350,25 @@ def train(
 
 
 def save(
-    trainer: Trainer, folder: StageFolder, document: Document, metrics: dict[str, float], keep_step: bool, fresh: bool
+    trainer: Trainer, folder: StageFolder, metadata: Metadata, metrics: dict[str, float], keep_step: bool, fresh: bool
 ) -> None:
     """Publish `last`, a step file if wanted, and `best` where a fresh validation found it to be that."""
     loss = metrics.get("val_loss")
     better = fresh and (loss is None or loss < trainer.best)
     if better and loss is not None:
         trainer.best = loss
-    facts = {"best": trainer.best} if math.isfinite(trainer.best) else {}
-    facts |= {"skipped": trainer.skipped} if trainer.skipped else {}
-    now = document.model_copy(
+    extra = {"best": trainer.best} if math.isfinite(trainer.best) else {}
+    extra |= {"skipped": trainer.skipped} if trainer.skipped else {}
+    now = metadata.model_copy(
         update={
             "step": trainer.step,
             "images_seen": trainer.images_seen,
             "metrics": metrics,
-            "facts": document.facts | facts,
+            "extra": metadata.extra | extra,
         }
     )
 
-    def publish(path: Path, resumable: bool) -> None:
+    def atomic_write(path: Path, resumable: bool) -> None:
         while True:
             try:
                 checkpoint.check_room(folder.checkpoints, room_needed(trainer))
@@ -382,17 +382,17 @@ def save(
 
     def write() -> None:
         if better:
-            publish(folder.best, resumable=False)
+            atomic_write(folder.best, resumable=False)
         if not keep_step:
-            publish(folder.last, resumable=True)
+            atomic_write(folder.last, resumable=True)
             return
         kept = folder.step(trainer.step)
-        publish(kept, resumable=True)
-        checkpoint.publish_link(folder.last, kept)
+        atomic_write(kept, resumable=True)
+        checkpoint.atomic_link(folder.last, kept)
         for old in removable(folder, trainer.loop, trainer.loop.keep):
             old.unlink()
 
-    trainer.ranks.on_first(write)
+    trainer.ranks.run_on_main(write)
 
 
 def room_needed(trainer: Trainer) -> int:
@@ -406,7 +406,7 @@ def removable(folder: StageFolder, loop: LoopSettings, keep: int) -> list[Path]:
     return [path for path in older if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0)]
 
 
-def judge_skipped(trainer: Trainer, skipped: list[int], folder: StageFolder, reporter: Reporter) -> None:
+def check_nonfinite(trainer: Trainer, skipped: list[int], folder: StageFolder, reporter: Reporter) -> None:
     """Tell which steps were skipped because something was not finite, and stop the run if they are too many.
 
     Raises:

@@ -11,7 +11,7 @@ ROUNDS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)
 AS_ADAMW = 0.2  # root mean square of AdamW's updates, in units of lr
 SMALLEST = 16  # a matrix with fewer rows or columns is left to AdamW
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter; Muon the first one alone
+STATE_KEYS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter; Muon the first one alone
 
 
 class Muon(torch.optim.Optimizer):
@@ -74,7 +74,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 def optimizers_of(model: nn.Module, loop: LoopSettings, precision: str) -> list[torch.optim.Optimizer]:
     """The optimizers of a network's parameters: with muon, of matrices and of the rest; else AdamW alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {id(p): p for p in muons_share(model, loop)}
+    matrices = {id(p): p for p in muon_params(model, loop)}
     found: list[torch.optim.Optimizer] = []
     if matrices:
         dtype = torch.bfloat16 if precision == "bf16" else trained[0].dtype
@@ -85,13 +85,13 @@ def optimizers_of(model: nn.Module, loop: LoopSettings, precision: str) -> list[
     return found
 
 
-def bytes_kept(model: nn.Module, loop: LoopSettings) -> int:
+def optimizer_state_bytes(model: nn.Module, loop: LoopSettings) -> int:
     """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return len(MOMENTS) * trained - sum(p.nbytes for p in muons_share(model, loop))
+    return len(STATE_KEYS) * trained - sum(p.nbytes for p in muon_params(model, loop))
 
 
-def muons_share(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
+def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
     """What Muon trains, if it is chosen: weights of convolutions and linear layers.
 
     Those with few rows or columns are left out, as at both ends of a network, and those that are not trained.

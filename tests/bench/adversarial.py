@@ -28,15 +28,14 @@ from lightdiff.data.files import full_paths
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
 from lightdiff.data.loading import BadFiles
 from lightdiff.losses import vae_loss
-from lightdiff.models.vae import VAE, Change
+from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
+from lightdiff.runtime.device import pick_device, pick_precision
 from lightdiff.settings import TrainVAESettings, with_changes
 from lightdiff.stages.start import list_images
 from lightdiff.stages.train_vae import VAETask, perceptual
-from lightdiff.training.compute import pick_device, pick_precision
 from lightdiff.training.loop import Batch, Trainer
-from lightdiff.training.ranks import join
 from tests.bench.recipe import Work, left_out
 
 WIDTHS = (3, 32, 64, 128)
@@ -68,7 +67,7 @@ class AdversarialTask(VAETask):
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
         """The VAE's loss, plus the discriminator's opinion; and one step of the discriminator."""
         x = part["x"]
-        x_hat, posterior = model(x, part["noise"], Change(4, 0))
+        x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
         losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
 
         self.judge.requires_grad_(True)
@@ -96,7 +95,7 @@ class Contest:
     def __init__(self, saved: Checkpoint, lr: float, scratch: Path) -> None:
         """Read settings, images and LPIPS once for all."""
         self.saved, self.device = saved, pick_device("cpu")
-        self.ranks = join(self.device, 600)
+        self.ranks = init_distributed(self.device, 600)
         settings = saved.settings(TrainVAESettings)
         precision = pick_precision("auto", self.device)
         loop = with_changes(settings.loop, lr=lr, workers=0, compile="off", precision=precision)

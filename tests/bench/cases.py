@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
@@ -28,6 +28,8 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import read_settings
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.device import compile_network, keep_memory, pick_compile, pick_precision, place
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import (
     ImageSettings,
     JobSettings,
@@ -42,9 +44,7 @@ from lightdiff.settings import (
 from lightdiff.stages import encode as encode_stage
 from lightdiff.stages import scale as scale_stage
 from lightdiff.stages.train_unet import UNetTask
-from lightdiff.training.compute import keep_memory, pick_compile, pick_precision, place, translate
 from lightdiff.training.loop import Trainer
-from lightdiff.training.ranks import Ranks
 from tests.bench import peers
 from tests.bench.contest import Case, Work, flops_of, parameters_of
 
@@ -82,8 +82,8 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
     for number, first in enumerate(range(0, count, shard_size)):
         positions = list(range(first, min(first + shard_size, count)))
         mu, logvar = noise[:, : len(positions)]
-        document = Document(stage="latents", facts={"positions": positions, "bad": []})
-        digests.append(checkpoint.save(shard_path(folder, number), {"mu": mu, "logvar": logvar - 6}, document).digest)
+        metadata = Metadata(stage="latents", extra={"positions": positions, "bad": []})
+        digests.append(checkpoint.save(shard_path(folder, number), {"mu": mu, "logvar": logvar - 6}, metadata).digest)
     index.digest = index.seal(digests)
     index.write(folder)
     return folder
@@ -111,7 +111,7 @@ def train_unet_step(
         latents.to(device)
     latent = LatentsSettings(height=side, width=side)
     whole = TrainUNetSettings(model=settings, latent=latent, loop=chosen).resolved()
-    task = UNetTask(whole, latents, device, Ranks())
+    task = UNetTask(whole, latents, device, Processes())
     keep_memory()
     trainer = Trainer(task, chosen, chosen.precision)
     order = task.batches(0, 10**9)
@@ -160,7 +160,7 @@ def some_lpips(folder: Path) -> Any:
     """LPIPS on SqueezeNet with random weights: as fast as with trained ones, and nothing has to be fetched."""
     from torchvision.models import squeezenet1_1
 
-    from lightdiff.models.perceptual import PerceptualLoss
+    from lightdiff.models.lpips import PerceptualLoss
 
     weights = folder / "squeezenet.pth"
     torch.save(squeezenet1_1(weights=None).state_dict(), weights)
@@ -171,7 +171,7 @@ class VAEStepTask:
     """As much of train-vae's task as a step needs; its images lie in memory."""
 
     stage = "vae"
-    ranks = Ranks()
+    ranks = Processes()
 
     def __init__(self, settings: TrainVAESettings, device: torch.device, lpips: Any):
         self.settings, self.device, self.lpips = settings, device, lpips
@@ -301,7 +301,7 @@ def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
     settings = TrainVAESettings(model=model, images=images)
     path = RunFolder(home / "vae").vae.best
     tensors = {f"model.{name}": value for name, value in vae.state_dict().items()}
-    checkpoint.save(path, tensors, Document(stage="vae", settings=settings.to_save()))
+    checkpoint.save(path, tensors, Metadata(stage="vae", settings=settings.to_save()))
     runs = itertools.count()
 
     def once() -> None:
@@ -374,7 +374,7 @@ def sampling(
 def untrained_vae(path: Path, settings: VAESettings) -> Checkpoint:
     """A VAE of random weights, saved."""
     weights = {f"model.{name}": value for name, value in VAE(settings).state_dict().items()}
-    checkpoint.save(path, weights, Document(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
+    checkpoint.save(path, weights, Metadata(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
     return Checkpoint(path)
 
 
@@ -388,14 +388,14 @@ def lightdiff_sampling(
     vae_settings = VAESettings().resolved(64)
     vae_path, unet_path = home / "vae.safetensors", home / "unet.safetensors"
     vae = untrained_vae(vae_path, vae_settings)
-    document = Document(
+    metadata = Metadata(
         stage="unet", settings=TrainUNetSettings(model=settings).to_save(), lineage={"vae": vae_digest(vae)}
     )
-    checkpoint.save(unet_path, {f"model.{name}": value for name, value in model.state_dict().items()}, document)
+    checkpoint.save(unet_path, {f"model.{name}": value for name, value in model.state_dict().items()}, metadata)
     precision = pick_precision("auto", device)
     pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
     if compiled:
-        translate(pipeline.unet, device, training=False)
+        compile_network(pipeline.unet, device, training=False)
     chosen = Sampling(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 

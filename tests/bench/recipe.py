@@ -40,8 +40,8 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
 from lightdiff.pictures import save_png
 from lightdiff.pipeline import load_vae
+from lightdiff.runtime.progress import read_metrics
 from lightdiff.settings import SamplerName
-from lightdiff.training.progress import read_metrics
 from tests.bench import recipe_page
 from tests.bench.contest import processor
 

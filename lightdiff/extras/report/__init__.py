@@ -3,13 +3,13 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightdiff.checkpoint import publish_text
+from lightdiff.checkpoint import atomic_write_text
 from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
+from lightdiff.runtime.device import pick_device
+from lightdiff.runtime.progress import console
 from lightdiff.settings import Device
-from lightdiff.training.compute import pick_device
-from lightdiff.training.progress import console
 
 NEEDED = ("plotly", "jinja2")  # the extra `report`
 
@@ -34,6 +34,6 @@ def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
             found.append(collect(run, where))
     text = render(found).encode(errors="replace").decode()  # names of files need not be UTF-8
     target.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(target, text)
+    atomic_write_text(target, text)
     console.print(f"{len(text.encode()) / 1e6:.1f} MB; open it in a browser", soft_wrap=True)
     return target

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.evidence import evaluated, opened, rows_of
@@ -38,7 +38,7 @@ class Curve:
 class Training:
     """What one of the two trainings left behind."""
 
-    document: Document
+    metadata: Metadata
     parameters: int
     rows: list[Row]
     curves: dict[str, Curve]
@@ -47,12 +47,12 @@ class Training:
     @property
     def lineage(self) -> dict[str, str]:
         """What it came from, by the beginnings of digests."""
-        return {name: digest[:12] for name, digest in self.document.lineage.items()}
+        return {name: digest[:12] for name, digest in self.metadata.lineage.items()}
 
     @property
     def history(self) -> list[str]:
         """What was changed on the way, in words."""
-        changes = self.document.facts.get("history", [])
+        changes = self.metadata.extra.get("history", [])
         return [
             f"from step {c['step']}: "
             + ", ".join(f"{name} {old} -> {new}" for name, (old, new) in c["changed"].items())
@@ -149,7 +149,7 @@ def training(stage: str, folder: StageFolder) -> Training:
     """What a training left behind."""
     saved = Checkpoint(folder.last, stage)
     return Training(
-        saved.document,
+        saved.metadata,
         sum(map(math.prod, saved.shapes("model.").values())),
         settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save()),
         curves_of(folder),

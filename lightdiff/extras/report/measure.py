@@ -15,7 +15,7 @@ from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import evenly
 from lightdiff.pictures import grid, opened
-from lightdiff.pipeline import Moment, Pipeline, Sampling, load_vae
+from lightdiff.pipeline import Pipeline, Sampling, TrajectoryStep, load_vae
 from lightdiff.run_folder import StageFolder
 from lightdiff.settings import ImageSettings
 from lightdiff.stages.start import list_images
@@ -57,7 +57,7 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
         UserError: If the images are not there any more.
     """
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
-    images = ImageSettings.model_validate(saved.document.settings["images"])
+    images = ImageSettings.model_validate(saved.metadata.settings["images"])
     if gone := [str(d) for d in images.data if not d.is_dir()]:
         raise UserError(f"the images are not where they were: {', '.join(gone)}")
     files = list_images(images)
@@ -84,7 +84,7 @@ def trajectory(pipeline: Pipeline) -> list[tuple[str, Picture]]:
     return [pictured(i, moment) for i, moment in enumerate(pipeline.trajectory(SHOWN, sampling=Sampling(STEPS)))]
 
 
-def pictured(call: int, moment: Moment) -> tuple[str, Picture]:
+def pictured(call: int, moment: TrajectoryStep) -> tuple[str, Picture]:
     """One moment."""
     level = moment.level
     words = f"call {call + 1} of {STEPS}: signal {level.alpha:.3f}, noise {level.sigma:.3f}"

@@ -126,7 +126,7 @@ def metrics_table(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     measured: dict[str, dict[int, float]] = {}
     for number, run in enumerate(runs):
         for stage, training in run.trainings():
-            for name, value in training.document.metrics.items():
+            for name, value in training.metadata.metrics.items():
                 called = MEASURES.get(name, name.removeprefix("val_"))
                 measured.setdefault(f"{STAGES[stage]}: {called}", {})[number] = value
         for stage, results in run.evaluation.items():
@@ -150,7 +150,7 @@ def best(runs: Sequence[RunFacts], name: str, values: dict[int, float]) -> list[
         return []
     if "loss" in name:
         stage = next(stage for stage, title in STAGES.items() if name.startswith(title))
-        first, *others = [question(getattr(runs[i], stage).document) for i in values]
+        first, *others = [question(getattr(runs[i], stage).metadata) for i in values]
         if any(other != first for other in others):
             return []
     wanted = choose(values.values())
@@ -192,9 +192,9 @@ def time_words(training: Training | None) -> str:
     if training is None:
         return "-"
     speed, memory = training.middle("images_per_s"), training.curves.get("memory_mb")
-    said = f"{training.document.step:,} steps, {training.document.images_seen:,} images"
+    said = f"{training.metadata.step:,} steps, {training.metadata.images_seen:,} images"
     if speed:
-        said += f", {speed:.3g} images/s, about {duration(training.document.images_seen / speed)}"
+        said += f", {speed:.3g} images/s, about {duration(training.metadata.images_seen / speed)}"
     return said + (f", {max(memory.values) / 1000:.2f} GB" if memory else "")
 
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightdiff.checkpoint import publish_link, publish_text
+from lightdiff.checkpoint import atomic_link, atomic_write_text
 from lightdiff.data.latents import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.estimate import words
 from lightdiff.extras.sweep.outcome import conclude
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
 from lightdiff.run_folder import Lock
+from lightdiff.runtime.dist_env import DistEnv
+from lightdiff.runtime.progress import console, read_metrics
 from lightdiff.settings import (
     JobSettings,
     StageSettings,
@@ -23,8 +25,6 @@ from lightdiff.settings import (
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 from lightdiff.stages.start import enter
-from lightdiff.training.place import Place
-from lightdiff.training.progress import console, read_metrics
 
 NAMES: dict[Kind, tuple[str, str]] = {
     "vae": ("VAE", "VAEs"),
@@ -36,7 +36,7 @@ NAMES: dict[Kind, tuple[str, str]] = {
 
 def run(settings: SweepSettings) -> str:
     """Make what is missing, draw the sheets, and return their paths, a line each."""
-    if Place.of(os.environ).size > 1:
+    if DistEnv.of(os.environ).world_size > 1:
         raise UserError("sweep works in one process: start it without a launcher")
     plan = Plan(settings)
     find_lpips(plan)
@@ -65,7 +65,7 @@ def find_lpips(plan: Plan) -> None:
     ]
     wanted = {(loss.lpips_net, loss.lpips_weights) for loss in every if loss.lpips_gamma}
     if wanted:
-        from lightdiff.models.perceptual import find_weights  # imports torchvision: 1.5 s
+        from lightdiff.models.lpips import find_weights  # imports torchvision: 1.5 s
 
         for net, file in wanted:
             find_weights(net, file)
@@ -155,7 +155,7 @@ def make(plan: Plan, result: Result, job: JobSettings) -> None:
     """Run the stages that make a result; each of them goes on where it was stopped."""
     home, source = result.place, result.source
     home.mkdir(exist_ok=True)
-    publish_text(home / "what.json", result.what())
+    atomic_write_text(home / "what.json", result.what())
 
     def ready(stage: str, **more: Any) -> Any:
         chosen: StageSettings = result.settings[stage]
@@ -178,13 +178,13 @@ def make(plan: Plan, result: Result, job: JobSettings) -> None:
     else:
         assert source is not None
         generate.run(ready("generate", unet=source.place, vae=vae_of(source), out=home))
-    publish_text(home / "done", time.strftime("%Y-%m-%d %H:%M:%S\n"))
+    atomic_write_text(home / "done", time.strftime("%Y-%m-%d %H:%M:%S\n"))
 
 
 def link_latents(source: Path, target: Path) -> None:
     """The same latents again, to be scaled in another way; their files take no room."""
     for file in source.glob("*.safetensors"):
-        publish_link(target / file.name, file)
+        atomic_link(target / file.name, file)
     index = read_index(source)
     index.statistics = None
     index.write(target)

@@ -66,14 +66,14 @@ class Base:
     @property
     def vae_settings(self) -> TrainVAESettings:
         """What its VAE was trained with."""
-        settings: TrainVAESettings = build(TrainVAESettings, [self.vae.document.settings, ANEW])
+        settings: TrainVAESettings = build(TrainVAESettings, [self.vae.metadata.settings, ANEW])
         return opened(settings, train_vae.resolve)
 
     @property
     def unet_settings(self) -> TrainUNetSettings:
         """What its U-Net was trained with."""
         assert self.unet is not None
-        settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.document.settings, ANEW])
+        settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.metadata.settings, ANEW])
         return opened(settings, train_unet.resolve)
 
     def encode_layer(self, images: Layer) -> Layer:
@@ -110,6 +110,6 @@ def opened(settings: T, resolve: Callable[[T], T]) -> T:
 
 def finished(saved: Checkpoint, steps: int) -> bool:
     """Whether a checkpoint is what training so many steps with its settings, and never with others, makes."""
-    document = saved.document
-    epochs = document.settings.get("loop", {}).get("epochs", 0)
-    return document.step == steps and not epochs and not document.facts.get("history")
+    metadata = saved.metadata
+    epochs = metadata.settings.get("loop", {}).get("epochs", 0)
+    return metadata.step == steps and not epochs and not metadata.extra.get("history")

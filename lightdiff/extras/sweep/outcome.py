@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from lightdiff.checkpoint import Checkpoint, publish_text
+from lightdiff.checkpoint import Checkpoint, atomic_write_text
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset
 from lightdiff.extras.evidence import question
@@ -19,10 +19,10 @@ from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, free_name, read_json
+from lightdiff.runtime.device import pick_device
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
 from lightdiff.stages.start import list_images
-from lightdiff.training.compute import pick_device
-from lightdiff.training.progress import console
 
 SHEET, RECONSTRUCTIONS, RESULTS = "sheet.png", "sheet-reconstructions.png", "sweep.json"
 ACROSS = 4  # pictures side by side in a cell of a sheet with rows and columns
@@ -42,7 +42,7 @@ def conclude(plan: Plan) -> list[Path]:
         for name in names:
             (folder / name).rename(aside / name)
         console.print(f"the sheets of other values are now in {aside}", soft_wrap=True)
-    publish_text(folder / RESULTS, json.dumps(about, indent=2) + "\n")
+    atomic_write_text(folder / RESULTS, json.dumps(about, indent=2) + "\n")
     show(plan, about["cells"])
     sheets = []
     vary_vae = [axis for axis in plan.axes if axis.stage == "train-vae"]
@@ -71,7 +71,7 @@ def told(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 def metrics(result: Result) -> dict[str, float]:
     """What the last validation of a network found."""
-    return snapshot(result).document.metrics
+    return snapshot(result).metadata.metrics
 
 
 def snapshot(result: Result) -> Checkpoint:
@@ -88,7 +88,7 @@ def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
     made = {result.kind for result in plan.new_results()}
     pairs = [(kind, name) for kind, names in SHOWN.items() for name in names if kind in made]
     pairs = [(kind, name) for kind, name in pairs if any(name in cell["metrics"][kind] for cell in cells)]
-    asked = [question(snapshot(cell.results["unet"]).document) for cell in plan.cells] if plan.whole else []
+    asked = [question(snapshot(cell.results["unet"]).metadata) for cell in plan.cells] if plan.whole else []
     if any(other != asked[0] for other in asked):
         pairs = [(kind, name) for kind, name in pairs if kind != "unet"]
         console.print("note: losses of different objectives, schedules or latents cannot be compared; see the sheet")

@@ -67,7 +67,7 @@ class Result:
 
 def essence(settings: StageSettings) -> dict[str, Any]:
     """The settings that a result depends on, by name; those read from the stage before are told by its digest."""
-    rows = flat(settings.model_dump(mode="json", exclude={*settings.SAID_ONCE, "latent"}))
+    rows = flat(settings.model_dump(mode="json", exclude={*settings.NOT_SAVED, "latent"}))
     return {name: value for name, value in sorted(rows.items()) if name.split(".")[-1] not in MACHINE_ONLY}
 
 
@@ -150,7 +150,7 @@ class Plan:
             essence(settings) == essence(its_own) and last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
         )
         if "train-vae" not in self.touched or same:
-            return Result("vae", base.vae.path, base.vae.document.digest)
+            return Result("vae", base.vae.path, base.vae.metadata.digest)
         return self._own("vae", {"train-vae": settings}, None)
 
     def _latents(self, vae: Result, encode: EncodeSettings, scale: ScaleSettings) -> Result:
@@ -165,7 +165,7 @@ class Plan:
                     return mine
                 self._encoded.setdefault(vae.token + json.dumps(essence(encode)), mine)
         elif not vae.new and not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
-            return Result("latents", base.vae.path, base.vae.document.digest, source=vae)  # none are needed
+            return Result("latents", base.vae.path, base.vae.metadata.digest, source=vae)  # none are needed
         made = self._own("latents", {"encode": encode, "scale": scale}, vae)
         first = self._encoded.setdefault(vae.token + json.dumps(essence(encode)), made)
         return made if first.place == made.place else replace(made, twin=first)
@@ -183,12 +183,12 @@ class Plan:
     def _unet(self, latents: Result, settings: TrainUNetSettings) -> Result:
         base = self.base
         assert base.unet is not None
-        mine = Result("unet", base.unet.path, base.unet.document.digest, source=latents)
+        mine = Result("unet", base.unet.path, base.unet.metadata.digest, source=latents)
         if not latents.new:
             if not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
                 return mine
             its_own = train_unet.resolve(base.unet_settings)
-            of_these = base.index is not None and base.unet.document.lineage.get("latents") == base.index.digest
+            of_these = base.index is not None and base.unet.metadata.lineage.get("latents") == base.index.digest
             scaled = base.latents is not None and latents_settings(base.latents) == its_own.latent
             if essence(settings) == essence(its_own) and of_these and scaled:
                 if finished(base.unet, its_own.loop.steps):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 
 NAMES = ("lightdiff-a", "lightdiff-b")
@@ -139,7 +139,7 @@ def difference(a: Path, b: Path) -> float:
 def step_of(run: Path) -> int:
     """The step that a run has saved."""
     last = RunFolder(run).vae.last
-    return Checkpoint(last).document.step if last.is_file() else 0
+    return Checkpoint(last).metadata.step if last.is_file() else 0
 
 
 def main() -> None:

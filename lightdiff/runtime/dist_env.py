@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """What a launcher said in the environment."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    local_world_size: int = 1
     address: str = "localhost"
     port: int = 29500
 
     @classmethod
-    def of(cls, env: Mapping[str, str]) -> "Place":
+    def of(cls, env: Mapping[str, str]) -> "DistEnv":
         """Who this process is: by torch's variables, else by those of a Slurm step, else alone.
 
         A Slurm batch script itself has SLURM_NTASKS, but only what srun starts has SLURM_STEP_NUM_TASKS.
@@ -33,8 +33,8 @@ class Place:
         numbers = [int(match.group()) if match else default for match, default in zip(found, (0, 1, 0, 1), strict=True)]
         address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "localhost"
         port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 20000))
-        rank, size, local_rank, local_size = numbers
-        return cls(rank, size, local_rank, local_size, address, port)
+        rank, size, local_rank, local_world_size = numbers
+        return cls(rank, size, local_rank, local_world_size, address, port)
 
 
 def may_restart_elsewhere() -> bool:

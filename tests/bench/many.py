@@ -1,4 +1,4 @@
-"""One process of several, for test_ranks.py: `python -m tests.many JOB FOLDER`, with RANK etc. in the environment.
+"""One process of several, for test_ranks.py: `python -m tests.bench.many JOB FOLDER`, with RANK etc. set.
 
 Alone it computes the same things in one process; what it finds, rank 0 leaves in FOLDER.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import full_paths, scan
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.data.loading import BadFiles
@@ -17,6 +17,7 @@ from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.processes import Processes, shutdown
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -31,7 +32,6 @@ from lightdiff.settings import (
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 from lightdiff.training.loop import train
-from lightdiff.training.ranks import Ranks, join, leave
 
 CPU = torch.device("cpu")
 
@@ -100,12 +100,12 @@ class DoubleUNet(train_unet.UNetTask):
         return {}
 
 
-def float64(folder: Path, ranks: Ranks) -> None:
+def float64(folder: Path, ranks: Processes) -> None:
     """20 steps of both trainings in float64, with micro-batches and a batch that 3 processes share unevenly."""
     torch.set_num_threads(1)
     settings = vae_settings(folder, batch_size=7, micro_batch=2)
     files = scan(settings.images.data, 0.2)
-    run = RunFolder(folder / f"double-{ranks.size}")
+    run = RunFolder(folder / f"double-{ranks.world_size}")
     bad = BadFiles(run.vae.bad_files, full_paths(files, settings.images.data), len(files), 0.01)
     latents = LatentSet(RunFolder(folder / "run").latents)
     unet = unet_settings(folder / "run", batch_size=7, micro_batch=2)
@@ -114,11 +114,11 @@ def float64(folder: Path, ranks: Ranks) -> None:
         (DoubleUNet(unet, latents, CPU, ranks), run.unet, unet),
     )
     for task, stage, chosen in tasks:
-        ranks.on_first(lambda stage=stage: stage.checkpoints.mkdir(parents=True))
-        train(task, chosen.loop, stage, Document(stage=task.stage), 20, "fp32")
+        ranks.run_on_main(lambda stage=stage: stage.checkpoints.mkdir(parents=True))
+        train(task, chosen.loop, stage, Metadata(stage=task.stage), 20, "fp32")
 
 
-def pipeline(folder: Path, ranks: Ranks) -> None:
+def pipeline(folder: Path, ranks: Processes) -> None:
     """All five stages, as the command line calls them."""
     torch.set_num_threads(1)
     run = folder / "run"
@@ -129,16 +129,16 @@ def pipeline(folder: Path, ranks: Ranks) -> None:
     generate.run(GenerateSettings(run=run, num_images=7, batch_size=2, num_steps=4, out=folder / "out"))
 
 
-def corners(folder: Path, ranks: Ranks) -> None:
+def corners(folder: Path, ranks: Processes) -> None:
     """More processes than items in a batch, no validation images, other settings on resuming."""
     torch.set_num_threads(1)
     train_vae.run(vae_settings(folder, val_share=0.0, batch_size=2, steps=3))
-    assert Checkpoint(RunFolder(folder / "run").vae.best).document.step == 3
+    assert Checkpoint(RunFolder(folder / "run").vae.best).metadata.step == 3
     train_vae.run(vae_settings(folder, val_share=0.0, batch_size=4, steps=5))
-    assert ranks.on_first(lambda: ranks.rank) == 0
+    assert ranks.run_on_main(lambda: ranks.rank) == 0
 
 
-def refused(folder: Path, ranks: Ranks) -> None:
+def refused(folder: Path, ranks: Processes) -> None:
     """A mistake that only the first process can see is told by all of them."""
     (folder / "run/vae").mkdir(parents=True, exist_ok=True)
     (folder / "run/vae/.lock").write_text("elsewhere 17\n")
@@ -159,10 +159,10 @@ def refused(folder: Path, ranks: Ranks) -> None:
 
 def main() -> None:
     job, folder = sys.argv[1:]
-    ranks = join(CPU, 30)
-    assert ranks.size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
+    ranks = init_distributed(CPU, 30)
+    assert ranks.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
     {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused}[job](Path(folder), ranks)
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 from rich.live import Live
 
-from lightdiff.checkpoint import publish_text
-from lightdiff.training.display import Display, number
+from lightdiff.checkpoint import atomic_write_text
+from lightdiff.runtime.display import Display, number
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -137,7 +137,7 @@ def cut_metrics(path: Path, last_step: int) -> list[Row]:
     """Drop lines of steps after `last_step`, which a resumed run will write again; the others are returned."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
     if path.exists():
-        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -1,7 +1,7 @@
 """What saving costs: seconds and bytes of a checkpoint, and of going on from it, beside a training step.
 
     nox -s saving                          # the original U-Net, 201 M parameters
-    python -m tests.saving --preset tiny   # another one
+    python -m tests.bench.saving --preset tiny   # another one
 
 Steps are those of `train-unet` on latents of 4 x 32 x 32; the share is that of the default --save-every.
 """
@@ -16,21 +16,21 @@ import torch
 import torch.nn.functional as F
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Document
+from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.models.unet import UNet
 from lightdiff.options import read_settings
+from lightdiff.runtime.device import pick_device, pick_precision, place
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import LoopSettings, UNetSettings
-from lightdiff.training.compute import pick_device, pick_precision, place
 from lightdiff.training.loop import Trainer
-from lightdiff.training.ranks import Ranks
 
 
 class Latents:
     """As much of train-unet's task as a step needs."""
 
     stage = "unet"
-    ranks = Ranks()
+    ranks = Processes()
 
     def __init__(self, model: UNetSettings, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".", prefix=".saving-") as folder:
         path = Path(folder) / "last.safetensors"
         save = min(
-            seconds(lambda: checkpoint.save(path, trainer.state(resumable=True), Document(stage="unet")), device)
+            seconds(lambda: checkpoint.save(path, trainer.state(resumable=True), Metadata(stage="unet")), device)
             for _ in range(2)
         )
         verify = seconds(lambda: Checkpoint(path).verify(), device)

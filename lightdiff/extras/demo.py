@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lightdiff.data.toy_faces import draw_dataset
-from lightdiff.run_folder import RunFolder, claim
+from lightdiff.extras.toy_faces import draw_dataset
+from lightdiff.run_folder import RunFolder, ensure_writable
+from lightdiff.runtime.progress import console
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,
@@ -17,14 +18,13 @@ from lightdiff.settings import (
     VAESettings,
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
-from lightdiff.training.progress import console
 
 
 def run(settings: DemoSettings) -> Path:
     """Draw faces, train on them, and return the folder of new faces."""
     s = settings
     faces = s.run / f"faces-{s.resolution}-seed-{s.seed}"
-    claim(s.run)
+    ensure_writable(s.run)
     heading(f"0. draw {s.count} faces of {s.resolution} px")
     draw_dataset(faces, s.count, s.seed, s.resolution)
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, UserError
-from lightdiff.training.place import Place
-from lightdiff.training.progress import console
+from lightdiff.runtime.dist_env import DistEnv
+from lightdiff.runtime.progress import console
 
 T = TypeVar("T")
 PATIENT: list[Any] = []  # all processes, for a wait without the usual limit
@@ -26,61 +26,61 @@ ORPHAN_SECONDS = 0.5  # how often a process looks whether the one that started i
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """All processes of a run, seen from one of them. Alone, nothing here does anything."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
         """This process's part of `count` items, in one piece; parts differ by one item at most and may be empty."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def part(self, count: int) -> slice:
+    def batch_slice(self, count: int) -> slice:
         """The same as a slice for training, where nobody may have nothing: an empty share is lent the first item."""
         share = self.share(count) or range(1)
         return slice(share.start, share.stop)
 
-    def deal(self, items: Sequence[T]) -> Sequence[T]:
+    def strided(self, items: Sequence[T]) -> Sequence[T]:
         """Every size-th item, from the rank-th on."""
-        return items[self.rank :: self.size]
+        return items[self.rank :: self.world_size]
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
     def all_true(self, value: Tensor) -> Tensor:
         """Whether a flag is set in every process; on a GPU nothing waits for the answer."""
-        if self.size == 1:
+        if self.world_size == 1:
             return value
         number = value.float()
         dist.all_reduce(number, dist.ReduceOp.MIN)
         return number > 0
 
-    def largest(self, *numbers: int, patient: bool = False) -> list[int]:
+    def all_reduce_max(self, *numbers: int, patient: bool = False) -> list[int]:
         """The largest of each number over all processes; waits for them, but for no GPU.
 
         With `patient` for days, where one may have much more to do than another; one that is gone is noticed at once.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return list(numbers)
         together = torch.tensor(numbers)
         dist.all_reduce(together, dist.ReduceOp.MAX, group=PATIENT[0] if patient else None)
         return [int(n) for n in together]
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Let the first process do something while the others wait; what it returns or raises, all return or raise."""
-        if self.size == 1:
+        if self.world_size == 1:
             return work()
         said: list[tuple[T | None, LightdiffError | None]] = [(None, None)]
-        if self.first:
+        if self.is_main:
             try:
                 said = [(work(), None)]
             except LightdiffError as error:
@@ -99,9 +99,9 @@ class Ranks:
         Raises:
             UserError: In every process, if one of them did not.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return
-        found: list[object] = [None] * self.size
+        found: list[object] = [None] * self.world_size
         dist.all_gather_object(found, value)
         if any(other != found[0] for other in found):
             odd = next(rank for rank, other in enumerate(found) if other != found[0])
@@ -111,14 +111,14 @@ class Ranks:
 
     def names(self, found: Iterable[str]) -> list[str]:
         """Every name that any process found, the same list in all."""
-        if self.size == 1:
+        if self.world_size == 1:
             return list(found)
-        everywhere: list[list[str]] = [[]] * self.size
+        everywhere: list[list[str]] = [[]] * self.world_size
         dist.all_gather_object(everywhere, list(found))
         return list(dict.fromkeys(name for names in everywhere for name in names))
 
 
-def join(device: torch.device, timeout: float) -> Ranks:
+def init_distributed(device: torch.device, timeout: float) -> Processes:
     """Meet the other processes of this run, if a launcher has started several.
 
     Args:
@@ -128,9 +128,9 @@ def join(device: torch.device, timeout: float) -> Ranks:
     Raises:
         LostContact: If they do not meet in time.
     """
-    place = Place.of(os.environ)
-    if place.size == 1:
-        return Ranks()
+    place = DistEnv.of(os.environ)
+    if place.world_size == 1:
+        return Processes()
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # some builds of torch have none
     from torch.distributed.rendezvous import rendezvous
 
@@ -140,20 +140,22 @@ def join(device: torch.device, timeout: float) -> Ranks:
         method = "env://" if "RANK" in os.environ else f"tcp://{place.address}:{place.port}"
         wait = timedelta(seconds=timeout)
         try:
-            with lost_contact_explained(place.rank):
-                store, _, _ = next(rendezvous(method, place.rank, place.size, timeout=wait))
+            with explain_lost_contact(place.rank):
+                store, _, _ = next(rendezvous(method, place.rank, place.world_size, timeout=wait))
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     # After a restart the agent's store still has the addresses of processes that are dead.
                     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-                dist.init_process_group(backend, timeout=wait, world_size=place.size, rank=place.rank, store=store)
+                dist.init_process_group(
+                    backend, timeout=wait, world_size=place.world_size, rank=place.rank, store=store
+                )
                 PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
             raise UserError(f"what the launcher left in the environment makes no sense: {error}") from None
     console.quiet = console.quiet or place.rank > 0  # one speaks for all
-    return Ranks(place.rank, place.size)
+    return Processes(place.rank, place.world_size)
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Part from the other processes, at the end of a run."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -175,7 +177,7 @@ SIGNS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken p
 
 
 @contextmanager
-def lost_contact_explained(rank: int) -> Iterator[None]:
+def explain_lost_contact(rank: int) -> Iterator[None]:
     """Turns what torch raises in a process when another one is gone into a sentence.
 
     Raises:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightdiff.errors import RunError, UserError
+from lightdiff.runtime.dist_env import DistEnv
+from lightdiff.runtime.progress import console
 from lightdiff.settings import Compile, Device, Precision
-from lightdiff.training.place import Place
-from lightdiff.training.progress import console
 
 N = TypeVar("N", bound=nn.Module)
 COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # of a network, that pay for compiling it
@@ -31,8 +31,8 @@ def pick_device(name: Device) -> torch.device:
     Raises:
         UserError: If it is asked for and absent.
     """
-    place = Place.of(os.environ)
-    mps = torch.backends.mps.is_available() and place.size == 1  # gloo knows no tensors of MPS
+    place = DistEnv.of(os.environ)
+    mps = torch.backends.mps.is_available() and place.world_size == 1  # gloo knows no tensors of MPS
     there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(n for n in ("cuda", "mps", "cpu") if there[n])
@@ -100,7 +100,7 @@ def pick_compile(name: Compile, device: torch.device, calls: int, training: bool
     return "on"
 
 
-def translate(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
+def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
     """Let a network be compiled when it is first called; its tensors and their names stay as they are.
 
     A small network on a GPU spends its time on starting kernels: there they are recorded and replayed as CUDA graphs,
@@ -115,17 +115,17 @@ def translate(network: nn.Module, device: torch.device, training: bool = True, g
     network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
-def recompute_activations(network: nn.Module) -> None:
-    """Let each recomputable block of a network keep its input alone, and compute the rest again on the way back.
+def enable_activation_checkpointing(network: nn.Module) -> None:
+    """Let each checkpointable block of a network keep its input alone, and compute the rest again on the way back.
 
     Memory for activations falls to a fraction; time grows by a forward pass (Chen et al. 2016, arXiv:1604.06174).
     """
     for block in network.modules():
-        if getattr(block, "recomputable", False):
+        if getattr(block, "checkpointable", False):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def in_low_precision(network: N, precision: str) -> N:
+def cast_weights(network: N, precision: str) -> N:
     """A network to be used, not trained, under autocast: weights that each call would convert are converted once."""
     if precision == "bf16":
         for module in network.modules():
@@ -152,7 +152,7 @@ def pick_workers(asked: int, device: torch.device) -> int:
     """Processes that load images: as asked, or so many that on a CPU they do not fight the networks for cores."""
     if asked >= 0:
         return asked
-    cores = usable_cores() // Place.of(os.environ).local_size
+    cores = usable_cores() // DistEnv.of(os.environ).local_world_size
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
 
 
@@ -162,7 +162,7 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def out_of_memory_explained(flag: str, images: int) -> Iterator[None]:
+def explain_out_of_memory(flag: str, images: int) -> Iterator[None]:
     """Say what to lower, and by how much, when the GPU's memory does not suffice for `images` at a time.
 
     Raises:

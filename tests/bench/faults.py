@@ -1,7 +1,7 @@
 """Kill both trainings again and again, at any moment, and see that they end as if nothing had happened.
 
     nox -s faults                          # 100 kills each
-    python -m tests.faults --kills 5       # the short form, which the test suite runs
+    python -m tests.bench.faults --kills 5       # the short form, which the test suite runs
 
 Each start is the real command, in a child forked from a process that has imported everything and computed nothing, so
 that a start takes a fraction of a second. Half of the kills fall at random times, the other half while a file is
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lightdiff import cli
-from lightdiff.data.toy_faces import draw_dataset
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.runtime.processes import shutdown  # noqa: F401
 from lightdiff.stages import encode, scale, train_unet, train_vae  # noqa: F401, imported before any fork
-from lightdiff.training.ranks import leave  # noqa: F401
 
 TIMING = ("time", "images_per_s", "memory_mb")
 STEPS = 240

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
+from lightdiff.runtime.dist_env import DistEnv
 from lightdiff.settings import JobSettings
-from lightdiff.training.place import Place
 
 FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave word; set for them alone
 FATAL = 2  # a mistake of the user's: starting again would not help
@@ -38,10 +38,10 @@ def is_worker() -> bool:
 
 def rank() -> int:
     """This process's number among those of the run, 0 where it is alone."""
-    return Place.of(os.environ).rank
+    return DistEnv.of(os.environ).rank
 
 
-def report_for_duty() -> None:
+def register_worker() -> None:
     """Leave this worker's pid, so that signals can be passed on to it."""
     if not is_worker():
         return
@@ -59,7 +59,7 @@ def tell(error: LightdiffError) -> bool:
     """Leave what a worker has to say for the launching process; False if this is no worker."""
     if not is_worker():
         return False
-    word = Word(rank(), str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
+    word = WorkerReport(rank(), str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
     write(Path(os.environ[FOLDER]) / f"said-{rank()}.json", json.dumps(vars(word)))
     return True
 
@@ -72,7 +72,7 @@ def write(path: Path, text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Word:
+class WorkerReport:
     """What a worker said at its end."""
 
     rank: int
@@ -108,8 +108,8 @@ class Launch:
 
     def run(self) -> None:
         """Start the processes, pass signals on until they end, and say how they ended."""
-        from lightdiff.training.compute import usable_cores
-        from lightdiff.training.stopping import SAVE, STARTED, Handlers
+        from lightdiff.runtime.device import usable_cores
+        from lightdiff.runtime.signals import SAVE, STARTED, Handlers
 
         threads = str(max(1, usable_cores() // self.job.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -178,7 +178,9 @@ class Launch:
 
     def _conclude(self) -> None:
         """Say how it ended: in the workers' own words where there are any, the lowest rank's first."""
-        words = sorted((Word(**json.loads(p.read_text())) for p in self.folder.glob("said-*.json")), key=_weight)
+        words = sorted(
+            (WorkerReport(**json.loads(p.read_text())) for p in self.folder.glob("said-*.json")), key=_weight
+        )
         own = [word for word in words if not word.lost_contact and not word.stopped]
         if self.failure is None and not words:
             return  # all is done, even if a signal came in its last moment
@@ -199,7 +201,7 @@ class Launch:
         raise RunError(words[0].message if words else f"the processes could not be run: {self.failure}")
 
 
-def _weight(word: Word) -> tuple[bool, int]:
+def _weight(word: WorkerReport) -> tuple[bool, int]:
     return word.lost_contact, word.rank
 
 

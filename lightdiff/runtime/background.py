@@ -43,7 +43,7 @@ class Background:
                 future.result()
 
 
-def ahead(works: Iterable[Callable[[], T]]) -> Iterator[T]:
+def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What each of these returns, in order; the next one is at work while this one is used."""
     with ThreadPoolExecutor(1, initializer=alone) as pool:
         pending: Future[T] | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightdiff.errors import Stopped
 
 if TYPE_CHECKING:  # it imports torch, and signals are to be heeded before that
-    from lightdiff.training.ranks import Ranks
+    from lightdiff.runtime.processes import Processes
 
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time()))  # when the run did, about; the launcher knows better
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
@@ -33,13 +33,13 @@ class TimeLimit:
         self._longest, self._last = max(self._longest, now - self._last), now
         return self.minutes > 0 and time.time() - STARTED + 2 * self._longest + self.reserve > 60 * self.minutes
 
-    def conclude(self, unfinished: bool, ranks: "Ranks", how: str = "") -> None:
+    def conclude(self, unfinished: bool, ranks: "Processes", how: str = "") -> None:
         """Wait for all processes, as long as it takes, and stop if any of them has not finished its share.
 
         Raises:
             Stopped: In all of them, with the exit code by which job scripts know to start again.
         """
-        if any(ranks.largest(int(unfinished), patient=True)):
+        if any(ranks.all_reduce_max(int(unfinished), patient=True)):
             raise Stopped(f"--max-time {self.minutes:g} minutes: what is done is saved; {AGAIN}{how}", OUT_OF_TIME)
 
 
@@ -47,24 +47,24 @@ AGAIN = "run the same command again to go on"
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What all processes have agreed to do after this step."""
 
     exit_code: int  # to stop with; 0: go on
     save: bool
 
 
-class Watch:
+class SignalMonitor:
     """Signals and the time limit as a wish that the loop reads between steps; a second Ctrl-C leaves at once."""
 
-    def __init__(self, ranks: "Ranks", limit: TimeLimit) -> None:
+    def __init__(self, ranks: "Processes", limit: TimeLimit) -> None:
         """Speak for all processes of a run."""
         self.ranks, self.limit = ranks, limit
         self._signal = 0
         self._save = False
         self._handlers: Handlers = Handlers({signal.SIGINT: self._stop, signal.SIGTERM: self._stop, SAVE: self._keep})
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "SignalMonitor":
         """Listen."""
         self._handlers.__enter__()
         return self
@@ -73,12 +73,12 @@ class Watch:
         """Put the old handlers back."""
         self._handlers.__exit__(kind, error, at)
 
-    def wish(self) -> Wish:
+    def poll(self) -> Request:
         """What to do after this step, the same in every process though a signal may have reached only one."""
         code = 128 + self._signal if self._signal else OUT_OF_TIME if self.limit.spent() else 0
         save, self._save = self._save, False
-        code, saving = self.ranks.largest(code, int(save))
-        return Wish(code, bool(saving))
+        code, saving = self.ranks.all_reduce_max(code, int(save))
+        return Request(code, bool(saving))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
