@@ -17,7 +17,7 @@ from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import Processes, shutdown
+from lightdiff.runtime.processes import Processes, init_distributed, shutdown
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
