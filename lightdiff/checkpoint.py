@@ -8,8 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,19 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightdiff import __version__
-from lightdiff.errors import Damaged, NoRoom, RunError, UserError
+from lightdiff.errors import Damaged, UserError
+from lightdiff.run_folder import atomic_write
 
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
 S = TypeVar("S", bound=BaseModel)
-ADDED: dict[str, dict[str, dict[str, Any]]] = {  # settings that did not exist at first, with what was done then
-    "vae": {"loop": {"optimizer": "adamw"}},
-    "unet": {
-        "loop": {"optimizer": "adamw"},
-        "target": {"objective": "eps"},
-        "levels": {"density": "uniform", "stratified": False},
-    },
-}
 STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
 
 
@@ -110,10 +101,6 @@ class Checkpoint:
             raise Damaged(f"{self.path} is damaged: its metadata cannot be read") from None
         if not whole:
             raise Damaged(f"{self.path} is damaged: its header or metadata does not match its digest")
-        if "loop" in metadata.settings:  # of a training
-            for section, values in ADDED.get(metadata.stage, {}).items():
-                before = metadata.settings.get(section, {})
-                metadata.settings[section] = {**values, **before} if isinstance(before, dict) else before
         return metadata
 
     def close(self) -> None:
@@ -201,7 +188,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Metad
         update={"digest": metadata.compute_digest({n: layout_of(t) for n, t in ready.items()})}
     )
     header = {KEY: json.dumps(metadata.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
-    atomic_write(path, lambda temporary: save_file(ready, temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(ready, temporary, metadata=header)
+        except SafetensorError as error:
+            full = "StorageFull" in str(error) or "os error 28" in str(error)
+            raise OSError(
+                errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)
+            ) from error
+
+    atomic_write(path, write)
     return metadata
 
 
@@ -254,101 +251,3 @@ DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
-
-
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in place of `path` at once and durably.
-
-    Raises:
-        RunError: If it cannot be written; `path` is then as it was before.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        if temporary.stat().st_nlink == 1:  # a link's mode belongs to its source, which is durable already
-            os.chmod(temporary, 0o666 & ~current_umask())
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        kind = NoRoom if reason(error) == os.strerror(errno.ENOSPC) else RunError
-        raise kind(f"{path} could not be written: {reason(error)}; what was saved before is untouched") from error
-    except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-TEMPORARY = ".tmp"
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """Replace a text file at once and durably."""
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def atomic_link(path: Path, source: Path) -> None:
-    """Make `path` the same file as `source`, by a hard link where the disk has them, at once and durably."""
-
-    def link(temporary: Path) -> None:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:
-            temporary.write_bytes(source.read_bytes())
-
-    atomic_write(path, link)
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """See that the disk has room for what is to be saved.
-
-    Raises:
-        NoRoom: If not, with both numbers.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoRoom(
-            f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
-            "make room, lower --keep, or let old step files go with --drop-oldest"
-        )
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder."""
-    for stale in folder.glob(f".*{TEMPORARY}"):
-        stale.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def reason(error: BaseException) -> str:
-    """What an operating system's or safetensors' error says, in words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error)
-    return os.strerror(errno.ENOSPC) if "StorageFull" in text or "os error 28" in text else text

@@ -1,8 +1,7 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
-import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from lightdiff import __version__, settings
-from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
+from lightdiff.errors import LightdiffError, RunError, Stopped
 from lightdiff.options import Layer, command, read_settings
 from lightdiff.runtime import launcher
-from lightdiff.runtime.dist_env import may_restart_elsewhere, restarted
 
 STAGES = "The five stages"
 OTHERS = "Looking, listing, importing"
@@ -58,44 +56,20 @@ def stage(name: str, package: str) -> Callable[[Any], None]:
         if job is not None and job.nproc_per_node > 1 and not launcher.is_worker():
             launcher.launch(job, sys.argv[1:])
             return
-        once = {name: default for name, default in (("restart", False), ("from_step", 0)) if getattr(chosen, name, 0)}
-        if once and may_restart_elsewhere():  # there, restarted() may be true in one process and not in another
-            raise UserError(
-                f"{once_flags(once)} would be repeated by torchrun's --max-restarts: start once without that"
-            )
-        if restarted() and once:  # these are for the first time
-            chosen = settings.with_changes(chosen, **once)
-        from lightdiff.runtime.processes import explain_lost_contact, shutdown
-        from lightdiff.runtime.progress import console
-        from lightdiff.runtime.signals import stop_at_once
-
-        console.quiet = job is not None and job.quiet
-        try:
-            with stop_at_once(), explain_lost_contact(launcher.rank()):
-                made = import_module(f"lightdiff.{package}.{name}").run(chosen)
-                shutdown()
-        except KeyboardInterrupt:  # here, as Typer would leave without a word
-            raise Stopped("interrupted; what was saved before is untouched", 128 + signal.SIGINT) from None
-        except Stopped as stopped:
-            raise Stopped(f"{stopped}{f', without {once_flags(once)}' if once else ''}", stopped.exit_code) from None
-        if launcher.rank() == 0:
+        made = import_module(f"lightdiff.{package}.{name}").run(chosen)
+        if made is not None:
             typer.echo(made)
 
     return run
 
 
-def once_flags(names: Iterable[str]) -> str:
-    """Settings for a run's first start, as they are typed."""
-    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
 def saved_settings(said: Layer, name: str) -> list[Layer]:
     """What a stopped run of this stage saved, so that the same command goes on with it."""
     from lightdiff.run_folder import RunFolder
-    from lightdiff.stages.start import newest
+    from lightdiff.runtime.resume import newest
 
     folder = getattr(RunFolder(path(said.get("run")) or settings.StageSettings().run), name)
-    if said.get("restart") and not restarted():
+    if said.get("restart") and not launcher.restarted():
         return []
     saved = newest(folder, name, whole=False)  # the stage will read the rest, and tell what is damaged
     if saved is None:
@@ -246,7 +220,8 @@ def import_original(
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
     debug = "--debug" in sys.argv[1:2]
-    launcher.register_worker()
+    if launcher.is_worker():
+        launcher.register_worker()
     try:
         app()
     except LightdiffError as error:
@@ -264,7 +239,7 @@ def fail(error: LightdiffError) -> None:
     """Tell an error and exit: to stderr, or to the process that started this one, which tells it once for all."""
     from rich.console import Console
 
-    if launcher.tell(error):
+    if launcher.send_report(error):
         sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
     head = "stopped:" if isinstance(error, Stopped) else "error:"
     who = f"process {launcher.rank()}: " if launcher.rank() and not str(error).startswith("process ") else ""

@@ -27,7 +27,8 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
-from lightdiff.runtime.device import autocast, cast_weights, pick_device, pick_precision, place
+from lightdiff.runtime.compile import cast_weights
+from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
     Device,
@@ -312,7 +313,7 @@ def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.
     check_own(build, saved, prefix)
     network = build()
     load_weights(network, saved, prefix)
-    place(network.requires_grad_(False).eval(), device)
+    to_device(network.requires_grad_(False).eval(), device)
     return network
 
 

@@ -1,18 +1,21 @@
-"""Where each stage's files lie below a run folder, and how a later stage finds them (design: one folder a stage)."""
+"""Where each stage's files lie below a run folder, how a later stage finds them, and how they are written."""
 
-import contextlib
 import difflib
 import errno
 import itertools
 import json
 import os
-import socket
-import sys
+import secrets
+import shutil
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightdiff.errors import RunError, UserError
+from lightdiff.errors import NoRoom, RunError, UserError
+
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,11 @@ def check_spelling(run: Path) -> None:
         raise UserError(f"there is no run folder {run}; did you mean {meant}?")
 
 
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
 def ensure_writable(folder: Path) -> None:
-    """Make a folder and see that it can be written to, before any long work.
+    """Make a folder and check that it can be written to, before any long work.
 
     Raises:
         UserError: If it cannot.
@@ -174,106 +180,96 @@ def ensure_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: check its owner and permissions")
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder to NAME.old-1 (or -2, ...), so that a new one can take its place; None if there is none."""
-    if not folder.exists():
-        return None
-    return folder.rename(free_name(folder))
-
-
 def free_name(path: Path) -> Path:
     """The first of NAME.old-1, NAME.old-2, ... that does not exist."""
     names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
-LOCK = ".lock"
-LOCKED_BYTE = 1 << 20  # beyond the words in the file
+def set_aside(folder: Path) -> Path | None:
+    """Move what a folder holds, but for hidden files, to NAME.old-1 (or -2, ...); None if it holds nothing."""
+    held = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if not held:
+        return None
+    aside = free_name(folder)
+    aside.mkdir()
+    for path in held:
+        path.rename(aside / path.name)
+    return aside
 
 
-class Lock:
-    """That one process writes to a folder. Taken until the process ends, however it ends.
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then put it in place of `path` at once and durably.
 
-    The operating system holds it (a POSIX record lock, which no child process inherits: after a kill the next start
-    need not wait for loader workers to notice). The file says who has it, for the message, and for file systems that
-    keep locks on each host apart.
+    Raises:
+        RunError: If it cannot be written; `path` is then as it was before.
     """
-
-    def __init__(self, force: bool = False) -> None:
-        """Prepare; `force` takes a lock that another host's process has left."""
-        self.force = force
-        self._held: dict[Path, int] = {}
-
-    def take(self, folder: Path) -> None:
-        """Take the folder's lock.
-
-        Raises:
-            UserError: If another process has it.
-        """
-        path = folder / LOCK
-        if path in self._held:
-            self._release(path)
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            host, _, pid = os.read(handle, 1000).decode(errors="replace").strip().rpartition(" ")
-            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
-            locked = try_lock(handle)
-            if not locked or os.fstat(handle).st_nlink:
-                break
-            os.close(handle)  # released, and removed, just after it was opened
-        if not locked:
-            os.close(handle)
-            raise UserError(
-                f"{folder} is in use by {f'process {pid} on {host}' if pid else 'another process'}: "
-                "wait for it, stop it, or choose another --run"
-            )
-        if host and host != socket.gethostname() and not self.force:
-            os.close(handle)
-            raise UserError(
-                f"{folder} was locked by process {pid} on {host}, which ended without a word or still runs: "
-                "if you are sure that it has ended, give --force-unlock"
-            )
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, f"{socket.gethostname()} {os.getpid()}\n".encode())
-        self._held[path] = handle
-
-    def release(self) -> None:
-        """Give all locks back, as the work is done."""
-        for path in list(self._held):
-            self._release(path)
-
-    def _release(self, path: Path) -> None:
-        handle = self._held.pop(path)
-        os.ftruncate(handle, 0)
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            path.unlink()
-        os.close(handle)
-
-    def __enter__(self) -> "Lock":
-        """Nothing is taken yet."""
-        return self
-
-    def __exit__(self, kind: object, error: object, at: object) -> None:
-        """Give back what was taken."""
-        self.release()
-
-
-def try_lock(handle: int) -> bool:
-    """Lock an open file for this process alone, unless another process has locked it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # from here on; others may still read the file's words
-        else:
-            import fcntl
-
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # from the file's first byte to its end
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors' save_file sets 0600
+        write(temporary)
+        if temporary.stat().st_nlink == 1:  # a link's mode belongs to its source, which is durable already
+            os.chmod(temporary, stat.S_IMODE(mode))
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        # Some network file systems have no locks at all; there, the file's words must do.
-        return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-    return True
+        kind = NoRoom if error.errno == errno.ENOSPC else RunError
+        why = error.strerror or error
+        raise kind(f"{path} could not be written: {why}; what was saved before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # also where renaming one link of a file onto another does nothing
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace a text file at once and durably."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def atomic_link(path: Path, source: Path) -> None:
+    """Make `path` the same file as `source`, by a hard link where the disk has them, at once and durably."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+
+    atomic_write(path, link)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder."""
+    for stale in folder.glob(f".*{TEMPORARY}"):
+        stale.unlink(missing_ok=True)
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that the disk has room for the next checkpoint.
+
+    Raises:
+        NoRoom: If not, with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoom(
+            f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
+            "make room, or lower --keep"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

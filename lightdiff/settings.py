@@ -6,9 +6,11 @@ page are made from it. Nothing in this module imports torch.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lightdiff.errors import UserError
 
 Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
 Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
@@ -380,26 +382,63 @@ class StageSettings(Settings):
     """Base of all stages."""
 
     NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command; not saved
+    compute_section: ClassVar[str] = "compute"  # the field that holds device and precision
 
     def to_save(self) -> dict[str, Any]:
         """What is saved with a checkpoint, as JSON."""
         return self.model_dump(mode="json", exclude=set(self.NOT_SAVED))
 
+    def resolved(self) -> Self:
+        """The same settings with all that follows from others filled in."""
+        return self
+
+    @property
+    def images_at_once(self) -> tuple[str, int]:
+        """The flag that says how many images memory must hold at a time, and its value."""
+        return "--batch-size", getattr(self, "batch_size", 1)
+
     run: Path = Field(Path("runs/default"), description="run folder")
     job: JobSettings = Field(JobSettings(), title="Processes and time")
 
 
-class TrainVAESettings(StageSettings):
+class TrainingSettings(StageSettings):
+    """Base of both trainings."""
+
+    compute_section: ClassVar[str] = "loop"
+
+    @property
+    def images_at_once(self) -> tuple[str, int]:
+        """The flag that says how many images memory must hold at a time, and its value."""
+        return "--micro-batch", self.loop.micro
+
+    restart: bool = Field(False, description="start over; the old run is renamed")
+    from_step: int = Field(0, ge=0, description="go back to this step's file; newer files are set aside; 0: the last")
+    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
+    loop: LoopSettings = Field(LoopSettings(), title="Training")
+
+
+class TrainVAESettings(TrainingSettings):
     """Train the VAE on a folder of images."""
 
-    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
-    from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
-    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     freeze_encoder: bool = Field(False, description="with --init-from: train the decoder alone; latents stay valid")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
-    loop: LoopSettings = Field(LoopSettings(), title="Training")
     model: VAESettings = Field(VAESettings(), title="Architecture (VAE)")
+
+    def resolved(self) -> Self:
+        """The same settings with the network's empty sizes filled in.
+
+        Raises:
+            UserError: If the resolution does not fit the architecture.
+        """
+        resolution, model = self.images.resolution, self.model.resolved(self.images.resolution)
+        if resolution % model.factor:
+            below = resolution // model.factor * model.factor
+            fits = f"{below} or {below + model.factor}" if below else str(model.factor)
+            raise UserError(
+                f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}"
+            )
+        return with_changes(self, model=model)
 
 
 class EncodeSettings(StageSettings):
@@ -431,16 +470,13 @@ class ScaleSettings(StageSettings):
     scaling_factor: float = Field(0.0, ge=0, description="scaling factor set by hand; 0: computed")
 
 
-class TrainUNetSettings(StageSettings):
+class TrainUNetSettings(TrainingSettings):
     """Train the U-Net on cached latents to tell signal from noise."""
 
     NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
     NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
-    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
-    from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
-    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
     label: str = Field("", description="label that the U-Net is told, so that it draws what is asked for; empty: none")
     label_dropout: float = Field(
         0.1,
@@ -482,10 +518,19 @@ class TrainUNetSettings(StageSettings):
         """The values that the label takes, in the order that the U-Net counts them."""
         return self.latent.labels[self.label] if self.label else ()
 
-    def resolved(self) -> "TrainUNetSettings":
-        """The same settings with all that follows from others filled in."""
+    def resolved(self) -> Self:
+        """The same settings with the network's empty sizes and the schedule filled in.
+
+        Raises:
+            UserError: If the latents' size does not fit the architecture.
+        """
         latent = self.latent
         model = self.model.resolved(min(latent.height, latent.width))
+        if latent.height % model.factor or latent.width % model.factor:
+            raise UserError(
+                f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
+                f"but these are {latent.height} x {latent.width}; give fewer widths"
+            )
         return with_changes(self, model=model, noise=self.noise.resolved(self.target.objective))
 
 

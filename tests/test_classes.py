@@ -20,7 +20,7 @@ from lightdiff.runtime.processes import Processes
 from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 from lightdiff.stages.generate import sampling_of
-from lightdiff.stages.start import list_images
+from lightdiff.data.files import list_images
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.runtime import device as compute
+from lightdiff.runtime import processes as compute
 from lightdiff.runtime.background import Background, prefetch
-from lightdiff.runtime.device import (
+from lightdiff.runtime.processes import (
     autocast,
     cast_weights,
     compile_network,

@@ -87,7 +87,7 @@ def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypa
     published = where == "fsync of the folder"
     assert found.metadata.step == (2 if published else 1)
     torch.testing.assert_close(found.tensor("model.a"), (new if published else old)["model.a"])
-    checkpoint.remove_temporaries(tmp_path)
+    run_folder.remove_temporaries(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
     checkpoint.save(path, new, Metadata(stage="vae", step=3))
     assert Checkpoint(path).verify().metadata.step == 3
@@ -208,7 +208,7 @@ def test_a_state_whose_settings_are_not_those_of_its_tensors_is_not_resumed(tmp_
 
 def checkpoint_memory() -> float:
     """Peak memory of this process, in bytes."""
-    from lightdiff.runtime.device import memory_in_use
+    from lightdiff.runtime.processes import memory_in_use
 
     return memory_in_use(torch.device("cpu"))
 

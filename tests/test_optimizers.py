@@ -15,7 +15,7 @@ from lightdiff.training.optimizers import Muon, optimizers_of, orthogonal
 def test_updates_are_nearly_orthogonal_with_the_gradients_directions(shape, dtype):
     u, s, vt = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
     g = u @ torch.diag(torch.linspace(0.1, 7, len(s[0]), dtype=torch.float64)) @ vt
-    found = orthogonal(g, dtype)
+    found = orthogonalize(g, dtype)
     assert found.dtype == g.dtype
     within = u.mT @ found @ vt.mT  # diagonal, if the directions are the same
     close = 1e-9 if dtype == torch.float64 else 0.05

@@ -22,7 +22,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling, latents_behind, sample_latents, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.device import pick_compile
+from lightdiff.runtime.processes import pick_compile
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,

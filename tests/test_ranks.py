@@ -22,7 +22,7 @@ from lightdiff.data.latents import LatentSet, read_index
 from lightdiff.errors import LostContact
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.dist_env import DistEnv, first_host
+from lightdiff.runtime.processes import DistEnv, first_host
 from lightdiff.runtime.processes import Processes, explain_lost_contact
 
 HOME = Path(__file__).parent.parent
@@ -194,13 +194,13 @@ def test_alone_nothing_travels():
 
 def test_torchs_variables_and_slurms():
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert DistEnv.of(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == DistEnv(5, 8, 1, 4, "a", 77)
+    assert DistEnv.from_env(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == DistEnv(5, 8, 1, 4, "a", 77)
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456", "SLURM_LOCALID": "0"}
-    assert DistEnv.of(batch) == DistEnv()  # a batch script is no step
+    assert DistEnv.from_env(batch) == DistEnv()  # a batch script is no step
     step = batch | {"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
     step |= {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    assert DistEnv.of(step) == DistEnv(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
-    assert DistEnv.of({}) == DistEnv()
+    assert DistEnv.from_env(step) == DistEnv(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
+    assert DistEnv.from_env({}) == DistEnv()
 
 
 @pytest.mark.parametrize(

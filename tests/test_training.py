@@ -23,7 +23,7 @@ from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
-from lightdiff.runtime import signals as stopping
+from lightdiff.runtime import stage as stopping
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.signals import Request, SignalMonitor, TimeLimit
 from lightdiff.settings import (

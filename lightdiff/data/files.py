@@ -6,6 +6,7 @@ which its file system lists them.
 
 import csv
 import hashlib
+import json
 import os
 import posixpath
 import unicodedata
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from lightdiff.errors import UserError
+from lightdiff.runtime.progress import console
+from lightdiff.settings import ImageSettings
 
 Split = Literal["train", "val"]
 Layout = Literal["FairFace", "FFHQ", "class folders", "plain"]
@@ -240,3 +243,19 @@ def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
     """Where each image lies on this machine."""
     return [os.path.join(folders[file.root], file.path) for file in files]
+
+
+def data_digest(files: Sequence[ImageFile]) -> str:
+    """A digest of the list of images: names, labels and split, not pixels."""
+    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def list_images(images: ImageSettings) -> list[ImageFile]:
+    """All images of the --data folders; a terminal shows how many there are so far."""
+    with console.status("looking for images") as status:
+        tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
+        files = scan(images.data, images.val_share, tell, images.labels)
+    if images.labels and (without := sum(not file.labels for file in files)):
+        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
+    return files

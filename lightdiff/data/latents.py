@@ -8,21 +8,24 @@ latents/vae.safetensors           the VAE they came from
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint, atomic_write_text
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import label_values
 from lightdiff.errors import RunError, UserError
-from lightdiff.run_folder import read_json
+from lightdiff.run_folder import atomic_write_text, read_json
 from lightdiff.settings import LatentsSettings, Precision
+
+T = TypeVar("T")
 
 
 class Statistics(BaseModel):
@@ -68,11 +71,25 @@ class LatentIndex(BaseModel):
         return torch.tensor([number.get(labels.get(label, ""), len(values)) for labels in self.labels])
 
     @property
+    def shards(self) -> int:
+        """The number of shard files."""
+        return -(-len(self.files) // self.shard_size)
+
+    def shard_range(self, number: int) -> range:
+        """The positions of the images of a shard."""
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.files)))
+
+    @property
+    def files_digest(self) -> str:
+        """A digest of the list of images with their split and labels, which says whether it is another."""
+        return hashlib.sha256(json.dumps([self.files, self.splits, self.labels]).encode()).hexdigest()[:8]
+
+    @property
     def complete(self) -> bool:
         """Whether encoding has finished; only then is there a digest."""
         return bool(self.digest)
 
-    def seal(self, shard_digests: list[str]) -> str:
+    def compute_digest(self, shard_digests: list[str]) -> str:
         """One digest of all latents: of the shards', in order."""
         return hashlib.sha256(json.dumps(shard_digests).encode()).hexdigest()
 
@@ -152,13 +169,13 @@ class LatentSet:
         self.index = read_index(folder)
         if not self.index.complete:
             raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
-        size, count = self.index.shard_size, len(self.index.files)
+        count = len(self.index.files)
         self._mu: list[Tensor] = []
         self._logvar: list[Tensor] = []
         digests: list[str] = []
         self._shard = torch.full((count,), -1, dtype=torch.int32)  # where each position lies; -1: nowhere
         self._row = torch.zeros(count, dtype=torch.int32)
-        for number in range(-(-count // size)):
+        for number in range(self.index.shards):
             shard = Checkpoint(shard_path(folder, number), "latents")
             positions = torch.tensor(shard.metadata.extra["positions"], dtype=torch.int64)
             self._shard[positions] = number
@@ -166,7 +183,7 @@ class LatentSet:
             self._mu.append(shard.tensor("mu"))
             self._logvar.append(shard.tensor("logvar"))
             digests.append(shard.metadata.digest)
-        if self.index.seal(digests) != self.index.digest:
+        if self.index.compute_digest(digests) != self.index.digest:
             raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
         there = self._shard.ge(0).tolist()
         self.train, self.val = (
@@ -214,18 +231,31 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x
 
 
-def latents_settings(folder: Path) -> LatentsSettings:
-    """What a U-Net must know of a folder's latents.
+def latents_settings(found: Path | LatentIndex) -> LatentsSettings:
+    """What a U-Net must know of latents, found in a folder or by their index.
 
     Raises:
         UserError: If `scale` has not run.
     """
-    index = read_index(folder)
+    index = read_index(found) if isinstance(found, Path) else found
     if index.statistics is None:
-        raise UserError(f"{folder}: the latents have no scaling factor yet: run 'lightdiff scale' first")
+        raise UserError(f"{found}: the latents have no scaling factor yet: run 'lightdiff scale' first")
     c, h, w = index.shape
     shift, scale = tuple(index.statistics.shift), tuple(index.statistics.scale)
     only_mu = index.statistics.only_mu
     trained_on = (found for found, split in zip(index.labels, index.splits, strict=True) if split == "t")
     labels = label_values(trained_on)
     return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu, labels=labels)
+
+
+def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each of these returns, in order; the next one is at work while this one is used."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending: Future[T] | None = None
+        for work in works:
+            following = pool.submit(work)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightdiff.data.files import list_images
 from lightdiff.data.latents import read_index
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.errors import UserError
@@ -16,12 +18,11 @@ from lightdiff.extras.presets import activation_bytes
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
-from lightdiff.runtime.device import pick_device, pick_precision
-from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision
 from lightdiff.runtime.progress import console
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
-from lightdiff.stages.start import list_images
 from lightdiff.training.loop import Trainer
 
 WARM_UP, TIMED, ENOUGH_SECONDS = 1, 5, 10.0
@@ -40,8 +41,10 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         micro = min(settings.loop.micro, size)
         loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
         s = with_changes(settings, loop=loop)
-        made = made_up_images(s, device) if isinstance(s, TrainVAESettings) else made_up_latents(s, device)
-        return Trainer(made[0], loop, precision), *made[1:]
+        name = "vae" if isinstance(s, TrainVAESettings) else "unet"
+        stage: Stage[Any] = Stage(name, s.resolved(), device, Processes(), Path(), total_steps=1000)
+        task, batch, inputs = made_up_images(stage) if name == "vae" else made_up_latents(stage)
+        return Trainer(task, stage), batch, inputs
 
     first = whole if device.type == "cuda" else min(whole, CPU_IMAGES)
     trainer, batch, inputs = ready(first)
@@ -52,11 +55,11 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     activations = activation_bytes(task.model, inputs)
     seconds = of_whole_batch(first, whole, lambda size: timed(*ready(size)[:2]), timed(trainer, batch))
     console.print(
-        f"{task.stage}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
+        f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
         + (f" -> latents of {shape(inputs[1])}" if isinstance(settings, TrainVAESettings) else ""),
         f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
-        f"weights, gradients, optimizer and average: {(trainer.nbytes + 4 * parameters) / 1e6:.0f} MB; a checkpoint: "
-        f"{trainer.nbytes / 1e6:.0f} MB",
+        f"weights, gradients, optimizer and average: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
+        f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB",
         sep="\n",
         soft_wrap=True,
     )
@@ -104,11 +107,9 @@ def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> Tra
     return with_changes(settings, loss=with_changes(settings.loss, lpips_gamma=0))
 
 
-def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:
+def made_up_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
-    s = train_vae.resolve(settings)
-    lpips = train_vae.perceptual(s.loss, device, Processes())
-    task = train_vae.VAETask(s, [], device, lpips, None, Processes())  # type: ignore[arg-type]  # no file is read
+    s, device, task = stage.settings, stage.device, train_vae.VAETask(stage, [])
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
@@ -119,13 +120,12 @@ def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[An
     )
 
 
-def made_up_latents(settings: TrainUNetSettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:
+def made_up_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The U-Net's task, a batch of noise for it, and one latent with its level."""
-    s = train_unet.resolve(settings)
-    latents: Any = SimpleNamespace(
-        index=SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
-    )
-    task = train_unet.UNetTask(s, latents, device, Processes())
+    s, device = stage.settings, stage.device
+    index = SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
+    latents: Any = SimpleNamespace(index=index, train=[])
+    task = train_unet.UNetTask(stage, latents)
     whole = torch.randn(s.loop.batch_size, *task.shape, device=device)
     batch = Posterior(whole, whole), torch.zeros(len(whole), dtype=torch.long, device=device)
     return task, batch, (whole[:1], torch.zeros(1, device=device))
@@ -141,8 +141,8 @@ def timed(trainer: Trainer, batch: Any) -> float:
     try:
         while (len(taken) < WARM_UP + TIMED and sum(taken) < ENOUGH_SECONDS) or len(taken) <= WARM_UP:
             began = time.perf_counter()
-            trainer.train_step(batch, 1000)
-            if trainer.task.device.type == "cuda":
+            trainer.train_step(batch)
+            if trainer.stage.device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - began)
     except torch.OutOfMemoryError:

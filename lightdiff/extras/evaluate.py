@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint, atomic_write, atomic_write_text
-from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.errors import UserError, not_installed
@@ -27,10 +27,10 @@ from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, usable_levels, vae_behind
-from lightdiff.run_folder import Lock, RunFolder, find_unet, find_vae, read_json
-from lightdiff.runtime.device import pick_device, pick_workers
-from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
+from lightdiff.runtime.processes import Means, Processes, pick_workers
 from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     EvaluateSettings,
     GenerateSettings,
@@ -40,9 +40,7 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import generate
-from lightdiff.stages.start import data_digest, list_images
 from lightdiff.stages.train_vae import perceptual
-from lightdiff.training.loop import Means
 
 SHOWN = 8
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
@@ -51,31 +49,28 @@ BASIS = (NETWORK, "samples", "samples in", "training images", "images", "which a
 
 def run(settings: EvaluateSettings) -> Path:
     """Measure, print, and return the file of results."""
-    device = pick_device(settings.compute.device)
-    ranks = init_distributed(device, settings.job.timeout)
-    here = RunFolder(settings.run)
-    home = here.path / "evaluation"
-    unet = unet_of(settings, here)
-    if settings.samples and not settings.samples.is_dir():
-        raise UserError(f"--samples: there is no folder {settings.samples}")
-    vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
-    saved = Checkpoint(vae, "vae")
-    images = images_of(saved, settings)
-    files = list_images(images)
-    features = load_features(settings.weights, settings.features, device, ranks)
-    parts: dict[str, Callable[[], Found]] = {}
-    if settings.of != "unet":
-        parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
-    if unet:
-        parts["unet"] = lambda: evaluate_unet(unet, vae, images, files, features, settings, home, device, ranks)
-    with Lock(settings.job.force_unlock) as lock:
-        ranks.run_on_main(lambda: home.mkdir(parents=True, exist_ok=True))
-        ranks.run_on_main(lambda: lock.take(home))
+    with open_stage(settings, "evaluation") as stage:
+        settings, here, device, ranks = stage.settings, RunFolder(settings.run), stage.device, stage.processes
+        unet = unet_of(settings, here)
+        if settings.samples and not settings.samples.is_dir():
+            raise UserError(f"--samples: there is no folder {settings.samples}")
+        vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
+        saved = Checkpoint(vae, "vae")
+        images = images_of(saved, settings)
+        files = list_images(images)
+        features = load_features(settings.weights, settings.features, device, ranks)
+        parts: dict[str, Callable[[], Found]] = {}
+        if settings.of != "unet":
+            parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
+        if unet:
+            parts["unet"] = lambda: evaluate_unet(
+                unet, vae, images, files, features, settings, stage.path, device, ranks
+            )
         for name, measure in parts.items():
             found = measure()
-            ranks.run_on_main(partial(store, home / "metrics.json", name, found))
+            ranks.run_on_main(partial(store, stage.path / "metrics.json", name, found))
             show(name, found)
-    return home / "metrics.json"
+        return stage.path / "metrics.json"
 
 
 def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
@@ -204,7 +199,7 @@ class Units:
 
     def over(self, ranks: Processes) -> tuple[list[float], list[float]]:
         """For each channel, the mean KL (nats an element) and the share of units that are active."""
-        count, first, second, kl = ranks.sum(self.sums)
+        count, first, second, kl = ranks.all_reduce_sum(self.sums)
         variance = second / count - (first / count).square()
         return (kl / count).mean((1, 2)).tolist(), (variance > ACTIVE).double().mean((1, 2)).tolist()
 
@@ -223,8 +218,8 @@ class Pairs:
 
     def over(self, ranks: Processes) -> tuple[Tensor, Tensor]:
         """Those of all processes, without images that could not be read."""
-        there = ranks.sum(self.rows.isfinite().all(2).all(1).float()) > 0
-        rows = ranks.sum(self.rows.nan_to_num())[there]
+        there = ranks.all_reduce_sum(self.rows.isfinite().all(2).all(1).float()) > 0
+        rows = ranks.all_reduce_sum(self.rows.nan_to_num())[there]
         return rows[:, 0], rows[:, 1]
 
 

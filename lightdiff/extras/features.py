@@ -136,6 +136,6 @@ def features_of(
                 rows[batch.index, width] = 1
             done += len(batch.x) + batch.missing
             reporter.advance(done, {})
-    rows = ranks.sum(rows)
+    rows = ranks.all_reduce_sum(rows)
     there = rows[:, width].nonzero().flatten()
     return rows[there, :width], there.tolist()

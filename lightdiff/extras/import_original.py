@@ -17,7 +17,7 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import vae_digest
-from lightdiff.run_folder import RunFolder, ensure_writable
+from lightdiff.run_folder import RunFolder, atomic_link, ensure_writable
 from lightdiff.settings import (
     ImageSettings,
     LatentsSettings,
@@ -242,5 +242,5 @@ def write(path: Path, also: Path | None, tensors: Weights, metadata: Metadata) -
         raise UserError(f"{path} is there already: choose another --run")
     checkpoint.save(path, tensors, metadata)
     if also is not None:
-        checkpoint.atomic_link(also, path)
+        atomic_link(also, path)
     return path

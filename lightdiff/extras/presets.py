@@ -11,7 +11,7 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import build, read_settings
 from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings
-from lightdiff.training.optimizers import optimizer_state_bytes
+from lightdiff.training.loop import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 

@@ -14,7 +14,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows, words
 from lightdiff.run_folder import RunFolder, StageFolder
-from lightdiff.stages.start import flag_of
+from lightdiff.runtime.resume import flag_of
 
 PART_OF = {"data": "vae", "samples": "unet"}  # whose findings stand with another stage's in --json
 

@@ -1,11 +1,10 @@
 """Several processes on one machine: `--nproc-per-node N` runs the same command N times, under torch's elastic agent.
 
 The agent runs in a thread, so that signals reach this process's own handlers instead of the agent's, which would end
-everything without saving. They are passed on to the workers; what a worker has to say it leaves in a folder, and this
-process says it once. Imports torch only to launch.
+everything without saving. They are passed on to the workers; a worker leaves its report in a folder, and this process
+prints it once. Imports torch only to launch.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -15,20 +14,31 @@ import sys
 import tempfile
 import threading
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
-from lightdiff.runtime.dist_env import DistEnv
 from lightdiff.settings import JobSettings
 
-FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave word; set for them alone
+FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave their reports; set for them alone
 FATAL = 2  # a mistake of the user's: starting again would not help
 
 
 # --- in a worker --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """How a worker ended."""
+
+    rank: int
+    message: str
+    exit_code: int
+    stopped: bool
+    lost_contact: bool
 
 
 def is_worker() -> bool:
@@ -37,30 +47,39 @@ def is_worker() -> bool:
 
 
 def rank() -> int:
-    """This process's number among those of the run, 0 where it is alone."""
-    return DistEnv.of(os.environ).rank
+    """This process's number in its run, 0 where it is alone; without torch."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def restarted() -> bool:
+    """Whether torch's elastic agent has started this process again after one has died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def may_restart_elsewhere() -> bool:
+    """Whether agents on several machines may start processes again, each counting its own restarts."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def register_worker() -> None:
     """Leave this worker's pid, so that signals can be passed on to it."""
-    if not is_worker():
-        return
-    folder = Path(os.environ[FOLDER])
-    for said in folder.glob("said-*.json"):
-        if json.loads(said.read_text())["exit_code"] == FATAL:
+    folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
+    for report in folder.glob("report-*.json"):
+        if json.loads(report.read_text())["exit_code"] == FATAL:
             sys.exit(FATAL)
-    (folder / f"said-{rank()}.json").unlink(missing_ok=True)
+    (folder / f"report-{rank}.json").unlink(missing_ok=True)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
-    write(folder / f"pid-{rank()}", str(os.getpid()))
+    write(folder / f"pid-{rank}", str(os.getpid()))
 
 
-def tell(error: LightdiffError) -> bool:
-    """Leave what a worker has to say for the launching process; False if this is no worker."""
+def send_report(error: LightdiffError) -> bool:
+    """Leave an error for the launching process; False if this is no worker."""
     if not is_worker():
         return False
-    word = WorkerReport(rank(), str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
-    write(Path(os.environ[FOLDER]) / f"said-{rank()}.json", json.dumps(vars(word)))
+    rank = int(os.environ["RANK"])
+    report = WorkerReport(rank, str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
+    write(Path(os.environ[FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
     return True
 
 
@@ -69,17 +88,6 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-@dataclass(frozen=True)
-class WorkerReport:
-    """What a worker said at its end."""
-
-    rank: int
-    message: str
-    exit_code: int
-    stopped: bool
-    lost_contact: bool
 
 
 # --- in the process that launches ---------------------------------------------------------------------------------
@@ -97,31 +105,33 @@ def launch(job: JobSettings, arguments: list[str]) -> None:
 
 
 class Launch:
-    """The processes of one run, and what they are told and tell."""
+    """The processes of one run, and what passes between them and this one."""
 
     def __init__(self, folder: Path, job: JobSettings, arguments: list[str]) -> None:
         """Prepare to launch; nothing is started."""
         self.folder, self.job, self.arguments = folder, job, arguments
-        self.stop = 0  # the signal that asked for it
-        self.told: set[int] = set()  # the pids that the wish to stop has reached
+        self.stop = 0  # the signal that asked to stop
+        self.reached: set[int] = set()  # the pids of workers that it has been passed on to
         self.failure: Exception | None = None
 
     def run(self) -> None:
-        """Start the processes, pass signals on until they end, and say how they ended."""
-        from lightdiff.runtime.device import usable_cores
-        from lightdiff.runtime.signals import SAVE, STARTED, Handlers
+        """Start the processes, pass signals on until they end, and report how they ended."""
+        from lightdiff.runtime.processes import usable_cores
+        from lightdiff.runtime.stage import STARTED, handling
 
-        threads = str(max(1, usable_cores() // self.job.nproc_per_node))
-        os.environ.setdefault("OMP_NUM_THREADS", threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.job.nproc_per_node)))
         os.environ["LIGHTDIFF_STARTED"] = str(STARTED)
         os.environ[FOLDER] = str(self.folder)
         agent = threading.Thread(target=self._agent, daemon=True)
         try:
-            with Handlers({signal.SIGINT: self._ask, signal.SIGTERM: self._ask, SAVE: self._pass_on}):
+            with handling(self._on_signal):
                 agent.start()
                 while agent.is_alive():
                     agent.join(0.05)
-                    self._forward()
+                    for pid in self._workers() - self.reached if self.stop else ():  # also those that register late
+                        self.reached.add(pid)
+                        with suppress(OSError):
+                            os.kill(pid, signal.SIGTERM)
         finally:
             del os.environ[FOLDER]
         self._conclude()
@@ -136,7 +146,7 @@ class Launch:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what is worth saying is said here
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what matters is reported here
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -151,65 +161,53 @@ class Launch:
         )
         launch_agent(config, sys.executable, ["-m", "lightdiff", *self.arguments])
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        """Ask all workers to save and stop; asked again, end them at once."""
-        if self.stop:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask all workers to save and stop; asked again, end them at once. SIGUSR1 is passed on as it is."""
+        if number not in (signal.SIGINT, signal.SIGTERM):
             for pid in self._workers():
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
+                    os.kill(pid, number)
+        elif not self.stop:
+            self.stop = number
+        else:
+            for pid in self._workers():
+                with suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)  # each leads a group, of its loader workers
             shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(128 + number)
-        self.stop = number
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        for pid in self._workers():
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
 
     def _workers(self) -> set[int]:
         return {int(path.read_text()) for path in self.folder.glob("pid-*")}
 
-    def _forward(self) -> None:
-        """Ask each worker once to stop, if that is wished, also one that only now reports for duty."""
-        for pid in self._workers() - self.told if self.stop else ():
-            self.told.add(pid)
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
-
     def _conclude(self) -> None:
-        """Say how it ended: in the workers' own words where there are any, the lowest rank's first."""
-        words = sorted(
-            (WorkerReport(**json.loads(p.read_text())) for p in self.folder.glob("said-*.json")), key=_weight
-        )
-        own = [word for word in words if not word.lost_contact and not word.stopped]
-        if self.failure is None and not words:
+        """Report how it ended: in a worker's own words where there are any, the lowest rank's first."""
+        reports = [WorkerReport(**json.loads(path.read_text())) for path in self.folder.glob("report-*.json")]
+        reports.sort(key=lambda report: (report.lost_contact, report.rank))
+        own = [report for report in reports if not report.lost_contact and not report.stopped]
+        if self.failure is None and not reports:
             return  # all is done, even if a signal came in its last moment
         if self.stop and not own:
-            message = next((w.message for w in words if w.stopped), "stopped; what was saved before is untouched")
+            message = next((r.message for r in reports if r.stopped), "stopped; what was saved before is untouched")
             raise Stopped(message, 128 + self.stop)
         if self.failure is None:
-            raise Stopped(words[0].message, words[0].exit_code)
-        dead = deaths(self.failure, {word.rank for word in words})
+            raise Stopped(reports[0].message, reports[0].exit_code)
+        dead = deaths(self.failure, {report.rank for report in reports})
         if own:
-            error = RunError(f"process {own[0].rank}: {own[0].message}" if own[0].rank else own[0].message)
+            error = RunError(own[0].message)
             error.exit_code = own[0].exit_code
             raise error
         if dead:
             raise RunError(
-                f"{dead}; the others were ended. What was saved is untouched: the same command goes on from there"
+                f"{dead}; the others were ended. What was saved is untouched: the same command resumes from there"
             )
-        raise RunError(words[0].message if words else f"the processes could not be run: {self.failure}")
+        raise RunError(reports[0].message if reports else f"the processes could not be run: {self.failure}")
 
 
-def _weight(word: WorkerReport) -> tuple[bool, int]:
-    return word.lost_contact, word.rank
-
-
-def deaths(failure: Any, spoke: set[int]) -> str:
-    """Which processes ended without a word, and how."""
+def deaths(failure: Any, reported: set[int]) -> str:
+    """Which processes ended without a report, and how."""
     found = []
     for number, process in sorted(getattr(failure, "failures", {}).items()):
-        if number not in spoke and process.exitcode != -signal.SIGTERM:  # as the agent ends those that are left
+        if number not in reported and process.exitcode != -signal.SIGTERM:  # as the agent ends those that are left
             how = f"was ended by {process.signal_name()}" if process.exitcode < 0 else f"ended with {process.exitcode}"
             found.append(f"process {number} (pid {process.pid}) {how}")
     return ", ".join(found)

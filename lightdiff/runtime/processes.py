@@ -1,56 +1,190 @@
-"""Several processes as one: who takes which share of the work, and what they tell one another.
+"""This process and the others of its run: device, precision, rank, share of the work, what all of them agree on.
 
-What travels between processes goes through torch.distributed: NCCL between GPUs, gloo between CPUs.
+Between processes everything goes through torch.distributed: NCCL between GPUs, gloo between CPUs.
 """
 
+import ctypes
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightdiff.errors import LightdiffError, LostContact, RunError, UserError
-from lightdiff.runtime.dist_env import DistEnv
-from lightdiff.runtime.progress import console
+from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.settings import Device, Precision
 
 T = TypeVar("T")
-PATIENT: list[Any] = []  # all processes, for a wait without the usual limit
-ORPHAN_SECONDS = 0.5  # how often a process looks whether the one that started it is still there
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+PATIENT: list[Any] = []  # the group of all processes for waits without the usual time limit
+ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """What a launcher has put into the environment about this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = "localhost"
+    port: int = 29500
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "DistEnv":
+        """By torch's variables, else by those of a Slurm step, else a single process.
+
+        A Slurm batch script itself has SLURM_NTASKS, but only what srun starts has SLURM_STEP_NUM_TASKS.
+        """
+        if "RANK" in env and "WORLD_SIZE" in env:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        else:
+            return cls()
+        found = [re.match(r"\d+", env.get(name, "")) for name in names]
+        numbers = [int(match.group()) if match else default for match, default in zip(found, (0, 1, 0, 1), strict=True)]
+        address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "localhost"
+        port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 20000))
+        rank, world_size, local_rank, local_world_size = numbers
+        return cls(rank, world_size, local_rank, local_world_size, address, port)
+
+
+def first_host(hosts: str) -> str:
+    """The first of Slurm's host names: node[07-12,15] -> node07."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", hosts)
+    return (match[1] + (match[2] or "")) if match else ""
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of this name; `auto` takes cuda, mps or cpu, the first there is.
+
+    Raises:
+        UserError: If it is asked for and absent.
+    """
+    env = DistEnv.from_env(os.environ)
+    mps = torch.backends.mps.is_available() and env.world_size == 1  # gloo knows no tensors of MPS
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
+    if not available[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
+    if name == "cuda":
+        number, count = env.local_rank, torch.cuda.device_count()
+        if count == 1 and "SLURM_PROCID" in os.environ:
+            number = 0  # Slurm shows each task its own GPU alone
+        if number >= count:
+            raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
+        torch.cuda.set_device(number)
+    elif name == "cpu":
+        keep_memory()
+    return torch.device(name)
+
+
+def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """fp32 or bf16; `auto` takes bf16 where this hardware multiplies it faster, measured for some milliseconds."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "mps":
+        return "fp32"
+    matrices = torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16)
+    fp32, bf16 = zip(
+        *(map(matmul_seconds, matrices) for _ in range(8)), strict=True
+    )  # alternating: other load hits both
+    return "bf16" if min(bf16) < 0.8 * min(fp32) else "fp32"
+
+
+def matmul_seconds(a: Tensor) -> float:
+    """How long one matrix product takes."""
+    start = time.perf_counter()
+    torch.mm(a, a)
+    return time.perf_counter() - start
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """A context that computes in bf16 where that is the precision; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Put a network on a device, in the memory format that suits it.
+
+    channels_last for CUDA's tensor cores. Not on a CPU: there GroupNorm's backward is several times slower in it.
+    """
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+
+
+def keep_memory() -> None:
+    """Let glibc keep memory that tensors free for the next ones, where that is the C library.
+
+    It returns large blocks to the system at once, which then has to clear every page again: a fifth of a training
+    step on a CPU. Or, by its own rules for what is large, it keeps them in pieces that fit nothing, and grows.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_workers(asked: int, device: torch.device) -> int:
+    """Worker processes that load images: as asked, or as many as do not compete with a CPU's networks for cores."""
+    if asked >= 0:
+        return asked
+    cores = usable_cores() // DistEnv.from_env(os.environ).local_world_size
+    return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+
+
+# --- all processes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes of a run, seen from one of them. Alone, nothing here does anything."""
+    """All processes of a run, seen from one of them. With a single process every method is trivial."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This process's part of `count` items, in one piece; parts differ by one item at most and may be empty."""
+        """This process's contiguous share of `count` items; shares differ by one item at most and may be empty."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def batch_slice(self, count: int) -> slice:
-        """The same as a slice for training, where nobody may have nothing: an empty share is lent the first item."""
+        """The same as a slice of a training batch, where no share may be empty: an empty one borrows the first item."""
         share = self.share(count) or range(1)
         return slice(share.start, share.stop)
 
     def strided(self, items: Sequence[T]) -> Sequence[T]:
-        """Every size-th item, from the rank-th on."""
+        """Every world_size-th item, from the rank-th on."""
         return items[self.rank :: self.world_size]
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
@@ -65,9 +199,10 @@ class Processes:
         return number > 0
 
     def all_reduce_max(self, *numbers: int, patient: bool = False) -> list[int]:
-        """The largest of each number over all processes; waits for them, but for no GPU.
+        """The maximum of each number over all processes; waits for them, but for no GPU.
 
-        With `patient` for days, where one may have much more to do than another; one that is gone is noticed at once.
+        `patient` waits for days, where one process may have much more to do than another; a dead one is noticed at
+        once.
         """
         if self.world_size == 1:
             return list(numbers)
@@ -76,25 +211,25 @@ class Processes:
         return [int(n) for n in together]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Let the first process do something while the others wait; what it returns or raises, all return or raise."""
+        """Let the main process do something while the others wait; all return, or raise, what it does."""
         if self.world_size == 1:
             return work()
-        said: list[tuple[T | None, LightdiffError | None]] = [(None, None)]
+        outcome: list[tuple[T | None, LightdiffError | None]] = [(None, None)]
         if self.is_main:
             try:
-                said = [(work(), None)]
+                outcome = [(work(), None)]
             except LightdiffError as error:
-                said = [(None, error)]
+                outcome = [(None, error)]
             except Exception as error:  # the others must not wait for what will not come
-                said = [(None, RunError(f"{type(error).__name__}: {error}"))]
-        dist.broadcast_object_list(said, 0, device=torch.device("cpu"))
-        result, problem = said[0]
+                outcome = [(None, RunError(f"{type(error).__name__}: {error}"))]
+        dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+        result, problem = outcome[0]
         if problem is not None:
             raise problem
         return result  # type: ignore[return-value]
 
     def check_same(self, what: str, value: object) -> None:
-        """See that all processes found the same.
+        """Check that all processes found the same.
 
         Raises:
             UserError: In every process, if one of them did not.
@@ -109,13 +244,34 @@ class Processes:
                 f"process {odd} sees another {what} than process 0: all machines need the same files at the same paths"
             )
 
-    def names(self, found: Iterable[str]) -> list[str]:
+    def all_names(self, found: Iterable[str]) -> list[str]:
         """Every name that any process found, the same list in all."""
         if self.world_size == 1:
             return list(found)
         everywhere: list[list[str]] = [[]] * self.world_size
         dist.all_gather_object(everywhere, list(found))
         return list(dict.fromkeys(name for names in everywhere for name in names))
+
+
+class Means:
+    """Means over items that come in batches and are shared among processes, summed in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, means: Mapping[str, Tensor], count: int) -> None:
+        """Add the means over `count` items."""
+        for name, value in means.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.item() * count
+        self._count += count
+
+    def over(self, processes: Processes) -> dict[str, float]:
+        """The means over all items of all processes; empty where there are none."""
+        names = processes.all_names(self._sums)
+        numbers = torch.tensor([*(self._sums.get(name, 0.0) for name in names), self._count], dtype=torch.float64)
+        *sums, count = processes.all_reduce_sum(numbers).tolist()
+        return {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
 
 
 def init_distributed(device: torch.device, timeout: float) -> Processes:
@@ -126,10 +282,10 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
         timeout: Seconds after which a process that does not answer is given up.
 
     Raises:
-        LostContact: If they do not meet in time.
+        UserError: If the launcher's variables make no sense.
     """
-    place = DistEnv.of(os.environ)
-    if place.world_size == 1:
+    env = DistEnv.from_env(os.environ)
+    if env.world_size == 1:
         return Processes()
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # some builds of torch have none
     from torch.distributed.rendezvous import rendezvous
@@ -137,32 +293,37 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
     if not dist.is_initialized():
         end_with_parent()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        method = "env://" if "RANK" in os.environ else f"tcp://{place.address}:{place.port}"
+        method = "env://" if "RANK" in os.environ else f"tcp://{env.address}:{env.port}"
         wait = timedelta(seconds=timeout)
         try:
-            with explain_lost_contact(place.rank):
-                store, _, _ = next(rendezvous(method, place.rank, place.world_size, timeout=wait))
-                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                    # After a restart the agent's store still has the addresses of processes that are dead.
-                    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-                dist.init_process_group(
-                    backend, timeout=wait, world_size=place.world_size, rank=place.rank, store=store
-                )
-                PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
+            store, _, _ = next(rendezvous(method, env.rank, env.world_size, timeout=wait))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # After a restart the agent's store still has the addresses of processes that are dead.
+                store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, timeout=wait, world_size=env.world_size, rank=env.rank, store=store)
+            PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
-            raise UserError(f"what the launcher left in the environment makes no sense: {error}") from None
-    console.quiet = console.quiet or place.rank > 0  # one speaks for all
-    return Processes(place.rank, place.world_size)
+            raise UserError(f"the launcher's environment variables make no sense: {error}") from None
+    return Processes(env.rank, env.world_size)
 
 
 def shutdown() -> None:
-    """Part from the other processes, at the end of a run."""
+    """Part from the other processes."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
+@contextmanager
+def distributed(device: torch.device, timeout: float) -> Iterator[Processes]:
+    """The processes of a run, which part at its end; a stage within another one's leaves that to it."""
+    inner = dist.is_available() and dist.is_initialized()
+    yield init_distributed(device, timeout)
+    if not inner:
+        shutdown()
+
+
 def end_with_parent() -> None:
-    """End this process soon after the one that started it, so that no worker runs on without a launcher."""
+    """End this process soon after its parent, so that no worker outlives its launcher."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -171,25 +332,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-SIGNS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
-
-
-@contextmanager
-def explain_lost_contact(rank: int) -> Iterator[None]:
-    """Turns what torch raises in a process when another one is gone into a sentence.
-
-    Raises:
-        LostContact: Instead of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in SIGNS):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise LostContact(
-            f"process {rank} has lost contact with the others ({reason}); "
-            "what was saved is untouched, and the same command goes on from there"
-        ) from error

@@ -1,4 +1,4 @@
-"""What a training tells: a live display, metrics.jsonl, TensorBoard where it is installed.
+"""Progress of a running stage: a live display, metrics.jsonl, TensorBoard where it is installed.
 
 Everything here goes to stderr or to files; stdout is kept for results.
 """
@@ -7,48 +7,68 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from PIL import Image
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from lightdiff.checkpoint import atomic_write_text
-from lightdiff.runtime.display import Display, number
+from lightdiff.run_folder import atomic_write_text
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time"}
+BLOCKS = "▁▂▃▄▅▆▇█"
+TREND = 32  # characters of a trend
+REMEMBERED = 1024  # values of each number that a trend may show
 
 
 class Reporter:
     """Shows progress and writes metrics.jsonl; a context manager."""
 
-    def __init__(self, title: str, total: int, start: int = 0, metrics: Path | None = None) -> None:
-        """Report on `total` steps of something, of which `start` are done; lines beyond `start` are cut off."""
-        self.title, self.total = title, total
-        self._spoke = time.monotonic()
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        start: int = 0,
+        metrics: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Report on `total` steps of something, of which `start` are done; lines beyond `start` are cut off.
+
+        Args:
+            title: What is running.
+            total: Steps in all.
+            start: Steps done before.
+            metrics: The metrics.jsonl to write, if this process writes one; TensorBoard's files lie beside it.
+            settings: Flat settings, by which TensorBoard's table of runs can be sorted.
+        """
+        self.title, self.total, self._metrics = title, total, metrics
+        self._printed = time.monotonic()
+        self._board: Any = None
         self._display = Display(title, total, start)
         self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
-        self._metrics = metrics
-        self._board: Any = None
         if metrics is not None:
             for row in cut_metrics(metrics, start):
                 self._display.remember(trending(row))
-            self._board = open_tensorboard(metrics.parent, start)
+            self._board = open_tensorboard(metrics.parent, start, settings or {})
 
     def __enter__(self) -> "Reporter":
-        """Start the display."""
         if self._live:
             self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Stop the display."""
         if self._live:
             self._live.stop()
         if self._board is not None:
@@ -57,15 +77,15 @@ class Reporter:
     def advance(
         self, done: int, losses: Mapping[str, float] | None = None, speed: Mapping[str, float] | None = None
     ) -> None:
-        """Say how far the work is; where there are numbers and no terminal, in a line every ten seconds and at the end.
+        """Show how far the work is; without a terminal, where there are numbers, in a line every ten seconds.
 
         On a terminal, losses are shown as they are recorded.
         """
         self._display.done = done
-        self._display.show(speed or {})
+        self._display.now |= speed or {}
         now = time.monotonic()
-        if losses is not None and not self._live and (now - self._spoke > PLAIN_EVERY or done == self.total):
-            self._spoke = now
+        if losses is not None and not self._live and (now - self._printed > PLAIN_EVERY or done == self.total):
+            self._printed = now
             words = "  ".join(f"{name} {number(value)}" for name, value in {**losses, **(speed or {})}.items())
             console.print(f"{self.title} {done}/{self.total}  {words}", soft_wrap=True)
 
@@ -84,37 +104,31 @@ class Reporter:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(values["step"]))
 
-    def settle(self) -> None:
-        """See that all lines of metrics.jsonl are on the disk, as a checkpoint follows that says they are."""
+    def flush(self) -> None:
+        """Put all lines of metrics.jsonl on the disk, as a checkpoint follows that relies on them."""
         if self._metrics is not None and self._metrics.exists():
             with self._metrics.open("a") as file:
                 os.fsync(file.fileno())
 
     def saved(self, path: Path) -> None:
-        """Tell where the last checkpoint is."""
-        self._display.file("last checkpoint", path)
+        """Show where the last checkpoint is."""
+        self._display.files["last checkpoint"] = path
 
     def picture(self, path: Path, step: int) -> None:
-        """Tell where the last picture is, and show it in TensorBoard too."""
-        self._display.file("last picture", path)
+        """Show where the last picture is, and the picture in TensorBoard."""
+        self._display.files["last picture"] = path
         if self._board is not None:
             import numpy as np
+            from PIL import Image
 
             self._board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
 
-    def settings(self, flat: Mapping[str, Any]) -> None:
-        """Tell TensorBoard the settings, so that its table of runs can sort by them."""
-        if self._board is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
 
-        plain = {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in flat.items()}
-        for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
-            self._board.file_writer.add_summary(summary)
+# --- metrics.jsonl and TensorBoard --------------------------------------------------------------------------------
 
 
 def trending(row: Mapping[str, float]) -> dict[str, float]:
-    """What of a line of metrics.jsonl is worth a trend: what is measured of the network, not of the machine."""
+    """The numbers of a line of metrics.jsonl that are worth a trend: those of the network, not of the machine."""
     return {name: value for name, value in row.items() if name not in NO_TREND}
 
 
@@ -134,18 +148,101 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def cut_metrics(path: Path, last_step: int) -> list[Row]:
-    """Drop lines of steps after `last_step`, which a resumed run will write again; the others are returned."""
+    """Drop lines of steps after `last_step`, which a resumed run will write again, and return the others."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
     if path.exists():
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def open_tensorboard(folder: Path, start: int) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> Any:
+    """A TensorBoard writer that knows the settings, or None where TensorBoard is not installed."""
     try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    plain = {
+        n: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for n, value in settings.items()
+    }
+    for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
+        board.file_writer.add_summary(summary)
+    return board
+
+
+# --- the live display ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Display:
+    """A bar, numbers with their trends, and the last files, as rich draws them several times a second."""
+
+    title: str
+    total: int  # steps
+    start: int = 0  # of them done before
+    done: int = field(init=False)
+    now: dict[str, float] = field(default_factory=dict)  # numbers of which only the last matters, such as a speed
+    files: dict[str, Path] = field(default_factory=dict)  # the last file of each kind
+    _past: dict[str, deque[float]] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.done = self.start
+
+    def remember(self, values: Mapping[str, float]) -> None:
+        """Add values to the trends of their names."""
+        for name, value in values.items():
+            self._past.setdefault(name, deque(maxlen=REMEMBERED)).append(value)
+
+    def remaining(self) -> str:
+        """The time left, at the speed so far."""
+        done = self.done - self.start
+        if done <= 0:
+            return "-:--:--"
+        seconds = (time.monotonic() - self._began) / done * (self.total - self.done)
+        return str(timedelta(seconds=round(seconds)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        bar = Table.grid(padding=(0, 2))
+        elapsed = timedelta(seconds=round(time.monotonic() - self._began))
+        speed = "  ".join(f"{name} {number(value)}" for name, value in self.now.items())
+        bar.add_row(
+            Text(self.title, style="bold"),
+            ProgressBar(self.total, self.done, width=24),
+            f"{self.done:,}/{self.total:,}",
+            f"{elapsed} elapsed, {self.remaining()} left",
+            speed,
+        )
+        trends = Table.grid(padding=(0, 2))
+        for name, values in self._past.items():
+            trend = "" if options.ascii_only else sparkline([*values], TREND)
+            trends.add_row(Text(f"  {name}", style="dim"), Text(number(values[-1])), Text(trend, style="cyan"))
+        files = Table.grid(padding=(0, 2))
+        for what, path in self.files.items():
+            files.add_row(Text(f"  {what}", style="dim"), Text(str(path), overflow="fold"))
+        yield Group(bar, *(table for table in (trends, files) if table.row_count))
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A trend in one line of at most `width` characters: each the mean of its share of the values, low to high."""
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < 2:
+        return ""
+    count = min(width, len(known))
+    edges = [i * len(known) // count for i in range(count + 1)]
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low = min(means)
+    high = sorted(means)[math.ceil(0.9 * (count - 1))]  # the steep start of a loss would flatten the rest
+    step = (high - low) / (len(BLOCKS) - 1) or 1.0
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, round((mean - low) / step))] for mean in means)
+
+
+def number(value: float) -> str:
+    """A number in few characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"

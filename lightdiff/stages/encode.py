@@ -1,40 +1,70 @@
 """encode: images + VAE -> cached mu and logvar of every image and of its mirror image."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import ImageFile, full_paths
+from lightdiff.data.files import ImageFile, full_paths, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.errors import RunError, UserError
 from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
-from lightdiff.run_folder import Lock, RunFolder, find_vae
-from lightdiff.runtime.background import Background
-from lightdiff.runtime.device import (
-    as_begun,
-    autocast,
-    explain_out_of_memory,
-    pick_device,
-    pick_precision,
-    pick_workers,
-)
-from lightdiff.runtime.processes import init_distributed
+from lightdiff.run_folder import RunFolder, atomic_link, find_vae
+from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console
-from lightdiff.runtime.signals import TimeLimit
-from lightdiff.settings import EncodeSettings, Precision, VAESettings
-from lightdiff.stages.start import enter, list_images
+from lightdiff.runtime.resume import start_over
+from lightdiff.runtime.stage import Stage, open_stage
+from lightdiff.settings import EncodeSettings, VAESettings
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_COPY = "vae.safetensors"
+ADVICE = "'lightdiff encode --restart' replaces these latents, another --run keeps them"
+
+
+def run(settings: EncodeSettings) -> Path:
+    """Encode all images and return the folder of latents."""
+    with open_stage(settings, "latents", begun=begun) as stage:
+        settings = stage.settings
+        saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
+        vae, model = load_vae(saved, stage.device, settings.compute.precision)
+        files = list_images(settings.images)
+        index = plan(settings, saved, model, files)
+        stage.processes.check_same("list of images or VAE", (index.files, index.vae_digest))
+        if stage.processes.run_on_main(lambda: prepare(stage, index, saved)):
+            console.print(f"{stage.path} has the latents of all {len(files)} images already")
+            return stage.path
+        names = full_paths(files, settings.images.data)
+        bad = BadFiles(stage.path / "bad-files.txt", names, len(files), settings.images.max_bad)
+        missing = stage.processes.run_on_main(lambda: missing_shards(stage.path, index.shards, bad))
+        mine = stage.processes.strided(missing)
+        empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
+        unfinished = False
+        with (
+            Reporter("encode", sum(len(index.shard_range(n)) for n in mine)) as reporter,
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            writing: Future[None] | None = None  # of one shard, while the next one is encoded
+            for number, shard in encoded(vae.encoder, mine, index, files, stage, bad, reporter.advance):
+                if writing:
+                    writing.result()
+                writing = pool.submit(shard.save, shard_path(stage.path, number), empty)
+                unfinished = number != mine[-1]
+                if stage.out_of_time() and unfinished:
+                    break
+            if writing:
+                writing.result()
+        stage.finish_together(unfinished)
+        stage.processes.run_on_main(lambda: finish(stage.path, index))
+        return stage.path
 
 
 def inherited(run: Path, vae: Path | None) -> dict[str, object]:
@@ -43,80 +73,46 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
     return {"images": saved.metadata.settings.get("images", {})}
 
 
-def run(settings: EncodeSettings) -> Path:
-    """Encode all images and return the folder of latents."""
-    with Lock(settings.job.force_unlock) as lock:
-        return encode(settings, lock)
+def begun(folder: Path) -> Mapping[str, Any]:
+    """The settings that latents found in a folder were begun with."""
+    return depends_on(read_index(folder)) if (folder / "index.json").is_file() else {}
 
 
-def encode(settings: EncodeSettings, lock: Lock) -> Path:
-    """The same, in a folder that nobody else writes to."""
-    # 1. The VAE, the images, and what the latents will be
-    device = pick_device(settings.compute.device)
-    ranks = init_distributed(device, settings.job.timeout)
-    saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
-    files = list_images(settings.images)
-    folder = RunFolder(settings.run).latents
-    precision = ranks.run_on_main(lambda: pick_precision(wanted_precision(settings, folder), device))
-    vae, model = load_vae(saved, device, precision)
-    index = plan(settings, saved, model, files, precision)
-    ranks.check_same("list of images or VAE", (index.files, index.vae_digest))
-    if ranks.run_on_main(lambda: prepare(folder, index, saved, settings, lock)):
-        console.print(f"{folder} has the latents of all {len(files)} images already")
-        return folder
-
-    # 2. Encode shard by shard, and write each while the next is encoded; a shard that is there is whole
-    bad = BadFiles(
-        folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
-    )
-    shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
-    mine = ranks.strided([(n, shards[n]) for n in ranks.run_on_main(lambda: to_encode(folder, len(shards), bad))])
-    limit = TimeLimit(settings.job.max_time)
-    empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
-    unfinished = False
-    with (
-        Reporter("encode", sum(len(positions) for _, positions in mine)) as reporter,
-        explain_out_of_memory("--batch-size", settings.batch_size),
-        Background() as writing,
-    ):
-
-        def advance(done: int) -> None:
-            reporter.advance(done, {})
-
-        for number, shard in encoded(vae.encoder, mine, files, settings, bad, precision, device, advance):
-            writing.do(partial(shard.atomic_write, shard_path(folder, number), empty))
-            unfinished = number != mine[-1][0]
-            if limit.spent() and unfinished:
-                break
-
-    # 3. Only a finished index has a digest
-    limit.conclude(unfinished, ranks)
-    ranks.run_on_main(lambda: finish(folder, index, len(shards)))
-    return folder
+def depends_on(index: LatentIndex) -> dict[str, Any]:
+    """What latents depend on, named as settings are; lists of images by their digest."""
+    images = {f"images.{name}": index.images.get(name) for name in ("resolution", "background")}
+    return {
+        "vae": index.vae_digest[:8],
+        "dtype": index.dtype,
+        "compute.precision": index.precision,
+        "images.flip": index.mirrored,
+        "shard_size": index.shard_size,
+        **images,
+        "images.data": index.files_digest,
+    }
 
 
-def wanted_precision(settings: EncodeSettings, folder: Path) -> Precision:
-    """The precision asked for; `auto` is that of latents which are to be gone on with, where there are any."""
-    going_on = not settings.restart and (folder / "index.json").is_file()
-    wanted: Precision = as_begun(settings.compute.precision, read_index(folder).precision if going_on else None)
-    return wanted
+def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint) -> bool:
+    """Make the folder ready for shards; whether it has all of them already.
 
-
-def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: EncodeSettings, lock: Lock) -> bool:
-    """Make the folder ready for shards; whether it has all of them already."""
-    enter(folder, lock, settings.restart)
-    present = check_resumable(folder, index)
-    if present is not None and present.complete:
-        return True
-    index.write(folder)
-    checkpoint.atomic_link(folder / VAE_COPY, saved.path)
-    if vae_digest(Checkpoint(folder / VAE_COPY, "vae")) != index.vae_digest:
+    Raises:
+        UserError: If it holds other latents than those planned.
+    """
+    if stage.settings.restart:
+        start_over(stage.path)
+    elif stage.begun:
+        stage.check_begun(depends_on(index), ADVICE)
+        if read_index(stage.path).complete:
+            return True
+    index.write(stage.path)
+    atomic_link(stage.path / VAE_COPY, saved.path)
+    if vae_digest(Checkpoint(stage.path / VAE_COPY, "vae")) != index.vae_digest:
         raise RunError(f"{saved.path} was replaced by a newer VAE just now; run the same command again")
     return False
 
 
-def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
-    """The shards that are not there, or not whole; what those that are say of unreadable images is listed."""
+def missing_shards(folder: Path, shards: int, bad: BadFiles) -> list[int]:
+    """The numbers of shards that are missing or damaged; unreadable images named in the others are listed."""
     missing = []
     for number in range(shards):
         metadata = shard_metadata(shard_path(folder, number))
@@ -127,12 +123,12 @@ def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
     return missing
 
 
-def finish(folder: Path, index: LatentIndex, shards: int) -> None:
-    """Publish the index of all shards, and say what they hold."""
-    paths = [shard_path(folder, number) for number in range(shards)]
-    documents = [Checkpoint(path, "latents").metadata for path in paths]
-    index.bad = [p for metadata in documents for p, _ in metadata.extra["bad"]]
-    index.digest = index.seal([metadata.digest for metadata in documents])
+def finish(folder: Path, index: LatentIndex) -> None:
+    """Write the index of all shards, with its digest, and print what they hold."""
+    paths = [shard_path(folder, number) for number in range(index.shards)]
+    shards = [Checkpoint(path, "latents").metadata for path in paths]
+    index.bad = [position for shard in shards for position, _ in shard.extra["bad"]]
+    index.digest = index.compute_digest([shard.digest for shard in shards])
     index.write(folder)
     size = sum(path.stat().st_size for path in paths)
     console.print(
@@ -141,9 +137,7 @@ def finish(folder: Path, index: LatentIndex, shards: int) -> None:
     )
 
 
-def plan(
-    settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile], precision: str
-) -> LatentIndex:
+def plan(settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile]) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     if images.resolution % model.factor:
@@ -152,7 +146,7 @@ def plan(
     return LatentIndex(
         shape=(model.latent_channels, side, side),
         dtype=settings.dtype,
-        precision=precision,
+        precision=settings.compute.precision,
         mirrored=images.flip,
         vae_digest=vae_digest(saved),
         images=images.model_dump(mode="json"),
@@ -163,36 +157,6 @@ def plan(
     )
 
 
-def check_resumable(folder: Path, index: LatentIndex) -> LatentIndex | None:
-    """The index of the latents that are there, if there are any.
-
-    Raises:
-        UserError: If they are others than those planned.
-    """
-    if not (folder / "index.json").is_file():
-        return None
-    there = read_index(folder)
-    framing = ("resolution", "background")
-    differ = {
-        "VAE": (there.vae_digest[:8], index.vae_digest[:8]),
-        "--dtype": (there.dtype, index.dtype),
-        "--precision": (there.precision, index.precision),
-        "--flip": (there.mirrored, index.mirrored),
-        "--shard-size": (there.shard_size, index.shard_size),
-        **{f"--{name}": (there.images.get(name), index.images[name]) for name in framing},
-        "list of images": (there.files, index.files),
-        "split or labels": ((there.splits, there.labels), (index.splits, index.labels)),
-    }
-    for what, (old, new) in differ.items():
-        if old != new:
-            shown = "" if isinstance(old, (list, tuple)) else f" ({old}, now {new})"
-            raise UserError(
-                f"{folder} holds latents of another {what}{shown}; 'lightdiff encode --restart' replaces them, "
-                "another --run keeps them"
-            )
-    return there
-
-
 def shard_metadata(path: Path) -> Metadata | None:
     """The metadata of a shard that is there and whole."""
     if not path.is_file():
@@ -200,7 +164,7 @@ def shard_metadata(path: Path) -> Metadata | None:
     try:
         return Checkpoint(path, "latents").verify().metadata
     except UserError as error:
-        console.print(f"{error}; it is encoded again")
+        console.print(f"{error}; it will be encoded again")
         return None
 
 
@@ -219,7 +183,7 @@ class Shard:
             store.append(torch.stack(value.chunk(sides), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
         self.kept += positions
 
-    def atomic_write(self, path: Path, empty: Tensor) -> None:
+    def save(self, path: Path, empty: Tensor) -> None:
         """Write its file; `empty` stands for latents where no image was readable."""
         tensors = {"mu": torch.cat([empty, *self.mu]), "logvar": torch.cat([empty, *self.logvar])}
         checkpoint.save(path, tensors, Metadata(stage="latents", extra={"positions": self.kept, "bad": self.bad}))
@@ -227,37 +191,40 @@ class Shard:
 
 def encoded(
     encoder: torch.nn.Module,
-    shards: Sequence[tuple[int, range]],
+    numbers: Sequence[int],
+    index: LatentIndex,
     files: list[ImageFile],
-    settings: EncodeSettings,
+    stage: Stage[EncodeSettings],
     bad: BadFiles,
-    precision: str,
-    device: torch.device,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, Shard]]:
-    """Each shard's number, and the shard when it is full; `advance` is told how many images are done in all.
+    """The shards of these numbers, each when it is full; `advance` is called with the number of images done.
 
     One set of worker processes loads the images of all shards, ahead of the encoder.
     """
-    images, size, dtype = settings.images, settings.batch_size, DTYPES[settings.dtype]
+    settings, images, device = stage.settings, stage.settings.images, stage.device
     dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    size = settings.batch_size
     parts = [
-        (number, whole, whole[first : first + size]) for number, whole in shards for first in range(0, len(whole), size)
+        (n, whole[k : k + size])
+        for n in numbers
+        for whole in [index.shard_range(n)]
+        for k in range(0, len(whole), size)
     ]
-    order = ([(0, position) for position in part] for _, _, part in parts)
+    order = ([(0, position) for position in part] for _, part in parts)
     workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
     done, shard = 0, Shard()
-    for (number, whole, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
-        if part.start == whole.start:
+    for (number, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
+        if part.start == index.shard_range(number).start:
             shard = Shard()
         shard.bad += batch.bad
         if len(batch.x):
             x = to_float(batch.x.to(device, non_blocking=True))
             sides = [x, x.flip(-1)] if images.flip else [x]
-            with torch.inference_mode(), autocast(device, precision):
+            with torch.inference_mode(), autocast(device, settings.compute.precision):
                 posterior = encoder(torch.cat(sides))
-            shard.add(posterior, len(sides), batch.index.tolist(), dtype)
+            shard.add(posterior, len(sides), batch.index.tolist(), DTYPES[settings.dtype])
         done += len(part)
         advance(done)
-        if part.stop == whole.stop:
+        if part.stop == index.shard_range(number).stop:
             yield number, shard

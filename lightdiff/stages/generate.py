@@ -17,24 +17,25 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightdiff import __version__
-from lightdiff.checkpoint import Checkpoint, atomic_write_text
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import BadImage, frame, load_image, to_float, to_uint8
 from lightdiff.errors import Stopped, UserError
 from lightdiff.pictures import save_grid_of_files, save_png, save_trajectory, save_walk
 from lightdiff.pipeline import Edit, Pipeline, Sampling, guidance_for, levels_for, noise_between, vae_behind
-from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
+from lightdiff.run_folder import Lock, RunFolder, atomic_write_text, find_unet, read_json
 from lightdiff.runtime.background import Background
-from lightdiff.runtime.device import (
+from lightdiff.runtime.processes import (
+    Processes,
     as_begun,
     compile_network,
     explain_out_of_memory,
+    init_distributed,
     pick_compile,
     pick_device,
     pick_precision,
+    restarted,
     usable_cores,
 )
-from lightdiff.runtime.dist_env import restarted
-from lightdiff.runtime.processes import Processes, init_distributed
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.signals import TimeLimit
 from lightdiff.settings import GenerateSettings, flat

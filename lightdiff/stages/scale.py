@@ -9,12 +9,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Statistics, read_index, shard_path
+from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index, shard_path
 from lightdiff.errors import UserError
-from lightdiff.run_folder import Lock, RunFolder, find_latents
-from lightdiff.runtime.background import prefetch
-from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
+from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import ScaleSettings
 
 CACHED = 1 << 18  # numbers that are taken in at a time
@@ -22,23 +22,21 @@ CACHED = 1 << 18  # numbers that are taken in at a time
 
 def run(settings: ScaleSettings) -> Path:
     """Compute the statistics, store them in the index, and return its path."""
-    ranks = init_distributed(torch.device("cpu"), settings.job.timeout)
-    folder = find_latents(settings.latents, RunFolder(settings.run))
-    index = read_index(folder)
-    if not index.complete:
-        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
-    moments = Moments(index.shape[0])
-    shards = ranks.strided(range(-(-len(index.files) // index.shard_size)))
-    for mu, logvar in prefetch(partial(read, shard_path(folder, number), index) for number in shards):
-        moments.add(mu, logvar)
-    moments.over(ranks)
-    if not moments.count:
-        raise UserError(f"{folder} has no latents in the training split; encode more images")
-    index.statistics = found = statistics(moments, settings)
-    with Lock(settings.job.force_unlock) as lock:
-        ranks.run_on_main(lambda: store(folder, index, lock))
-    show(index, found, settings)
-    return folder / "index.json"
+    with open_stage(settings, "latents", lambda: find_latents(settings.latents, RunFolder(settings.run))) as stage:
+        index = read_index(stage.path)
+        if not index.complete:
+            raise UserError(f"{stage.path}: encoding has not finished: run 'lightdiff encode' again, it continues")
+        moments = Moments(index.shape[0])
+        numbers = stage.processes.strided(range(index.shards))
+        for mu, logvar in prefetch(partial(read, shard_path(stage.path, number), index) for number in numbers):
+            moments.add(mu, logvar)
+        moments.over(stage.processes)
+        if not moments.count:
+            raise UserError(f"{stage.path} has no latents in the training split; encode more images")
+        index.statistics = statistics(moments, settings)
+        stage.processes.run_on_main(lambda: index.write(stage.path))
+        show(index, index.statistics, settings)
+        return stage.path / "index.json"
 
 
 def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
@@ -46,12 +44,6 @@ def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
     shard = Checkpoint(path, "latents")
     rows = torch.tensor([index.splits[p] == "t" for p in shard.metadata.extra["positions"]], dtype=torch.bool)
     return shard.tensor("mu")[rows], shard.tensor("logvar")[rows]
-
-
-def store(folder: Path, index: LatentIndex, lock: Lock) -> None:
-    """Replace the index, unless encoding is at it."""
-    lock.take(folder)
-    index.write(folder)
 
 
 class Moments:
@@ -74,10 +66,10 @@ class Moments:
             self.variance += v.exp().sum(1, dtype=torch.float64)
             self.mu_squared += m.square().sum(1, dtype=torch.float64)
 
-    def over(self, ranks: Processes) -> None:
+    def over(self, processes: Processes) -> None:
         """Add up what all processes have."""
         numbers = torch.cat([torch.tensor([self.count]).double(), self.mu, self.mu_squared, self.variance])
-        ranks.sum(numbers)
+        processes.all_reduce_sum(numbers)
         self.count = int(numbers[0])
         self.mu, self.mu_squared, self.variance = numbers[1:].chunk(3)
 

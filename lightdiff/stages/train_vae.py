@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Metadata
-from lightdiff.data.files import ImageFile, full_paths
+from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.loading import BadFiles, ImageDataset, batches
 from lightdiff.data.loading import Batch as ImageBatch
@@ -18,43 +17,53 @@ from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid
-from lightdiff.run_folder import Lock, RunFolder
-from lightdiff.runtime.device import autocast, pick_device, pick_workers, place
-from lightdiff.runtime.dist_env import DistEnv
-from lightdiff.runtime.processes import Processes, init_distributed
+from lightdiff.runtime.processes import DistEnv, Means, Processes, autocast, pick_workers
 from lightdiff.runtime.progress import console
-from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
-from lightdiff.training.loop import Batch, Means, train
+from lightdiff.runtime.stage import Stage, open_stage
+from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings
+from lightdiff.training.loop import Tensors, train
+
+
+def run(settings: TrainVAESettings) -> Path:
+    """Train a VAE and return its best checkpoint."""
+    with open_stage(settings, "vae") as stage:
+        files = list_images(stage.settings.images)
+        digest = data_digest(files)
+        stage.processes.check_same("list of images", digest)
+        task = VAETask(stage, files)
+        if stage.start_or_resume(task, {"data": digest}):
+            loop = stage.settings.loop
+            console.print(
+                f"VAE: {sum(p.numel() for p in task.model.parameters()) / 1e6:.2f} M parameters, "
+                f"{stage.settings.images.resolution} px -> {shape_words(task.latent_shape)}; "
+                f"{len(task.train)} training and {len(task.val)} validation images; "
+                f"{stage.total_steps} steps of {loop.batch_size} on {stage.machine} in {loop.precision}"
+            )
+            train(task, stage)
+            if task.bad.count:
+                console.print(f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}")
+        return stage.folder.best
 
 
 class VAETask:
     """What the training loop needs to know of a VAE."""
 
-    stage = "vae"
-
-    def __init__(
-        self,
-        settings: TrainVAESettings,
-        files: list[ImageFile],
-        device: torch.device,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None,
-        bad: BadFiles,
-        ranks: Processes,
-    ) -> None:
-        """Build the network and both data sets from resolved settings."""
-        self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
-        s = settings
-        torch.manual_seed(s.loop.seed)  # the initial weights
-        vae = network(s)
-        vae.encoder.requires_grad_(not s.freeze_encoder)
-        self.model: nn.Module = vae
-        place(self.model, device)
-        self.files = files
+    def __init__(self, stage: Stage[TrainVAESettings], files: list[ImageFile]) -> None:
+        """Build the network and both data sets."""
+        self.stage, self.files = stage, files
+        s = self.settings = stage.settings
+        self.lpips = perceptual(s.loss, stage.device, stage.processes)
+        if s.freeze_encoder and not (stage.saved or s.init_from):
+            raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
+        vae = stage.new_network(lambda: VAE(s.model))
+        vae.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
+        self.model = vae
         self.train = [i for i, f in enumerate(files) if f.split == "train"]
         self.val = [i for i, f in enumerate(files) if f.split == "val"]
+        self.train_items = len(self.train)
         self.train_set = self._images(self.train, train=True)
         self.val_set = self._images(self.val, train=False)
+        self.bad = BadFiles(stage.folder.bad_files, full_paths(files, s.images.data), len(files), s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
         self._shown: Tensor | None = None
@@ -71,9 +80,9 @@ class VAETask:
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
         loop = self.settings.loop
-        part = self.ranks.batch_slice(loop.batch_size)
+        part = self.stage.processes.batch_slice(loop.batch_size)
         order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
-        workers, on_gpu = pick_workers(loop.workers, self.device), self.device.type == "cuda"
+        workers, on_gpu = pick_workers(loop.workers, self.stage.device), self.stage.device.type == "cuda"
         yield from batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
@@ -84,15 +93,17 @@ class VAETask:
         """The files of the batch that begins after `start` images."""
         return [self.train_set.paths[i] for _, i in self._batch_at(start)]
 
-    def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
+    def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Tensors:
         """Images in [-1, 1] and the noise of their posteriors."""
         size = self.settings.loop.batch_size
-        noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.device)[self.ranks.batch_slice(size)]
-        x = to_float(batch.x.to(self.device, non_blocking=True))
+        noise = torch.randn((size, *self.latent_shape), generator=rng, device=self.stage.device)[
+            self.stage.processes.batch_slice(size)
+        ]
+        x = to_float(batch.x.to(self.stage.device, non_blocking=True))
         change = sample_transform(random.Random(rng.initial_seed()), self.settings.loss.equivariance)
         return {"x": x, "noise": noise, "change": torch.tensor([change]).expand(len(x), -1)}  # on the CPU
 
-    def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
         """The VAE's loss."""
         change = LatentTransform(*part["change"][0].tolist())
         x_hat, posterior = model(part["x"], part["noise"], change)
@@ -102,12 +113,12 @@ class VAETask:
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
         loop = self.settings.loop
-        indices = self.ranks.share(len(self.val))
+        indices = self.stage.processes.share(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
         for batch in batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
-                yield to_float(batch.x.to(self.device)), noise.to(self.device)
+                yield to_float(batch.x.to(self.stage.device)), noise.to(self.stage.device)
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -115,11 +126,11 @@ class VAETask:
         model.eval()
         means = Means()
         for x, noise in self.validation_batches():
-            with autocast(self.device, self.settings.loop.precision):
+            with autocast(self.stage.device, self.settings.loop.precision):
                 x_hat, posterior = model(x, noise)
                 losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
             means.add(losses | {"psnr": psnr(x, x_hat).mean()}, len(x))
-        return means.over(self.ranks)
+        return means.over(self.stage.processes)
 
     @torch.inference_mode()
     def picture(self, model: nn.Module, path: Path) -> None:
@@ -129,7 +140,7 @@ class VAETask:
             source, items = (self.val_set, self.val) if self.val else (self.train_set, self.train)
             chosen = [(0, i) for i in range(min(2 * columns, len(items)))]
             self._shown = next(batches(source, [chosen], workers=0)).x
-        x = to_float(self._shown.to(self.device))
+        x = to_float(self._shown.to(self.stage.device))
         model.eval()
         x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
         pairs = zip(torch.split(x, columns), torch.split(x_hat, columns), strict=True)
@@ -144,59 +155,8 @@ def sample_transform(rng: random.Random, share: float) -> LatentTransform:
     return LatentTransform(4 - smaller, turns)
 
 
-def network(settings: TrainVAESettings) -> VAE:
-    """The network that resolved settings describe."""
-    return VAE(settings.model)
-
-
-def run(settings: TrainVAESettings) -> Path:
-    """Train a VAE and return its best checkpoint."""
-    with Lock(settings.job.force_unlock) as lock:
-        return train_vae(settings, lock)
-
-
-def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
-    """The same, in a run folder that nobody else writes to."""
-    # 1. What there is to train on, and where the results go
-    device = pick_device(settings.loop.device)
-    ranks = init_distributed(device, settings.job.timeout)
-    resolution = settings.images.resolution
-    settings = resolve(settings)
-    files = list_images(settings.images)
-    ranks.check_same("list of images", data_digest(files))
-    lpips = perceptual(settings.loss, device, ranks)
-    folder = RunFolder(settings.run).vae
-    saved = resumed(folder, "vae", settings, lock, ranks, network)
-    total = settings.loop.total_steps(sum(file.split == "train" for file in files))
-    settings = decided(settings, saved, device, ranks, total)
-
-    if settings.freeze_encoder and not (saved or settings.init_from):
-        raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
-
-    # 2. The task: network, data, loss
-    bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
-    task = VAETask(settings, files, device, lpips, bad, ranks)
-
-    # 3. Fresh, from another's weights, or on from where it was
-    metadata = Metadata(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
-    if not begin(task, settings, folder, metadata, saved, total):
-        return folder.best
-    parameters = sum(p.numel() for p in task.model.parameters())
-    console.print(
-        f"VAE: {parameters / 1e6:.2f} M parameters, {resolution} px -> {shape_words(task.latent_shape)}; "
-        f"{len(task.train)} training and {len(task.val)} validation images; "
-        f"{total} steps of {settings.loop.batch_size} on {machine(device, ranks)} in {settings.loop.precision}"
-    )
-
-    # 4. Train
-    train(task, settings.loop, folder, metadata, total, settings.loop.precision, saved, settings.job)
-    if bad.count:
-        console.print(f"{bad.count} unreadable images are listed in {folder.bad_files}")
-    return folder.best
-
-
 def perceptual(
-    loss: VAELossSettings, device: torch.device, ranks: Processes
+    loss: VAELossSettings, device: torch.device, processes: Processes
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The LPIPS network, or None where its weight is 0.
 
@@ -207,28 +167,13 @@ def perceptual(
         return None
     from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
 
-    weights = ranks.run_on_main(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
-    (missing,) = ranks.all_reduce_max(int(not weights.is_file()))
+    weights = processes.run_on_main(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
+    (missing,) = processes.all_reduce_max(int(not weights.is_file()))
     for turn in (0, 1) if missing else ():  # other machines have caches of their own: there too, one process first
-        if not weights.is_file() and (DistEnv.of(os.environ).local_rank > 0) == bool(turn):
+        if not weights.is_file() and (DistEnv.from_env(os.environ).local_rank > 0) == bool(turn):
             weights = find_weights(loss.lpips_net, loss.lpips_weights)
-        ranks.all_reduce_max(turn)
+        processes.all_reduce_max(turn)
     return PerceptualLoss(loss.lpips_net, weights).to(device)
-
-
-def resolve(settings: TrainVAESettings) -> TrainVAESettings:
-    """The settings with every size that follows from the images filled in.
-
-    Raises:
-        UserError: If the resolution does not fit the architecture.
-    """
-    resolution = settings.images.resolution
-    model = settings.model.resolved(resolution)
-    if resolution % model.factor:
-        below = resolution // model.factor * model.factor
-        fits = f"{below} or {below + model.factor}" if below else str(model.factor)
-        raise UserError(f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}")
-    return with_changes(settings, model=model)
 
 
 def shape_words(shape: tuple[int, ...]) -> str:

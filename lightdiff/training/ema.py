@@ -1,11 +1,12 @@
 """Exponential moving average of weights."""
 
-import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass
 class EMA:
     """A copy of a network whose weights follow it slowly.
 
@@ -13,13 +14,11 @@ class EMA:
     forget the random start quickly (a fixed 0.999 still holds 37 % of it after 1,000 steps).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from the model's weights."""
-        self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+    model: nn.Module  # the averaged copy
+    decay: float
 
-    def rate(self, step: int) -> float:
-        """The decay used at optimizer step `step`, counted from 1."""
+    def decay_at(self, step: int) -> float:
+        """The decay used at optimizer step `step`, counted from 1: warmed up."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
@@ -27,4 +26,4 @@ class EMA:
         """Move towards the model's weights, after optimizer step `step`."""
         averaged: list[Tensor] = list(self.model.parameters())
         current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - self.rate(step))  # one call for all of them
+        torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))  # one call for all of them

@@ -1,8 +1,10 @@
 """The one training loop: accumulate, clip, step, average, validate, save. What is trained is a `Task`."""
 
+import copy
 import math
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
@@ -13,189 +15,187 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Metadata, load_weights
+from lightdiff.checkpoint import Checkpoint, load_weights
 from lightdiff.data.order import generator
-from lightdiff.errors import NoRoom, RunError, Stopped, UserError
-from lightdiff.run_folder import StageFolder
-from lightdiff.runtime.device import (
-    autocast,
-    compile_network,
-    enable_activation_checkpointing,
-    explain_out_of_memory,
-    memory_in_use,
-)
-from lightdiff.runtime.processes import Processes
+from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.run_folder import check_disk_space
+from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing
+from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter
-from lightdiff.runtime.signals import AGAIN, OUT_OF_TIME, SignalMonitor, TimeLimit
-from lightdiff.settings import JobSettings, LoopSettings, flat
+from lightdiff.runtime.stage import OUT_OF_TIME, Stage
+from lightdiff.settings import LoopSettings, flat
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import MASKING, STATE_KEYS, optimizer_state_bytes, optimizers_of
+from lightdiff.training.optimizers import Muon
+from lightdiff.training.saving import save
 
-Batch = dict[str, Tensor]
+Tensors = dict[str, Tensor]
+MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be made to change nothing
+MUON_MIN_SIDE = 16  # a matrix with fewer rows or columns is left to AdamW
+STATE_KEYS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter; Muon only the first
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
-SMALL_FILES = 10_000_000  # room for metrics and pictures beside a checkpoint
+SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
 NAMES_SHOWN = 8
 
 
 class Task(Protocol):
-    """What the loop is handed: data, a loss, and how to judge and picture the network.
+    """What the loop trains: data, a loss, and how to judge and picture the network.
 
-    Of each batch, a process loads and prepares its share (`ranks.share`); of an empty one, the first item.
+    Of each batch, a process loads and prepares its share (`Processes.share`); of an empty one, the first item.
     """
 
-    stage: str
     model: nn.Module
-    device: torch.device
-    ranks: Processes
+    train_items: int  # in the training split
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
         """This process's share of `steps` batches, the first of which begins after `start` images."""
 
-    def prepare(self, batch: Any, rng: torch.Generator) -> Batch:
+    def prepare(self, batch: Any, rng: torch.Generator) -> Tensors:
         """The share of an optimizer step on the device; `rng` draws for the whole batch, of which this is a slice."""
 
-    def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
         """`loss` and its parts, each a mean over the part."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """`loss` and more, over the whole validation set, shared among all processes; empty where that is."""
+        """`loss` and more, over the whole validation set, shared among all processes; empty if that is."""
 
     def picture(self, model: nn.Module, path: Path) -> None:
         """Save a picture of what the network can do."""
 
     def names(self, start: int) -> list[str]:
-        """What the whole batch is made of that begins after `start` images."""
+        """The items of the whole batch that begins after `start` images."""
 
 
 class Trainer:
-    """A task's state between optimizer steps: weights, their average, the optimizer, how far it is."""
+    """A task's state between optimizer steps: weights, their average, optimizers, progress."""
 
-    def __init__(self, task: Task, loop: LoopSettings, precision: str) -> None:
-        """Start at step 0 from the task's network."""
-        self.task, self.loop, self.precision, self.ranks = task, loop, precision, task.ranks
-        self.model = task.model
-        self.ema = EMA(self.model, loop.ema_decay) if loop.ema_decay else None
+    def __init__(self, task: Task, stage: Stage[Any]) -> None:
+        """Begin at step 0 with the task's network, as it is."""
+        self.task, self.stage, self.model = task, stage, task.model
+        loop: LoopSettings = stage.settings.loop
+        self.loop, self.processes = loop, stage.processes
+        self.ema = (
+            EMA(copy.deepcopy(self.model).requires_grad_(False).eval(), loop.ema_decay) if loop.ema_decay else None
+        )
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizers = optimizers_of(self.model, loop, precision)
-        self.lr = loop.lr
-        self.step = 0
-        self.images_seen = 0
-        self.best = math.inf
+        self.optimizers = make_optimizers(self.model, loop)
+        self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
         self.skipped = 0  # steps without an update, as something was not finite
-        self._sound: list[Tensor] = []  # of each step since the last look, whether all was finite
+        self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
         if loop.checkpoint_activations:
             enable_activation_checkpointing(self.model)
         if loop.compile == "on":
-            one_pass = self.ranks.world_size == 1 and loop.micro == loop.batch_size
-            compile_network(self.model, task.device, graphs=one_pass)
-        # As it is called in training: with several processes, it averages their gradients.
-        self.network = wrap_ddp(self.model) if self.ranks.world_size > 1 else self.model
+            one_pass = self.processes.world_size == 1 and loop.micro == loop.batch_size
+            compile_network(self.model, stage.device, graphs=one_pass)
+        self.network = wrap_ddp(self.model) if self.processes.world_size > 1 else self.model
 
     @property
     def averaged(self) -> nn.Module:
         """The averaged network where there is one, else the network itself."""
         return self.ema.model if self.ema else self.model
 
-    def train_step(self, batch: Any, total_steps: int) -> dict[str, Tensor]:
+    def train_step(self, batch: Any) -> Tensors:
         """One optimizer step; losses of this process's share stay on the device, so that nothing waits for them.
 
         The gradient is that of the mean over the whole batch, however it is divided among processes and micro-batches.
         """
-        loop, task, ranks = self.loop, self.task, self.ranks
-        rng = generator(task.device, loop.seed, task.stage, "noise", self.step)
-        whole = task.prepare(batch, rng)
+        loop, processes, device = self.loop, self.processes, self.stage.device
+        rng = generator(device, loop.seed, self.stage.name, "noise", self.step)
+        whole = self.task.prepare(batch, rng)
         size = len(next(iter(whole.values())))
-        weigh = bool(ranks.share(loop.batch_size))  # an empty share is lent an item, which does not count
-        sums: dict[str, Tensor] = {}
+        counts = bool(processes.share(loop.batch_size))  # an empty share borrows an item, which does not count
+        sums: Tensors = {}
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         for first in range(0, size, loop.micro):
             part = {name: value[first : first + loop.micro] for name, value in whole.items()}
-            share = weigh * len(next(iter(part.values()))) / loop.batch_size
-            if loop.compile == "on":  # what a CUDA graph has answered may be overwritten now
+            weight = counts * len(next(iter(part.values()))) / loop.batch_size
+            if loop.compile == "on":  # what a CUDA graph has returned may be overwritten now
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._quiet(first + loop.micro < size):
-                with autocast(task.device, self.precision):
-                    losses = task.loss(self.network, part)
-                (losses["loss"] * (share * ranks.world_size)).backward()  # type: ignore[no-untyped-call]
+            with self._accumulating(first + loop.micro < size):
+                with autocast(device, loop.precision):
+                    losses = self.task.loss(self.network, part)
+                (losses["loss"] * (weight * processes.world_size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() * share
-        limit = loop.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), limit)
-        self._update(ranks.all_true(norm.isfinite() & sums["loss"].isfinite()), total_steps)
+                sums[name] = sums.get(name, 0) + value.detach() * weight
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), loop.clip or math.inf)
+        self._update(processes.all_true(norm.isfinite() & sums["loss"].isfinite()))
         self.images_seen += loop.batch_size
         if self.ema:
             self.ema.update(self.model, self.step)
-        return sums | {"grad_norm": norm / ranks.world_size}  # it is the same in all processes, and sums are summed up
+        return sums | {"grad_norm": norm / processes.world_size}  # the same in all processes, and sums are summed up
 
-    def _quiet(self, more: bool) -> AbstractContextManager[None]:
-        """Leave gradients where they are while more micro-batches of this step come."""
+    def _accumulating(self, more: bool) -> AbstractContextManager[None]:
+        """Keep gradients in this process while more micro-batches of this step come."""
         network = self.network
         return network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext()
 
-    def _update(self, sound: Tensor, total_steps: int) -> None:
-        """Let the optimizer step, or on the device, without waiting for it, leave all as it is if not all is sound."""
-        self.lr = learning_rate(self.loop, self.step, total_steps)
-        masking = self.task.device.type in MASKING
-        if masking or sound:  # without masks, this waits for the device
+    def _update(self, finite: Tensor) -> None:
+        """Let the optimizers step, or change nothing if not all is finite: on the device, without waiting for it."""
+        self.lr = learning_rate(self.loop, self.step, self.stage.total_steps)
+        masking = self.stage.device.type in MASKING
+        if masking or finite:  # without masks, this waits for the device
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.lr
-                if masking:  # as torch.amp.GradScaler says it
-                    optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]
+                if masking:  # in the terms of torch.amp.GradScaler
+                    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
                 optimizer.step()
-        self._sound.append(sound)
+        self._finite.append(finite)
         self.step += 1
 
-    def look(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
-        """The last step's numbers over all processes, and the steps skipped since the last look. Waits for the device.
+    def sync_metrics(self, losses: Tensors) -> tuple[dict[str, float], list[int]]:
+        """The last step's numbers over all processes, and the steps skipped since the last sync. Waits for the device.
 
         Numbers that are not finite are left out.
         """
-        sound = torch.stack(self._sound).tolist()
-        first = self.step - len(self._sound) + 1
-        skipped = [first + i for i, good in enumerate(sound) if not good]
-        self._sound = []
+        finite = torch.stack(self._finite).tolist()
+        first = self.step - len(finite) + 1
+        skipped = [first + i for i, good in enumerate(finite) if not good]
+        self._finite = []
         self.skipped += len(skipped)
         kind = losses["grad_norm"].dtype
-        values = self.ranks.sum(torch.stack([value.to(kind) for value in losses.values()])).tolist()
+        values = self.processes.all_reduce_sum(torch.stack([value.to(kind) for value in losses.values()])).tolist()
         return {name: value for name, value in zip(losses, values, strict=True) if math.isfinite(value)}, skipped
 
     @property
-    def nbytes(self) -> int:
+    def snapshot_bytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
         return (2 if self.ema else 1) * weights + optimizer_state_bytes(self.model, self.loop)
 
-    def moments(self) -> dict[str, Tensor]:
-        """What the optimizers know of each parameter, by kind and name."""
-        known: dict[Any, dict[str, Tensor]] = {}
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that must be free for the next save: the new file lies beside the old ones until it is whole."""
+        return self.snapshot_bytes + SMALL_FILES
+
+    def optimizer_state(self) -> Tensors:
+        """What the optimizers keep of each parameter, by kind and name."""
+        known: dict[Any, Tensors] = {}
         for optimizer in self.optimizers:
             known |= optimizer.state
         return {
             f"{kind}.{name}": known[parameter][kind]
             for name, parameter in self.trained.items()
             for kind in STATE_KEYS
-            if kind in known[parameter]
+            if kind in known.get(parameter, ())
         }
 
-    def state(self, resumable: bool) -> dict[str, Tensor]:
+    def state(self, resumable: bool) -> Tensors:
         """All tensors of a snapshot."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
         if resumable:
-            tensors |= {f"optimizer.{name}": value for name, value in self.moments().items()}
+            tensors |= {f"optimizer.{name}": value for name, value in self.optimizer_state().items()}
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on from a resumable snapshot.
+        """Resume from a snapshot.
 
         Raises:
             UserError: If it cannot be resumed, or does not fit the network.
         """
-        moments = saved.tensors("optimizer.")
-        if not moments:
+        state = saved.tensors("optimizer.")
+        if not state:
             raise UserError(f"{saved.path} cannot be resumed: it holds no optimizer state; use last or step-*")
         load_weights(self.model, saved, "model.")
         if self.ema:
@@ -204,46 +204,59 @@ class Trainer:
         self.best = saved.metadata.extra.get("best", math.inf)
         self.skipped = saved.metadata.extra.get("skipped", 0)
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                self._begin(optimizer)
-        for name, kept in self.moments().items():
-            kept.copy_(moments[name])
+            if isinstance(optimizer, Muon):
+                optimizer.init_state()
+            else:
+                self._init_adamw(optimizer)
+        for name, kept in self.optimizer_state().items():
+            kept.copy_(state[name])
+        saved.close()
 
-    def _begin(self, adamw: torch.optim.AdamW) -> None:
+    def _init_adamw(self, adamw: torch.optim.Optimizer) -> None:
         """Give AdamW the state that it makes at its first step."""
-        where = self.task.device if self.task.device.type in MASKING else "cpu"  # where it counts its steps
+        where = self.stage.device if self.stage.device.type in MASKING else "cpu"  # where it counts its steps
         for parameter in adamw.param_groups[0]["params"]:
             count = torch.tensor(float(self.step - self.skipped), device=where)
             adamw.state[parameter] = {"step": count, **{kind: torch.empty_like(parameter) for kind in STATE_KEYS}}
 
 
+# --- what a trainer is made of ------------------------------------------------------------------------------------
+
+
+def make_optimizers(model: nn.Module, loop: LoopSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers of a network's parameters: with muon, one of matrices and one of the rest; else AdamW alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {id(p): p for p in muon_params(model, loop)}
+    rest = [p for p in trained if id(p) not in matrices]
+    shared: dict[str, Any] = {"lr": loop.lr, "weight_decay": loop.weight_decay}
+    dtype = torch.bfloat16 if loop.precision == "bf16" else trained[0].dtype
+    muon = [Muon(list(matrices.values()), {**shared, "dtype": dtype})] if matrices else []
+    fused = trained[0].device.type in MASKING
+    return [*muon, *([torch.optim.AdamW(rest, betas=(0.9, loop.beta2), fused=fused, **shared)] if rest else [])]
+
+
+def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
+    """What Muon trains, if it is chosen: weights of convolutions and linear layers.
+
+    Those with few rows or columns are left out, as at both ends of a network, and those that are frozen.
+    """
+    if loop.optimizer != "muon":
+        return []
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= MUON_MIN_SIDE]
+
+
+def optimizer_state_bytes(model: nn.Module, loop: LoopSettings) -> int:
+    """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return len(STATE_KEYS) * trained - sum(p.nbytes for p in muon_params(model, loop))
+
+
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over all processes; its buffers are constants, so they stay at home."""
+    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
     options: dict[str, bool] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
-
-
-class Means:
-    """Means over items that come in batches and are shared among processes, summed up in float64."""
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self._sums: dict[str, float] = {}
-        self._count = 0
-
-    def add(self, means: Mapping[str, Tensor], count: int) -> None:
-        """Take in the means over `count` items."""
-        for name, value in means.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item() * count
-        self._count += count
-
-    def over(self, ranks: Processes) -> dict[str, float]:
-        """The means over all items of all processes; empty where there are none."""
-        names = ranks.names(self._sums)
-        numbers = torch.tensor([*(self._sums.get(name, 0.0) for name in names), self._count], dtype=torch.float64)
-        *sums, count = ranks.sum(numbers).tolist()
-        return {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
 
 
 def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
@@ -260,164 +273,82 @@ def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
     return loop.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
 
-def train(
-    task: Task,
-    loop: LoopSettings,
-    folder: StageFolder,
-    metadata: Metadata,
-    total_steps: int,
-    precision: str,
-    resume: Checkpoint | None = None,
-    job: JobSettings | None = None,
-) -> Trainer:
-    """Train up to `total_steps`, validating, drawing and saving on the way.
+# --- the loop -----------------------------------------------------------------------------------------------------
 
-    Args:
-        task: What to train.
-        loop: How to train it.
-        folder: Where its files go.
-        metadata: What its checkpoints say of it; step, metrics and digests are filled in here.
-        total_steps: Optimizer steps of the whole run.
-        precision: fp32 or bf16.
-        resume: The snapshot to go on from.
-        job: Its time limit is kept.
+
+def train(task: Task, stage: Stage[Any]) -> Trainer:
+    """Train up to the stage's `total_steps`, validating, drawing and saving on the way.
 
     Raises:
         Stopped: If a signal or the time limit asked for it; the state is saved.
-        RunError: If the loss is not finite, or the disk or the GPU's memory is full.
+        RunError: If the loss is not finite, or the disk is full.
     """
-    ranks = task.ranks
-    pass_size = min(loop.micro, len(ranks.share(loop.batch_size)) or 1)
-    with explain_out_of_memory("--micro-batch", pass_size):
-        trainer = Trainer(task, loop, precision)
-        if resume is not None:
-            trainer.restore(resume)
-            resume.close()
-    limit = TimeLimit(job.max_time if job else 0, reserve=2 * trainer.nbytes / SLOW_DISK)
-    ranks.run_on_main(lambda: checkpoint.check_room(folder.checkpoints, room_needed(trainer)))
-    metrics: dict[str, float] = dict(resume.metadata.metrics) if resume else {}
-    remaining = total_steps - trainer.step
+    loop, folder, total, processes = stage.settings.loop, stage.folder, stage.total_steps, stage.processes
+    trainer = Trainer(task, stage)
+    if stage.saved is not None:
+        trainer.restore(stage.saved)
+    processes.run_on_main(lambda: check_disk_space(folder.checkpoints, trainer.disk_needed))
+    metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     began, images_before = time.monotonic(), trainer.images_seen
-    with (
-        Reporter(task.stage, total_steps, trainer.step, folder.metrics if ranks.is_main else None) as reporter,
-        SignalMonitor(ranks, limit) as watch,
-        explain_out_of_memory("--micro-batch", pass_size),
-    ):
-        reporter.settings(flat(metadata.settings))
-        for batch in task.batches(trainer.images_seen, remaining):
-            losses = trainer.train_step(batch, total_steps)
-            step = trainer.step
-            wish = watch.poll()
-            validating = step == total_steps or (loop.val_every > 0 and step % loop.val_every == 0)
-            saving = step == total_steps or step % loop.save_every == 0 or wish.exit_code or wish.save or validating
-            if saving or step % loop.log_every == 0:
-                values, skipped = trainer.look(losses)
-                check_nonfinite(trainer, skipped, folder, reporter)
-                speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
-                row = {"step": step, "images_seen": trainer.images_seen, **values}
-                row |= {"skipped": trainer.skipped} if trainer.skipped else {}
-                row |= {"lr": trainer.lr, "images_per_s": round(speed, 2)}
-                row |= {"memory_mb": round(memory_in_use(task.device) / 1e6), "time": round(time.time(), 3)}
-                if validating:
-                    found = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
-                    row |= found
-                    metrics = found
-                if validating or step % loop.log_every == 0:
-                    reporter.record(row)
-                reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
-            else:
+    metrics_file = folder.metrics if processes.is_main else None
+    reporter = Reporter(stage.name, total, trainer.step, metrics_file, flat(stage.metadata.settings))
+    with reporter, stage.deferring_signals():
+        for batch in task.batches(trainer.images_seen, total - trainer.step):
+            losses = trainer.train_step(batch)
+            step, last = trainer.step, trainer.step == total
+            exit_code, save_wanted = stage.poll(reserve=2 * trainer.snapshot_bytes / SLOW_DISK)
+            validating = last or (loop.val_every > 0 and step % loop.val_every == 0)
+            keep_step = step % loop.save_every == 0
+            saving = validating or keep_step or exit_code or save_wanted
+            logging = validating or step % loop.log_every == 0
+            if not (saving or logging):
                 reporter.advance(step)
+                continue
+            values, skipped = trainer.sync_metrics(losses)
+            check_nonfinite(trainer, skipped, reporter)
+            speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
+            row = {"step": step, "images_seen": trainer.images_seen, **values}
+            row |= {"skipped": trainer.skipped} if trainer.skipped else {}
+            row |= {"lr": trainer.lr, "images_per_s": round(speed, 2)}
+            row |= {"memory_mb": round(memory_in_use(stage.device) / 1e6), "time": round(time.time(), 3)}
+            if validating:
+                metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
+                row |= metrics
+            if logging:
+                reporter.record(row)
+            reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
             if validating:
                 picture = folder.images / f"step-{step:08d}.png"
                 try:
-                    ranks.run_on_main(partial(task.picture, trainer.averaged, picture))
+                    processes.run_on_main(partial(task.picture, trainer.averaged, picture))
                 except Exception:
-                    save(trainer, folder, metadata, metrics, keep_step=False, fresh=True)
+                    save(trainer, metrics, keep_step=False, validated=True)
                     raise
                 reporter.picture(picture, step)
-                said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-                reporter.note(f"{task.stage} step {step}: {said}  {picture}")
-            if saving:  # last: what a kill cuts off before it is made again
-                reporter.settle()
-                save(trainer, folder, metadata, metrics, keep_step=step % loop.save_every == 0, fresh=validating)
+                numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                reporter.note(f"{stage.name} step {step}: {numbers}  {picture}")
+            if saving:  # last: what a kill cuts off before is done again
+                reporter.flush()
+                save(trainer, metrics, keep_step, validating)
                 reporter.saved(folder.last)
-            if wish.exit_code and step < total_steps:
-                why = f"--max-time {limit.minutes:g} minutes: " if wish.exit_code == OUT_OF_TIME else ""
+            if exit_code and not last:
+                limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
                 raise Stopped(
-                    f"{why}stopped after step {step} of {total_steps}, saved to {folder.last}; {AGAIN}", wish.exit_code
+                    f"{limit}stopped after step {step} of {total}, saved to {folder.last}; {stage.again}", exit_code
                 )
     return trainer
 
 
-def save(
-    trainer: Trainer, folder: StageFolder, metadata: Metadata, metrics: dict[str, float], keep_step: bool, fresh: bool
-) -> None:
-    """Publish `last`, a step file if wanted, and `best` where a fresh validation found it to be that."""
-    loss = metrics.get("val_loss")
-    better = fresh and (loss is None or loss < trainer.best)
-    if better and loss is not None:
-        trainer.best = loss
-    extra = {"best": trainer.best} if math.isfinite(trainer.best) else {}
-    extra |= {"skipped": trainer.skipped} if trainer.skipped else {}
-    now = metadata.model_copy(
-        update={
-            "step": trainer.step,
-            "images_seen": trainer.images_seen,
-            "metrics": metrics,
-            "extra": metadata.extra | extra,
-        }
-    )
-
-    def atomic_write(path: Path, resumable: bool) -> None:
-        while True:
-            try:
-                checkpoint.check_room(folder.checkpoints, room_needed(trainer))
-                checkpoint.save(path, trainer.state(resumable), now)
-                return
-            except NoRoom:
-                older = removable(folder, trainer.loop, keep=1)  # the newest may be all that is left to resume from
-                if not trainer.loop.drop_oldest or not older:
-                    raise
-                older[0].unlink()
-
-    def write() -> None:
-        if better:
-            atomic_write(folder.best, resumable=False)
-        if not keep_step:
-            atomic_write(folder.last, resumable=True)
-            return
-        kept = folder.step(trainer.step)
-        atomic_write(kept, resumable=True)
-        checkpoint.atomic_link(folder.last, kept)
-        for old in removable(folder, trainer.loop, trainer.loop.keep):
-            old.unlink()
-
-    trainer.ranks.run_on_main(write)
-
-
-def room_needed(trainer: Trainer) -> int:
-    """Bytes that must be free for the next save: the new file lies beside the old ones until it is whole."""
-    return trainer.nbytes + SMALL_FILES
-
-
-def removable(folder: StageFolder, loop: LoopSettings, keep: int) -> list[Path]:
-    """Step files but the newest `keep`, and but those of a step that `keep_every` divides; oldest first."""
-    older = folder.steps()[:-keep]
-    return [path for path in older if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0)]
-
-
-def check_nonfinite(trainer: Trainer, skipped: list[int], folder: StageFolder, reporter: Reporter) -> None:
-    """Tell which steps were skipped because something was not finite, and stop the run if they are too many.
+def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) -> None:
+    """Report steps that were skipped because something was not finite, and stop the run if they are too many.
 
     Raises:
         RunError: If they are more than tolerated.
     """
     if not skipped:
         return
-    loop = trainer.loop
-    step = skipped[0]
-    before = trainer.images_seen - (trainer.step - step + 1) * loop.batch_size
-    names = trainer.task.names(before)
+    loop, step = trainer.loop, skipped[0]
+    names = trainer.task.names(trainer.images_seen - (trainer.step - step + 1) * loop.batch_size)
     shown = "\n".join(f"  {name}" for name in names[:NAMES_SHOWN])
     more = f"\n  and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     what = f"step {step}: loss or gradient is not finite, so it changed nothing. Its batch:\n{shown}{more}"
@@ -425,6 +356,18 @@ def check_nonfinite(trainer: Trainer, skipped: list[int], folder: StageFolder, r
         reporter.note(f"{what}\n{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
         return
     raise RunError(
-        f"{what}\nThe last good state is in {folder.checkpoints}. Look at those images, try a lower --lr, a lower "
-        "--clip or --precision fp32, or let some such steps pass with --skip-nonfinite"
+        f"{what}\nThe last good state is in {trainer.stage.folder.checkpoints}. Look at those images, try a lower "
+        "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite"
     )
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

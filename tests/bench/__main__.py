@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightdiff.runtime.device import pick_device
+from lightdiff.runtime.processes import pick_device
 from tests.bench import growth, memory, profile, quality, report
 from tests.bench.cases import CASES
 from tests.bench.contest import compete, machine, peak

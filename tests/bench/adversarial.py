@@ -31,10 +31,10 @@ from lightdiff.losses import vae_loss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
-from lightdiff.runtime.device import pick_device, pick_precision
+from lightdiff.runtime.processes import pick_device, pick_precision
 from lightdiff.runtime.processes import init_distributed
 from lightdiff.settings import TrainVAESettings, with_changes
-from lightdiff.stages.start import list_images
+from lightdiff.data.files import list_images
 from lightdiff.stages.train_vae import VAETask, perceptual
 from lightdiff.training.loop import Batch, Trainer
 from tests.bench.recipe import Work, left_out

@@ -28,7 +28,7 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import read_settings
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.device import compile_network, keep_memory, pick_compile, pick_precision, place
+from lightdiff.runtime.processes import compile_network, keep_memory, pick_compile, pick_precision, place
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import (
     ImageSettings,

@@ -20,7 +20,7 @@ from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.models.unet import UNet
 from lightdiff.options import read_settings
-from lightdiff.runtime.device import pick_device, pick_precision, place
+from lightdiff.runtime.processes import pick_device, pick_precision, place
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import LoopSettings, UNetSettings
 from lightdiff.training.loop import Trainer

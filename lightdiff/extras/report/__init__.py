@@ -3,11 +3,11 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightdiff.checkpoint import atomic_write_text
 from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
-from lightdiff.runtime.device import pick_device
+from lightdiff.run_folder import atomic_write_text
+from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import Device
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.loading import ImageDataset
@@ -18,7 +19,6 @@ from lightdiff.pictures import grid, opened
 from lightdiff.pipeline import Pipeline, Sampling, TrajectoryStep, load_vae
 from lightdiff.run_folder import StageFolder
 from lightdiff.settings import ImageSettings
-from lightdiff.stages.start import list_images
 
 SHOWN = 8  # images in a row
 ENLARGED = 4  # how much errors are

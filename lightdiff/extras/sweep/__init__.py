@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightdiff.checkpoint import atomic_link, atomic_write_text
 from lightdiff.data.latents import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.estimate import words
 from lightdiff.extras.sweep.outcome import conclude
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
-from lightdiff.run_folder import Lock
-from lightdiff.runtime.dist_env import DistEnv
+from lightdiff.run_folder import atomic_link, atomic_write_text
+from lightdiff.runtime.processes import DistEnv
 from lightdiff.runtime.progress import console, read_metrics
+from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     JobSettings,
     StageSettings,
@@ -24,7 +24,6 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
-from lightdiff.stages.start import enter
 
 NAMES: dict[Kind, tuple[str, str]] = {
     "vae": ("VAE", "VAEs"),
@@ -36,12 +35,11 @@ NAMES: dict[Kind, tuple[str, str]] = {
 
 def run(settings: SweepSettings) -> str:
     """Make what is missing, draw the sheets, and return their paths, a line each."""
-    if DistEnv.of(os.environ).world_size > 1:
+    if DistEnv.from_env(os.environ).world_size > 1:
         raise UserError("sweep works in one process: start it without a launcher")
     plan = Plan(settings)
     find_lpips(plan)
-    with Lock(settings.job.force_unlock) as lock:
-        enter(plan.folder, lock)
+    with open_stage(settings, "sweep", lambda: plan.folder):
         todo = tell(plan)
         for number, result in enumerate(todo, 1):
             console.print(f"\n{number} of {len(todo)}: {NAMES[result.kind][0]}, {label(plan, result)}", style="bold")

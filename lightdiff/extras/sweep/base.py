@@ -1,6 +1,5 @@
 """The run that a sweep begins with: its settings and results, which all cells share but for what is varied."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,6 @@ from lightdiff.options import Layer, build, merge, nest
 from lightdiff.pipeline import latents_behind
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
 from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
-from lightdiff.stages import train_unet, train_vae
 from lightdiff.stages.encode import VAE_COPY
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
@@ -67,14 +65,14 @@ class Base:
     def vae_settings(self) -> TrainVAESettings:
         """What its VAE was trained with."""
         settings: TrainVAESettings = build(TrainVAESettings, [self.vae.metadata.settings, ANEW])
-        return opened(settings, train_vae.resolve)
+        return opened(settings)
 
     @property
     def unet_settings(self) -> TrainUNetSettings:
         """What its U-Net was trained with."""
         assert self.unet is not None
         settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.metadata.settings, ANEW])
-        return opened(settings, train_unet.resolve)
+        return opened(settings)
 
     def encode_layer(self, images: Layer) -> Layer:
         """What its latents were encoded with, for images as a VAE saw them."""
@@ -98,12 +96,12 @@ class Base:
         return {"only_mu": found.only_mu, "normalize": normalize, "scaling_factor": found.scale[0] if by_hand else 0}
 
 
-def opened(settings: T, resolve: Callable[[T], T]) -> T:
+def opened(settings: T) -> T:
     """The settings with what was filled in from others left open, so that it follows when those are varied."""
-    whole = resolve(settings)
+    whole = settings.resolved()
     for path, empty in FILLED_IN[type(settings)].items():
         trial = type(settings).model_validate(merge(settings.model_dump(), nest({path: empty})))
-        if resolve(trial) == whole:
+        if trial.resolved() == whole:
             settings = trial
     return settings
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from lightdiff.checkpoint import Checkpoint, atomic_write_text
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageDataset
 from lightdiff.extras.evidence import question
@@ -18,11 +19,10 @@ from lightdiff.extras.sweep.plan import Cell, Plan, Result, essence
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
-from lightdiff.run_folder import RunFolder, find_unet, find_vae, free_name, read_json
-from lightdiff.runtime.device import pick_device
+from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, free_name, read_json
+from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
-from lightdiff.stages.start import list_images
 
 SHEET, RECONSTRUCTIONS, RESULTS = "sheet.png", "sheet-reconstructions.png", "sweep.json"
 ACROSS = 4  # pictures side by side in a cell of a sheet with rows and columns

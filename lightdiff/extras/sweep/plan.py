@@ -30,7 +30,6 @@ from lightdiff.settings import (
     TrainVAESettings,
     flat,
 )
-from lightdiff.stages import train_unet, train_vae
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.generate import sampling_of
 
@@ -123,7 +122,7 @@ class Plan:
         said = [*((axis, 0) for axis in self.fixed), *zip(self.axes, numbers, strict=True)]
         for one, number in said:
             changes = merge(changes, one.layer(number))
-        vae = train_vae.resolve(build(TrainVAESettings, [self.base.vae_settings.model_dump(), changes["train-vae"]]))
+        vae = build(TrainVAESettings, [self.base.vae_settings.model_dump(), changes["train-vae"]]).resolved()
         results: dict[Kind, Result] = {"vae": self._vae(vae)}
         if self.whole:
             layer = self.base.encode_layer(vae.images.model_dump(mode="json"))
@@ -144,7 +143,7 @@ class Plan:
     def _vae(self, settings: TrainVAESettings) -> Result:
         """The base's VAE where its settings are not touched, or come to the same."""
         base = self.base
-        its_own = train_vae.resolve(base.vae_settings)
+        its_own = base.vae_settings.resolved()
         last = base.run.vae.last
         same = (
             essence(settings) == essence(its_own) and last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
@@ -178,7 +177,8 @@ class Plan:
         side = encode.images.resolution // vae.model.factor
         shape = {"channels": vae.model.latent_channels, "height": side, "width": side, "only_mu": scale.only_mu}
         latent = {**settings.latent.model_dump(), **shape}
-        return train_unet.resolve(build(TrainUNetSettings, [{**settings.model_dump(), "latent": latent}, changes]))
+        whole: TrainUNetSettings = build(TrainUNetSettings, [{**settings.model_dump(), "latent": latent}, changes])
+        return whole.resolved()
 
     def _unet(self, latents: Result, settings: TrainUNetSettings) -> Result:
         base = self.base
@@ -187,7 +187,7 @@ class Plan:
         if not latents.new:
             if not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
                 return mine
-            its_own = train_unet.resolve(base.unet_settings)
+            its_own = base.unet_settings.resolved()
             of_these = base.index is not None and base.unet.metadata.lineage.get("latents") == base.index.digest
             scaled = base.latents is not None and latents_settings(base.latents) == its_own.latent
             if essence(settings) == essence(its_own) and of_these and scaled:

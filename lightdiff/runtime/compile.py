@@ -1,0 +1,71 @@
+"""Faster or smaller networks: torch.compile, weights in bf16, activation checkpointing."""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightdiff.runtime.progress import console
+from lightdiff.settings import Compile
+
+N = TypeVar("N", bound=nn.Module)
+COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
+GRAPHED_PARAMETERS = 50e6
+
+
+def pick_compile(name: Compile, device: torch.device, calls: int, training: bool = True) -> Literal["on", "off"]:
+    """Whether to compile a network that will be called this often.
+
+    `auto` compiles where the minute or two that it takes is won back. On a CPU, training gains nothing: convolutions
+    take most of its time, and stay as they are. Where there is no compiler, a line says so and nothing is compiled.
+    """
+    enough = COMPILED_CALLS if device.type == "cuda" else math.inf if training else COMPILED_CALLS_CPU
+    if name == "off" or (name == "auto" and calls < enough):
+        return "off"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lightdiff" / "compiled"))
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, an unknown Python: any number of kinds
+        reason = str(error).strip().splitlines()[0]
+        console.print(f"torch.compile does not work here, so the network is not compiled ({reason})", soft_wrap=True)
+        return "off"
+    return "on"
+
+
+def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
+    """Let a network be compiled at its first call; its tensors and their names stay as they are.
+
+    A small network on a GPU spends its time launching kernels: there they are recorded and replayed as CUDA graphs,
+    if `graphs`: each call overwrites the output of the last, so that gradients cannot be accumulated over calls.
+    On a CPU, when not training, weights are laid out once as convolutions want them.
+    """
+    graphs = graphs and device.type == "cuda" and sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
+    if device.type == "cpu" and not training:
+        from torch._inductor import config  # not before: it takes a second
+
+        config.freezing = True  # as an option of this network alone it would not reach all places
+    network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
+
+
+def cast_weights(network: N, precision: str) -> N:
+    """A network for inference under autocast, with the weights cast once that every call would cast."""
+    if precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                module.bfloat16()
+    return network
+
+
+def enable_activation_checkpointing(network: nn.Module) -> None:
+    """Let each checkpointable block keep only its input, and compute the rest again in the backward pass.
+
+    Memory for activations falls to a fraction; time grows by a forward pass (Chen et al. 2016, arXiv:1604.06174).
+    """
+    for block in network.modules():
+        if getattr(block, "checkpointable", False):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

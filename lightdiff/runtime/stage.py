@@ -1,0 +1,333 @@
+"""How every stage begins and ends: processes met, folder locked, `auto` resolved, signals heeded, errors explained."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from lightdiff.checkpoint import Checkpoint, Metadata, check_own
+from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
+from lightdiff.run_folder import StageFolder, ensure_writable, remove_temporaries
+from lightdiff.runtime import resume
+from lightdiff.runtime.compile import pick_compile
+from lightdiff.runtime.launcher import may_restart_elsewhere, restarted
+from lightdiff.runtime.processes import (
+    DistEnv,
+    Processes,
+    distributed,
+    pick_device,
+    pick_precision,
+    to_device,
+)
+from lightdiff.runtime.progress import console
+from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, flat, with_changes
+
+S = TypeVar("S", bound=StageSettings)
+LOCK = ".lock"
+ON_CPU = ComputeSettings(device="cpu", precision="fp32")
+RESUME_ADVICE = "choose another --run, or leave that setting as it was"
+AGAIN = "run the same command again to resume"
+OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
+SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
+DISTRIBUTED_ERRORS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
+
+
+class Trainable(Protocol):
+    """What a stage needs to know of a training task to start or resume it."""
+
+    model: nn.Module
+    train_items: int  # in the training split
+
+
+@dataclass
+class Stage(Generic[S]):
+    """A stage that is running: its resolved settings, where it computes, and the folder that it alone writes to."""
+
+    name: str  # vae, latents, unet or samples
+    settings: S
+    device: torch.device
+    processes: Processes
+    path: Path
+    begun: Mapping[str, Any] = field(default_factory=dict)  # flat settings the folder's work was begun with, if any
+    again: str = AGAIN
+    saved: Checkpoint | None = None  # the snapshot to resume from
+    metadata: Metadata = field(default_factory=lambda: Metadata(stage=""))  # what snapshots say of this run
+    total_steps: int = 0
+    _signal: int = 0
+    _save: bool = False
+    _deferred: bool = False  # whether signals wait for `poll`
+    _longest: float = 0.0
+    _last: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> StageFolder:
+        """The files of a training stage."""
+        return StageFolder(self.path)
+
+    @property
+    def loop(self) -> LoopSettings:
+        """How a training stage trains."""
+        loop: LoopSettings = self.settings.loop  # type: ignore[attr-defined]
+        return loop
+
+    @property
+    def machine(self) -> str:
+        """What computes, in words."""
+        size = self.processes.world_size
+        return self.device.type if size == 1 else f"{size} processes on {self.device.type}"
+
+    # --- settings and networks ------------------------------------------------------------------------------------
+
+    def resolve_auto(self, name: Literal["precision", "compile"], pick: Callable[[Any], str]) -> None:
+        """Decide an `auto` of the compute settings once: as the work was begun, else by `pick` in the main process."""
+        part = self.settings.compute_section
+        compute = getattr(self.settings, part, None)
+        if compute is None:  # a stage that computes next to nothing
+            return
+        asked, before = getattr(compute, name), self.begun.get(f"{part}.{name}")
+        wanted = before if asked == "auto" and before in ("fp32", "bf16", "on", "off") else asked
+        chosen = self.processes.run_on_main(lambda: pick(wanted))
+        self.settings = with_changes(self.settings, **{part: with_changes(compute, **{name: chosen})})
+
+    def check_begun(self, now: Mapping[str, Any], advice: str = RESUME_ADVICE) -> resume.Changes:
+        """The settings that differ from those the folder's work was begun with, and may.
+
+        Raises:
+            UserError: If one differs that shapes the result.
+        """
+        return resume.compare(self.begun, flat(now), self.path, advice)
+
+    def new_network(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """A network with the initial weights of the training's seed, on the device.
+
+        Raises:
+            UserError: If the settings are not those of the run to resume, or not those of its tensors.
+        """
+        if self.saved is not None:
+            self.check_begun(self.settings.to_save())
+            check_own(build, self.saved, "model.")  # in no memory, whatever sizes a foreign file claims
+        torch.manual_seed(self.loop.seed)
+        model = build()
+        to_device(model, self.device)
+        return model
+
+    def start_or_resume(self, task: Trainable, lineage: dict[str, str]) -> bool:
+        """Prepare a training: fresh, from another checkpoint's weights, or where it stopped; False if it is finished.
+
+        Args:
+            task: What is trained.
+            lineage: Digests of what it is trained on; `data`, a list of images, may grow or shrink.
+
+        Raises:
+            UserError: If settings or data are not those of the run to resume, or the weights do not fit.
+        """
+        self.total_steps = self.loop.total_steps(task.train_items)
+        self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, self.total_steps))
+        self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
+        if self.saved is not None:
+            return resume.prepare(self, self.saved)
+        resume.start(self, task.model)
+        return True
+
+    # --- signals and the time limit -------------------------------------------------------------------------------
+
+    @contextmanager
+    def deferring_signals(self) -> Iterator[None]:
+        """Let signals wait until the loop polls; a second Ctrl-C still leaves at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def poll(self, reserve: float = 0.0) -> tuple[int, bool]:
+        """The exit code to stop with after this step (0: none) and whether to save, agreed among all processes.
+
+        A signal may have reached only one of them. Called once a step; `reserve` seconds are kept free at the end.
+        """
+        code = 128 + self._signal if self._signal else OUT_OF_TIME if self.out_of_time(reserve) else 0
+        save, self._save = self._save, False
+        code, saving = self.processes.all_reduce_max(code, int(save))
+        return code, bool(saving)
+
+    def out_of_time(self, reserve: float = 0.0) -> bool:
+        """Whether `--max-time` would pass during what comes next: twice the longest time between two calls."""
+        now, minutes = time.monotonic(), self.settings.job.max_time
+        self._longest, self._last = max(self._longest, now - self._last), now
+        return minutes > 0 and time.time() - STARTED + 2 * self._longest + reserve > 60 * minutes
+
+    def finish_together(self, unfinished: bool) -> None:
+        """Wait for all processes, as long as it takes, and stop if any of them has not finished its share.
+
+        Raises:
+            Stopped: In all of them, with the exit code by which job scripts know to start again.
+        """
+        if any(self.processes.all_reduce_max(int(unfinished), patient=True)):
+            minutes = self.settings.job.max_time
+            raise Stopped(f"--max-time {minutes:g} minutes: what is done is saved; {self.again}", OUT_OF_TIME)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal for `poll`, or leave at once where nothing polls."""
+        if number == SAVE:
+            self._save = True
+        elif self._deferred and not (self._signal and number == signal.SIGINT):
+            self._signal = number  # SIGTERM may come twice: a cluster sends it to each process, and so does a launcher
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Stopped(f"stopped; what was saved is untouched: {self.again}", 128 + number)
+
+
+@contextmanager
+def open_stage(
+    settings: S,
+    name: str,
+    folder: Callable[[], Path] | None = None,
+    begun: Callable[[Path], Mapping[str, Any]] = lambda path: {},
+) -> Iterator[Stage[S]]:
+    """A stage, ready to work: the one way in for all of them.
+
+    Args:
+        settings: The stage's settings; `auto` and what follows from other settings is resolved here.
+        name: Its folder's name in the run.
+        folder: Chooses another folder, in the main process.
+        begun: The flat settings that the work found in the folder was begun with; trainings have theirs in snapshots.
+
+    Raises:
+        UserError: If another process writes to the folder, or there is a state to resume but none that is whole.
+        Stopped: At a signal.
+        RunError: Instead of what torch raises when memory runs out or another process is gone.
+    """
+    settings = for_this_start(settings).resolved()
+    compute, before = getattr(settings, settings.compute_section, ON_CPU), console.quiet
+    device = pick_device(compute.device)
+    choose = folder or (lambda: settings.run / name)
+    force = settings.job.force_unlock
+    try:
+        with explained(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
+            console.quiet = before or settings.job.quiet or not processes.is_main
+            path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
+            stage = Stage(name, settings, device, processes, path)
+            held.enter_context(handling(stage.on_signal))
+            stage.saved = resume.find_resume_checkpoint(stage) if hasattr(settings, "loop") else None
+            stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(path)
+            stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
+            yield stage
+    finally:
+        console.quiet = before
+
+
+def for_this_start(settings: S) -> S:
+    """The settings without what is meant for a run's first start alone, where an agent has started it again.
+
+    Raises:
+        UserError: If agents on several machines may disagree on which start this is.
+    """
+    once = once_flags(settings)
+    if once and may_restart_elsewhere():
+        raise UserError(f"{once} would be repeated by torchrun's --max-restarts: start once without that")
+    return with_changes(settings, restart=False, from_step=0) if once and restarted() else settings
+
+
+def once_flags(settings: StageSettings) -> str:
+    """The flags given that are for a run's first start alone, as typed."""
+    return " and ".join(f"--{n.replace('_', '-')}" for n in ("restart", "from_step") if getattr(settings, n, 0))
+
+
+@contextmanager
+def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
+    """A folder that this process alone writes to, without half-written files; if it stays empty, it goes again.
+
+    The operating system holds the lock until the process ends, however it ends. The file says who has it, for the
+    message, and for file systems that keep the locks of each host apart.
+
+    Raises:
+        UserError: If another process has it, or the folder cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    ensure_writable(folder)
+    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by {' on '.join(owner(file)) or 'another process'}: "
+            "wait for it, stop it, or choose another --run"
+        ) from None
+    pid, *host = owner(file)
+    if host and host != [socket.gethostname()] and not force:
+        lock.release()
+        raise UserError(
+            f"{folder} was locked by {pid} on {host[0]}, which ended without a word or still runs: "
+            "if you are sure that it has ended, give --force-unlock"
+        )
+    file.write_text(f"{socket.gethostname()} {os.getpid()}\n")
+    try:
+        remove_temporaries(folder)
+        yield folder
+    finally:
+        with suppress(OSError):  # Windows removes no open file, and no folder goes that is not empty
+            file.unlink()
+            for path in made:
+                path.rmdir()
+        lock.release()
+
+
+def owner(file: Path) -> list[str]:
+    """Who has written a lock file: ["process PID", "HOST"]; [""] for nobody."""
+    host, _, pid = file.read_text(errors="replace").strip().rpartition(" ")
+    return [f"process {pid}", host] if host else [""]
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR1 go to this handler, where this is the main thread, the only one that may set them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, SAVE) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers if number is not None}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def explained(settings: StageSettings) -> Iterator[None]:
+    """Turns what torch raises when memory runs out or another process is gone, and Ctrl-C, into sentences."""
+    once = once_flags(settings)
+    try:
+        yield
+    except KeyboardInterrupt:  # here, as Typer would leave without a word
+        raise Stopped(f"interrupted; what was saved is untouched: {AGAIN}", 128 + signal.SIGINT) from None
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
+    except LightdiffError as error:
+        rank = DistEnv.from_env(os.environ).rank
+        error.args = (f"process {rank}: {error}" if rank and not isinstance(error, LostContact) else str(error),)
+        raise
+    except torch.OutOfMemoryError as error:
+        flag, images = settings.images_at_once
+        size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
+        advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
+        what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"
+        raise RunError(f"{what}: {advice}; what was saved is untouched") from error
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in DISTRIBUTED_ERRORS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostContact(
+            f"process {DistEnv.from_env(os.environ).rank} has lost contact with the others ({reason}); "
+            "what was saved is untouched, and the same command resumes from there"
+        ) from error
