@@ -8,10 +8,12 @@ import os
 import re
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -75,21 +77,20 @@ def pick_device(name: Device) -> torch.device:
     """
     env = DistEnv.from_env(os.environ)
     mps = torch.backends.mps.is_available() and env.world_size == 1  # gloo knows no tensors of MPS
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
-    if not available[name]:
+    available = [n for n, there in (("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)) if there]
+    chosen = available[0] if name == "auto" else name
+    if chosen not in available:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
-    if name == "cuda":
+    if chosen == "cuda":
         number, count = env.local_rank, torch.cuda.device_count()
         if count == 1 and "SLURM_PROCID" in os.environ:
             number = 0  # Slurm shows each task its own GPU alone
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)
-    elif name == "cpu":
+    elif chosen == "cpu":
         keep_memory()
-    return torch.device(name)
+    return torch.device(chosen)
 
 
 def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -100,18 +101,9 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "mps":
         return "fp32"
-    matrices = torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16)
-    fp32, bf16 = zip(
-        *(map(matmul_seconds, matrices) for _ in range(8)), strict=True
-    )  # alternating: other load hits both
-    return "bf16" if min(bf16) < 0.8 * min(fp32) else "fp32"
-
-
-def matmul_seconds(a: Tensor) -> float:
-    """How long one matrix product takes."""
-    start = time.perf_counter()
-    torch.mm(a, a)
-    return time.perf_counter() - start
+    products = [partial(torch.mm, a, a) for a in (torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16))]
+    fp32, bf16 = (min(timeit.repeat(product, number=1, repeat=8)) for product in products)
+    return "bf16" if bf16 < 0.8 * fp32 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -135,12 +127,10 @@ def keep_memory() -> None:
     It returns large blocks to the system at once, which then has to clear every page again: a fifth of a training
     step on a CPU. Or, by its own rules for what is large, it keeps them in pieces that fit nothing, and grows.
     """
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def usable_cores() -> int:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -54,14 +55,18 @@ class Reporter:
             settings: Flat settings, by which TensorBoard's table of runs can be sorted.
         """
         self.title, self.total, self._metrics = title, total, metrics
-        self._printed = time.monotonic()
-        self._board: Any = None
+        self._printed, self._settings = time.monotonic(), settings or {}
         self._display = Display(title, total, start)
         self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
         if metrics is not None:
             for row in cut_metrics(metrics, start):
                 self._display.remember(trending(row))
-            self._board = open_tensorboard(metrics.parent, start, settings or {})
+
+    @cached_property
+    def _board(self) -> Any:
+        """TensorBoard's writer, from the first line of metrics on; None where there is none."""
+        start = self._display.start
+        return open_tensorboard(self._metrics.parent, start, self._settings) if self._metrics else None
 
     def __enter__(self) -> "Reporter":
         if self._live:
@@ -71,8 +76,8 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
-        if self._board is not None:
-            self._board.close()
+        if board := self.__dict__.get("_board"):
+            board.close()
 
     def advance(
         self, done: int, losses: Mapping[str, float] | None = None, speed: Mapping[str, float] | None = None

@@ -1,6 +1,5 @@
 """Resuming a training: the newest whole snapshot, the same settings as it was begun with, going back to a step."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,7 @@ from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import (
     StageFolder,
     atomic_link,
-    atomic_write_text,
-    ensure_writable,
     free_name,
-    remove_temporaries,
     set_aside,
 )
 from lightdiff.runtime.progress import console
@@ -28,31 +24,7 @@ RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "imag
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay")  # of those
 
 
-def find_resume_checkpoint(stage: "Stage[Any]") -> Checkpoint | None:
-    """The state to resume from, if the run has been started before and is not to start over.
-
-    The main process chooses the file; all open it.
-
-    Raises:
-        UserError: If there is a state but none that is whole.
-    """
-    settings, folder = stage.settings, stage.folder
-    mine: Checkpoint | None = None  # of the main process, read once already
-
-    def choose() -> Path | None:
-        nonlocal mine
-        remove_temporaries(folder.checkpoints)
-        if not settings.restart:
-            step = settings.from_step
-            mine = step_file(folder, step, stage.name) if step else newest(folder, stage.name, whole=True)
-        return mine.path if mine else None
-
-    path = stage.processes.run_on_main(choose)
-    stage.processes.check_same("run folder", path is None or path.is_file())  # a machine without it would start afresh
-    return mine or (Checkpoint(path, stage.name) if path else None)
-
-
-def newest(folder: StageFolder, name: str, whole: bool) -> Checkpoint | None:
+def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint | None:
     """The newest state that can be resumed and is not damaged; None if there is none at all.
 
     With `whole` its tensors are read too, and a note names damaged ones that it stands in for; else only metadata is.
@@ -90,26 +62,6 @@ def step_file(folder: StageFolder, step: int, name: str) -> Checkpoint:
     return Checkpoint(path, name).verify()
 
 
-def start(stage: "Stage[Any]", model: nn.Module) -> None:
-    """Start a training afresh, or from another checkpoint's weights; an old run is renamed with --restart."""
-    if stage.settings.init_from:
-        source = initial_weights(stage.settings.init_from, stage.name)
-        load_weights(model, source, source.weights_prefix())
-
-    def write() -> None:
-        if stage.settings.restart:
-            start_over(stage.path)
-        write_settings(stage)
-
-    stage.processes.run_on_main(write)
-
-
-def write_settings(stage: "Stage[Any]") -> None:
-    """Leave the settings beside the checkpoints, whose folder is made."""
-    ensure_writable(stage.folder.checkpoints)
-    atomic_write_text(stage.folder.settings, json.dumps(stage.settings.to_save(), indent=2) + "\n")
-
-
 def start_over(folder: Path) -> None:
     """Rename what a folder holds, and make it anew."""
     if aside := set_aside(folder):
@@ -132,7 +84,7 @@ def prepare(stage: "Stage[Any]", saved: Checkpoint) -> bool:
         return False
     if stage.settings.from_step:  # not before everything else has been checked
         stage.processes.run_on_main(lambda: go_back(stage.folder, saved))
-    stage.processes.run_on_main(lambda: write_settings(stage))
+    stage.processes.run_on_main(stage.write_settings)
     console.print(f"resuming from step {step} of {total}")
     return True
 
@@ -199,9 +151,10 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
     atomic_link(folder.last, saved.path)
 
 
-def initial_weights(path: Path, name: str) -> Checkpoint:
-    """The checkpoint named by --init-from: a file, or the newest of a run folder."""
-    return Checkpoint(StageFolder(path / name).last if path.is_dir() else path, name)
+def load_initial_weights(model: nn.Module, path: Path, name: str) -> None:
+    """Load the weights of --init-from, a checkpoint file or the newest of a run folder, averaged if they are there."""
+    source = Checkpoint(StageFolder(path / name).last if path.is_dir() else path, name)
+    load_weights(model, source, source.weights_prefix())
 
 
 def history(saved: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

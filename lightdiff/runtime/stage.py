@@ -1,5 +1,6 @@
 """How every stage begins and ends: processes met, folder locked, `auto` resolved, signals heeded, errors explained."""
 
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
-from lightdiff.run_folder import StageFolder, ensure_writable, remove_temporaries
+from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
 from lightdiff.runtime import resume
 from lightdiff.runtime.compile import pick_compile
 from lightdiff.runtime.launcher import may_restart_elsewhere, restarted
@@ -31,7 +32,7 @@ from lightdiff.runtime.processes import (
     to_device,
 )
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, flat, with_changes
+from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
 
 S = TypeVar("S", bound=StageSettings)
 LOCK = ".lock"
@@ -138,8 +139,40 @@ class Stage(Generic[S]):
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
             return resume.prepare(self, self.saved)
-        resume.start(self, task.model)
+        if self.settings.init_from:  # type: ignore[attr-defined]
+            resume.load_initial_weights(task.model, self.settings.init_from, self.name)  # type: ignore[attr-defined]
+        self.processes.run_on_main(self.write_settings)
         return True
+
+    def write_settings(self) -> None:
+        """Leave the settings beside the checkpoints to come; with --restart, the old run is moved first."""
+        if getattr(self.settings, "restart", False):
+            resume.start_over(self.path)
+        ensure_writable(self.folder.checkpoints)
+        atomic_write_text(self.folder.settings, json.dumps(self.settings.to_save(), indent=2) + "\n")
+
+    def find_saved(self, restart: bool, step: int) -> Checkpoint | None:
+        """The state to resume from, chosen by the main process: of a step, or the newest; None to start afresh.
+
+        Raises:
+            UserError: If there is a state but none that is whole.
+        """
+        verified: list[Checkpoint] = []
+
+        def choose() -> Path | None:
+            remove_temporaries(self.folder.checkpoints)
+            if not restart and (step or self.folder.resumable()):
+                newest = (
+                    resume.step_file(self.folder, step, self.name) if step else resume.newest(self.folder, self.name)
+                )
+                verified.extend([newest] if newest else [])
+            return verified[0].path if verified else None
+
+        path = self.processes.run_on_main(choose)
+        if path is None:
+            return None
+        self.processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
+        return verified[0] if verified else Checkpoint(path, self.name)
 
     # --- signals and the time limit -------------------------------------------------------------------------------
 
@@ -221,7 +254,8 @@ def open_stage(
             path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
             stage = Stage(name, settings, device, processes, path)
             held.enter_context(handling(stage.on_signal))
-            stage.saved = resume.find_resume_checkpoint(stage) if hasattr(settings, "loop") else None
+            if isinstance(settings, TrainingSettings):
+                stage.saved = stage.find_saved(settings.restart, settings.from_step)
             stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(path)
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
             yield stage
@@ -306,12 +340,12 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 @contextmanager
 def explained(settings: StageSettings) -> Iterator[None]:
     """Turns what torch raises when memory runs out or another process is gone, and Ctrl-C, into sentences."""
-    once = once_flags(settings)
     try:
         yield
     except KeyboardInterrupt:  # here, as Typer would leave without a word
         raise Stopped(f"interrupted; what was saved is untouched: {AGAIN}", 128 + signal.SIGINT) from None
     except Stopped as stopped:
+        once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
     except LightdiffError as error:
         rank = DistEnv.from_env(os.environ).rank
