@@ -44,7 +44,7 @@ def trip(*arguments: object) -> dict[str, int]:
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
