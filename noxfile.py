@@ -11,6 +11,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests", "lint", "types", "build", "docs"]
 
 AT_ONCE = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]  # each test computes in one thread
+PLATFORMS = ("linux", "win32", "darwin")  # types are checked for all, as tests run on one at a time
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -36,8 +37,11 @@ def borrowed(session: nox.Session) -> str:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Check types, in the tests' environment."""
-    session.run(borrowed(session), "-m", "mypy", external=True)
+    """Check types for all three platforms, in the tests' environment; arguments after -- go to mypy."""
+    python = borrowed(session)
+    for platform in PLATFORMS:
+        cache = f"--cache-dir=.mypy_cache/{platform}"  # each its own: mypy discards that of another platform
+        session.run(python, "-m", "mypy", f"--platform={platform}", cache, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -46,36 +50,42 @@ def reference(session: nox.Session) -> None:
     session.run(borrowed(session), "docs/reference/make_settings.py", external=True)
 
 
-@nox.session(venv_backend="none")
-def faults(session: nox.Session) -> None:
-    """Kill both trainings 100 times each and compare; arguments after -- go to tests/bench/faults.py. 15 minutes."""
-    session.run(borrowed(session), "-m", "tests.bench.faults", *session.posargs, external=True)
+def measure(session: nox.Session, tool: str, *groups: str) -> None:
+    """Run a measuring tool in the tests' environment, to which it may add development groups."""
+    python = borrowed(session)
+    for group in groups:
+        session.run(python, "-m", "pip", "install", "-q", f"--group={group}", external=True)
+    session.run(python, "-m", tool, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure speed and memory beside the peers'; arguments after -- go to tests/bench. 15 minutes on a CPU."""
-    session.run(borrowed(session), "-m", "pip", "install", "-q", "--group=bench", external=True)
-    session.run(borrowed(session), "-m", "tests.bench", *session.posargs, external=True)
+    measure(session, "tests.bench", "bench")
 
 
 @nox.session(venv_backend="none")
 def recipe(session: nox.Session) -> None:
     """Measure what each choice of the recipe is worth; arguments after -- go to tests/bench/recipe.py. Hours."""
-    session.run(borrowed(session), "-m", "pip", "install", "-q", "--group=bench", external=True)
-    session.run(borrowed(session), "-m", "tests.bench.recipe", *session.posargs, external=True)
+    measure(session, "tests.bench.recipe", "bench")
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kill both trainings 100 times each and compare; arguments after -- go to tests/bench/faults.py. 15 minutes."""
+    measure(session, "tests.bench.faults")
 
 
 @nox.session(venv_backend="none")
 def saving(session: nox.Session) -> None:
     """Measure what saving costs; arguments after -- go to tests/bench/saving.py."""
-    session.run(borrowed(session), "-m", "tests.bench.saving", *session.posargs, external=True)
+    measure(session, "tests.bench.saving")
 
 
 @nox.session(venv_backend="none")
 def two_machines(session: nox.Session) -> None:
     """Train over a network link between two namespaces, and cut it. Needs root and iproute2."""
-    session.run(borrowed(session), "-m", "tests.bench.two_machines", *session.posargs, external=True)
+    measure(session, "tests.bench.two_machines")
 
 
 @nox.session
@@ -84,6 +94,7 @@ def lint(session: nox.Session) -> None:
     session.install("--group=lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("pre-commit", "validate-config")
 
 
 @nox.session

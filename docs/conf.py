@@ -82,7 +82,7 @@ class SourceLinks(SphinxTransform):
         """Replace the links of one page."""
         folder = Path(self.env.doc2path(self.env.docname)).parent
         up = "../" * self.env.docname.count("/")
-        for node in list(self.metadata.findall(addnodes.download_reference)):
+        for node in list(self.document.findall(addnodes.download_reference)):
             name = os.path.relpath((folder / node["reftarget"]).resolve(), ROOT).replace(os.sep, "/")
             if name in SOURCES:
                 uri = f"{up}{page_of(name)}.html"

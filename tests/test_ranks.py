@@ -178,7 +178,7 @@ def test_shares_cover_everything_once_and_evenly(count, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     dealt = [Processes(rank, size).strided(range(count)) for rank in range(size)]
     assert sorted(i for items in dealt for i in items) == list(range(count))
-    parts = [list(range(count))[Processes(rank, size).part(count)] for rank in range(size)]
+    parts = [list(range(count))[Processes(rank, size).batch_slice(count)] for rank in range(size)]
     assert all(parts) or not count
 
 

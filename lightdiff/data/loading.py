@@ -295,6 +295,6 @@ def _start_worker(_: int) -> None:
 
 def _end_when_told_by(parent: int) -> None:
     """End this worker when the main process, and nobody else, sends SIGTERM: Python's way to end daemons at exit."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+    while sys.platform == "linux" and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -27,7 +27,7 @@ MORE: dict[str, Callable[[torch.device], Any]] = {
 
 
 def main() -> None:
-    """Run the cases one after the other."""
+    """Run the chosen cases one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*CASES, *MORE])}; none: all cases")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -1,4 +1,4 @@
-"""Whether an adversarial loss would pay: a trained VAE's decoder trained on with one, and as long without.
+"""Whether an adversarial loss would pay: a trained VAE's decoder trained further with one, and as long without.
 
 `python -m tests.bench.adversarial VAE [--unet RUN] [--weight W ...] [--seconds S] [--work FOLDER]` freezes the encoder,
 so latents and U-Net stay as they are, and spends the same processor time on both: a step with a discriminator costs
@@ -44,7 +44,7 @@ SHOWN = (8, 3)  # columns and rows of the picture of each decoder
 COUNT = 1000  # images a distance is measured with
 TRIAL = 10  # steps that the time of a step is found by
 T = TypeVar("T", bound=VAETask)
-STARTS = 0.1  # share of the steps after which the decoder is told what the discriminator says
+STARTS = 0.1  # share of the steps after which the decoder is trained against the discriminator
 
 
 def discriminator() -> nn.Module:
@@ -56,17 +56,17 @@ def discriminator() -> nn.Module:
 
 
 class AdversarialTask(VAETask):
-    """A VAE whose loss has a discriminator's share, which learns beside it."""
+    """The VAE's task with an adversarial term; the discriminator is trained alongside."""
 
     def oppose(self, weight: float, lr: float, starts_at: int) -> None:
-        """Begin with a new discriminator."""
+        """Start with a new discriminator."""
         self.weight, self.starts_at, self.calls = weight, starts_at, 0
         torch.manual_seed(self.settings.loop.seed)
         self.judge = discriminator()
         self.judge_optimizer = torch.optim.AdamW(self.judge.parameters(), lr, (0.5, 0.9), weight_decay=0)
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
-        """The VAE's loss, plus the discriminator's opinion; and one step of the discriminator."""
+        """The VAE's loss plus the adversarial term; trains the discriminator by one step."""
         x = part["x"]
         x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
         losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
@@ -91,7 +91,7 @@ class AdversarialTask(VAETask):
 
 
 class Contest:
-    """One trained VAE, and what becomes of its decoder."""
+    """One trained VAE, whose decoder is trained further."""
 
     def __init__(self, saved: Checkpoint, lr: float, scratch: Path) -> None:
         """Read settings, images and LPIPS once for all."""
@@ -107,13 +107,13 @@ class Contest:
         self.bad = BadFiles(scratch / "bad.txt", paths, len(self.files), 0.0)
 
     def task(self, kind: type[T]) -> T:
-        """A task that begins with the trained weights."""
+        """A task that starts from the trained weights."""
         task = kind(self.settings, self.files, self.device, self.lpips, self.bad, self.ranks)
         load_weights(task.model, self.saved, self.saved.weights_prefix())
         return task
 
     def train(self, task: VAETask, steps: int) -> tuple[VAE, float]:
-        """The averaged network after so many steps, and the processor time they took."""
+        """The averaged network after `steps` steps, and the processor time they took."""
         trainer = Trainer(task, self.settings.loop, self.settings.loop.precision)
         began = time.process_time()
         for batch in task.batches(0, steps):
@@ -126,7 +126,7 @@ class Contest:
 
 
 def judged(decode: Callable[[Tensor], Tensor], z: dict[str, Tensor], work: Work, home: Path) -> dict[str, float]:
-    """How far from photographs decoded latents of each kind are; the images are kept."""
+    """The distance from photographs to decoded latents of each kind; the images are kept."""
     found = {}
     for kind, latents in z.items():
         images = torch.cat([decode(part) for part in torch.split(latents, 50)])
@@ -138,7 +138,7 @@ def judged(decode: Callable[[Tensor], Tensor], z: dict[str, Tensor], work: Work,
 
 
 def main() -> None:
-    """Train on both ways, and print what came of it."""
+    """Train both ways and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("vae", type=Path, help="checkpoint")
     parser.add_argument("--unet", type=Path, help="run folder of a U-Net on its latents")

@@ -1,4 +1,4 @@
-"""What is measured: every case prepares each of its contenders in a process of that contender's own."""
+"""The cases that are measured; each contender of a case is prepared in its own process."""
 
 import itertools
 import subprocess
@@ -90,7 +90,7 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
 
 
 def several(step: Callable[[], object], steps: int, batch: int, flops: float, model: nn.Module, precision: str) -> Work:
-    """Some training steps one after the other, as a round; `flops` are those of an image."""
+    """A round of several training steps; `flops` counts one image."""
 
     def round_of_steps() -> None:
         for _ in range(steps):
@@ -103,7 +103,7 @@ def several(step: Callable[[], object], steps: int, batch: int, flops: float, mo
 def train_unet_step(
     model: dict[str, Any], side: int, batch: int, device: torch.device, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
-    """train-unet as a user has it by default, and its next step."""
+    """A trainer of train-unet with default settings, and a function that does its next step."""
     settings = UNetSettings.model_validate(model).resolved(side)
     chosen = defaults(device, batch_size=batch, **loop)
     latents = LatentSet(made_up_latents(room(), 512, side))
@@ -157,7 +157,7 @@ LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
 
 
 def some_lpips(folder: Path) -> Any:
-    """LPIPS on SqueezeNet with random weights: as fast as with trained ones, and nothing has to be fetched."""
+    """LPIPS on SqueezeNet with random weights: as fast as with trained ones, without a download."""
     from torchvision.models import squeezenet1_1
 
     from lightdiff.models.lpips import PerceptualLoss
@@ -168,7 +168,7 @@ def some_lpips(folder: Path) -> Any:
 
 
 class VAEStepTask:
-    """As much of train-vae's task as a step needs; its images lie in memory."""
+    """The part of train-vae's task that a step needs, on images in memory."""
 
     stage = "vae"
     ranks = Processes()
@@ -192,7 +192,7 @@ class VAEStepTask:
 def train_vae_step(
     model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Any = None, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
-    """train-vae as a user has it by default, but with images in memory, and its next step."""
+    """A trainer of train-vae with default settings and images in memory, and a function that does its next step."""
     chosen = defaults(device, batch_size=batch, **loop)
     settings = TrainVAESettings(
         model=VAESettings.model_validate(model).resolved(side),
@@ -404,7 +404,7 @@ def lightdiff_sampling(
 
 
 def start(contender: str, device: torch.device, *, command: str) -> Work:
-    """From the shell to a command's help, or to the end of the first training step; or for torch to be imported."""
+    """Time from the shell to a command's help or to the end of its first training step; or that of importing torch."""
     if contender == "import torch":
         return Work(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1)
     words = [sys.executable, "-m", "lightdiff", "train-unet"]

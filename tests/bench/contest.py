@@ -21,7 +21,7 @@ PATIENCE = 900  # seconds that a round may take
 
 @dataclass(frozen=True)
 class Work:
-    """What a contender does in a round."""
+    """The work of one contender in one round."""
 
     round: Callable[[], object]
     images: int
@@ -35,7 +35,7 @@ Prepare = Callable[[str, torch.device], Work]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the issue's table: who competes at what, and which ratio is to be reached against each peer."""
+    """A comparison: who competes at what, and the ratio to reach against each peer."""
 
     title: str
     contenders: tuple[str, ...]
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What was measured of one contender."""
+    """The measurements of one contender."""
 
     contender: str
     seconds: list[float]  # of each round
@@ -60,16 +60,16 @@ class Row:
 
     @property
     def speed(self) -> float:
-        """Images a second, in the median round."""
+        """Images per second, in the median round."""
         return self.images / statistics.median(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the file of results."""
+        """The row as it stands in the results file."""
         return asdict(self)
 
 
 def ratio(ours: Row, peer: Row) -> float:
-    """How many times as many images a second we make: the median over pairs of rounds that ran one after the other."""
+    """Our images per second over the peer's: the median over pairs of rounds that ran one after the other."""
     pairs = zip(ours.seconds, peer.seconds, strict=True)
     return statistics.median(p / o for o, p in pairs) * ours.images / peer.images
 
@@ -103,7 +103,7 @@ def compete(case: Case, name: str, device: torch.device, rounds: int = 0) -> lis
 
 
 def answer(end: Connection, contender: str) -> Any:
-    """What a contender says, or how it died."""
+    """A contender's answer; its error is raised."""
     if not end.poll(PATIENCE):
         raise TimeoutError(f"{contender} does not answer")
     try:
@@ -134,7 +134,7 @@ def serve(name: str, contender: str, device_name: str, end: Connection) -> None:
 
 
 def timed(what: Callable[[], object], device: torch.device) -> float:
-    """Seconds that something takes."""
+    """Seconds that a call takes, with the device's work finished."""
     gc.collect()
     synchronize(device)
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def timed(what: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was told."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -163,12 +163,12 @@ def flops_of(network: Callable[..., object], *inputs: object, backward: bool = F
 
 
 def parameters_of(model: nn.Module) -> int:
-    """How many weights a network has."""
+    """Number of weights of a network."""
     return sum(p.numel() for p in model.parameters())
 
 
 def peak(device: torch.device) -> dict[str, float]:
-    """What this machine multiplies at best, in FLOP/s: matrices and convolutions, in both precisions."""
+    """Peak FLOP/s of this machine, measured: matrix products and convolutions, in both precisions."""
     side = 8192 if device.type == "cuda" else 2048
     found = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -185,13 +185,13 @@ def peak(device: torch.device) -> dict[str, float]:
 
 
 def best(what: Callable[[], object], flops: float, device: torch.device) -> float:
-    """FLOP/s of the fastest of some calls."""
+    """FLOP/s of the fastest of eight calls."""
     timed(what, device)
     return flops / min(timed(what, device) for _ in range(8))
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What it was measured on."""
+    """The hardware and versions that a measurement ran on."""
     import platform
     from importlib.metadata import version
 

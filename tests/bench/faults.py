@@ -1,7 +1,7 @@
-"""Kill both trainings again and again, at any moment, and see that they end as if nothing had happened.
+"""Kill both trainings again and again, at any moment, and check that they end as if nothing had happened.
 
-    nox -s faults                          # 100 kills each
-    python -m tests.bench.faults --kills 5       # the short form, which the test suite runs
+    nox -s faults                             # 100 kills each
+    python -m tests.bench.faults --kills 5    # the short form, which the test suite runs
 
 Each start is the real command, in a child forked from a process that has imported everything and computed nothing, so
 that a start takes a fraction of a second. Half of the kills fall at random times, the other half while a file is
@@ -27,7 +27,6 @@ from rich.table import Table
 from lightdiff import cli
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder, StageFolder
-from lightdiff.runtime.processes import shutdown  # noqa: F401
 from lightdiff.stages import encode, scale, train_unet, train_vae  # noqa: F401, imported before any fork
 
 TIMING = ("time", "images_per_s", "memory_mb")
@@ -109,7 +108,7 @@ def kill(pid: int, folder: StageFolder, rng: random.Random, at_save: bool) -> bo
 
 
 def same(straight: StageFolder, disturbed: StageFolder) -> str:
-    """What differs between two finished runs; empty if nothing does."""
+    """The first difference between two finished runs; empty if there is none."""
     for name in ("last", "best"):
         left, right = getattr(straight, name), getattr(disturbed, name)
         if left.read_bytes() != right.read_bytes():
@@ -124,14 +123,14 @@ def same(straight: StageFolder, disturbed: StageFolder) -> str:
 
 
 def without_timing(line: str) -> dict[str, float]:
-    """One line of metrics.jsonl but for what is measured in seconds and bytes."""
+    """One line of metrics.jsonl without what is measured in seconds or bytes."""
     return {name: value for name, value in json.loads(line).items() if name not in TIMING}
 
 
 def disturb(
     stage: str, command: list[object], home: Path, kills: int, rng: random.Random, say: Callable[[str], None]
 ) -> dict[str, object]:
-    """Train undisturbed once, then with kills, run after run until there were enough; what came of it."""
+    """Train once undisturbed, then run after run with kills until there were enough, and count the equal runs."""
     folder, log = getattr(RunFolder(home / "run"), stage), home / f"{stage}.log"
     finish(command, log)
     straight = StageFolder(home / f"{stage}-straight")

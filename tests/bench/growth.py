@@ -1,4 +1,4 @@
-"""What grows with the number of images, their size, and the number of processes; each point in its own process."""
+"""Time and memory against the number of images, their size, and the number of processes; a process for each point."""
 
 import json
 import multiprocessing
@@ -22,20 +22,20 @@ SIDES = (32, 64, 128, 256)
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What some work returns in a fresh process."""
+    """The result of a call in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, arguments)
 
 
 def make_latents(folder: Path, count: int) -> None:
-    """So many latents of 4 x 4 x 4."""
+    """Write `count` random latents of 4 x 4 x 4."""
     from tests.bench.cases import made_up_latents
 
     made_up_latents(folder, count, 4, shard_size=20_000)
 
 
 def latents(count: int, folder: Path) -> dict[str, float]:
-    """Opening so many latents, a training batch of 64 of them, and their statistics."""
+    """Time to open `count` latents, to gather a training batch of 64, and to compute their statistics; memory."""
     from lightdiff.data.latents import LatentSet
     from lightdiff.stages import scale
 
@@ -60,7 +60,7 @@ def latents(count: int, folder: Path) -> dict[str, float]:
 
 
 def names(count: int) -> dict[str, float]:
-    """Finding so many files, and the memory that their list takes."""
+    """Time to find `count` files, and the memory of their list."""
     from lightdiff.data.files import scan
     from tests.bench.cases import room
 
@@ -76,7 +76,7 @@ def names(count: int) -> dict[str, float]:
 
 
 def resolution(side: int) -> dict[str, float]:
-    """A step of the default VAE on four images of this size."""
+    """A training step of the default VAE on four images of this size."""
     from tests.bench import cases
 
     cases.SMALL_VAE = {}  # the default architecture, which gets deeper with the size
@@ -87,7 +87,7 @@ def resolution(side: int) -> dict[str, float]:
 
 
 def processes(count: int) -> dict[str, float]:
-    """Images a second of train-unet with so many processes, as it reports them itself."""
+    """Images per second of train-unet with `count` processes, from its own metrics."""
     from lightdiff.run_folder import RunFolder
     from lightdiff.settings import VAESettings
     from lightdiff.stages import scale
@@ -107,7 +107,7 @@ def processes(count: int) -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, dict[str, float]]]:
-    """All of it."""
+    """Every series of points."""
     most = int(os.environ.get("LIGHTDIFF_BENCH_MOST", COUNTS[-1]))
     found: dict[str, dict[str, dict[str, float]]] = {}
     series: list[tuple[str, Callable[..., Any], tuple[int, ...]]] = [

@@ -1,6 +1,6 @@
 """One process of several, for test_ranks.py: `python -m tests.bench.many JOB FOLDER`, with RANK etc. set.
 
-Alone it computes the same things in one process; what it finds, rank 0 leaves in FOLDER.
+Without other processes it computes the same in one. Rank 0 writes the results into FOLDER.
 """
 
 import os
@@ -58,7 +58,7 @@ def unet_settings(run: Path, **changes) -> TrainUNetSettings:
 
 
 def blank(task, model, path):
-    """Instead of a picture, which is made in float32."""
+    """A black picture: real ones are made in float32."""
     save_grid(path, torch.zeros(1, 3, 4, 4), columns=1)
 
 
@@ -139,7 +139,7 @@ def corners(folder: Path, ranks: Processes) -> None:
 
 
 def refused(folder: Path, ranks: Processes) -> None:
-    """A mistake that only the first process can see is told by all of them."""
+    """A mistake that only the first process can see is reported by all of them."""
     (folder / "run/vae").mkdir(parents=True, exist_ok=True)
     (folder / "run/vae/.lock").write_text("elsewhere 17\n")
     try:

@@ -13,7 +13,7 @@ BATCHES = (8, 32, 128)
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:
-    """One row for each preset and batch: bytes with all activations kept, and with them computed again."""
+    """One row for each preset and batch: bytes with all activations stored, and with them recomputed."""
     rows = []
     for path in sorted(PRESET_FOLDER.glob("*.toml")):
         model = read_settings(path)["model"]

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, part by part: the original scripts' step and ours."""
+"""Time of each part of a training step: the original scripts' step and ours."""
 
 from collections import defaultdict
 from functools import partial
@@ -31,7 +31,7 @@ STEPS = {
 
 
 def shares(prepare: Prepare, contender: str, device: torch.device) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a step for each image, and the parts' shares."""
+    """Milliseconds per image of a step, and the share of each part."""
     work = prepare(contender, device)
     timed(work.round, device)
     activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU}
@@ -49,7 +49,7 @@ def shares(prepare: Prepare, contender: str, device: torch.device) -> tuple[floa
 
 
 def table(device: torch.device) -> dict[str, Any]:
-    """For each kind of step: both contenders' shares."""
+    """The shares of both contenders, for each kind of step."""
     return {
         title: {contender: shares(prepare, contender, device) for contender in ("original", "lightdiff")}
         for title, prepare in STEPS.items()

@@ -1,4 +1,4 @@
-"""Is what is faster as good? The demo's U-Net trained and drawn with in float32, and by default; two seeds each."""
+"""Whether the fast defaults are as good as float32: the demo's U-Net trained and sampled both ways, two seeds each."""
 
 import json
 import re
@@ -19,7 +19,7 @@ STEPS, SAMPLES, EARLY = 600, 1000, 300
 
 
 def call(*words: object) -> str:
-    """What a command prints."""
+    """Run a command and return what it prints."""
     done = subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True, text=True)
     return done.stdout
 
@@ -58,6 +58,6 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 def apart(rows: list[dict[str, Any]]) -> float:
-    """How far apart, at most, the losses are that both ways logged at the same step of the same seed."""
+    """The largest difference between losses that both ways logged at the same step of the same seed."""
     pairs = [(a, b) for a in rows for b in rows if a["seed"] == b["seed"] and a["precision"] < b["precision"]]
     return max(abs(x[1] - y[1]) for a, b in pairs for x, y in zip(a["curve"], b["curve"], strict=True))

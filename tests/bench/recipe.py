@@ -65,7 +65,7 @@ STAGES = ("vae", "scale", "unet", "generate")  # that a row has flags for
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is typed beyond the data, for each of the stages."""
+    """The flags of each stage, beyond those for the data."""
 
     about: str
     vae: str = ""
@@ -76,11 +76,11 @@ class Recipe:
 
     @property
     def flags(self) -> str:
-        """All of it."""
+        """All flags, as typed."""
         return " | ".join((self.vae, self.scale, self.unet, self.generate))
 
     def tried(self, flags: dict[str, str]) -> "Recipe":
-        """The same with some more typed."""
+        """The recipe with further flags."""
         more = {stage: f"{getattr(self, stage)} {flags[stage]}".strip() for stage in STAGES}
         timed = {f"train-{stage}" for stage in ("vae", "unet") if flags[stage]}
         return replace(self, **more, timed=tuple({*self.timed, *timed}))  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ ROWS: dict[str, Recipe] = {
     ),
     "sampler-ddim": Recipe("drawn by ddim, 50 steps", generate="--sampler ddim --num-steps 50"),
 }
-CALLS: dict[str, Recipe] = {  # how good pictures are after so many calls of the network
+CALLS: dict[str, Recipe] = {  # quality against the number of calls of the network
     f"{sampler}-{calls}": Recipe(
         f"{sampler}, {calls} calls of the network",
         generate=f"--sampler {sampler} --num-steps {recipe_page.steps_for(sampler, calls)}",
@@ -170,7 +170,7 @@ def lightdiff(*words: object) -> float:
 
 @dataclass(frozen=True)
 class Training:
-    """A stage, the folder of its run, and what is typed beyond."""
+    """A stage, the folder of its run, and its further flags."""
 
     stage: Stage
     run: Path
@@ -183,7 +183,7 @@ class Training:
 
 
 class Work:
-    """The folder of runs: each result lies in one named after what it was made with, and is made once."""
+    """The folder of runs: each result is made once, in a folder named after the settings it was made with."""
 
     def __init__(self, folder: Path) -> None:
         """Work in this folder."""
@@ -191,7 +191,7 @@ class Work:
         self._locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
     def home(self, *parts: object) -> Path:
-        """The folder of what is made with these settings."""
+        """The folder of the result with these settings."""
         text = "\n".join(map(str, parts)) + "\n"
         home = self.folder / f"{parts[0]}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         home.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ class Work:
         return steps, seconds
 
     def cost(self, training: Training, budgeted: Training, folder: Path) -> float:
-        """What a step costs, of the default's: found out once for all seeds and shares."""
+        """The cost of a step relative to the default's, measured once for all seeds and shares."""
         kept = folder / "cost.json"
         with self._locks[folder]:
             if not kept.is_file():
@@ -223,7 +223,7 @@ class Work:
         return float(json.loads(kept.read_text()))
 
     def once(self, folder: Path, *commands: list[object]) -> None:
-        """Run commands of lightdiff that fill this folder, if nobody has."""
+        """Run the commands of lightdiff that fill this folder, unless it is finished."""
         with self._locks[folder]:
             if not (folder / "done").is_file():
                 for words in commands:
@@ -231,7 +231,7 @@ class Work:
                 (folder / "done").touch()
 
     def distance(self, images: Path, samples: int) -> float:
-        """How far images are from the photographs (frechet.py); these are measured once."""
+        """The distance (frechet.py) from images to the photographs, which are measured once."""
         reference = self.folder / "reference.npz"
         with self._locks[reference]:
             if not reference.is_file():
@@ -241,14 +241,14 @@ class Work:
 
 
 def steps_within(training: Training) -> int:
-    """How many steps the budget buys: two short runs tell the time of a start and of a step."""
+    """Number of steps within the budget; two short runs give the time of a start and of a step."""
     few, more = (training.train(n, training.run / "trial") for n in TRIALS)
     step = (more - few) / (TRIALS[1] - TRIALS[0])
     return int((SECONDS[training.stage] - (few - TRIALS[0] * step)) / step)
 
 
 def relative_cost(training: Training, other: Training) -> float:
-    """How much longer a step takes than the other's: short runs of both in turn, as what else goes on changes."""
+    """The time of a step over the other's: short runs of both in turn, as the machine's load changes."""
     ratios = []
     for _ in range(TURNS):
         few, more = (
@@ -298,9 +298,9 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
 
 
 def first(drawn: Path, count: int) -> Path:
-    """A folder with the first so many images: those that other recipes make of the same noise.
+    """A folder with the first `count` images: those that other recipes make of the same noise.
 
-    Of more images than it is told to count, frechet.py takes every so many.
+    From a folder with more images than it is asked for, frechet.py takes every n-th.
     """
     images = sorted((drawn / "images").glob("*.png"))
     if len(images) == count:
@@ -357,7 +357,7 @@ def measure_floor(
 
 
 def left_out(count: int) -> list[Path]:
-    """The first so many photographs that the reference, which is every other one, leaves out."""
+    """The first `count` photographs that the reference, which is every other one, leaves out."""
     return sorted(FACES.rglob("*.jpg"))[1::2][:count]
 
 
@@ -375,7 +375,7 @@ def decode(photographs: list[Path], vae: Path, draw: bool, out: Path) -> None:
 
 
 def parameters(file: Path) -> int:
-    """Of a checkpoint's network."""
+    """Number of weights of a checkpoint's network."""
     return sum(map(math.prod, Checkpoint(file).shapes("model.").values()))
 
 

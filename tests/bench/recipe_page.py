@@ -1,4 +1,4 @@
-"""docs/recipe.md and its curve, from the rows that were measured."""
+"""Writes docs/recipe.md and its curve from the measured rows."""
 
 import csv
 import math
@@ -41,7 +41,7 @@ lower is better, and it is no FID."""
 
 
 def read(path: Path = ROWS) -> list[dict[str, Any]]:
-    """The rows, with numbers as such."""
+    """The rows of a table, with numbers converted."""
     if not path.is_file():
         return []
     with path.open(newline="") as stream:
@@ -49,7 +49,7 @@ def read(path: Path = ROWS) -> list[dict[str, Any]]:
 
 
 def number(text: str) -> Any:
-    """A number, if it is one."""
+    """A number where the text is one, else the text."""
     try:
         return float(text)
     except ValueError:
@@ -74,13 +74,13 @@ def table(rows: list[dict[str, Any]], about: dict[str, str], baseline: dict[floa
 
 
 def floors_table(rows: list[dict[str, Any]]) -> str:
-    """Images that no U-Net drew."""
+    """A table of the distances of images that no U-Net drew."""
     cells = [f"| {FLOORS[row['row']]} | {row['seed']:.0f} | {row['frechet']:.3f} |" for row in rows]
     return "\n".join(["| | seed | Frechet-768 |", "|---|---:|---:|", *cells])
 
 
 def calls_table(rows: list[dict[str, Any]]) -> str:
-    """Samplers against calls."""
+    """A table of samplers against calls of the network."""
     found = {row["row"]: row["frechet"] for row in rows if row["seed"] == 0}
     splits = [name.rpartition("-") for name in found]
     samplers = dict.fromkeys(sampler for sampler, _, calls in splits if calls in map(str, CALLS))
@@ -102,12 +102,12 @@ def by_calls(values: Mapping[str, Sequence[float | None]]) -> str:
 
 
 def steps_for(sampler: str, calls: int) -> int:
-    """How many steps of a sampler make so many calls of the network; heun's last one has a single call."""
+    """Number of steps in which a sampler makes `calls` calls of the network; heun's last step makes one."""
     return calls // 2 if sampler == "heun" else calls
 
 
 def on_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The whole recipes at several shares of the budget; none where there is only one share."""
+    """Rows of whole recipes at several shares of the budget; none where there is only one share."""
     found = [row for row in rows if row["samples"] == 1000 and row["row"] in ("default", "original")]
     return found if len({row["share"] for row in found}) > 1 else []
 
@@ -138,7 +138,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def mean(values: list[float]) -> float:
-    """Of some numbers."""
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 

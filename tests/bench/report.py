@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, from the files of results."""
+"""Writes docs/benchmarks.md from the files of results."""
 
 import json
 import statistics
@@ -69,7 +69,7 @@ def write() -> None:
 
 
 def section(device: str, kept: dict[str, Any]) -> list[str]:
-    """All that was measured on a device."""
+    """Every measurement on one device."""
     about = [kept["machine"], f"Python {kept['python']}"]
     about += [f"{name} {kept[name]}" for name in ("torch", "torchvision", "diffusers", "pillow")]
     tried = next(iter(kept["cases"].values()))["peak"]
@@ -95,7 +95,7 @@ def section(device: str, kept: dict[str, Any]) -> list[str]:
 
 
 def profile(found: dict[str, Any]) -> list[str]:
-    """Where the time of a step goes."""
+    """Time of each part of a training step."""
     parts = ["### Where the time of a training step goes (`nox -s bench -- profile`)"]
     for title, contenders in found.items():
         names = list(dict.fromkeys(name for _, shares in contenders.values() for name in shares))
@@ -119,7 +119,7 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def growth(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """What grows with what."""
+    """Time and memory against the number of images, their size and the number of processes."""
     parts = ["### What grows with what (`nox -s bench -- growth`)", "![Growth](benchmarks/growth.svg)"]
     for title, rows in found.items():
         names = list(next(iter(rows.values())))
@@ -132,7 +132,7 @@ def growth(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def quality(found: dict[str, Any]) -> list[str]:
-    """That what is faster is as good."""
+    """Losses and distances of the fast defaults beside those of float32."""
     table = ["| precision | seed | " + " | ".join(found["names"]) + " |", "|---|---:|" + "---:|" * len(found["names"])]
     for row in found["rows"]:
         numbers = " | ".join(f"{row[name]:.4g}" for name in found["names"])

@@ -1,7 +1,7 @@
-"""What saving costs: seconds and bytes of a checkpoint, and of going on from it, beside a training step.
+"""What saving costs: bytes of a checkpoint, and seconds to save it and to resume from it, beside a training step.
 
-    nox -s saving                          # the original U-Net, 201 M parameters
-    python -m tests.bench.saving --preset tiny   # another one
+    nox -s saving                     # the original U-Net, 201 M parameters
+    nox -s saving -- --preset tiny    # another one
 
 Steps are those of `train-unet` on latents of 4 x 32 x 32; the share is that of the default --save-every.
 """
@@ -27,7 +27,7 @@ from lightdiff.training.loop import Trainer
 
 
 class Latents:
-    """As much of train-unet's task as a step needs."""
+    """The part of train-unet's task that a step needs, on random latents."""
 
     stage = "unet"
     ranks = Processes()
@@ -46,7 +46,7 @@ class Latents:
 
 
 def seconds(what: Callable[[], object], device: torch.device) -> float:
-    """How long something takes."""
+    """How long a call takes."""
     began = time.perf_counter()
     what()
     if device.type == "cuda":

@@ -1,12 +1,14 @@
-"""Two machines, for once for real: two network namespaces joined by a cable, which is pulled out in mid-run.
+"""Training on two machines: two network namespaces joined by a virtual cable, which is pulled out in mid-run.
 
-    nox -s two_machines                    # needs root and iproute2
+    nox -s two_machines    # needs root and iproute2
 
-One of torch's agents in each namespace, rendezvous over the link. First a run to its end, compared with one process;
-then one in which a process is killed, upon which torch's agents must start both again;
-then the same with the link cut, upon which the processes on both sides must end with a message and without a hang; then
-the same command again, which must go on. (torch's own agent may wait for its rendezvous long after its process has
-ended; then it is killed, as a queue would do it.)
+Each namespace runs one of torch's agents; they rendezvous over the link. Four runs:
+
+1. Undisturbed; its weights are compared with those of a single process.
+2. One process is killed: torch's agents must restart both.
+3. The link is cut: the processes on both sides must end with a message and must not hang. (torch's own agent may wait
+   for its rendezvous long after its process has ended; it is killed then, as a job queue would do.)
+4. The same command again, with the link restored: it must resume.
 """
 
 import argparse
@@ -49,18 +51,18 @@ def build() -> None:
 
 
 def demolish() -> None:
-    """Take it all away."""
+    """Remove both namespaces, and the cable with them."""
     for name in NAMES:
         ip("netns", "del", name, check=False)
 
 
 def cut(down: bool) -> None:
-    """Pull the cable out, or put it in again."""
+    """Pull the cable out, or plug it in again."""
     ip("-n", NAMES[0], "link", "set", CABLE[0], "down" if down else "up")
 
 
 def command(home: Path, run: str, steps: int, separator: str = "") -> list[str]:
-    """The training that all of them run. torchrun takes --run for its own --run-path unless -- comes before."""
+    """The training command of every run. torchrun takes --run for its own --run-path unless -- comes before."""
     words = f"""-m{separator} lightdiff train-vae --data {home / "faces"} --run {home / run} --resolution 16
     --preset tiny --lpips-gamma 0 --batch-size 6 --workers 0 --precision fp32 --steps {steps} --save-every 20
     --val-every 0 --log-every 5 --timeout {TIMEOUT}"""
@@ -68,7 +70,7 @@ def command(home: Path, run: str, steps: int, separator: str = "") -> list[str]:
 
 
 class Machine:
-    """An agent in its namespace, and what it and its process say."""
+    """An agent in its namespace, and the output of it and its process."""
 
     def __init__(self, agent: list[str], log: Path, cable: str) -> None:
         self.log = log
@@ -79,7 +81,7 @@ class Machine:
 
     @property
     def said(self) -> str:
-        """All so far."""
+        """All output so far."""
         return self.log.read_text()
 
     def kill_worker(self) -> None:
@@ -106,7 +108,7 @@ def start(home: Path, run: str, steps: int, port: int, restarts: int = 0) -> lis
 
 
 def wait_for_step(run: Path, step: int, machines: list[Machine]) -> None:
-    """Wait until a step is saved, or a machine has ended."""
+    """Wait until a step is saved or a machine has ended."""
     while step_of(run) < step and not any(machine.ended() for machine in machines):
         time.sleep(0.1)
 
@@ -124,7 +126,7 @@ def wait(machines: list[Machine], seconds: float) -> float:
 
 
 def finished(machines: list[Machine]) -> None:
-    """Wait until both agents have ended well."""
+    """Wait until both agents have ended, with exit code 0."""
     wait(machines, 120)
     codes = [machine.process.wait(60) for machine in machines]
     assert codes == [0, 0], "\n".join(machine.said for machine in machines)
@@ -137,13 +139,13 @@ def difference(a: Path, b: Path) -> float:
 
 
 def step_of(run: Path) -> int:
-    """The step that a run has saved."""
+    """The last step that a run has saved."""
     last = RunFolder(run).vae.last
     return Checkpoint(last).metadata.step if last.is_file() else 0
 
 
 def main() -> None:
-    """Print what happened; exit code 1 if it is not what is promised."""
+    """Print what happened; exit with code 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
