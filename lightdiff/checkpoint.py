@@ -318,7 +318,7 @@ def check_room(folder: Path, needed: int) -> None:
     if free < needed:
         raise NoRoom(
             f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
-            "make room, lower --keep, or let old step files go with --drop-oldest"
+            "make room, or lower --keep"
         )
 
 

@@ -21,10 +21,10 @@ from types import FrameType
 from typing import Any
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
+from lightdiff.runtime import WORKER_FOLDER
 from lightdiff.runtime.dist_env import DistEnv
 from lightdiff.settings import JobSettings
 
-FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave word; set for them alone
 FATAL = 2  # a mistake of the user's: starting again would not help
 
 
@@ -33,7 +33,7 @@ FATAL = 2  # a mistake of the user's: starting again would not help
 
 def is_worker() -> bool:
     """Whether this process was started by `launch`."""
-    return FOLDER in os.environ
+    return WORKER_FOLDER in os.environ
 
 
 def rank() -> int:
@@ -45,7 +45,7 @@ def register_worker() -> None:
     """Leave this worker's pid, so that signals can be passed on to it."""
     if not is_worker():
         return
-    folder = Path(os.environ[FOLDER])
+    folder = Path(os.environ[WORKER_FOLDER])
     for said in folder.glob("said-*.json"):
         if json.loads(said.read_text())["exit_code"] == FATAL:
             sys.exit(FATAL)
@@ -60,7 +60,7 @@ def tell(error: LightdiffError) -> bool:
     if not is_worker():
         return False
     word = WorkerReport(rank(), str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
-    write(Path(os.environ[FOLDER]) / f"said-{rank()}.json", json.dumps(vars(word)))
+    write(Path(os.environ[WORKER_FOLDER]) / f"said-{rank()}.json", json.dumps(vars(word)))
     return True
 
 
@@ -114,7 +114,7 @@ class Launch:
         threads = str(max(1, usable_cores() // self.job.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", threads)
         os.environ["LIGHTDIFF_STARTED"] = str(STARTED)
-        os.environ[FOLDER] = str(self.folder)
+        os.environ[WORKER_FOLDER] = str(self.folder)
         agent = threading.Thread(target=self._agent, daemon=True)
         try:
             with Handlers({signal.SIGINT: self._ask, signal.SIGTERM: self._ask, SAVE: self._pass_on}):
@@ -123,7 +123,7 @@ class Launch:
                     agent.join(0.05)
                     self._forward()
         finally:
-            del os.environ[FOLDER]
+            del os.environ[WORKER_FOLDER]
         self._conclude()
 
     def _agent(self) -> None:

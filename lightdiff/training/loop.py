@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata, load_weights
 from lightdiff.data.order import generator
-from lightdiff.errors import NoRoom, RunError, Stopped, UserError
+from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder
 from lightdiff.runtime.device import (
     autocast,
@@ -369,16 +369,8 @@ def save(
     )
 
     def atomic_write(path: Path, resumable: bool) -> None:
-        while True:
-            try:
-                checkpoint.check_room(folder.checkpoints, room_needed(trainer))
-                checkpoint.save(path, trainer.state(resumable), now)
-                return
-            except NoRoom:
-                older = removable(folder, trainer.loop, keep=1)  # the newest may be all that is left to resume from
-                if not trainer.loop.drop_oldest or not older:
-                    raise
-                older[0].unlink()
+        checkpoint.check_room(folder.checkpoints, room_needed(trainer))
+        checkpoint.save(path, trainer.state(resumable), now)
 
     def write() -> None:
         if better:

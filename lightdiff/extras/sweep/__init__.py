@@ -10,6 +10,7 @@ from lightdiff.checkpoint import atomic_link, atomic_write_text
 from lightdiff.data.latents import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.estimate import words
+from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.sweep.outcome import conclude
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
 from lightdiff.run_folder import Lock
@@ -18,7 +19,6 @@ from lightdiff.runtime.progress import console, read_metrics
 from lightdiff.settings import (
     JobSettings,
     StageSettings,
-    SweepSettings,
     TrainUNetSettings,
     TrainVAESettings,
     with_changes,
