@@ -247,30 +247,34 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     return f"--{flag(model, path)}: {message}" + (f" (found {shown})" if shown not in message else "")
 
 
-def check_effects(fields: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
-    """Refuse what would do nothing: flags, and values of a settings file that are not the default.
+def rules(fields: Mapping[Where, FieldInfo]) -> dict[Where, FieldInfo]:
+    """The fields that say of another one that they `replaces` it, or `needs` it: `name`, or `name=this|that`."""
+    return {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
 
-    A field may say that it `replaces` another, or that it `needs` one: `name`, or `name=this|that`.
+
+def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
+    """Refuse what would do nothing: flags, and values of a settings file that are not the default.
 
     Raises:
         UserError: If two flags stand for one another, or a setting belongs to another one that is off.
     """
-    model = type(built)
-    for path, field in fields.items():
-        rival, needed = extra(field, "replaces"), extra(field, "needs")
-        if rival and path in typed and (*path[:-1], rival) in typed:
-            raise UserError(
-                f"--{flag(model, path)} replaces --{flag(model, (*path[:-1], rival))}: give only one of them"
-            )
-        if needed and (
-            path in typed or (stated(file, path) and reduce(getattr, path, built) != default_of(model, path))
-        ):
-            name, _, values = needed.partition("=")
-            other = (*path[:-1], name)
-            value: Any = reduce(getattr, other, built)
-            if value not in values.split("|") if values else not value:
-                wanted = f"--{flag(model, other)} {values.replace('|', ' or ')}".rstrip()
-                raise UserError(f"--{flag(model, path)} does nothing without {wanted}")
+    for path, field in ruled.items():
+        if path in typed or (stated(file, path) and reduce(getattr, path, built) != default_of(type(built), path)):
+            check_effect(path, field, typed, built)
+
+
+def check_effect(path: Where, field: FieldInfo, typed: Collection[Where], built: BaseModel) -> None:
+    """Refuse one setting that would do nothing."""
+    name = partial(flag, type(built))
+    rival = (*path[:-1], extra(field, "replaces"))
+    if path in typed and rival in typed:
+        raise UserError(f"--{name(path)} replaces --{name(rival)}: give only one of them")
+    needed, _, values = extra(field, "needs").partition("=")
+    other = (*path[:-1], needed)
+    value: Any = reduce(getattr, other, built) if needed else True
+    if value not in values.split("|") if values else not value:
+        wanted = f"--{name(other)} {values.replace('|', ' or ')}".rstrip()
+        raise UserError(f"--{name(path)} does nothing without {wanted}")
 
 
 def stated(layer: Any, path: Where) -> bool:
@@ -304,7 +308,7 @@ def command(
         saved = inherit(merge(model, file, flags)) if inherit else {}
         chosen = checked_preset(preset, saved) if preset else {}
         built = build(model, [chosen, saved, file, flags])
-        check_effects(fields, typed, file, built)
+        check_effects(ruled, typed, file, built)
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
             if estimate:
@@ -321,6 +325,7 @@ def command(
         return chosen
 
     fields = flag_fields(model)
+    ruled = rules(fields)
     rehearsed = " and what they will take," if estimate else ""
     parameters = [option(model, path, field) for path, field in fields.items()]
     file_option = typer.Option("--settings", help="settings file, TOML or JSON; flags override it")

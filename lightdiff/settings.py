@@ -26,7 +26,7 @@ LPIPSNet = Literal["vgg", "alex", "squeeze"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 Objective = Literal["eps", "x0", "v", "flow"]
 LossWeight = Literal["none", "min-snr"]
-Schedule = Literal["auto", "linear", "scaled-linear", "cosine", "flow"]
+ScheduleName = Literal["auto", "linear", "scaled-linear", "cosine", "flow"]
 Normalize = Literal["channel", "global"]
 Optimizer = Literal["muon", "adamw"]
 SamplerName = Literal["ddim", "ddpm", "dpm++2m", "heun", "euler"]
@@ -52,32 +52,30 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _split_lists(cls, said: Any) -> Any:
-        texts = {name for name, value in said.items() if isinstance(value, str)} if isinstance(said, dict) else set()
-        lists = {name: parse_list(cls.model_fields[name], said[name]) for name in texts & cls.model_fields.keys()}
-        return {**said, **lists} if lists else said
+        if not isinstance(said, dict):
+            return said
+        return {name: parse_list(cls.model_fields.get(name), value) for name, value in said.items()}
 
 
-def parse_list(field: FieldInfo, text: str) -> str | list[str]:
-    """The items of a text, where a list is typed as one: `64,128`; one that has a comma itself is quoted, as in CSV.
+def parse_list(field: FieldInfo | None, value: Any) -> Any:
+    """A field's value, where a list is typed as one text, `64,128`, as its items; all others as they are.
 
-    `none` is an empty list of numbers; a name may be called that.
+    An item that has a comma itself is quoted, as in CSV. `none` is an empty list of numbers; a name may be called that.
     """
-    kind = next((kind for kind in (field.annotation, *get_args(field.annotation)) if get_origin(kind) is tuple), None)
-    if kind is None or (isinstance(field.json_schema_extra, dict) and "repeated" in field.json_schema_extra):
-        return text
-    if text.strip() in (("",) if str in get_args(kind) else ("", "none")):
+    kinds = (field.annotation, *get_args(field.annotation)) if field and isinstance(value, str) else ()
+    kind = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if kind is None or (field and isinstance(field.json_schema_extra, dict) and "repeated" in field.json_schema_extra):
+        return value
+    if value.strip() in (("",) if str in get_args(kind) else ("", "none")):
         return []
-    return [item.strip() for item in next(csv.reader([text], skipinitialspace=True))]
+    return [item.strip() for item in next(csv.reader([value], skipinitialspace=True))]
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"loop.lr": 0.1, ...}."""
     rows: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            rows |= flat(value, f"{prefix}{name}.")
-        else:
-            rows[prefix + name] = value
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return rows
 
 
@@ -216,7 +214,7 @@ class UNetSettings(Settings):
 class ScheduleSettings(Settings):
     """The noise schedule: how much signal is left at each level."""
 
-    schedule: Schedule = Field("auto", description="noise schedule; auto: flow for rectified flow, else cosine")
+    schedule: ScheduleName = Field("auto", description="noise schedule; auto: flow for rectified flow, else cosine")
     timesteps: int = Field(1000, ge=2, le=1_000_000, description="number of noise levels T")
     beta_start: float = Field(1e-4, gt=0, lt=1, json_schema_extra=LINEAR, description="first beta, if linear")
     beta_end: float = Field(0.02, gt=0, lt=1, json_schema_extra=LINEAR, description="last beta, if linear")

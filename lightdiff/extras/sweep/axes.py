@@ -15,6 +15,7 @@ from lightdiff.settings import (
     StageSettings,
     TrainUNetSettings,
     TrainVAESettings,
+    parse_list,
 )
 
 STAGES: dict[str, type[StageSettings]] = {
@@ -103,6 +104,8 @@ def parsed(info: FieldInfo, text: str) -> Any:
     """A value as pydantic takes it."""
     if extra(info, "repeated"):
         return [part.strip() for part in text.split(",")]
+    if takes_commas(info):
+        return parse_list(info, text)
     kind = plain(info.annotation)
     numbers = get_origin(kind) is Literal and not isinstance(get_args(kind)[0], str)
     return int(text) if numbers and text.isdigit() else text
