@@ -1,22 +1,27 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped
-from lightdiff.options import Layer, command, read_settings
-from lightdiff.runtime import launcher
+from lightdiff.extras.settings import DemoSettings, EvaluateSettings, SweepSettings
+from lightdiff.options import Layer, command
+from lightdiff.run_folder import RunFolder
+from lightdiff.runtime import is_worker, rank, restarted
 
 STAGES = "The five stages"
-OTHERS = "Looking, listing, importing"
-PRESETS = ("tiny", "small", "base", "original")
-PRESET_FOLDER = Path(__file__).parent / "presets"
+EVALUATION = "Evaluating and comparing"
+LOOKING = "Looking at images and runs"
+STARTING = "Starting points"
+ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
 
 app = typer.Typer(
     name="lightdiff",
@@ -43,115 +48,108 @@ def options(
     """From a folder of images to a latent diffusion model of your own."""
 
 
-def preset_layer(network: str) -> Callable[[str], Layer]:
-    """Name of a preset -> its settings, for one of the networks."""
-    return lambda name: read_settings(PRESET_FOLDER / f"{network}-{name}.toml")
+# --- running a command --------------------------------------------------------------------------------------------
 
 
-def stage(name: str, package: str) -> Callable[[Any], None]:
-    """Call a stage's `run` and print the path of what it made to stdout."""
+def run_stage(module: str, chosen: settings.Settings) -> None:
+    """Run what a command stands for, and print the path of what it made to stdout."""
+    job = getattr(chosen, "job", settings.JobSettings())
+    if job.nproc_per_node > 1 and not is_worker():
+        from lightdiff.runtime.launcher import launch
 
-    def run(chosen: Any) -> None:
-        job = getattr(chosen, "job", None)
-        if job is not None and job.nproc_per_node > 1 and not launcher.is_worker():
-            launcher.launch(job, sys.argv[1:])
-            return
-        made = import_module(f"lightdiff.{package}.{name}").run(chosen)
-        if made is not None:
-            typer.echo(made)
-
-    return run
+        return launch(job, sys.argv[1:])
+    made = import_module(f"lightdiff.{module}").run(chosen)
+    if rank() == 0:
+        typer.echo(made)
 
 
-def saved_settings(said: Layer, name: str) -> list[Layer]:
-    """What a stopped run of this stage saved, so that the same command goes on with it."""
-    from lightdiff.run_folder import RunFolder
+def estimate(module: str, chosen: settings.Settings) -> None:
+    """Print what a training, or the trainings of a sweep, will take."""
+    import_module(f"lightdiff.{module}").estimate(chosen)
+
+
+# --- what a stage inherits ----------------------------------------------------------------------------------------
+
+
+def saved_layer(stage: str, said: Layer) -> Layer:
+    """What a stopped run of this stage saved, so that the same command resumes it."""
     from lightdiff.runtime.resume import newest
 
-    folder = getattr(RunFolder(path(said.get("run")) or settings.StageSettings().run), name)
-    if said.get("restart") and not launcher.restarted():
-        return []
-    saved = newest(folder, name, whole=False)  # the stage will read the rest, and tell what is damaged
-    if saved is None:
-        return []
-    layer = saved.metadata.settings.items()
-    return [{key: value for key, value in layer if key not in {"run", "init_from", "restart"}}]
+    if said.get("restart") and not restarted():
+        return {}
+    saved = newest(getattr(RunFolder(run_of(said)), stage), stage, whole=False)  # the stage verifies the tensors
+    return {name: value for name, value in saved.metadata.settings.items() if name not in ONLY_NOW} if saved else {}
 
 
-def inherit_vae(said: Layer) -> list[Layer]:
-    """train-vae goes on with what its own checkpoint saved."""
-    return saved_settings(said, "vae")
-
-
-def inherit_encode(said: Layer) -> list[Layer]:
+def inherit_encode(said: Layer) -> Layer:
     """Encode takes the image settings from the VAE."""
     from lightdiff.stages.encode import inherited
 
-    return [inherited(path(said.get("run")) or settings.StageSettings().run, path(said.get("vae")))]
+    return inherited(run_of(said), as_path(said.get("vae")))
 
 
-def inherit_unet(said: Layer) -> list[Layer]:
-    """train-unet takes shape and scaling from the latents, and goes on with what its own checkpoint saved."""
+def inherit_unet(said: Layer) -> Layer:
+    """train-unet takes shape and scale from the latents, the rest from its own checkpoint."""
     from lightdiff.stages.train_unet import inherited
 
-    run = path(said.get("run")) or settings.StageSettings().run
-    saved = saved_settings(said, "unet")
-    for layer in saved:
-        if part(said, "target").get("objective", "") not in ("", part(layer, "target").get("objective")):
-            part(layer, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
-    named = next((layer["latents"] for layer in (said, *saved) if layer.get("latents")), None)
-    return [*saved, inherited(run, path(named))]
+    saved = saved_layer("unet", said)
+    objective = group(said, "target").get("objective")
+    if objective and objective != group(saved, "target").get("objective"):
+        group(saved, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
+    return saved | inherited(run_of(said), as_path(said.get("latents") or saved.get("latents")))
 
 
-def part(layer: Layer, name: str) -> Layer:
-    """A part of settings that may have come from anywhere; empty if there is none."""
+def group(layer: Layer, name: str) -> Layer:
+    """A group of settings that may have come from anywhere; empty if there is none."""
     found = layer.get(name)
     return found if isinstance(found, dict) else {}
 
 
-def estimate(chosen: Any) -> None:
-    """What a training, or the trainings of a sweep, will take."""
-    name = "sweep" if isinstance(chosen, settings.SweepSettings) else "estimate"
-    import_module(f"lightdiff.extras.{name}").estimate(chosen)
+def run_of(said: Layer) -> Path:
+    """The run folder that file and flags say."""
+    return as_path(said.get("run")) or settings.StageSettings().run
 
 
-def path(value: Any) -> Path | None:
-    """A path that a flag or a settings file may have given; what is none is left for pydantic to refuse."""
+def as_path(value: Any) -> Path | None:
+    """A path, if it is one; what is none is left for pydantic to refuse."""
     return Path(value) if isinstance(value, (str, Path)) else None
 
 
-def add(name: str, model: type[settings.Settings], panel: str, package: str = "stages", **more: Any) -> None:
-    """Add a stage as a command."""
-    app.command(name, rich_help_panel=panel)(command(model, stage(name.replace("-", "_"), package), **more))
+# --- the commands -------------------------------------------------------------------------------------------------
 
 
-add(
-    "train-vae",
-    settings.TrainVAESettings,
-    STAGES,
-    inherit=inherit_vae,
-    preset=preset_layer("vae"),
-    presets=PRESETS,
-    estimate=estimate,
-)
-add("encode", settings.EncodeSettings, STAGES, inherit=inherit_encode)
-add("scale", settings.ScaleSettings, STAGES)
-add(
-    "train-unet",
-    settings.TrainUNetSettings,
-    STAGES,
-    inherit=inherit_unet,
-    preset=preset_layer("unet"),
-    presets=PRESETS,
-    estimate=estimate,
-)
-add("generate", settings.GenerateSettings, STAGES)
-add("demo", settings.DemoSettings, OTHERS)
-add("evaluate", settings.EvaluateSettings, OTHERS, package="extras")
-add("sweep", settings.SweepSettings, OTHERS, package="extras", estimate=estimate)
+class Command(NamedTuple):
+    """A command that is made of settings."""
+
+    model: type[settings.Settings]
+    module: str  # its `run(settings)` does the work and returns what to print
+    panel: str
+    inherit: Callable[[Layer], Layer] | None = None
+    presets: str = ""  # the family of presets to choose from
+    estimate: str = ""  # module whose `estimate(settings)` a --dry-run calls
 
 
-@app.command(rich_help_panel=OTHERS)
+COMMANDS = {
+    "train-vae": Command(
+        settings.TrainVAESettings, "stages.train_vae", STAGES, partial(saved_layer, "vae"), "vae", "extras.estimate"
+    ),
+    "encode": Command(settings.EncodeSettings, "stages.encode", STAGES, inherit_encode),
+    "scale": Command(settings.ScaleSettings, "stages.scale", STAGES),
+    "train-unet": Command(
+        settings.TrainUNetSettings, "stages.train_unet", STAGES, inherit_unet, "unet", "extras.estimate"
+    ),
+    "generate": Command(settings.GenerateSettings, "stages.generate", STAGES),
+    "evaluate": Command(EvaluateSettings, "extras.evaluate", EVALUATION),
+    "sweep": Command(SweepSettings, "extras.sweep", EVALUATION, estimate="extras.sweep"),
+    "demo": Command(DemoSettings, "extras.demo", STARTING),
+}
+for name, row in COMMANDS.items():
+    rehearse = partial(estimate, row.estimate) if row.estimate else None
+    run = partial(run_stage, row.module)
+    app.command(name, rich_help_panel=row.panel)(command(row.model, run, row.inherit, row.presets, rehearse))
+
+
+@app.command(rich_help_panel=LOOKING)
 def inspect(
     data: Annotated[list[Path], typer.Argument(help="folders of images")],
     val_share: Annotated[float, typer.Option(help="share of images held out for validation")] = 0.05,
@@ -170,7 +168,7 @@ def inspect(
         print_report(report, Console())
 
 
-@app.command(rich_help_panel=OTHERS)
+@app.command(rich_help_panel=LOOKING)
 def show(
     place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
     json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
@@ -181,9 +179,9 @@ def show(
     look(place, as_json=json)
 
 
-@app.command(rich_help_panel=OTHERS)
+@app.command(rich_help_panel=LOOKING)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are laid side by side")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are shown side by side")],
     out: Annotated[
         Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
     ] = None,
@@ -195,23 +193,23 @@ def report(
     typer.echo(write(runs, out, device))
 
 
-@app.command(rich_help_panel=OTHERS)
+@app.command(rich_help_panel=STARTING)
 def presets(
     resolution: Annotated[int, typer.Option(min=8, help="side of the images, in pixels")] = 64,
 ) -> None:
     """List the presets with parameters and memory, for images of a size."""
     from lightdiff.extras.presets import show_presets
 
-    show_presets(resolution, PRESETS, PRESET_FOLDER)
+    show_presets(resolution)
 
 
-@app.command("import", rich_help_panel=OTHERS)
+@app.command("import", rich_help_panel=STARTING)
 def import_original(
     file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
     run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
     resolution: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 256,
 ) -> None:
-    """Turn a checkpoint of the original scripts into one of lightdiff."""
+    """Convert a checkpoint of the original scripts."""
     from lightdiff.extras.import_original import import_checkpoint
 
     typer.echo(import_checkpoint(file, run, resolution))
@@ -219,36 +217,33 @@ def import_original(
 
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
-    debug = "--debug" in sys.argv[1:2]
-    if launcher.is_worker():
-        launcher.register_worker()
+    if is_worker():
+        from lightdiff.runtime.launcher import register_worker
+
+        register_worker()
     try:
         app()
-    except LightdiffError as error:
-        if debug and not isinstance(error, Stopped):
-            raise
-        fail(error)
+    except KeyboardInterrupt:  # here, as Typer would leave without a word
+        fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise
-        text = f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where."
-        fail(RunError(text))
+        if not isinstance(error, LightdiffError):
+            text = f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where."
+            error = RunError(text)
+        fail(error)
 
 
 def fail(error: LightdiffError) -> None:
-    """Tell an error and exit: to stderr, or to the process that started this one, which tells it once for all."""
-    from rich.console import Console
+    """Report an error and exit: on stderr, or to the process that started this one, which reports it once for all."""
+    if is_worker():
+        from lightdiff.runtime.launcher import send_report
 
-    if launcher.send_report(error):
+        send_report(error)
         sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
+    from rich.console import Console
+    from rich.markup import escape
+
     head = "stopped:" if isinstance(error, Stopped) else "error:"
-    who = f"process {launcher.rank()}: " if launcher.rank() and not str(error).startswith("process ") else ""
-    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
+    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(error.exit_code)
-
-
-def escape(text: str) -> str:
-    """Text with rich's markup taken as it stands."""
-    from rich.markup import escape as rich_escape
-
-    return rich_escape(text)

@@ -1,18 +1,17 @@
 """Pydantic settings -> command-line options, and layers of settings -> one model. Knows nothing of diffusion.
 
-A field of a nested model becomes a flag in that model's help panel: `--lr`, or, where the nested model is called
-`model`, `--model.channels`. Typer parses, pydantic judges. An option that is not given says nothing (None), so that
-it does not override what a file or an earlier stage said.
+A field of a nested model becomes a flag in that model's help panel: `--lr`, or, where the nested field has a `prefix`,
+`--model.channels`. Typer parses, pydantic judges. An option that is not given says nothing (None), so that it does not
+override what a file or an earlier stage said.
 """
 
-import csv
 import inspect
 import json
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -22,10 +21,33 @@ from pydantic.fields import FieldInfo
 from lightdiff.errors import UserError
 
 Layer = dict[str, Any]
-DOTTED = "model"  # the nested model whose flags carry its name
+Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
+PRESETS = ("tiny", "small", "base", "original")
+LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
-def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+# --- fields and their flags ---------------------------------------------------------------------------------------
+
+
+def plain(annotation: Any) -> Any:
+    """A type without None, without what is annotated, and the first where there may be several."""
+    while get_origin(annotation) in (Union, UnionType, Annotated):
+        annotation = next(kind for kind in get_args(annotation) if kind is not NoneType)
+    return annotation
+
+
+def members(field: FieldInfo) -> list[type[BaseModel]]:
+    """The models that a field may hold, the one with flags first; none for a plain value."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
+    return [kind for kind in map(plain, kinds) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def nested_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model a field holds, if it holds one: of several, the first."""
+    return next(iter(members(field)), None)
+
+
+def leaves(model: type[BaseModel], path: Where = ()) -> Iterator[tuple[Where, FieldInfo]]:
     """Every field that is no model itself, depth first, with its path."""
     for name, field in model.model_fields.items():
         nested = nested_model(field)
@@ -35,152 +57,132 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple
             yield from leaves(nested, (*path, name))
 
 
-def typed(model: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
+def flag_fields(model: type[BaseModel]) -> dict[Where, FieldInfo]:
     """The fields that have a flag: all but what an earlier stage fills in, and what would do nothing in this one."""
     no_flag: frozenset[str] = getattr(model, "NO_FLAG", frozenset())
     return {path: f for path, f in leaves(model) if not {path[0], ".".join(path)} & no_flag}
 
 
-def nested_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds, if it holds one."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def flag(path: tuple[str, ...]) -> str:
-    """A field's flag, without dashes: `lr`, `model.channels`."""
-    name = path[-1].rstrip("_").replace("_", "-")  # class_ and from_ are words of Python
-    return f"{DOTTED}.{name}" if DOTTED in path[:-1] else name
-
-
-def extra(field: FieldInfo, name: str) -> str:
-    """What a field says of itself beyond pydantic's words, or "": `panel`, `instead_of`, `needs`."""
-    said = field.json_schema_extra
-    return str(said.get(name, "")) if isinstance(said, dict) else ""
-
-
-def panel(model: type[BaseModel], path: tuple[str, ...]) -> str:
-    """The help panel of a field: its own, else the title of the nested model it belongs to."""
-    title = "Options"
-    for name in path[:-1]:
-        field = model.model_fields[name]
-        title = field.title or name
-        model = nested_model(field) or model
-    return extra(model.model_fields[path[-1]], "panel") or title
-
-
-def default_of(model: type[BaseModel], path: tuple[str, ...]) -> Any:
-    """A field's default within this model (a stage may differ from the nested model's own)."""
-    value: Any = model.model_construct()
+def fields_along(model: type[BaseModel], path: Where) -> list[FieldInfo]:
+    """The fields that a path leads through, the last one its own."""
+    fields = []
     for name in path:
-        value = getattr(value, name)
-    return value
+        fields.append(model.model_fields[name])
+        model = nested_model(fields[-1]) or model
+    return fields
 
 
-def described(value: Any) -> str:
+def extra(field: FieldInfo | None, name: str) -> str:
+    """What a field says of itself (`needs`, `replaces`, `prefix`, `repeated`, `panel`), or ""."""
+    return str(field.json_schema_extra.get(name, "")) if field and isinstance(field.json_schema_extra, dict) else ""
+
+
+def flag(model: type[BaseModel], path: Where) -> str:
+    """A field's flag, without dashes: `lr`, `model.channels`."""
+    groups = zip(path[:-1], fields_along(model, path[:-1]), strict=True)
+    prefix = "".join(f"{name}." for name, field in groups if extra(field, "prefix"))
+    return prefix + path[-1].rstrip("_").replace("_", "-")  # class_ and from_ are words of Python
+
+
+def panel(model: type[BaseModel], path: Where) -> str:
+    """The help panel of a field: its own, else the title of the group it belongs to."""
+    *groups, field = fields_along(model, path)
+    return extra(field, "panel") or (groups[-1].title or path[-2] if groups else "Options")
+
+
+def default_of(model: type[BaseModel], path: Where) -> Any:
+    """A field's default within this model (a stage may differ from the nested model's own)."""
+    return reduce(getattr, path, model.model_construct())
+
+
+def format_value(value: Any) -> str:
     """A value as help shows it and as one types it; nothing for none."""
     if value is None or value == "":
         return ""
     if isinstance(value, (tuple, list)):
-        return ",".join(map(described, value))
+        return ",".join(map(format_value, value))
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parsed_as(annotation: Any) -> Any:
-    """The type Typer parses a field as: paths, and what says so, are repeated flags, other lists take commas."""
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = next(a for a in get_args(annotation) if a is not type(None))
-    if get_origin(annotation) is tuple:
-        item = get_args(annotation)[0]
-        return list[Path] if item is Path else list[str] if "repeated" in getattr(item, "__metadata__", ()) else str
-    return annotation
+def takes_commas(field: FieldInfo) -> bool:
+    """Whether a field is a list that is typed as one text, which pydantic splits: `64,128`."""
+    return get_origin(plain(field.annotation)) is tuple and not extra(field, "repeated")
 
 
-LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
+def typed_as(model: type[BaseModel], path: Where) -> Any:
+    """The type that Typer parses a field as."""
+    *groups, field = fields_along(model, path)
+    kind = plain(field.annotation)
+    if groups and groups[-1].discriminator == path[-1]:  # it chooses between several models
+        choices = [get_args(member.model_fields[path[-1]].annotation) for member in members(groups[-1])]
+        return Literal[tuple(choice for several in choices for choice in several)]
+    if get_origin(kind) is tuple:
+        return str if takes_commas(field) else list[plain(get_args(kind)[0])]  # type: ignore[misc]
+    if kind is bool and extra(groups[-1] if groups else None, "prefix"):
+        return Literal["on", "off"]  # a second flag --model.no-... would squeeze the help of all others
+    if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
+        return type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
+    return kind
 
 
-def option(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> inspect.Parameter:
+def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Parameter:
     """One field as a parameter that Typer makes an option of."""
-    shown = described(default_of(model, path))
+    shown = format_value(default_of(model, path))
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [(sign, getattr(m, name)) for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
     bounds = ", ".join(f"{sign} {limit:g}" for sign, limit in limits)
     note = "; ".join(part for part in (f"default: {shown}" if shown else "", bounds) if part)
     text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
-    kind = parsed_as(field.annotation)
-    name = flag(path)
-    if kind is bool and DOTTED in path[:-1]:
-        kind = Literal["on", "off"]  # a second flag --model.no-... would squeeze the help of all others
-    pair = kind is bool and len(name) <= LONGEST_PAIR
-    declaration = f"--{name}/--no-{name}" if pair else f"--{name}"
-    metavar = "A,B,..." if kind is str and get_origin(field.annotation) is not None else None
-    metavar = "NAME=..." if kind == list[str] else metavar
-    if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
-        kind = type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
-    if get_origin(kind) is Literal and DOTTED in path[:-1]:
+    kind, name = typed_as(model, path), flag(model, path)
+    metavar = "A,B,..." if takes_commas(field) else extra(field, "repeated") or None
+    if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
+    declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
-    return inspect.Parameter(
-        "__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
-    )
+    return parameter("__".join(path), kind | None, info)
 
 
-def given(field: FieldInfo, value: Any) -> Any:
-    """What Typer parsed, as pydantic takes it: `64,128` is split, `none` is an empty list, unless it may be a name.
-
-    What has a comma itself stands in quotes, as in a CSV file.
-    """
-    kind = field.annotation
-    if parsed_as(kind) is str and get_origin(kind) not in (None, Literal) and isinstance(value, str):
-        empty = ("",) if str in get_args(kind) else ("", "none")
-        return [] if value.strip() in empty else [p.strip() for p in next(csv.reader([value], skipinitialspace=True))]
-    return value
+def parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter as Typer reads it."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def check_effects(
-    fields: Mapping[tuple[str, ...], FieldInfo], named: Collection[tuple[str, ...]], built: BaseModel
-) -> None:
-    """Refuse typed flags of which one would do nothing: in place of another, or needing `name`, or `name=this|that`.
-
-    Raises:
-        UserError: If two of them say one thing, or one belongs to a setting that is off.
-    """
-    for path in named:
-        rival, needed = ((*path[:-1], extra(fields[path], word)) for word in ("instead_of", "needs"))
-        if rival in named:
-            raise UserError(f"--{flag(path)} stands in place of --{flag(rival)}: give one of them")
-        name, _, values = needed[-1].partition("=")
-        value: Any = reduce(getattr, (*path[:-1], name), built) if name else True
-        if value not in values.split("|") if values else not value:
-            wanted = " ".join([f"--{flag((*path[:-1], name))}", values.replace("|", " or ")]).rstrip()
-            raise UserError(f"--{flag(path)} does nothing without {wanted}")
+# --- layers -------------------------------------------------------------------------------------------------------
 
 
-def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
+def nest(flat: Mapping[Where, Any]) -> Layer:
     """{("loop", "lr"): 1} -> {"loop": {"lr": 1}}."""
     result: Layer = {}
     for path, value in flat.items():
-        place = result
-        for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = value
+        reduce(lambda group, name: group.setdefault(name, {}), path[:-1], result)[path[-1]] = value
     return result
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """Two layers as one; where both speak, `above` wins."""
-    result = dict(below)
-    if "steps" in above and "epochs" not in above:  # two ways to say one thing: epochs count unless they are 0
-        result.pop("epochs", None)
+def merge(model: type[BaseModel], below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
+    """Two layers of a model's settings as one; where both speak, `above` wins.
+
+    A setting that `replaces` another is dropped when a later layer sets that other one. Of a group that may hold
+    several models, settings for one replace those for another, instead of adding to them.
+    """
+    fields = model.model_fields
+    result = {name: value for name, value in below.items() if extra(fields.get(name), "replaces") not in above}
     for name, value in above.items():
-        old = result.get(name)
-        result[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        nested = group_model(fields.get(name), result.get(name), value)
+        result[name] = merge(nested, result[name], value) if nested else value
     return result
 
 
-def read_settings(path: Path) -> Layer:
+def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] | None:
+    """The model that two values of a field are both layers of; None where the new one replaces the old one."""
+    if field is None or not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return None
+    kinds = {layer[field.discriminator] for layer in (old, new) if field.discriminator in layer}
+    return nested_model(field) if len(kinds) < 2 else None
+
+
+def read_settings(path: Path, leave_out: Collection[str] = ()) -> Layer:
     """Settings from a TOML or JSON file; a saved settings.json is one.
 
     Raises:
@@ -195,50 +197,99 @@ def read_settings(path: Path) -> Layer:
         raise UserError(f"--settings: {path} is neither TOML (named .toml) nor JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"--settings: {path} holds no settings")
-    inner = value.get("settings")  # beside what else is told of samples
-    return inner if isinstance(inner, dict) else value
+    inner = value.get("settings")  # in the file beside samples, one entry among others
+    layer = inner if isinstance(inner, dict) else value
+    return {name: said for name, said in layer.items() if name not in leave_out}
+
+
+def preset_layer(family: str, name: str) -> Layer:
+    """One of the packaged presets: `vae` or `unet`, and one of PRESETS."""
+    return read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
+
+
+def defaults(model: type[BaseModel]) -> Layer:
+    """A model's own defaults as a layer."""
+    return model.model_construct().model_dump(mode="json")
 
 
 def build(model: type[BaseModel], layers: list[Layer]) -> Any:
-    """One model from layers, the later ones on top.
+    """One model from its defaults and layers, the later ones on top.
 
     Raises:
         UserError: For a wrong value, naming each setting as the user types it.
     """
-    whole: Layer = {}
-    for layer in layers:
-        whole = merge(whole, layer)
     try:
-        return model.model_validate(whole)
+        return model.model_validate(reduce(partial(merge, model), layers, defaults(model)))
     except ValidationError as error:
         raise UserError("\n".join(explain(model, row) for row in error.errors())) from None
 
 
 def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     """One of pydantic's complaints as a sentence about a flag."""
-    path = tuple(str(part) for part in row["loc"] if isinstance(part, str))
+    path = tuple(part for part in row["loc"] if isinstance(part, str))
+    group = model.model_fields.get(path[0]) if path else None
+    if group and len(members(group)) > 1:
+        path = (*path[:1], *path[2:])  # pydantic also names which of the models it is
+    known = [leaf for leaf, _ in leaves(model)]
+    of_others = {(path[0], name) for member in members(group) for name in member.model_fields} if group else set()
     message = str(row["msg"]).removeprefix("Value error, ")
-    if row["type"] == "extra_forbidden":
-        known = sorted(".".join(p) for p, _ in leaves(model))  # only a file can be wrong here: named as files do
-        near = [name for name in known if name.split(".")[-1].startswith(path[-1][:3])]
-        hint = f"; similar ones: {', '.join(near)}" if near else ""
-        return f"unknown setting {'.'.join(path)}{hint}"
-    shown = row.get("input")
-    if isinstance(shown, (list, tuple)):
-        shown = ",".join(str(v) for v in shown)
-    is_leaf = any(p == path for p, _ in leaves(model))
+    if row["type"] == "extra_forbidden" and path in known:
+        return f"--{flag(model, path)}: a {path[-2]} of the kind that is chosen has no such setting"
+    if row["type"] == "extra_forbidden":  # only a file can be wrong here: named as files do
+        near = [".".join(leaf) for leaf in sorted(known) if leaf[-1].startswith(path[-1][:3])]
+        return f"unknown setting {'.'.join(path)}" + (f"; similar ones: {', '.join(near)}" if near else "")
     if message.startswith("--"):  # it names what it is about
         return message
-    name = f"--{flag(path)}" if is_leaf else f"--{path[-1]}.*" if path else "settings"
-    return f"{name}: {message}" + (f" (found {shown})" if is_leaf and str(shown) not in message else "")
+    if path not in known and path not in of_others:
+        return f"{f'--{path[-1]}.*' if path else 'settings'}: {message}"
+    found = row.get("input")
+    shown = ",".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)
+    return f"--{flag(model, path)}: {message}" + (f" (found {shown})" if shown not in message else "")
+
+
+def rules(fields: Mapping[Where, FieldInfo]) -> dict[Where, FieldInfo]:
+    """The fields that say of another one that they `replaces` it, or `needs` it: `name`, or `name=this|that`."""
+    return {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
+
+
+def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
+    """Refuse what would do nothing: flags, and values of a settings file that are not the default.
+
+    Raises:
+        UserError: If two flags stand for one another, or a setting belongs to another one that is off.
+    """
+    for path, field in ruled.items():
+        if path in typed or (stated(file, path) and reduce(getattr, path, built) != default_of(type(built), path)):
+            check_effect(path, field, typed, built)
+
+
+def check_effect(path: Where, field: FieldInfo, typed: Collection[Where], built: BaseModel) -> None:
+    """Refuse one setting that would do nothing."""
+    name = partial(flag, type(built))
+    rival = (*path[:-1], extra(field, "replaces"))
+    if path in typed and rival in typed:
+        raise UserError(f"--{name(path)} replaces --{name(rival)}: give only one of them")
+    needed, _, values = extra(field, "needs").partition("=")
+    other = (*path[:-1], needed)
+    value: Any = reduce(getattr, other, built) if needed else True
+    if value not in values.split("|") if values else not value:
+        wanted = f"--{name(other)} {values.replace('|', ' or ')}".rstrip()
+        raise UserError(f"--{name(path)} does nothing without {wanted}")
+
+
+def stated(layer: Any, path: Where) -> bool:
+    """Whether a layer says something of a field."""
+    return not path or (isinstance(layer, Mapping) and path[0] in layer and stated(layer[path[0]], path[1:]))
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
 
 
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
-    inherit: Callable[[Layer], list[Layer]] | None = None,
-    preset: Callable[[str], Layer] | None = None,
-    presets: tuple[str, ...] = (),
+    inherit: Callable[[Layer], Layer] | None = None,
+    presets: str = "",
     estimate: Callable[[Any], object] | None = None,
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field, that builds the model and calls `run`.
@@ -246,54 +297,18 @@ def command(
     Args:
         model: The settings; its docstring becomes the command's help.
         run: What to do with them.
-        inherit: What has been said so far (preset, file and flags) -> layers that lie below the file's.
-        preset: Name of a preset -> its layer.
-        presets: Names of the presets.
+        inherit: What file and flags say -> what an earlier stage or a stopped run saved, a layer below the file's.
+        presets: The family of presets to choose from, if any.
         estimate: What --dry-run does with the settings, after it has printed them.
     """
-    fields = typed(model)
-    rehearsed = " and what they will take," if estimate else ""
-    extras = [
-        inspect.Parameter(
-            "settings",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                Path | None, typer.Option("--settings", help="settings file, TOML or JSON; flags override it")
-            ],
-        ),
-        inspect.Parameter(
-            "dry_run",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option("--dry-run", help=f"print the settings as JSON{rehearsed} and stop")
-            ],
-        ),
-    ]
-    if preset:
-        choice = Literal[presets]  # type: ignore[valid-type]
-        note = "set of architecture settings; 'lightdiff presets' lists them"
-        annotation = Annotated[choice | None, typer.Option("--preset", help=note)]
-        extras.append(inspect.Parameter("preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
-    def call(settings: Path | None = None, dry_run: bool = False, **values: Any) -> None:
-        chosen = values.pop("preset", None)
-        named = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        flags = nest({path: given(fields[path], value) for path, value in named.items()})
-        from_file = read_settings(settings) if settings else {}
-        from_file = {name: value for name, value in from_file.items() if name not in getattr(model, "NO_FILE", ())}
-        lowest = [preset(chosen)] if preset and chosen else []
-        below = inherit(merge(from_file, flags)) if inherit else []
-        built = build(model, [defaults(model), *lowest, *below, from_file, flags])
-        check_effects(fields, named, built)
-        if (
-            chosen
-            and getattr(build(model, [defaults(model), *below, *lowest, from_file, flags]), DOTTED) != built.model
-        ):
-            raise UserError(
-                f"--preset {chosen}: this run holds another architecture: choose another --run, or --restart"
-            )
+    def call(settings: Path | None = None, preset: str = "", dry_run: bool = False, **values: Any) -> None:
+        typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
+        flags, file = nest(typed), read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
+        saved = inherit(merge(model, file, flags)) if inherit else {}
+        chosen = checked_preset(preset, saved) if preset else {}
+        built = build(model, [chosen, saved, file, flags])
+        check_effects(ruled, typed, file, built)
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
             if estimate:
@@ -301,13 +316,25 @@ def command(
         else:
             run(built)
 
-    parameters = [*(option(model, path, field) for path, field in fields.items()), *extras]
+    def checked_preset(name: str, saved: Layer) -> Layer:
+        chosen = preset_layer(presets, name)
+        of_network = {group for group, field in model.model_fields.items() if extra(field, "prefix")}
+        over = merge(model, saved, chosen)
+        if any(over[group] != saved[group] for group in chosen.keys() & saved.keys() & of_network):
+            raise UserError(f"--preset {name}: this run holds another architecture: choose another --run, or --restart")
+        return chosen
+
+    fields = flag_fields(model)
+    ruled = rules(fields)
+    rehearsed = " and what they will take," if estimate else ""
+    parameters = [option(model, path, field) for path, field in fields.items()]
+    file_option = typer.Option("--settings", help="settings file, TOML or JSON; flags override it")
+    dry_option = typer.Option("--dry-run", help=f"print the settings as JSON{rehearsed} and stop")
+    parameters += [parameter("settings", Path | None, file_option), parameter("dry_run", bool, dry_option, False)]
+    if presets:
+        preset_option = typer.Option("--preset", help="set of architecture settings; 'lightdiff presets' lists them")
+        parameters.append(parameter("preset", Literal[PRESETS] | None, preset_option))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = model.__doc__
     return call
-
-
-def defaults(model: type[BaseModel]) -> Layer:
-    """The stage's own defaults as the lowest layer, so that a partial nested layer keeps them."""
-    return model.model_construct().model_dump(mode="json")

@@ -1,20 +1,26 @@
 """Every knob, on one page: architecture, noise schedule, loop, and one model a stage that contains them.
 
 Each field is described here once; the command line's help, the settings saved with a checkpoint and the reference
-page are made from it. Nothing in this module imports torch.
+page are made from it. What a field says of itself beyond that (`json_schema_extra`) is for `options.py`:
+`needs` and `replaces` name fields beside it, `prefix` puts the group's name into its flags, `repeated` makes a list a
+flag that is given several times, `panel` is the panel of the help that it stands in. Nothing here imports torch.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
 
 Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
 Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=10)]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -22,42 +28,62 @@ LPIPSNet = Literal["vgg", "alex", "squeeze"]
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 Objective = Literal["eps", "x0", "v", "flow"]
 LossWeight = Literal["none", "min-snr"]
+ScheduleName = Literal["auto", "linear", "scaled-linear", "cosine", "flow"]
+Normalize = Literal["channel", "global"]
+Optimizer = Literal["muon", "adamw"]
 SamplerName = Literal["ddim", "ddpm", "dpm++2m", "heun", "euler"]
 NOISY: frozenset[SamplerName] = frozenset({"ddpm"})  # samplers that add noise of their own at each step
 WITH_ETA: frozenset[SamplerName] = frozenset({"ddim"})  # those that add as much as --eta says
 Spacing = Literal["trailing", "uniform", "karras", "quadratic"]
 EPS_MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold
 GRID = (8, 4)  # columns and rows of the grids drawn while training
+LINEAR: JsonDict = {"needs": "schedule=linear|scaled-linear"}
+LOGIT_NORMAL: JsonDict = {"needs": "density=logit-normal"}
+MIN_SNR: JsonDict = {"needs": "loss_weight=min-snr"}
+MEMORY: JsonDict = {"panel": "Memory"}
+REPEATED: JsonDict = {"repeated": "FOLDER"}
+PREFIX: JsonDict = {"prefix": True}
+S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown fields."""
+    """Base of all settings: frozen, no unknown fields; a list may be given as one text, as a flag is: `64,128`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_lists(cls, said: Any) -> Any:
+        if not isinstance(said, dict):
+            return said
+        return {name: parse_list(cls.model_fields.get(name), value) for name, value in said.items()}
 
-S = TypeVar("S", bound=Settings)
+
+def parse_list(field: FieldInfo | None, value: Any) -> Any:
+    """A field's value, where a list is typed as one text, `64,128`, as its items; all others as they are.
+
+    An item that has a comma itself is quoted, as in CSV. `none` is an empty list of numbers; a name may be called that.
+    """
+    kinds = (field.annotation, *get_args(field.annotation)) if field and isinstance(value, str) else ()
+    kind = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if kind is None or (field and isinstance(field.json_schema_extra, dict) and "repeated" in field.json_schema_extra):
+        return value
+    if value.strip() in (("",) if str in get_args(kind) else ("", "none")):
+        return []
+    return [item.strip() for item in next(csv.reader([value], skipinitialspace=True))]
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"loop.lr": 0.1, ...}."""
     rows: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            rows |= flat(value, f"{prefix}{name}.")
-        else:
-            rows[prefix + name] = value
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return rows
 
 
 def with_changes(settings: S, **changes: Any) -> S:
     """The same settings with some top-level fields replaced, validated again."""
     return type(settings).model_validate({**settings.model_dump(), **changes})
-
-
-def absolute(path: Path | None) -> Path | None:
-    """A path that means the same from everywhere."""
-    return path.expanduser().absolute() if path else None
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -190,25 +216,11 @@ class UNetSettings(Settings):
 class ScheduleSettings(Settings):
     """The noise schedule: how much signal is left at each level."""
 
-    schedule: Literal["auto", "linear", "scaled-linear", "cosine", "flow"] = Field(
-        "auto", description="noise schedule; auto: flow for rectified flow, else cosine"
-    )
-    timesteps: int = Field(1000, ge=2, le=1_000_000, description="levels T of the noise schedule")
-    beta_start: float = Field(
-        1e-4,
-        gt=0,
-        lt=1,
-        json_schema_extra={"needs": "schedule=linear|scaled-linear"},
-        description="first beta of the linear schedules",
-    )
-    beta_end: float = Field(
-        0.02,
-        gt=0,
-        lt=1,
-        json_schema_extra={"needs": "schedule=linear|scaled-linear"},
-        description="last beta of the linear schedules",
-    )
-    zero_terminal_snr: bool = Field(False, description="stretch the schedule until its last level is noise alone")
+    schedule: ScheduleName = Field("auto", description="noise schedule; auto: flow for rectified flow, else cosine")
+    timesteps: int = Field(1000, ge=2, le=1_000_000, description="number of noise levels T")
+    beta_start: float = Field(1e-4, gt=0, lt=1, json_schema_extra=LINEAR, description="first beta, if linear")
+    beta_end: float = Field(0.02, gt=0, lt=1, json_schema_extra=LINEAR, description="last beta, if linear")
+    zero_terminal_snr: bool = Field(False, description="rescale the schedule so that its last level is pure noise")
 
     def resolved(self, objective: Objective) -> "ScheduleSettings":
         """The same settings with `auto` decided."""
@@ -218,34 +230,20 @@ class ScheduleSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """What the U-Net learns to predict, and how its error is weighed."""
+    """What the U-Net learns to predict, and how its error is weighted."""
 
     objective: Objective = Field("flow", description="what is predicted: noise, clean latent, v, or rectified flow")
-    loss_weight: LossWeight = Field("none", description="weight of the loss by level of noise")
-    min_snr_gamma: float = Field(
-        5.0,
-        gt=0,
-        json_schema_extra={"needs": "loss_weight=min-snr"},
-        description="signal-to-noise ratio above which min-snr weighs no more",
-    )
+    loss_weight: LossWeight = Field("none", description="weight of the loss at each noise level")
+    min_snr_gamma: float = Field(5.0, gt=0, json_schema_extra=MIN_SNR, description="SNR at which the weight is clipped")
 
 
 class LevelSettings(Settings):
-    """Which levels of noise the U-Net is trained at."""
+    """Which noise levels the U-Net is trained at."""
 
-    density: Literal["uniform", "logit-normal"] = Field("logit-normal", description="density of the levels trained at")
-    density_mean: float = Field(
-        0.0,
-        json_schema_extra={"needs": "density=logit-normal"},
-        description="logit of the middle of logit-normal's density; above 0: noisier",
-    )
-    density_std: float = Field(
-        1.0,
-        gt=0,
-        json_schema_extra={"needs": "density=logit-normal"},
-        description="spread of logit-normal's density",
-    )
-    stratified: bool = Field(True, description="spread the levels of a batch evenly, instead of each by itself")
+    density: Literal["uniform", "logit-normal"] = Field("logit-normal", description="density of the training levels")
+    density_mean: float = Field(0.0, json_schema_extra=LOGIT_NORMAL, description="mean logit; above 0: noisier")
+    density_std: float = Field(1.0, gt=0, json_schema_extra=LOGIT_NORMAL, description="standard deviation of the logit")
+    stratified: bool = Field(True, description="stratify the levels over the batch, instead of independent draws")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -254,23 +252,16 @@ class LevelSettings(Settings):
 class ImageSettings(Settings):
     """Which images, and how each becomes a square tensor."""
 
-    data: tuple[Path, ...] = Field((), description="folder of images; give it several times to mix folders")
+    data: tuple[AbsolutePath, ...] = Field(
+        (), json_schema_extra=REPEATED, description="folder of images; can be repeated"
+    )
     resolution: int = Field(64, ge=8, description="side of the square images, in pixels")
     background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")
-    flip: bool = Field(True, description="mirror images: half of those trained on, and a second latent of each")
-    random_crop: float = Field(
-        0.9, gt=0, le=1, description="smallest side of training's random crop, as a share of the frame; 1 turns it off"
-    )
-    labels: Path | None = Field(None, description="CSV file with a column file and one for each label")
+    flip: bool = Field(True, description="mirror half of the training images, and cache a second latent of each")
+    random_crop: float = Field(0.9, gt=0, le=1, description="smallest random crop, as a share of the frame; 1: no crop")
+    labels: AbsolutePath | None = Field(None, description="CSV file with a column 'file' and one column per label")
     val_share: float = Field(0.05, ge=0, lt=1, description="share of images held out for validation")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which the run stops")
-
-    @field_validator("data")
-    @classmethod
-    def _absolute(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(Path(p).expanduser().absolute() for p in value)
-
-    _absolute_labels = field_validator("labels")(absolute)
 
 
 class LatentsSettings(Settings):
@@ -291,12 +282,10 @@ class LatentsSettings(Settings):
 class ComputeSettings(Settings):
     """Where and how to compute."""
 
-    device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
+    device: Device = Field("auto", description="where to compute; auto: the first available of cuda, mps, cpu")
     precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where it is faster")
-    workers: int = Field(-1, ge=-1, description="processes that load images; -1: chosen from the number of cores")
-    compile: Compile = Field(
-        "auto", description="translate the network with torch.compile; auto: on a GPU, if there is enough to do"
-    )
+    workers: int = Field(-1, ge=-1, description="worker processes that load images; -1: as the cores allow")
+    compile: Compile = Field("auto", description="torch.compile the network; auto: on a GPU, for long enough runs")
 
 
 class LoopSettings(ComputeSettings):
@@ -304,46 +293,32 @@ class LoopSettings(ComputeSettings):
 
     steps: int = Field(20_000, ge=1, description="optimizer steps")
     epochs: float = Field(
-        0.0,
-        ge=0,
-        json_schema_extra={"instead_of": "steps"},
-        description="passes over the training images, instead of steps; 0: count steps",
+        0.0, ge=0, json_schema_extra={"replaces": "steps"}, description="passes over the images; 0: off"
     )
-    batch_size: int = Field(16, ge=1, description="images an optimizer step")
-    micro_batch: int = Field(
-        0, ge=0, description="images a forward pass; 0: the whole batch", json_schema_extra={"panel": "Memory"}
-    )
+    batch_size: int = Field(16, ge=1, description="images per optimizer step")
+    micro_batch: int = Field(0, ge=0, json_schema_extra=MEMORY, description="images per forward pass; 0: batch-size")
     checkpoint_activations: bool = Field(
-        False,
-        description="keep fewer activations and compute them again: about a third more time",
-        json_schema_extra={"panel": "Memory"},
+        False, json_schema_extra=MEMORY, description="recompute activations: a third slower"
     )
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="muon: orthogonal updates for matrices and convolutions, AdamW for the rest; or AdamW alone"
-    )
+    optimizer: Optimizer = Field("muon", description="muon, with AdamW for what is no matrix or kernel; or AdamW alone")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay, as a share of lr a step")
-    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of squared gradients")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of averaged weights, warmed up; 0 turns them off")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay, decoupled: times lr at each step")
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's beta2")
+    clip: float = Field(1.0, ge=0, description="gradient norm to clip at; 0 turns clipping off")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the EMA weights, warmed up; 0 turns them off")
     val_every: int = Field(1000, ge=0, description="optimizer steps between validations; 0: only at the end")
     save_every: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
-    keep: int = Field(2, ge=1, description="step files kept; older ones are removed")
-    keep_every: int = Field(
-        0, ge=0, description="step files of a multiple of this many steps are kept for good; 0: none"
-    )
-    drop_oldest: bool = Field(False, description="remove the oldest step file when the disk is too full to save")
-    skip_nonfinite: int = Field(
-        0, ge=0, description="steps with a loss or gradient that is not finite that may be skipped before the run stops"
-    )
+    keep: int = Field(2, ge=1, description="newest step files to keep")
+    keep_every: int = Field(0, ge=0, description="keep the step files of every this many steps for good; 0: none")
+    skip_nonfinite: int = Field(0, ge=0, description="steps with a non-finite loss or gradient to skip before stopping")
     log_every: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    seed: int = Field(0, ge=0, description="seed that every random number is a function of")
+    seed: int = Field(0, ge=0, description="seed of all random numbers")
 
     @property
     def micro(self) -> int:
-        """Images a forward pass, with 0 resolved."""
+        """Images per forward pass, with 0 resolved."""
         return min(self.micro_batch or self.batch_size, self.batch_size)
 
     def total_steps(self, train_items: int) -> int:
@@ -352,26 +327,26 @@ class LoopSettings(ComputeSettings):
 
 
 class JobSettings(Settings):
-    """How many processes, and for how long. Not part of what is trained: may differ at each start."""
+    """How many processes, and for how long. Not saved: may differ at each start."""
 
-    nproc_per_node: int = Field(1, ge=1, description="processes to start on this machine, as a rule one for each GPU")
-    max_restarts: int = Field(0, ge=0, description="times that all processes are started again when one of them dies")
-    timeout: float = Field(600.0, gt=0, description="seconds that processes wait for one that does not answer")
-    max_time: float = Field(0.0, ge=0, description="minutes after which to save and end with exit code 75; 0: no limit")
-    quiet: bool = Field(False, description="say nothing but results, and what goes wrong")
+    nproc_per_node: int = Field(1, ge=1, description="processes to start on this machine, usually one per GPU")
+    max_restarts: int = Field(0, ge=0, description="restarts of all processes after one of them dies")
+    timeout: float = Field(600.0, gt=0, description="seconds to wait for a process that does not answer")
+    max_time: float = Field(0.0, ge=0, description="minutes after which to save and exit with code 75; 0: no limit")
+    quiet: bool = Field(False, description="print only results and errors")
     force_unlock: bool = Field(False, description="take over a run folder that another host has locked")
 
 
 class VAELossSettings(Settings):
     """reconstruction + kl-beta KL + lpips-gamma LPIPS."""
 
-    reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, which lie in [-1, 1]")
+    reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, in [-1, 1]")
     kl_beta: float = Field(3e-3, ge=0, description="weight of the KL divergence, a mean over latent elements")
     lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
     lpips_net: LPIPSNet = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     equivariance: float = Field(
-        0.0, ge=0, le=1, description="share of steps that decode shrunk and turned latents to images treated the same"
+        0.0, ge=0, le=1, description="share of steps with scaled and rotated latents and images"
     )
 
 
@@ -381,7 +356,7 @@ class VAELossSettings(Settings):
 class StageSettings(Settings):
     """Base of all stages."""
 
-    NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command; not saved
+    NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command
     compute_section: ClassVar[str] = "compute"  # the field that holds device and precision
 
     def to_save(self) -> dict[str, Any]:
@@ -402,28 +377,28 @@ class StageSettings(Settings):
 
 
 class TrainingSettings(StageSettings):
-    """Base of both trainings."""
+    """Base of the two trainings."""
 
     compute_section: ClassVar[str] = "loop"
+
+    restart: bool = Field(False, description="start over; the old run is renamed")
+    from_step: int = Field(0, ge=0, description="go back to this step's file; newer ones are renamed; 0: the last")
+    init_from: Path | None = Field(None, description="checkpoint whose weights to start from")
+    loop: LoopSettings = Field(LoopSettings(), title="Training")
 
     @property
     def images_at_once(self) -> tuple[str, int]:
         """The flag that says how many images memory must hold at a time, and its value."""
         return "--micro-batch", self.loop.micro
 
-    restart: bool = Field(False, description="start over; the old run is renamed")
-    from_step: int = Field(0, ge=0, description="go back to this step's file; newer files are set aside; 0: the last")
-    init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
-    loop: LoopSettings = Field(LoopSettings(), title="Training")
-
 
 class TrainVAESettings(TrainingSettings):
     """Train the VAE on a folder of images."""
 
-    freeze_encoder: bool = Field(False, description="with --init-from: train the decoder alone; latents stay valid")
+    freeze_encoder: bool = Field(False, description="with --init-from: train only the decoder; latents stay valid")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
-    model: VAESettings = Field(VAESettings(), title="Architecture (VAE)")
+    model: VAESettings = Field(VAESettings(), title="Architecture (VAE)", json_schema_extra=PREFIX)
 
     def resolved(self) -> Self:
         """The same settings with the network's empty sizes filled in.
@@ -446,11 +421,11 @@ class EncodeSettings(StageSettings):
 
     NO_FLAG: ClassVar = frozenset({"compute.compile"})  # loading images takes longer
 
-    restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
+    restart: bool = Field(False, description="start over; the old run is renamed")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
-    batch_size: int = Field(64, ge=1, description="images a forward pass")
-    dtype: LatentDtype = Field("float16", description="type the latents are stored in")
-    shard_size: int = Field(2048, ge=1, description="images a shard file")
+    batch_size: int = Field(64, ge=1, description="images per forward pass")
+    dtype: LatentDtype = Field("float16", description="dtype of the stored latents")
+    shard_size: int = Field(2048, ge=1, description="images per shard file")
     images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
 
@@ -461,38 +436,30 @@ class ScaleSettings(StageSettings):
     NO_FLAG: ClassVar = frozenset({"job.max_time"})  # it takes seconds
 
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
-    only_mu: bool = Field(
-        True, description="the U-Net learns mu alone; without, draws of the posterior, mu + sigma times noise"
+    only_mu: bool = Field(True, description="train the U-Net on mu, or else on samples of the posterior")
+    normalize: Normalize = Field(
+        "channel", description="one shift and scale per channel, or one scaling factor for all"
     )
-    normalize: Literal["channel", "global"] = Field(
-        "channel", description="shift and scale each channel, or one scaling factor for all and no shift"
-    )
-    scaling_factor: float = Field(0.0, ge=0, description="scaling factor set by hand; 0: computed")
+    scaling_factor: float = Field(0.0, ge=0, description="fixed scaling factor; 0: computed")
 
 
 class TrainUNetSettings(TrainingSettings):
-    """Train the U-Net on cached latents to tell signal from noise."""
+    """Train the diffusion U-Net on cached latents."""
 
     NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
     NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
-    latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
-    label: str = Field("", description="label that the U-Net is told, so that it draws what is asked for; empty: none")
+    latents: AbsolutePath | None = Field(None, description="latents: a folder or a run folder; default: this run's")
+    label: str = Field("", description="label to condition on; empty: unconditional")
     label_dropout: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        json_schema_extra={"needs": "label"},
-        description="share of the images whose label it is not told, as guidance needs it",
+        0.1, ge=0, le=1, json_schema_extra={"needs": "label"}, description="label dropout probability"
     )
     loop: LoopSettings = Field(LoopSettings(steps=50_000, batch_size=32), title="Training")
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
     levels: LevelSettings = Field(LevelSettings(), title="Objective")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
-    model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
+    model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)", json_schema_extra=PREFIX)
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
-
-    _absolute_latents = field_validator("latents")(absolute)
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TrainUNetSettings":
@@ -503,12 +470,9 @@ class TrainUNetSettings(TrainingSettings):
                 "schedule belong together, eps and v to the others, and only x0 goes with all"
             )
         if noise.zero_terminal_snr and noise.schedule == "flow":
-            raise ValueError("--zero-terminal-snr: the flow schedule ends with noise alone anyway")
+            raise ValueError("--zero-terminal-snr: the flow schedule ends with pure noise anyway")
         if noise.zero_terminal_snr and objective == "eps":
-            raise ValueError(
-                "--zero-terminal-snr needs --objective v or x0: where there is noise alone, "
-                "predicting it says nothing about the picture"
-            )
+            raise ValueError("--zero-terminal-snr needs --objective v or x0: predicting pure noise teaches nothing")
         if self.label and self.label not in self.latent.labels:
             raise ValueError(f"--label {self.label}: the latents have {', '.join(self.latent.labels) or 'no labels'}")
         return self
@@ -586,7 +550,7 @@ class GenerateSettings(StageSettings):
     )
     interpolate: tuple[int, ...] = Field(
         (),
-        json_schema_extra={"panel": "Editing", "instead_of": "num_images"},
+        json_schema_extra={"panel": "Editing", "replaces": "num_images"},
         description="numbers of images of this seed to walk between",
     )
     frames: int = Field(
@@ -629,67 +593,3 @@ class GenerateSettings(StageSettings):
         """How many images there will be."""
         legs = len(self.interpolate) - 1
         return legs * (self.frames - 1) + 1 if self.interpolate else self.num_images
-
-
-class EvaluateSettings(StageSettings):
-    """Measure reconstructions and samples: PSNR, SSIM, LPIPS, FID, KID, precision, recall, copies."""
-
-    NO_FLAG: ClassVar = frozenset({"compute.compile", "job.max_time"})
-
-    of: Literal["all", "vae", "unet"] = Field("all", description="what to measure")
-    unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
-    vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
-    samples: Path | None = Field(None, description="folder with samples; default: drawn with generate's defaults")
-    data: tuple[Path, ...] = Field(
-        (), description="folder of images, where it is not that the VAE learnt from any more"
-    )
-    num_images: int = Field(2000, ge=2, description="samples to draw")
-    num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
-    weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
-    features: Path | None = Field(
-        None,
-        json_schema_extra={"instead_of": "weights"},
-        description="other weights of Inception; the numbers are then named after them",
-    )
-    lpips_net: LPIPSNet | None = Field(None, description="network behind LPIPS; default: what the VAE learnt with")
-    lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
-    batch_size: int = Field(50, ge=1, description="images at a time")
-    compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
-
-
-class DemoSettings(Settings):
-    """Draw a data set of faces, then run all five stages on it: some four minutes on two cores."""
-
-    run: Path = Field(Path("runs/demo"), description="run folder")
-    resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
-    count: int = Field(4000, ge=16, description="faces to draw")
-    vae_steps: int = Field(450, ge=1, description="optimizer steps of the VAE")
-    unet_steps: int = Field(750, ge=1, description="optimizer steps of the U-Net")
-    seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
-    device: Device = Field("auto", description="where to compute; auto: cuda, mps or cpu, the first there is")
-
-
-Assignment = Annotated[str, "repeated"]  # a list of them is a flag that is given several times
-
-
-class SweepSettings(StageSettings):
-    """Vary one or two settings of a run, and show side by side what they do."""
-
-    NO_FLAG: ClassVar = frozenset({"job.nproc_per_node", "job.max_restarts", "job.timeout"})
-
-    run: Path = Field(Path("runs/default"), description="run folder, whose settings are kept but for what is varied")
-    vary: tuple[Assignment, ...] = Field(
-        (), description="a flag of any stage and its values: kl-beta=1e-4,1e-2; once, or twice for rows and columns"
-    )
-    set_: tuple[Assignment, ...] = Field((), description="a flag of any stage and one value for all cells: eta=1")
-    vae_steps: int = Field(0, ge=0, description="optimizer steps of each VAE; 0: as many as the run's")
-    unet_steps: int = Field(0, ge=0, description="optimizer steps of each U-Net; 0: as many as the run's")
-    until: Literal["vae", "images"] = Field("images", description="end with reconstructions, or with samples too")
-    num_images: int = Field(8, ge=1, le=64, description="images a cell")
-
-    @field_validator("vary")
-    @classmethod
-    def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(value) not in (1, 2):
-            raise ValueError("one setting or two can be varied, each as in --vary kl-beta=1e-4,1e-2")
-        return value

@@ -11,7 +11,7 @@ from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import scan
+from lightdiff.data.files import list_images, scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
@@ -20,7 +20,6 @@ from lightdiff.runtime.processes import Processes
 from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 from lightdiff.stages.generate import sampling_of
-from lightdiff.data.files import list_images
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 

@@ -13,9 +13,9 @@ from conftest import UNET_FLAGS
 
 import lightdiff
 from lightdiff import settings
-from lightdiff.cli import PRESET_FOLDER
+from lightdiff.cli import COMMANDS as ROWS
 from lightdiff.data.latents import read_index
-from lightdiff.options import flag, leaves, typed
+from lightdiff.options import flag, flag_fields, leaves
 
 STAGES = {
     "train-vae": settings.TrainVAESettings,
@@ -24,11 +24,7 @@ STAGES = {
     "train-unet": settings.TrainUNetSettings,
     "generate": settings.GenerateSettings,
 }
-MODELS = STAGES | {
-    "demo": settings.DemoSettings,
-    "evaluate": settings.EvaluateSettings,
-    "sweep": settings.SweepSettings,
-}
+MODELS = STAGES | {name: row.model for name, row in ROWS.items() if name not in STAGES}
 COMMANDS = [*MODELS, "inspect", "show", "report", "presets", "import"]
 FIXED_FLAGS = (
     "--run --data --resolution --preset --steps --epochs --batch-size --micro-batch --lr --seed --device --settings "
@@ -114,14 +110,14 @@ def test_help_imports_nothing_heavy(helped):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting_has_its_flag(helped, name):
-    wanted = {f"--{flag(path)}" for path in typed(MODELS[name])} | {"--settings", "--dry-run"}
+    wanted = {f"--{flag(MODELS[name], path)}" for path in flag_fields(MODELS[name])} | {"--settings", "--dry-run"}
     assert wanted <= flags_in(helped[0][f"200 {name}"][1])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting_is_described(helped, name):
     page = " ".join(re.sub("[│╭╮╰╯─]", " ", helped[0][f"200 {name}"][1]).split())
-    for path, field in typed(MODELS[name]).items():
+    for path, field in flag_fields(MODELS[name]).items():
         assert field.description, path
         assert field.description.split(";")[0].split(",")[0] in page, path
 
@@ -132,7 +128,7 @@ def test_what_is_read_from_the_latents_has_no_flag(helped):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_two_settings_share_a_flag(name):
-    flags = [flag(path) for path, _ in leaves(MODELS[name])]
+    flags = [flag(MODELS[name], path) for path, _ in leaves(MODELS[name])]
     assert len(flags) == len(set(flags))
 
 
@@ -154,7 +150,7 @@ def test_the_five_stages_come_first(helped):
     listed = re.findall(r"^│ ([a-z][a-z-]*) ", page, flags=re.MULTILINE)
     assert listed[:5] == list(STAGES)
     assert sorted(listed) == sorted(COMMANDS)
-    assert page.index("The five stages") < page.index("Looking, listing, importing")
+    assert page.index("The five stages") < page.index("Looking at images and runs")
 
 
 def test_short_help_and_no_command_at_all(cli):
@@ -308,8 +304,8 @@ def test_restart_forgets_the_saved_run(cli, run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train-vae", "--steps", 3, "--epochs", 1), "--epochs stands in place of --steps: give one of them"),
-        (("generate", "--num-images", 3, "--interpolate", "1,2"), "--interpolate stands in place of --num-images"),
+        (("train-vae", "--steps", 3, "--epochs", 1), "--epochs replaces --steps: give only one of them"),
+        (("generate", "--num-images", 3, "--interpolate", "1,2"), "--interpolate replaces --num-images"),
         (("generate", "--frames", 5), "--frames does nothing without --interpolate"),
         (("generate", "--guidance-interval", "0,0.5"), "--guidance-interval does nothing without --class"),
     ],
@@ -443,7 +439,7 @@ def test_presets_of_no_size(cli, resolution):
 def test_presets_numbers_are_plausible(cli):
     """Parameters against a count of what is built, and the original's against what its authors said."""
     from lightdiff.models.vae import VAE
-    from lightdiff.options import build, read_settings
+    from lightdiff.options import build, preset_layer
 
     rows = [re.split(r" *[│┃] *", line)[1:-1] for line in cli("presets", "--resolution", 256).stdout.splitlines()]
     kinds = {kind: [row for row in rows if len(row) == 6 and row[1] == kind] for kind in ("VAE", "U-Net")}
@@ -457,7 +453,7 @@ def test_presets_numbers_are_plausible(cli):
         adamw = row in (kinds["VAE"][3], kinds["U-Net"][3])  # the original; else Muon, but for some small weights
         assert fixed == pytest.approx((20 if adamw else 16.1) * parameters, rel=0.02, abs=0.7)  # bytes a parameter
         assert image > 0
-    chosen = build(settings.TrainVAESettings, [read_settings(PRESET_FOLDER / "vae-tiny.toml")]).model.resolved(256)
+    chosen = build(settings.TrainVAESettings, [preset_layer("vae", "tiny")]).model.resolved(256)
     assert f"{sum(p.numel() for p in VAE(chosen).parameters()) / 1e6:.2f}" == f"{sizes['VAE'][0]:.2f}"
 
 
@@ -494,7 +490,7 @@ def test_show_puts_settings_that_differ_first(cli, trained, stage):
     assert table["--batch-size"] == ["6", "16" if stage == "vae" else "32"]
     assert table["--lr"] == ["0.002"]
     model = MODELS[f"train-{stage}"]
-    assert set(table) == {f"--{flag(path)}" for path in typed(model) if path[0] not in model.NOT_SAVED}
+    assert set(table) == {f"--{flag(model, path)}" for path in flag_fields(model) if path[0] not in model.NOT_SAVED}
 
 
 def test_show_as_json(cli, trained):

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
+from lightdiff.runtime.background import Background, prefetch
 from torch import nn
 
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.runtime import processes as compute
-from lightdiff.runtime.background import Background, prefetch
 from lightdiff.runtime.processes import (
     autocast,
     cast_weights,

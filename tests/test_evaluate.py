@@ -20,11 +20,12 @@ from lightdiff.data.files import ImageFile
 from lightdiff.extras import distances, evaluate
 from lightdiff.extras.evidence import evaluated
 from lightdiff.extras.features import Features
+from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
-from lightdiff.settings import EvaluateSettings, ImageSettings, VAELossSettings
+from lightdiff.settings import ImageSettings, VAELossSettings
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("skimage")

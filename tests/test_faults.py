@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from lightdiff.stages.start import resumed
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
@@ -22,7 +23,6 @@ from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import TrainVAESettings, VAESettings
-from lightdiff.stages.start import resumed
 from lightdiff.stages.train_vae import network
 
 HOME = Path(__file__).parent.parent

@@ -5,37 +5,40 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import typer
 from hypothesis import given as arbitrary
 from hypothesis import settings as profile
 from hypothesis import strategies as st
+from pydantic import Field
 from typer.testing import CliRunner
 
-from lightdiff import settings
-from lightdiff.cli import PRESET_FOLDER, PRESETS
+from lightdiff import options, settings
+from lightdiff.cli import COMMANDS
 from lightdiff.errors import UserError
+from lightdiff.extras import settings as extras_settings
+from lightdiff.extras.settings import DemoSettings
 from lightdiff.options import (
+    PRESETS,
     Layer,
     build,
     command,
     default_of,
     defaults,
-    described,
     flag,
-    given,
+    flag_fields,
+    format_value,
     leaves,
     merge,
     nest,
     option,
     panel,
+    preset_layer,
     read_settings,
-    typed,
 )
 from lightdiff.settings import (
-    DemoSettings,
     EncodeSettings,
     GenerateSettings,
     LoopSettings,
@@ -47,6 +50,7 @@ from lightdiff.settings import (
     VAESettings,
 )
 
+PRESET_FOLDER = Path(options.__file__).parent / "presets"
 PROPERTY = profile(deadline=None, max_examples=150, derandomize=True, database=None)
 STAGES = [TrainVAESettings, EncodeSettings, ScaleSettings, TrainUNetSettings, GenerateSettings, DemoSettings]
 LAYERS = st.recursive(
@@ -56,6 +60,17 @@ LAYERS = st.recursive(
     ),
     max_leaves=6,
 )  # as in real layers, a name holds always a value or always a nested layer
+
+
+class Node(Settings):
+    """Settings that hold settings of the same kind."""
+
+    lr: int = 0
+    seed: int = 0
+    steps: int = 0
+    epochs: int = Field(0, json_schema_extra={"replaces": "steps"})
+    loop: "Node | None" = None
+    model: "Node | None" = None
 
 
 def flat(layer: Layer, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -100,7 +115,7 @@ def refused(model: type[Settings], layer: Layer) -> list[str]:
 @arbitrary(LAYERS, LAYERS)
 def test_the_later_layer_wins(below: Layer, above: Layer) -> None:
     before = json.dumps([below, above])
-    merged, low, high = flat(merge(below, above)), flat(below), flat(above)
+    merged, low, high = flat(merge(Node, below, above)), flat(below), flat(above)
     assert json.dumps([below, above]) == before
     for path, value in high.items():
         assert merged[path] == value
@@ -114,13 +129,13 @@ def test_the_later_layer_wins(below: Layer, above: Layer) -> None:
 @PROPERTY
 @arbitrary(LAYERS, LAYERS, LAYERS)
 def test_merging_is_associative(a: Layer, b: Layer, c: Layer) -> None:
-    assert merge(merge(a, b), c) == merge(a, merge(b, c))
+    assert merge(Node, merge(Node, a, b), c) == merge(Node, a, merge(Node, b, c))
 
 
 @PROPERTY
 @arbitrary(LAYERS)
 def test_an_empty_layer_changes_nothing(layer: Layer) -> None:
-    assert merge(layer, {}) == merge({}, layer) == merge(layer, layer) == layer
+    assert merge(Node, layer, {}) == merge(Node, {}, layer) == merge(Node, layer, layer) == layer
 
 
 @pytest.mark.parametrize(
@@ -139,13 +154,14 @@ def test_an_empty_layer_changes_nothing(layer: Layer) -> None:
 def test_later_steps_overrule_earlier_epochs(layers: list[Layer], expected: Layer) -> None:
     whole: Layer = {}
     for layer in layers:
-        whole = merge(whole, layer)
+        whole = merge(Node, whole, layer)
     assert whole == expected
 
 
 def test_a_value_replaces_a_layer_and_a_list_replaces_a_list() -> None:
-    assert merge({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
-    assert merge({"a": [1, 2]}, {"a": [3]}) == {"a": [3]}
+    assert merge(Node, {"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    assert merge(Node, {"loop": {"lr": 1}}, {"loop": 2}) == {"loop": 2}
+    assert merge(Node, {"a": [1, 2]}, {"a": [3]}) == {"a": [3]}
 
 
 @pytest.mark.parametrize("model", STAGES)
@@ -174,11 +190,11 @@ def test_a_partial_layer_keeps_the_stages_own_defaults() -> None:
 
 
 @pytest.mark.parametrize("model", STAGES)
-def test_flags_are_unique_and_fields_described(model: type[Settings]) -> None:
+def test_flags_are_unique_and_fields_format_value(model: type[Settings]) -> None:
     fields = dict(leaves(model))
-    names = Counter(flag(path) for path in fields)
+    names = Counter(flag(model, path) for path in fields)
     names.update(["settings", "dry-run", "preset", "help"])
-    names.update(f"no-{flag(path)}" for path, field in fields.items() if field.annotation is bool)
+    names.update(f"no-{flag(model, path)}" for path, field in fields.items() if field.annotation is bool)
     assert not [name for name, count in names.items() if count > 1]
     for path, field in fields.items():
         assert field.description, path
@@ -196,14 +212,14 @@ def test_options_say_nothing_unless_given(model: type[Settings]) -> None:
 def test_help_names_every_flag(model: type[Settings]) -> None:
     result = CliRunner().invoke(app_of(model), ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}, terminal_width=200)
     assert result.exit_code == 0
-    for path in typed(model):
-        assert f"--{flag(path)}" in result.output
+    for path in flag_fields(model):
+        assert f"--{flag(model, path)}" in result.output
 
 
 def test_flags_panels_and_defaults_of_some_fields() -> None:
-    assert flag(("loop", "lr")) == "lr"
-    assert flag(("images", "random_crop")) == "random-crop"
-    assert flag(("model", "encoder_channels")) == "model.encoder-channels"
+    assert flag(TrainVAESettings, ("loop", "lr")) == "lr"
+    assert flag(TrainVAESettings, ("images", "random_crop")) == "random-crop"
+    assert flag(TrainVAESettings, ("model", "encoder_channels")) == "model.encoder-channels"
     assert panel(TrainVAESettings, ("run",)) == "Options"
     assert panel(TrainVAESettings, ("loop", "lr")) == "Training"
     assert default_of(TrainVAESettings, ("loop", "lr")) == 2e-3
@@ -218,7 +234,7 @@ def test_flags_panels_and_defaults_of_some_fields() -> None:
     ],
 )  # fmt: skip
 def test_defaults_as_help_shows_them(value: Any, text: str) -> None:
-    assert described(value) == text
+    assert format_value(value) == text
 
 
 @pytest.mark.parametrize(
@@ -239,14 +255,13 @@ def test_no_level_is_another_thing_than_not_given() -> None:
 
 
 def test_lists_of_real_numbers_and_of_folders(tmp_path: Path) -> None:
-    assert given(dict(leaves(TrainUNetSettings))[("latent", "shift")], "0.5,-1") == ["0.5", "-1"]
+    assert TrainUNetSettings.model_validate({"latent": {"shift": "0.5,-1"}}).latent.shift == (0.5, -1.0)
     one, two = tmp_path / "a,b", tmp_path / "c"
     assert parsed(TrainVAESettings, "--data", str(one), "--data", str(two)).images.data == (one, two)
 
 
 def test_text_is_not_split() -> None:
-    field = dict(leaves(GenerateSettings))[("name",)]
-    assert given(field, "a,b") == "a,b"
+    assert parsed(GenerateSettings, "--name", "a,b").name == "a,b"
     assert parsed(GenerateSettings, "--name", "none").name == "none"
     assert parsed(GenerateSettings, "--class", "none").class_ == ("none",)  # a class may be called that
     assert parsed(TrainVAESettings, "--background", "none").images.background == "none"
@@ -307,24 +322,27 @@ def test_steps_or_epochs_whichever_was_said_last(
     assert steps is None or loop.steps == steps
 
 
-def test_layers_of_a_command(tmp_path: Path) -> None:
+def test_layers_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Layer] = []
 
-    def inherit(said: Layer) -> list[Layer]:
+    def inherit(said: Layer) -> Layer:
         asked.append(said)
-        return [{"loop": {"lr": 2.0, "clip": 2.0, "beta2": 0.2, "seed": 2}}]
+        return {"loop": {"lr": 2.0, "clip": 2.0, "beta2": 0.2, "seed": 2}}
 
     file = tmp_path / "a.toml"
     file.write_text("[loop]\nclip = 3.0\nbeta2 = 0.3\n[model]\ngroups = 3\n")
-    built = parsed(
-        TrainVAESettings, "--preset", "p", "--settings", str(file), "--beta2", "0.4", inherit=inherit,
-        preset=lambda name: {"loop": {"lr": 1.0, "clip": 1.0, "keep": 1}, "model": {"mid_blocks": len(name)}},
-        presets=("p", "q"),
-    )  # fmt: skip
+
+    def preset(family: str, name: str) -> Layer:
+        assert family == "some"
+        return {"loop": {"lr": 1.0, "clip": 1.0, "keep": 1}, "model": {"mid_blocks": len(name)}}
+
+    monkeypatch.setattr(options, "preset_layer", preset)
+    arguments = ["--preset", "tiny", "--settings", str(file), "--beta2", "0.4"]
+    built = parsed(TrainVAESettings, *arguments, inherit=inherit, presets="some")
     assert asked == [{"loop": {"clip": 3.0, "beta2": 0.4}, "model": {"groups": 3}}]
     loop = built.loop
     assert (loop.keep, loop.lr, loop.seed, loop.clip, loop.beta2) == (1, 2.0, 2, 3.0, 0.4)
-    assert (built.model.groups, built.model.mid_blocks, loop.steps) == (3, 1, 20_000)
+    assert (built.model.groups, built.model.mid_blocks, loop.steps) == (3, 4, 20_000)
 
 
 @pytest.mark.parametrize("model", STAGES)
@@ -337,6 +355,65 @@ def test_what_a_dry_run_prints_can_be_read_back(model: type[Settings], suffix: s
     file = tmp_path / f"saved.{suffix}"
     file.write_text(result.output)
     assert parsed(model, "--settings", str(file)) == parsed(model, "--run", str(tmp_path))
+
+
+# --- groups that may hold several models -----------------------------------------------------------------------------
+
+
+class Round(Settings):
+    """One kind."""
+
+    kind: Literal["round"] = Field("round", description="kind of thing")
+    radius: int = Field(1, description="half of its width")
+    blocks: tuple[int, ...] = Field((1,), description="some numbers")
+
+
+class Square(Settings):
+    """Another kind."""
+
+    kind: Literal["square"] = Field("square", description="kind of thing")
+    side: int = Field(2, ge=1, description="length of a side")
+    blocks: tuple[int, ...] = Field((2,), description="some numbers")
+
+
+class Drawing(Settings):
+    """A thing of one of two kinds."""
+
+    model: Annotated[Round | Square, Field(discriminator="kind")] = Field(
+        Round(), title="Thing", json_schema_extra={"prefix": True}
+    )
+
+
+def test_the_first_model_has_the_flags_and_all_can_be_chosen() -> None:
+    assert [flag(Drawing, path) for path in flag_fields(Drawing)] == ["model.kind", "model.radius", "model.blocks"]
+    assert parsed(Drawing) == Drawing()
+    assert parsed(Drawing, "--model.radius", "3").model == Round(radius=3)
+    assert parsed(Drawing, "--model.kind", "square", "--model.blocks", "7,8").model == Square(blocks=(7, 8))
+    assert said_wrong(Drawing, "--model.kind", "square", "--model.radius", "3") == [
+        "--model.radius: a model of the kind that is chosen has no such setting"
+    ]
+
+
+def test_a_layer_of_another_model_replaces_the_group() -> None:
+    square: Layer = {"model": {"kind": "square", "side": 5}}
+    assert build(Drawing, [{"model": {"radius": 9, "blocks": [3]}}, square]).model == Square(side=5)
+    assert build(Drawing, [square, {"model": {"blocks": [3]}}]).model == Square(side=5, blocks=(3,))
+    assert build(Drawing, [square, {"model": {"kind": "square", "blocks": [3]}}]).model == Square(side=5, blocks=(3,))
+    assert build(Drawing, [square, {"model": {"kind": "round", "radius": 3}}]).model == Round(radius=3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"kind": "square", "side": 0}, "--model.side: "),
+        ({"kind": "flat"}, "--model.*: "),
+        ({"kind": "square", "blocks": "ab"}, "--model.blocks: "),
+        ({"kind": "square", "hue": 1}, "unknown setting model.hue"),
+    ],
+)
+def test_wrong_values_of_another_model_are_named_without_it(layer: Layer, message: str) -> None:
+    (line,) = refused(Drawing, {"model": layer})
+    assert line.startswith(message)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -354,6 +431,13 @@ def test_what_a_dry_run_prints_can_be_read_back(model: type[Settings], suffix: s
 def test_settings_files(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_settings(tmp_path / name) == {"run": "ä", "loop": {"lr": 0.5}}
+
+
+def test_lists_may_be_typed_as_text_in_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[model]\nencoder_channels = '8, 16'\ndecoder_channels = 'none'\n")
+    model = parsed(TrainVAESettings, "--settings", str(tmp_path / "a.toml")).model
+    assert (model.encoder_channels, model.decoder_channels) == ((8, 16), ())
+    assert refused(TrainVAESettings, {"images": {"data": "a,b"}})[0].startswith("--data: ")  # folders are no such list
 
 
 def test_a_names_comma_is_kept_in_quotes() -> None:
@@ -376,6 +460,34 @@ def test_a_names_comma_is_kept_in_quotes() -> None:
 def test_flags_that_would_do_nothing_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parsed(TrainUNetSettings, *flags)
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    [
+        ("[target]\nmin_snr_gamma = 3", [], "--min-snr-gamma does nothing without --loss-weight min-snr"),
+        ("[target]\nmin_snr_gamma = 3", ["--loss-weight", "min-snr"], ""),
+        ("[target]\nmin_snr_gamma = 5.0", [], ""),  # the default, as a settings.json has it
+        ("label_dropout = 0.2", ["--lr", "1"], "--label-dropout does nothing without --label"),
+        ("loop = 3", [], "--loop.*: "),
+    ],
+)
+def test_values_of_a_file_that_would_do_nothing_are_refused(
+    tmp_path: Path, file: str, flags: list[str], message: str
+) -> None:
+    (tmp_path / "a.toml").write_text(file)
+    arguments = ["--settings", str(tmp_path / "a.toml"), *flags]
+    if message:
+        assert said_wrong(TrainUNetSettings, *arguments)[0].startswith(message)
+    else:
+        parsed(TrainUNetSettings, *arguments)
+
+
+@pytest.mark.parametrize("model", [row.model for row in COMMANDS.values()])
+def test_what_fields_say_of_other_fields_names_them(model: type[Settings]) -> None:
+    for path, field in leaves(model):
+        for said in (options.extra(field, "needs"), options.extra(field, "replaces")):
+            assert not said or (*path[:-1], said.partition("=")[0]) in dict(leaves(model))
 
 
 def test_flags_that_belong_to_a_choice_go_with_it() -> None:
@@ -465,7 +577,7 @@ def test_wrong_u_nets(layer: Layer, message: str) -> None:
 
 
 FLOW_APART = "rectified flow and its schedule belong together"
-NOISE_ALONE = "--zero-terminal-snr: the flow schedule ends with noise alone anyway"
+NOISE_ALONE = "--zero-terminal-snr: the flow schedule ends with pure noise anyway"
 
 
 @pytest.mark.parametrize(
@@ -550,8 +662,8 @@ def test_numbers_that_are_none_are_refused(name: str, number: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("resolution", [32, 64, 256])
 def test_presets_build(name: str, resolution: int) -> None:
-    vae = build(TrainVAESettings, [defaults(TrainVAESettings), read_settings(PRESET_FOLDER / f"vae-{name}.toml")])
-    unet = build(TrainUNetSettings, [defaults(TrainUNetSettings), read_settings(PRESET_FOLDER / f"unet-{name}.toml")])
+    vae = build(TrainVAESettings, [preset_layer("vae", name)])
+    unet = build(TrainUNetSettings, [preset_layer("unet", name)])
     network = vae.model.resolved(resolution)
     assert resolution % network.factor == 0
     assert network == network.resolved(resolution)
@@ -573,7 +685,8 @@ def test_the_small_preset_is_the_default(network: str, model: type[Settings]) ->
 
 
 def test_every_settings_model_is_frozen_and_described() -> None:
-    models = [kind for kind in vars(settings).values() if isinstance(kind, type) and issubclass(kind, Settings)]
+    kinds = [*vars(settings).values(), *vars(extras_settings).values()]
+    models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
     assert {*STAGES, LoopSettings} <= set(models)
     for model in models:
         assert model.__doc__

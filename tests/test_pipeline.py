@@ -18,13 +18,14 @@ from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_in
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.extras import demo
+from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling, latents_behind, sample_latents, vae_behind
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import pick_compile
 from lightdiff.settings import (
-    DemoSettings,
     EncodeSettings,
     GenerateSettings,
     JobSettings,
@@ -32,7 +33,7 @@ from lightdiff.settings import (
     TrainUNetSettings,
     TrainVAESettings,
 )
-from lightdiff.stages import demo, encode, generate, scale, train_unet, train_vae
+from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 
 LOOP = {"steps": 4, "batch_size": 8, "workers": 0, "val_every": 2, "save_every": 2, "warmup_steps": 0}
 

@@ -22,8 +22,7 @@ from lightdiff.data.latents import LatentSet, read_index
 from lightdiff.errors import LostContact
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import DistEnv, first_host
-from lightdiff.runtime.processes import Processes, explain_lost_contact
+from lightdiff.runtime.processes import DistEnv, Processes, explain_lost_contact, first_host
 
 HOME = Path(__file__).parent.parent
 

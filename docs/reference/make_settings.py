@@ -6,24 +6,15 @@ Run it after a change of `lightdiff/settings.py`; it imports no torch.
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lightdiff import settings
-from lightdiff.options import DOTTED, default_of, described, flag, panel, parsed_as, typed
+from lightdiff.cli import COMMANDS
+from lightdiff.options import default_of, extra, flag, flag_fields, format_value, panel, plain
 
 PAGE = Path(__file__).with_name("settings.md")
-COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset or without
-    "train-vae": (settings.TrainVAESettings, True),
-    "encode": (settings.EncodeSettings, False),
-    "scale": (settings.ScaleSettings, False),
-    "train-unet": (settings.TrainUNetSettings, True),
-    "generate": (settings.GenerateSettings, False),
-    "demo": (settings.DemoSettings, False),
-    "evaluate": (settings.EvaluateSettings, False),
-    "sweep": (settings.SweepSettings, False),
-}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
 # Every setting
@@ -43,13 +34,13 @@ preset, what an earlier stage or a stopped run saved, the settings file, flags.
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRO, *(section(name, model) for name, (model, _) in COMMANDS.items())])
+    return "\n".join([INTRO, *(section(name, command.model) for name, command in COMMANDS.items())])
 
 
-def section(name: str, model: type[settings.Settings]) -> str:
+def section(name: str, model: type[BaseModel]) -> str:
     """A command: its purpose and its tables."""
     parts = [f"## {name}\n\n{(model.__doc__ or '').strip()}\n"]
-    for title, rows in groupby(typed(model).items(), key=lambda leaf: panel(model, leaf[0])):
+    for title, rows in groupby(flag_fields(model).items(), key=lambda leaf: panel(model, leaf[0])):
         lines = ["| Flag | Default | Values | Meaning |", "| --- | --- | --- | --- |"]
         lines += [row(model, path, field) for path, field in rows]
         group = f"### {name}: {title}\n\n" if title != "Options" else ""
@@ -57,38 +48,32 @@ def section(name: str, model: type[settings.Settings]) -> str:
     return "\n".join(parts)
 
 
-def row(model: type[settings.Settings], path: tuple[str, ...], field: FieldInfo) -> str:
+def row(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> str:
     """A setting's row of its table."""
     default = default_of(model, path)
-    shown = described(default.as_posix() if isinstance(default, Path) else default)
-    cells = [f"`{spelled(path, field)}`", f"`{shown}`" if shown else "", values(field), field.description or ""]
+    shown = format_value(default.as_posix() if isinstance(default, Path) else default)
+    name = flag(model, path)
+    switch = field.annotation is bool and "." not in name
+    spelled = f"--{name}/--no-{name}" if switch else f"--{name}"
+    cells = [f"`{spelled}`", f"`{shown}`" if shown else "", values(field), field.description or ""]
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def spelled(path: tuple[str, ...], field: FieldInfo) -> str:
-    """A setting's flag as it is typed: `--flip`, `--no-flip` where it is a switch."""
-    name = flag(path)
-    switch = field.annotation is bool and DOTTED not in path[:-1]
-    return f"--{name}/--no-{name}" if switch else f"--{name}"
 
 
 def values(field: FieldInfo) -> str:
     """What a setting may be: its choices, its kind where that is not plain, its bounds."""
     pairs = [(sign, getattr(m, name, None)) for m in field.metadata for name, sign in SIGNS.items()]
     limits = [f"{sign} {bound:g}" for sign, bound in pairs if bound is not None]
-    return ", ".join([*kind(field.annotation), *limits])
+    return ", ".join([*kind(field), *limits])
 
 
-def kind(annotation: Any) -> list[str]:
-    """An annotation in words; nothing for a plain text."""
+def kind(field: FieldInfo) -> list[str]:
+    """A field's type in words; nothing for a plain text."""
+    annotation = plain(field.annotation)
     if get_origin(annotation) is Literal:
         return [" ".join(f"`{choice}`" for choice in get_args(annotation))]
     if get_origin(annotation) is tuple:
-        if parsed_as(annotation) == list[str]:
-            return ["`NAME=VALUES`"]
-        return ["paths" if get_args(annotation)[0] is Path else "list of numbers"]
-    if type(None) in get_args(annotation):  # optional
-        return kind(Union[tuple(a for a in get_args(annotation) if a is not type(None))])  # noqa: UP007
+        items = {Path: "paths", str: "list of names"}.get(plain(get_args(annotation)[0]), "list of numbers")
+        return ["`NAME=VALUES`" if extra(field, "repeated").startswith("NAME") else items]
     return {bool: ["`on` `off`"], int: ["whole number"], float: ["number"], Path: ["path"]}.get(annotation, [])
 
 

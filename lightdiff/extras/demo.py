@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder, ensure_writable
 from lightdiff.runtime.progress import console
 from lightdiff.settings import (
-    DemoSettings,
     EncodeSettings,
     GenerateSettings,
     ImageSettings,

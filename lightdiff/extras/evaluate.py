@@ -22,6 +22,7 @@ from lightdiff.extras.distances import FEWEST, Found, copies, frechet, kernel, n
 from lightdiff.extras.evidence import NETWORK
 from lightdiff.extras.features import EVAL, Features, features_of, load_features
 from lightdiff.extras.latent_facts import ACTIVE, evenly
+from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.losses import kl_per_element, psnr
 from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
@@ -32,7 +33,6 @@ from lightdiff.runtime.processes import Means, Processes, pick_workers
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
-    EvaluateSettings,
     GenerateSettings,
     ImageSettings,
     TrainUNetSettings,

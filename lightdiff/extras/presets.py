@@ -1,7 +1,5 @@
 """presets: the packaged sets of architecture settings, with parameters and memory."""
 
-from pathlib import Path
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -9,28 +7,28 @@ from torch import Tensor, nn
 
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.options import build, read_settings
+from lightdiff.options import PRESETS, build, preset_layer
 from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.loop import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 
 
-def show_presets(resolution: int, names: tuple[str, ...], folder: Path) -> None:
+def show_presets(resolution: int) -> None:
     """Print each preset's networks for images of a size: parameters, and memory to train them in float32."""
     table = Table(
         title=f"Presets at {resolution} px: memory to train in fp32 = fixed part + so much an image of a micro-batch"
     )
     for heading in ("preset", "network", "widths", "parameters", "fixed", "an image"):
         table.add_column(heading, justify="left" if heading in ("preset", "network", "widths") else "right")
-    for name in names:
-        vae_settings = build(TrainVAESettings, [read_settings(folder / f"vae-{name}.toml")])
+    for name in PRESETS:
+        vae_settings = build(TrainVAESettings, [preset_layer("vae", name)])
         vae = vae_settings.model.resolved(resolution)
         if resolution % vae.factor:
             table.add_row(name, "VAE", joined(vae.encoder_channels), f"needs images divisible by {vae.factor}", "", "")
             continue
         side = resolution // vae.factor
-        unet_settings = build(TrainUNetSettings, [read_settings(folder / f"unet-{name}.toml")])
+        unet_settings = build(TrainUNetSettings, [preset_layer("unet", name)])
         unet = unet_settings.model.resolved(side)
         with torch.device("meta"):  # shapes alone: no memory, no time
             image = torch.zeros(1, vae.image_channels, resolution, resolution)

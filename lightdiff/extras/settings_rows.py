@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lightdiff.options import default_of, described, flag, typed
+from lightdiff.options import default_of, flag, flag_fields, format_value
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
 MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
@@ -29,19 +29,19 @@ class Row(NamedTuple):
 def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]:
     """Saved settings (JSON) of a model's kind: first what differs from the defaults, then the rest.
 
-    What is not saved, because it was said for one start alone, is left out, and so is what has no flag.
+    Settings of a single start, which are not saved, are left out, and so are those without a flag.
     """
     rows = []
-    for path in typed(model):
+    for path in flag_fields(model):
         try:
             value = reduce(getitem, path, settings)
         except KeyError:
             continue
         default = json.loads(json.dumps(default_of(model, path), default=str))
-        rows.append(Row(flag(path), words(value), words(default)))
+        rows.append(Row(flag(model, path), words(value), words(default)))
     return sorted(rows, key=lambda row: not row.differs)
 
 
 def words(value: Any) -> str:
     """A setting's value as one types it."""
-    return described(value) or "-"
+    return format_value(value) or "-"

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
+from lightdiff.runtime import WORKER_FOLDER
 from lightdiff.settings import JobSettings
 
-FOLDER = "LIGHTDIFF_LAUNCH"  # where workers leave their reports; set for them alone
 FATAL = 2  # a mistake of the user's: starting again would not help
 
 
@@ -41,29 +41,9 @@ class WorkerReport:
     lost_contact: bool
 
 
-def is_worker() -> bool:
-    """Whether this process was started by `launch`."""
-    return FOLDER in os.environ
-
-
-def rank() -> int:
-    """This process's number in its run, 0 where it is alone; without torch."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def restarted() -> bool:
-    """Whether torch's elastic agent has started this process again after one has died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def may_restart_elsewhere() -> bool:
-    """Whether agents on several machines may start processes again, each counting its own restarts."""
-    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
 def register_worker() -> None:
     """Leave this worker's pid, so that signals can be passed on to it."""
-    folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
+    folder, rank = Path(os.environ[WORKER_FOLDER]), os.environ["RANK"]
     for report in folder.glob("report-*.json"):
         if json.loads(report.read_text())["exit_code"] == FATAL:
             sys.exit(FATAL)
@@ -73,14 +53,11 @@ def register_worker() -> None:
     write(folder / f"pid-{rank}", str(os.getpid()))
 
 
-def send_report(error: LightdiffError) -> bool:
-    """Leave an error for the launching process; False if this is no worker."""
-    if not is_worker():
-        return False
+def send_report(error: LightdiffError) -> None:
+    """Leave an error for the launching process."""
     rank = int(os.environ["RANK"])
     report = WorkerReport(rank, str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
-    write(Path(os.environ[FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
-    return True
+    write(Path(os.environ[WORKER_FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
 
 
 def write(path: Path, text: str) -> None:
@@ -121,7 +98,7 @@ class Launch:
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.job.nproc_per_node)))
         os.environ["LIGHTDIFF_STARTED"] = str(STARTED)
-        os.environ[FOLDER] = str(self.folder)
+        os.environ[WORKER_FOLDER] = str(self.folder)
         agent = threading.Thread(target=self._agent, daemon=True)
         try:
             with handling(self._on_signal):
@@ -133,7 +110,7 @@ class Launch:
                         with suppress(OSError):
                             os.kill(pid, signal.SIGTERM)
         finally:
-            del os.environ[FOLDER]
+            del os.environ[WORKER_FOLDER]
         self._conclude()
 
     def _agent(self) -> None:

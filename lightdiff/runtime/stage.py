@@ -20,9 +20,8 @@ from torch import nn
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
-from lightdiff.runtime import resume
+from lightdiff.runtime import may_restart_elsewhere, restarted, resume
 from lightdiff.runtime.compile import pick_compile
-from lightdiff.runtime.launcher import may_restart_elsewhere, restarted
 from lightdiff.runtime.processes import (
     DistEnv,
     Processes,

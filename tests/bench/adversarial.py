@@ -24,17 +24,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightdiff.checkpoint import Checkpoint, load_weights
-from lightdiff.data.files import full_paths
+from lightdiff.data.files import full_paths, list_images
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
 from lightdiff.data.loading import BadFiles
 from lightdiff.losses import vae_loss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
-from lightdiff.runtime.processes import pick_device, pick_precision
-from lightdiff.runtime.processes import init_distributed
+from lightdiff.runtime.processes import init_distributed, pick_device, pick_precision
 from lightdiff.settings import TrainVAESettings, with_changes
-from lightdiff.data.files import list_images
 from lightdiff.stages.train_vae import VAETask, perceptual
 from lightdiff.training.loop import Batch, Trainer
 from tests.bench.recipe import Work, left_out

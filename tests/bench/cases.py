@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
@@ -26,10 +25,9 @@ from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.losses import vae_loss
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.options import read_settings
+from lightdiff.options import preset_layer
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import compile_network, keep_memory, pick_compile, pick_precision, place
-from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.processes import Processes, compile_network, keep_memory, pick_compile, pick_precision, place
 from lightdiff.settings import (
     ImageSettings,
     JobSettings,
@@ -49,8 +47,8 @@ from tests.bench import peers
 from tests.bench.contest import Case, Work, flops_of, parameters_of
 
 STEPS = 1000  # of the run that timed steps belong to
-ORIGINAL_UNET = read_settings(PRESET_FOLDER / "unet-original.toml")["model"]
-ORIGINAL_VAE = read_settings(PRESET_FOLDER / "vae-original.toml")["model"]
+ORIGINAL_UNET = preset_layer("unet", "original")["model"]
+ORIGINAL_VAE = preset_layer("vae", "original")["model"]
 SMALL, LARGE = (32, 64, 128, 256), (128, 256, 512, 1024)  # widths of the original's U-Nets
 ROOMS: list[Any] = []  # temporary folders of this process, which go when it ends
 

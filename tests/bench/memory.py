@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from lightdiff.cli import PRESET_FOLDER
-from lightdiff.options import read_settings
+from lightdiff.options import PRESETS, preset_layer
 from tests.bench.cases import train_unet_step, train_vae_step
 from tests.bench.contest import timed
 
@@ -15,12 +14,12 @@ BATCHES = (8, 32, 128)
 def table(device: torch.device) -> list[dict[str, Any]]:
     """One row for each preset and batch: bytes with all activations stored, and with them recomputed."""
     rows = []
-    for path in sorted(PRESET_FOLDER.glob("*.toml")):
-        model = read_settings(path)["model"]
+    for network, name in ((network, name) for network in ("unet", "vae") for name in sorted(PRESETS)):
+        preset, model = f"{network}-{name}", preset_layer(network, name)["model"]
         for batch in BATCHES:
-            row: dict[str, Any] = {"preset": path.stem, "batch": batch}
+            row: dict[str, Any] = {"preset": preset, "batch": batch}
             for name, again in (("kept", False), ("computed again", True)):
-                row[name] = peak_of(path.stem, model, batch, again, device)
+                row[name] = peak_of(preset, model, batch, again, device)
             rows.append(row)
             print(row, flush=True)
     return rows

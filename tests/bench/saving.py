@@ -17,11 +17,9 @@ import torch.nn.functional as F
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.models.unet import UNet
-from lightdiff.options import read_settings
-from lightdiff.runtime.processes import pick_device, pick_precision, place
-from lightdiff.runtime.processes import Processes
+from lightdiff.options import preset_layer
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision
 from lightdiff.settings import LoopSettings, UNetSettings
 from lightdiff.training.loop import Trainer
 
@@ -63,7 +61,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = pick_device("auto")
     size = chosen.batch_size or (64 if device.type == "cuda" else 4)
-    settings = UNetSettings.model_validate(read_settings(PRESET_FOLDER / f"unet-{chosen.preset}.toml")["model"])
+    settings = UNetSettings.model_validate(preset_layer("unet", chosen.preset)["model"])
     precision = pick_precision("auto", device)
     loop = LoopSettings(batch_size=size, precision=precision)
     trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]

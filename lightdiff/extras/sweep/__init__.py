@@ -9,6 +9,7 @@ from typing import Any
 from lightdiff.data.latents import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.estimate import words
+from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.sweep.outcome import conclude
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
 from lightdiff.run_folder import atomic_link, atomic_write_text
@@ -18,7 +19,6 @@ from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     JobSettings,
     StageSettings,
-    SweepSettings,
     TrainUNetSettings,
     TrainVAESettings,
     with_changes,

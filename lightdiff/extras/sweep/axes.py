@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
-from lightdiff.options import Layer, flag, given, nest, parsed_as, typed
+from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, plain, takes_commas
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -16,9 +15,9 @@ from lightdiff.settings import (
     StageSettings,
     TrainUNetSettings,
     TrainVAESettings,
+    parse_list,
 )
 
-Where = tuple[str, ...]
 STAGES: dict[str, type[StageSettings]] = {
     "train-vae": TrainVAESettings,
     "encode": EncodeSettings,
@@ -40,9 +39,9 @@ class Axis:
     texts: tuple[str, ...]
     values: tuple[Any, ...]
 
-    def layer(self, number: int) -> dict[str, Layer]:
+    def layer(self, number: int) -> Layer:
         """One of the values as a layer of its stage's settings."""
-        return {self.stage: nest({self.path: self.values[number]})}
+        return nest({self.path: self.values[number]})
 
 
 def axis(said: str, option: str = "--vary") -> Axis:
@@ -54,7 +53,7 @@ def axis(said: str, option: str = "--vary") -> Axis:
     name, _, text = said.partition("=")
     name = name.strip().removeprefix("--").replace("_", "-")
     stage, path = find(name, option)
-    info = typed(STAGES[stage])[path]
+    info = flag_fields(STAGES[stage])[path]
     texts = [text.strip()]
     if option == "--vary":
         lists = is_list(info)
@@ -77,9 +76,9 @@ def find(name: str, option: str) -> tuple[str, Where]:
     wanted = {first: STAGES[first]} if first in STAGES else STAGES
     short = rest if first in STAGES else name
     known = {
-        (stage, flag(path)): path
+        (stage, flag(model, path)): path
         for stage, model in STAGES.items()
-        for path in typed(model)
+        for path in flag_fields(model)
         if not {path[0], path[-1]} & NOT_VARIED
     }
     found = [(stage, known[stage, short]) for stage in wanted if (stage, short) in known]
@@ -98,12 +97,15 @@ def find(name: str, option: str) -> tuple[str, Where]:
 
 def is_list(info: FieldInfo) -> bool:
     """Whether a setting takes a list."""
-    return info.annotation is not str and parsed_as(info.annotation) in (str, list[Path])
+    return takes_commas(info) or bool(extra(info, "repeated"))
 
 
 def parsed(info: FieldInfo, text: str) -> Any:
     """A value as pydantic takes it."""
-    if is_list(info):
-        return given(info, text) if parsed_as(info.annotation) is str else [part.strip() for part in text.split(",")]
-    numbers = get_origin(info.annotation) is Literal and not isinstance(get_args(info.annotation)[0], str)
+    if extra(info, "repeated"):
+        return [part.strip() for part in text.split(",")]
+    if takes_commas(info):
+        return parse_list(info, text)
+    kind = plain(info.annotation)
+    numbers = get_origin(kind) is Literal and not isinstance(get_args(kind)[0], str)
     return int(text) if numbers and text.isdigit() else text

@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
-from lightdiff.extras.sweep.axes import Where
-from lightdiff.options import Layer, build, merge, nest
+from lightdiff.options import Layer, Where, build, merge, nest
 from lightdiff.pipeline import latents_behind
 from lightdiff.run_folder import RunFolder, find_unet, find_vae
-from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.stages.encode import VAE_COPY
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
@@ -83,7 +82,7 @@ class Base:
         its_own = self.vae_settings.images.model_dump(mode="json")
         said = {name: value for name, value in self.index.images.items() if its_own.get(name) != value}
         kept = {"dtype": self.index.dtype, "shard_size": self.index.shard_size}
-        return merge(layer, {**kept, "images": said, "compute": {"precision": self.index.precision}})
+        return merge(EncodeSettings, layer, {**kept, "images": said, "compute": {"precision": self.index.precision}})
 
     def scale_layer(self) -> Layer:
         """How its latents were scaled."""
@@ -100,7 +99,7 @@ def opened(settings: T) -> T:
     """The settings with what was filled in from others left open, so that it follows when those are varied."""
     whole = settings.resolved()
     for path, empty in FILLED_IN[type(settings)].items():
-        trial = type(settings).model_validate(merge(settings.model_dump(), nest({path: empty})))
+        trial = type(settings).model_validate(merge(type(settings), settings.model_dump(), nest({path: empty})))
         if trial.resolved() == whole:
             settings = trial
     return settings

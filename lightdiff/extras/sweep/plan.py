@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import latents_settings
 from lightdiff.errors import UserError
+from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.sweep.axes import STAGES, Axis, axis
 from lightdiff.extras.sweep.base import Base, finished
 from lightdiff.options import Layer, build, merge
@@ -25,7 +26,6 @@ from lightdiff.settings import (
     GenerateSettings,
     ScaleSettings,
     StageSettings,
-    SweepSettings,
     TrainUNetSettings,
     TrainVAESettings,
     flat,
@@ -121,7 +121,7 @@ class Plan:
         changes: dict[str, Layer] = {stage: {} for stage in STAGES}
         said = [*((axis, 0) for axis in self.fixed), *zip(self.axes, numbers, strict=True)]
         for one, number in said:
-            changes = merge(changes, one.layer(number))
+            changes[one.stage] = merge(STAGES[one.stage], changes[one.stage], one.layer(number))
         vae = build(TrainVAESettings, [self.base.vae_settings.model_dump(), changes["train-vae"]]).resolved()
         results: dict[Kind, Result] = {"vae": self._vae(vae)}
         if self.whole:

@@ -1,0 +1,75 @@
+"""Settings of the extras' commands. Nothing here imports torch, so that `--help` does not either."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from lightdiff.settings import ComputeSettings, Device, LPIPSNet, Settings, StageSettings
+
+
+class DemoSettings(Settings):
+    """Draw a data set of faces, then run all five stages on it: some four minutes on two cores."""
+
+    run: Path = Field(Path("runs/demo"), description="run folder")
+    resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
+    count: int = Field(4000, ge=16, description="faces to draw")
+    vae_steps: int = Field(450, ge=1, description="optimizer steps of the VAE")
+    unet_steps: int = Field(750, ge=1, description="optimizer steps of the U-Net")
+    seed: int = Field(0, ge=0, description="seed of the drawing, the training and the samples")
+    device: Device = Field("auto", description="where to compute; auto: the first available of cuda, mps, cpu")
+
+
+class EvaluateSettings(StageSettings):
+    """Measure reconstructions and samples: PSNR, SSIM, LPIPS, FID, KID, precision, recall, copies."""
+
+    NO_FLAG: ClassVar = frozenset({"compute.compile", "job.max_time"})
+
+    of: Literal["all", "vae", "unet"] = Field("all", description="what to measure")
+    unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
+    vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
+    samples: Path | None = Field(None, description="folder of samples; default: drawn with generate's defaults")
+    data: tuple[Path, ...] = Field(
+        (), json_schema_extra={"repeated": "FOLDER"}, description="folder of images; default: the VAE's training images"
+    )
+    num_images: int = Field(2000, ge=2, description="samples to draw")
+    num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
+    weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
+    features: Path | None = Field(
+        None,
+        json_schema_extra={"replaces": "weights"},
+        description="other weights of Inception; the numbers are then named after them",
+    )
+    lpips_net: LPIPSNet | None = Field(None, description="network behind LPIPS; default: the one the VAE trained with")
+    lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
+    batch_size: int = Field(50, ge=1, description="images per forward pass")
+    compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
+
+
+class SweepSettings(StageSettings):
+    """Vary one or two settings of a run, and show side by side what they do."""
+
+    NO_FLAG: ClassVar = frozenset({"job.nproc_per_node", "job.max_restarts", "job.timeout"})
+
+    run: Path = Field(Path("runs/default"), description="run folder whose settings are used, except what is varied")
+    vary: tuple[str, ...] = Field(
+        (),
+        json_schema_extra={"repeated": "NAME=..."},
+        description="a flag of any stage and its values: kl-beta=1e-4,1e-2; once, or twice for rows and columns",
+    )
+    set_: tuple[str, ...] = Field(
+        (),
+        json_schema_extra={"repeated": "NAME=..."},
+        description="a flag of any stage and one value for all cells: eta=1",
+    )
+    vae_steps: int = Field(0, ge=0, description="optimizer steps of each VAE; 0: as many as the run's")
+    unet_steps: int = Field(0, ge=0, description="optimizer steps of each U-Net; 0: as many as the run's")
+    until: Literal["vae", "images"] = Field("images", description="end with reconstructions, or with samples too")
+    num_images: int = Field(8, ge=1, le=64, description="images per cell")
+
+    @field_validator("vary")
+    @classmethod
+    def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) not in (1, 2):
+            raise ValueError("one setting or two can be varied, each as in --vary kl-beta=1e-4,1e-2")
+        return value
