@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +12,13 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
-from lightdiff.options import Layer, command, read_settings
+from lightdiff.options import Layer, command
+from lightdiff.presets import PRESETS, preset_layer
 from lightdiff.runtime import launcher
 from lightdiff.runtime.dist_env import may_restart_elsewhere, restarted
 
 STAGES = "The five stages"
 OTHERS = "Looking, listing, importing"
-PRESETS = ("tiny", "small", "base", "original")
-PRESET_FOLDER = Path(__file__).parent / "presets"
 
 app = typer.Typer(
     name="lightdiff",
@@ -43,11 +43,6 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """From a folder of images to a latent diffusion model of your own."""
-
-
-def preset_layer(network: str) -> Callable[[str], Layer]:
-    """Name of a preset -> its settings, for one of the networks."""
-    return lambda name: read_settings(PRESET_FOLDER / f"{network}-{name}.toml")
 
 
 def stage(name: str, package: str) -> Callable[[Any], None]:
@@ -156,7 +151,7 @@ add(
     settings.TrainVAESettings,
     STAGES,
     inherit=inherit_vae,
-    preset=preset_layer("vae"),
+    preset=partial(preset_layer, "vae"),
     presets=PRESETS,
     estimate=estimate,
 )
@@ -167,7 +162,7 @@ add(
     settings.TrainUNetSettings,
     STAGES,
     inherit=inherit_unet,
-    preset=preset_layer("unet"),
+    preset=partial(preset_layer, "unet"),
     presets=PRESETS,
     estimate=estimate,
 )
@@ -228,7 +223,7 @@ def presets(
     """List the presets with parameters and memory, for images of a size."""
     from lightdiff.extras.presets import show_presets
 
-    show_presets(resolution, PRESETS, PRESET_FOLDER)
+    show_presets(resolution)
 
 
 @app.command("import", rich_help_panel=OTHERS)

@@ -42,8 +42,8 @@ def typed(model: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
 
 
 def nested_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds, if it holds one."""
-    kind = field.annotation
+    """The model a field holds, if it holds one: where there are several kinds, that of its default."""
+    kind = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
@@ -170,7 +170,9 @@ def nest(flat: Mapping[tuple[str, ...], Any]) -> Layer:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """Two layers as one; where both speak, `above` wins."""
+    """Two layers as one; where both speak, `above` wins. Of another architecture than that above, nothing is left."""
+    if "architecture" in above and above["architecture"] != below.get("architecture", above["architecture"]):
+        return dict(above)
     result = dict(below)
     if "steps" in above and "epochs" not in above:  # two ways to say one thing: epochs count unless they are 0
         result.pop("epochs", None)

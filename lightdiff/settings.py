@@ -6,13 +6,20 @@ page are made from it. Nothing in this module imports torch.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from pkgutil import resolve_name
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 
-Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
-Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=10)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -61,17 +68,90 @@ def absolute(path: Path | None) -> Path | None:
 # --- networks -----------------------------------------------------------------------------------------------------
 
 
-def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
-    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
-    padded = [*multipliers, *[multipliers[-1]] * levels]
-    return tuple(width * m for m in padded[: levels + 1])
+def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse a single width."""
+    if len(channels) == 1:
+        raise ValueError("needs a stem and at least one level: two numbers or more")
+    return channels
 
 
-class VAESettings(Settings):
-    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
+Widths = Annotated[tuple[Width, ...], Field(max_length=10), AfterValidator(stem_and_level)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=10)]
+
+
+class Architecture(Settings):
+    """Base of a network's settings. Which architecture they are of stands in them, and so in every checkpoint.
+
+    The two bases below have a table of architectures; validated as one of them, settings become what the table names.
+    """
+
+    ARCHITECTURES: ClassVar[Mapping[str, str]]  # name -> "module:settings class", imported when it is asked for
+    NETWORK: ClassVar[str]  # "module:network class"
+
+    architecture: str = "default"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _dispatch(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if "ARCHITECTURES" not in vars(cls) or not isinstance(value, Mapping):
+            return handler(value)
+        name = value.get("architecture", "default")
+        if name not in list(cls.ARCHITECTURES):
+            raise ValueError(f"architecture: there is no {name}; there are {', '.join(cls.ARCHITECTURES)}")
+        settings: Self = resolve_name(cls.ARCHITECTURES[name]).model_validate(value)
+        return settings
+
+
+class VAEArchitecture(Architecture):
+    """What all VAEs' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.settings:VAESettings",
+        "original": "lightdiff.models.original:OriginalVAESettings",
+    }
 
     latent_channels: Width = Field(4, description="channels of a latent")
-    image_channels: Literal[3] = Field(3, description="channels of an image (RGB)")
+
+    def resolved(self, resolution: int) -> Self:
+        """The same settings with all that follows from the images' size (px) filled in."""
+        return self
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the image a latent is, along each side."""
+        raise NotImplementedError
+
+
+class UNetArchitecture(Architecture):
+    """What all U-Nets' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.settings:UNetSettings",
+        "original": "lightdiff.models.original:OriginalUNetSettings",
+    }
+
+    def resolved(self, latent_size: int) -> Self:
+        """The same settings with all that follows from the latents' size filled in."""
+        return self
+
+    @property
+    def factor(self) -> int:
+        """What a latent's sides must be divisible by."""
+        return 1
+
+
+def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
+    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
+    return tuple(width * multipliers[min(i, len(multipliers) - 1)] for i in range(levels + 1))
+
+
+class VAESettings(VAEArchitecture):
+    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+
+    NETWORK: ClassVar = "lightdiff.models.vae:VAE"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
     encoder_channels: Widths = Field(
         (), description="encoder widths: stem, then each level; empty: encoder-width x 1, 1, 2, 4, as the size asks"
     )
@@ -86,37 +166,26 @@ class VAESettings(Settings):
         1, ge=0, le=64, description="residual blocks at the latent's size, in encoder and decoder each"
     )
     attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
-    block: Literal["residual", "plain"] = Field("residual", description="residual blocks, or plain conv-norm-act")
-    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
-    upsample: Literal["nearest", "transposed"] = Field(
-        "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
-    )
     norm: Literal["pixel", "group"] = Field(
         "pixel", description="LayerNorm of each pixel's channels, or GroupNorm, which can leave droplets in images"
     )
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
     logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "VAESettings":
-        if not self.encoder_blocks or not self.decoder_blocks:
-            raise ValueError("encoder_blocks and decoder_blocks need at least one number")
+    def _consistent(self) -> Self:
         encoder, decoder = len(self.encoder_channels), len(self.decoder_channels)
-        if (encoder == 1) or (decoder == 1):
-            raise ValueError("channels need a stem and at least one level: two numbers or more")
         if encoder and decoder and encoder != decoder:
             raise ValueError(f"{encoder} encoder_channels but {decoder} decoder_channels; both need the same count")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min {self.logvar_min} is not below logvar_max {self.logvar_max}")
         return self
 
-    def resolved(self, resolution: int) -> "VAESettings":
+    def resolved(self, resolution: int) -> Self:
         """The same settings with empty widths filled in for images of this size (px)."""
-        levels = max(len(self.encoder_channels), len(self.decoder_channels)) - 1
-        if levels < 1:
-            levels = 1 if resolution < 32 else 2 if resolution < 192 else 3
+        given = len(self.encoder_channels or self.decoder_channels)
+        levels = given - 1 if given else 1 if resolution < 32 else 2 if resolution < 192 else 3
         encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), levels)
         decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), levels)[::-1]
         return with_changes(self, encoder_channels=encoder, decoder_channels=decoder)
@@ -127,62 +196,44 @@ class VAESettings(Settings):
         return int(2 ** (len(self.encoder_channels) - 1))
 
 
-class UNetSettings(Settings):
+class UNetSettings(UNetArchitecture):
     """Architecture of the U-Net. Level i works at 1/2^i of the latent's size and ends with a halving."""
 
+    NETWORK: ClassVar = "lightdiff.models.unet:UNet"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
     channels: Widths = Field(
         (), description="widths: stem, then each level; empty: width x 1, 1, 2, 3, 4, as the latent's size asks"
     )
     width: Width = Field(64, description="width that channels is made from when empty")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
-    attend_levels: tuple[int, ...] | None = Field(
+    attend_levels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
     time_dim: int = Field(256, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
-    group_width: int = Field(
-        0, ge=0, description="channels a group in the blocks, instead of a number of groups; 0: off"
-    )
-    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
     zero_init: bool = Field(True, description="residual branches and output start at zero")
 
-    @field_validator("channels")
-    @classmethod
-    def _two_or_more(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) == 1:
-            raise ValueError("needs a stem and at least one level: two numbers or more")
-        return value
-
     @model_validator(mode="after")
-    def _heads_divide(self) -> "UNetSettings":
-        for level in self.attend_levels or ():
-            if level < 0 or (self.channels and level >= len(self.channels) - 1):
-                raise ValueError(f"attend_levels: there is no level {level}; levels count from 0")
-        attended = [self.channels[i + 1] for i in self.attend_levels or () if self.channels]
-        if self.mid_attention and self.channels:
-            attended.append(self.channels[-1])
-        for width in attended:
-            if width % self.heads:
-                raise ValueError(f"heads: {self.heads} does not divide the width {width} of a level with attention")
+    def _heads_divide(self) -> Self:
+        if not self.channels:
+            return self
+        attended = self.attend_levels or ()
+        if (last := max(attended, default=0)) > len(self.channels) - 2:
+            raise ValueError(f"attend_levels: there is no level {last}; levels count from 0")
+        with_heads = [self.channels[i + 1] for i in attended] + [self.channels[-1]] * self.mid_attention
+        if odd := [width for width in with_heads if width % self.heads]:
+            raise ValueError(f"heads: {self.heads} does not divide the width {odd[0]} of a level with attention")
         return self
 
-    def resolved(self, latent_size: int) -> "UNetSettings":
+    def resolved(self, latent_size: int) -> Self:
         """The same settings with empty widths and attention levels filled in for latents of this size."""
-        levels = len(self.channels) - 1
-        if levels < 1:
-            levels = next(n for n in (3, 2, 1) if (latent_size % 2**n == 0 and latent_size >= 4 * 2**n) or n == 1)
-        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
-        attended = self.attend_levels
-        if attended is None:
-            attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 8)
+        halvings = (n for n in (3, 2, 1) if (latent_size % 2**n == 0 and latent_size >= 4 * 2**n) or n == 1)
+        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings))
+        small = tuple(i for i in range(len(channels) - 1) if 4 <= latent_size // 2**i <= 8)
+        attended = small if self.attend_levels is None else self.attend_levels
         return with_changes(self, channels=channels, attend_levels=attended)
-
-    @property
-    def factor(self) -> int:
-        """What a latent's side must be divisible by: with 3 x 3 halvings, which round up, any side will do."""
-        return 1 if self.down_kernel == 3 else int(2 ** (len(self.channels) - 1))
 
 
 class ScheduleSettings(Settings):
@@ -392,6 +443,8 @@ class StageSettings(Settings):
 class TrainVAESettings(StageSettings):
     """Train the VAE on a folder of images."""
 
+    NO_FLAG: ClassVar = frozenset({"model.architecture"})  # a preset or a file names it
+
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
     from_step: int = Field(0, ge=0, description="go back to this step's file; what is newer is kept aside; 0: the last")
     init_from: Path | None = Field(None, description="checkpoint whose weights the training starts from")
@@ -399,7 +452,7 @@ class TrainVAESettings(StageSettings):
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
     loop: LoopSettings = Field(LoopSettings(), title="Training")
-    model: VAESettings = Field(VAESettings(), title="Architecture (VAE)")
+    model: SerializeAsAny[VAEArchitecture] = Field(VAESettings(), title="Architecture (VAE)")
 
 
 class EncodeSettings(StageSettings):
@@ -434,7 +487,8 @@ class ScaleSettings(StageSettings):
 class TrainUNetSettings(StageSettings):
     """Train the U-Net on cached latents to tell signal from noise."""
 
-    NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
+    # Named by a preset or a file; read from the latents; there are no images to load
+    NO_FLAG: ClassVar = frozenset({"model.architecture", "latent", "loop.workers"})
     NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
     restart: bool = Field(False, description="begin anew; what is there is kept aside, under another name")
@@ -453,7 +507,7 @@ class TrainUNetSettings(StageSettings):
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
     levels: LevelSettings = Field(LevelSettings(), title="Objective")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
-    model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)")
+    model: SerializeAsAny[UNetArchitecture] = Field(UNetSettings(), title="Architecture (U-Net)")
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
 
     _absolute_latents = field_validator("latents")(absolute)

@@ -13,9 +13,9 @@ from conftest import UNET_FLAGS
 
 import lightdiff
 from lightdiff import settings
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.latents import read_index
 from lightdiff.options import flag, leaves, typed
+from lightdiff.presets import PRESET_FOLDER
 
 STAGES = {
     "train-vae": settings.TrainVAESettings,

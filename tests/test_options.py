@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lightdiff import settings
-from lightdiff.cli import PRESET_FOLDER, PRESETS
 from lightdiff.errors import UserError
 from lightdiff.options import (
     Layer,
@@ -34,6 +33,7 @@ from lightdiff.options import (
     read_settings,
     typed,
 )
+from lightdiff.presets import PRESET_FOLDER, PRESETS
 from lightdiff.settings import (
     DemoSettings,
     EncodeSettings,

@@ -30,7 +30,7 @@ from lightdiff.runtime.device import (
 from lightdiff.runtime.processes import init_distributed
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.signals import TimeLimit
-from lightdiff.settings import EncodeSettings, Precision, VAESettings
+from lightdiff.settings import EncodeSettings, Precision, VAEArchitecture
 from lightdiff.stages.start import enter, list_images
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -142,7 +142,7 @@ def finish(folder: Path, index: LatentIndex, shards: int) -> None:
 
 
 def plan(
-    settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile], precision: str
+    settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: list[ImageFile], precision: str
 ) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images

@@ -13,7 +13,7 @@ from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
-from lightdiff.models.unet import UNet
+from lightdiff.models import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels
@@ -155,7 +155,7 @@ class UNetTask:
 
 def network(settings: TrainUNetSettings) -> nn.Module:
     """The network that resolved settings describe."""
-    return UNet(settings.model, settings.latent.channels, len(settings.classes))
+    return build_unet(settings.model, settings.latent.channels, len(settings.classes))
 
 
 def inherited(run: Path, latents: Path | None) -> dict[str, object]:
@@ -229,7 +229,7 @@ def resolve(settings: TrainUNetSettings) -> TrainUNetSettings:
     model = settings.model
     if latent.height % model.factor or latent.width % model.factor:
         raise UserError(
-            f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
+            f"--model.channels: {model.factor.bit_length() - 1} levels need latents divisible by {model.factor}, "
             f"but these are {latent.height} x {latent.width}; give fewer widths"
         )
     return settings

@@ -16,6 +16,7 @@ from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
+from lightdiff.models import build_vae
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import Lock, RunFolder
@@ -146,7 +147,7 @@ def sample_transform(rng: random.Random, share: float) -> LatentTransform:
 
 def network(settings: TrainVAESettings) -> VAE:
     """The network that resolved settings describe."""
-    return VAE(settings.model)
+    return build_vae(settings.model)
 
 
 def run(settings: TrainVAESettings) -> Path:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
@@ -27,6 +26,7 @@ from lightdiff.losses import vae_loss
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import read_settings
+from lightdiff.presets import PRESET_FOLDER
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.device import compile_network, keep_memory, pick_compile, pick_precision, place
 from lightdiff.runtime.processes import Processes

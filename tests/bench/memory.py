@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.options import read_settings
+from lightdiff.presets import PRESET_FOLDER
 from tests.bench.cases import train_unet_step, train_vae_step
 from tests.bench.contest import timed
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.models.unet import UNet
 from lightdiff.options import read_settings
+from lightdiff.presets import PRESET_FOLDER
 from lightdiff.runtime.device import pick_device, pick_precision, place
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import LoopSettings, UNetSettings
