@@ -24,8 +24,8 @@ from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, with_
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
-from lightdiff.models import build_unet, build_vae
-from lightdiff.models.vae import VAE
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import VAE, build_vae
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.device import autocast, cast_weights, pick_device, pick_precision, place
 from lightdiff.settings import (

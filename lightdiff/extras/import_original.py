@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.errors import UserError
-from lightdiff.models import build_unet, build_vae
 from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.pipeline import vae_digest
 from lightdiff.run_folder import RunFolder, ensure_writable
 from lightdiff.settings import (

@@ -5,7 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightdiff.models import build_unet, build_vae
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.presets import PRESETS, preset_settings
 from lightdiff.settings import Architecture, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.optimizers import optimizer_state_bytes

@@ -117,8 +117,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        freq = torch.logspace(0, -4, dim // 2, dtype=torch.float64).float()
-        self.register_buffer("freq", freq, persistent=False)
+        self.register_buffer("freq", torch.logspace(0, -4, dim // 2, dtype=torch.float64).float(), persistent=False)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
 

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class OriginalVAESettings(VAEArchitecture):
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "OriginalVAESettings":
         encoder, decoder = len(self.encoder_channels), len(self.decoder_channels)
         if encoder != decoder:
             raise ValueError(f"{encoder} encoder_channels but {decoder} decoder_channels; both need the same count")
@@ -130,7 +130,7 @@ class OriginalUNetSettings(UNetArchitecture):
     time_dim: int = Field(512, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _heads_divide(self) -> "OriginalUNetSettings":
         if self.channels[-1] % HEADS:
             raise ValueError(f"channels: the {HEADS} heads of attention do not divide the last width")
         return self

@@ -1,6 +1,7 @@
 """The U-Net that tells signal from noise in a latent (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
 
 from itertools import pairwise
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightdiff.models.layers import (
     group_norm,
     zero_init,
 )
-from lightdiff.settings import UNetSettings
+from lightdiff.settings import UNetArchitecture, UNetSettings
 
 
 class UNetBlock(nn.Module):
@@ -103,3 +104,9 @@ class UNet(nn.Module):
             for block in blocks:
                 h = block(torch.cat([h, kept.pop()], dim=1), time)  # (b, channels[i-1], ...)
         return at_least_float32(self.out(F.silu(self.norm(h))))  # (b, c, h, w)
+
+
+def build_unet(settings: UNetArchitecture, latent_channels: int, num_classes: int = 0) -> nn.Module:
+    """The U-Net of resolved settings, whichever architecture they are of; without classes it takes no label."""
+    unet: nn.Module = resolve_name(settings.NETWORK)(settings, latent_channels, num_classes)
+    return unet

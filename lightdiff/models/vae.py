@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ class Encoder(nn.Module):
         s, (stem, *_, last) = settings, settings.encoder_channels
         layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1)]  # (b, stem, h, w)
         for level, (a, b) in enumerate(pairwise(s.encoder_channels)):
-            layers += res_blocks(s, level_widths(s.encoder_blocks, level, a, b))  # (b, channels[i], ...)
-            layers += [Downsample(b)]  # (b, channels[i], h/2, w/2)
+            blocks = res_blocks(s, level_widths(s.encoder_blocks, level, a, b))
+            layers += [*blocks, Downsample(b)]  # (b, channels[i], h/2, w/2)
         self.body = nn.Sequential(*layers, *middle(s, last), NORMS[s.norm](last), nn.SiLU())
         self.mu = nn.Conv2d(last, s.latent_channels, 1)
         self.logvar = nn.Conv2d(last, s.latent_channels, 1)
@@ -138,6 +139,12 @@ class VAE(nn.Module):
         posterior: Posterior = self.encoder(x)
         z = posterior.sample(noise)
         return self.decoder(change(z) if change else z), posterior
+
+
+def build_vae(settings: VAEArchitecture) -> VAE:
+    """The VAE of resolved settings, whichever architecture they are of."""
+    vae: VAE = resolve_name(settings.NETWORK)(settings)
+    return vae
 
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:

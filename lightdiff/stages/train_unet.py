@@ -13,7 +13,7 @@ from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
-from lightdiff.models import build_unet
+from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels

@@ -16,8 +16,7 @@ from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
-from lightdiff.models import build_vae
-from lightdiff.models.vae import VAE, LatentTransform
+from lightdiff.models.vae import VAE, LatentTransform, build_vae
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.runtime.device import autocast, pick_device, pick_workers, place

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.models.unet import UNet
+from lightdiff.models.unet import build_unet
 from lightdiff.options import read_settings
 from lightdiff.presets import PRESET_FOLDER
 from lightdiff.runtime.device import pick_device, pick_precision, place
 from lightdiff.runtime.processes import Processes
-from lightdiff.settings import LoopSettings, UNetSettings
+from lightdiff.settings import LoopSettings, UNetArchitecture
 from lightdiff.training.loop import Trainer
 
 
@@ -32,9 +32,9 @@ class Latents:
     stage = "unet"
     ranks = Processes()
 
-    def __init__(self, model: UNetSettings, device: torch.device, size: int) -> None:
+    def __init__(self, model: UNetArchitecture, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
-        self.model = UNet(model, 4)
+        self.model = build_unet(model, 4)
         place(self.model, device)
 
     def prepare(self, batch: object, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = pick_device("auto")
     size = chosen.batch_size or (64 if device.type == "cuda" else 4)
-    settings = UNetSettings.model_validate(read_settings(PRESET_FOLDER / f"unet-{chosen.preset}.toml")["model"])
+    settings = UNetArchitecture.model_validate(read_settings(PRESET_FOLDER / f"unet-{chosen.preset}.toml")["model"])
     precision = pick_precision("auto", device)
     loop = LoopSettings(batch_size=size, precision=precision)
     trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]
