@@ -36,15 +36,10 @@ def plain(annotation: Any) -> Any:
     return annotation
 
 
-def members(field: FieldInfo) -> list[type[BaseModel]]:
-    """The models that a field may hold, the one with flags first; none for a plain value."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
-    return [kind for kind in map(plain, kinds) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
 def nested_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds, if it holds one: of several, the first."""
-    return next(iter(members(field)), None)
+    """The model a field holds, if it holds one: where there are several kinds, that of its default."""
+    kind = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def leaves(model: type[BaseModel], path: Where = ()) -> Iterator[tuple[Where, FieldInfo]]:
@@ -73,7 +68,7 @@ def fields_along(model: type[BaseModel], path: Where) -> list[FieldInfo]:
 
 
 def extra(field: FieldInfo | None, name: str) -> str:
-    """What a field says of itself (`needs`, `replaces`, `prefix`, `repeated`, `panel`), or ""."""
+    """What a field says of itself (`needs`, `replaces`, `prefix`, `kind`, `repeated`, `panel`), or ""."""
     return str(field.json_schema_extra.get(name, "")) if field and isinstance(field.json_schema_extra, dict) else ""
 
 
@@ -115,9 +110,6 @@ def typed_as(model: type[BaseModel], path: Where) -> Any:
     """The type that Typer parses a field as."""
     *groups, field = fields_along(model, path)
     kind = plain(field.annotation)
-    if groups and groups[-1].discriminator == path[-1]:  # it chooses between several models
-        choices = [get_args(member.model_fields[path[-1]].annotation) for member in members(groups[-1])]
-        return Literal[tuple(choice for several in choices for choice in several)]
     if get_origin(kind) is tuple:
         return str if takes_commas(field) else list[plain(get_args(kind)[0])]  # type: ignore[misc]
     if kind is bool and extra(groups[-1] if groups else None, "prefix"):
@@ -178,7 +170,7 @@ def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] 
     """The model that two values of a field are both layers of; None where the new one replaces the old one."""
     if field is None or not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return None
-    kinds = {layer[field.discriminator] for layer in (old, new) if field.discriminator in layer}
+    kinds = {layer[key] for layer in (old, new) if (key := extra(field, "kind")) in layer}
     return nested_model(field) if len(kinds) < 2 else None
 
 
@@ -227,11 +219,7 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
 def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     """One of pydantic's complaints as a sentence about a flag."""
     path = tuple(part for part in row["loc"] if isinstance(part, str))
-    group = model.model_fields.get(path[0]) if path else None
-    if group and len(members(group)) > 1:
-        path = (*path[:1], *path[2:])  # pydantic also names which of the models it is
     known = [leaf for leaf, _ in leaves(model)]
-    of_others = {(path[0], name) for member in members(group) for name in member.model_fields} if group else set()
     message = str(row["msg"]).removeprefix("Value error, ")
     if row["type"] == "extra_forbidden" and path in known:
         return f"--{flag(model, path)}: a {path[-2]} of the kind that is chosen has no such setting"
@@ -240,7 +228,7 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
         return f"unknown setting {'.'.join(path)}" + (f"; similar ones: {', '.join(near)}" if near else "")
     if message.startswith("--"):  # it names what it is about
         return message
-    if path not in known and path not in of_others:
+    if path not in known:
         return f"{f'--{path[-1]}.*' if path else 'settings'}: {message}"
     found = row.get("input")
     shown = ",".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)

@@ -24,8 +24,8 @@ from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, with_
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import VAE, build_vae
 from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.compile import cast_weights
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
@@ -36,7 +36,7 @@ from lightdiff.settings import (
     SamplerName,
     Spacing,
     TrainUNetSettings,
-    VAESettings,
+    VAEArchitecture,
 )
 
 N = TypeVar("N", bound=nn.Module)
@@ -290,21 +290,21 @@ class Pipeline:
         return torch.cat(parts)
 
 
-def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -> tuple[VAE, VAESettings]:
+def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -> tuple[VAE, VAEArchitecture]:
     """A VAE ready for use, and its architecture."""
-    model = saved.settings(VAESettings, "model")
-    vae = ready(lambda: VAE(model), saved, saved.weights_prefix(), device)
+    model = saved.settings(VAEArchitecture, "model")
+    vae = load_network(lambda: build_vae(model), saved, saved.weights_prefix(), device)
     vae.to(memory_format=torch.channels_last)  # without a backward pass it is faster on CPUs, too
     return cast_weights(vae, precision), model
 
 
-def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> UNet:
+def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> nn.Module:
     """A U-Net ready for use."""
-    s = settings
-    return ready(lambda: UNet(s.model, s.latent.channels, len(s.classes)), saved, saved.weights_prefix(ema), device)
+    s, prefix = settings, saved.weights_prefix(ema)
+    return load_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)), saved, prefix, device)
 
 
-def ready(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.device) -> N:
+def load_network(build: Callable[[], N], saved: Checkpoint, prefix: str, device: torch.device) -> N:
     """A network with a snapshot's tensors below a prefix, ready for use.
 
     Raises:

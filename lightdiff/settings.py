@@ -9,17 +9,23 @@ flag that is given several times, `panel` is the panel of the help that it stand
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    model_validator,
+)
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
 
-Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
-Widths = Annotated[tuple[Width, ...], Field(max_length=10)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=10)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -42,7 +48,7 @@ LOGIT_NORMAL: JsonDict = {"needs": "density=logit-normal"}
 MIN_SNR: JsonDict = {"needs": "loss_weight=min-snr"}
 MEMORY: JsonDict = {"panel": "Memory"}
 REPEATED: JsonDict = {"repeated": "FOLDER"}
-PREFIX: JsonDict = {"prefix": True}
+ARCHITECTURE: JsonDict = {"prefix": True, "kind": "architecture"}
 S = TypeVar("S", bound="Settings")
 
 
@@ -89,17 +95,90 @@ def with_changes(settings: S, **changes: Any) -> S:
 # --- networks -----------------------------------------------------------------------------------------------------
 
 
-def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
-    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
-    padded = [*multipliers, *[multipliers[-1]] * levels]
-    return tuple(width * m for m in padded[: levels + 1])
+def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse a single width."""
+    if len(channels) == 1:
+        raise ValueError("needs a stem and at least one level: two numbers or more")
+    return channels
 
 
-class VAESettings(Settings):
-    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
+Widths = Annotated[tuple[Width, ...], Field(max_length=10), AfterValidator(stem_and_level)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=10)]
+
+
+class Architecture(Settings):
+    """Base of a network's settings. Which architecture they are of stands in them, and so in every checkpoint.
+
+    The two bases below have a table of architectures; validated as one of them, settings become what the table names.
+    """
+
+    ARCHITECTURES: ClassVar[Mapping[str, str]]  # name -> "module:settings class", imported when it is asked for
+    NETWORK: ClassVar[str]  # "module:network class"
+
+    architecture: str = "default"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _dispatch(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if "ARCHITECTURES" not in vars(cls) or not isinstance(value, Mapping):
+            return handler(value)
+        name = value.get("architecture", "default")
+        if name not in list(cls.ARCHITECTURES):
+            raise ValueError(f"architecture: there is no {name}; there are {', '.join(cls.ARCHITECTURES)}")
+        settings: Self = resolve_name(cls.ARCHITECTURES[name]).model_validate(value)
+        return settings
+
+
+class VAEArchitecture(Architecture):
+    """What all VAEs' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.settings:VAESettings",
+        "original": "lightdiff.models.original:OriginalVAESettings",
+    }
 
     latent_channels: Width = Field(4, description="channels of a latent")
-    image_channels: Literal[3] = Field(3, description="channels of an image (RGB)")
+
+    def resolved(self, resolution: int) -> Self:
+        """The same settings with all that follows from the images' size (px) filled in."""
+        return self
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the image a latent is, along each side."""
+        raise NotImplementedError
+
+
+class UNetArchitecture(Architecture):
+    """What all U-Nets' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.settings:UNetSettings",
+        "original": "lightdiff.models.original:OriginalUNetSettings",
+    }
+
+    def resolved(self, latent_size: int) -> Self:
+        """The same settings with all that follows from the latents' size filled in."""
+        return self
+
+    @property
+    def factor(self) -> int:
+        """What a latent's sides must be divisible by."""
+        return 1
+
+
+def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
+    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
+    return tuple(width * multipliers[min(i, len(multipliers) - 1)] for i in range(levels + 1))
+
+
+class VAESettings(VAEArchitecture):
+    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+
+    NETWORK: ClassVar = "lightdiff.models.vae:VAE"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
     encoder_channels: Widths = Field(
         (), description="encoder widths: stem, then each level; empty: encoder-width x 1, 1, 2, 4, as the size asks"
     )
@@ -114,37 +193,26 @@ class VAESettings(Settings):
         1, ge=0, le=64, description="residual blocks at the latent's size, in encoder and decoder each"
     )
     attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
-    block: Literal["residual", "plain"] = Field("residual", description="residual blocks, or plain conv-norm-act")
-    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
-    upsample: Literal["nearest", "transposed"] = Field(
-        "nearest", description="nearest neighbour + convolution (no checkerboard), or a strided transposed one"
-    )
     norm: Literal["pixel", "group"] = Field(
         "pixel", description="LayerNorm of each pixel's channels, or GroupNorm, which can leave droplets in images"
     )
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
     logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "VAESettings":
-        if not self.encoder_blocks or not self.decoder_blocks:
-            raise ValueError("encoder_blocks and decoder_blocks need at least one number")
+    def _consistent(self) -> Self:
         encoder, decoder = len(self.encoder_channels), len(self.decoder_channels)
-        if (encoder == 1) or (decoder == 1):
-            raise ValueError("channels need a stem and at least one level: two numbers or more")
         if encoder and decoder and encoder != decoder:
             raise ValueError(f"{encoder} encoder_channels but {decoder} decoder_channels; both need the same count")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min {self.logvar_min} is not below logvar_max {self.logvar_max}")
         return self
 
-    def resolved(self, resolution: int) -> "VAESettings":
+    def resolved(self, resolution: int) -> Self:
         """The same settings with empty widths filled in for images of this size (px)."""
-        levels = max(len(self.encoder_channels), len(self.decoder_channels)) - 1
-        if levels < 1:
-            levels = 1 if resolution < 32 else 2 if resolution < 192 else 3
+        given = len(self.encoder_channels or self.decoder_channels)
+        levels = given - 1 if given else 1 if resolution < 32 else 2 if resolution < 192 else 3
         encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), levels)
         decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), levels)[::-1]
         return with_changes(self, encoder_channels=encoder, decoder_channels=decoder)
@@ -155,62 +223,44 @@ class VAESettings(Settings):
         return int(2 ** (len(self.encoder_channels) - 1))
 
 
-class UNetSettings(Settings):
+class UNetSettings(UNetArchitecture):
     """Architecture of the U-Net. Level i works at 1/2^i of the latent's size and ends with a halving."""
 
+    NETWORK: ClassVar = "lightdiff.models.unet:UNet"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
     channels: Widths = Field(
         (), description="widths: stem, then each level; empty: width x 1, 1, 2, 3, 4, as the latent's size asks"
     )
     width: Width = Field(64, description="width that channels is made from when empty")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
-    attend_levels: tuple[int, ...] | None = Field(
+    attend_levels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
     time_dim: int = Field(256, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")
-    groups: int = Field(32, ge=1, description="groups of GroupNorm; a width it does not divide takes fewer")
-    group_width: int = Field(
-        0, ge=0, description="channels a group in the blocks, instead of a number of groups; 0: off"
-    )
-    down_kernel: Literal[3, 4] = Field(3, description="size of the strided convolution that halves")
     zero_init: bool = Field(True, description="residual branches and output start at zero")
 
-    @field_validator("channels")
-    @classmethod
-    def _two_or_more(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) == 1:
-            raise ValueError("needs a stem and at least one level: two numbers or more")
-        return value
-
     @model_validator(mode="after")
-    def _heads_divide(self) -> "UNetSettings":
-        for level in self.attend_levels or ():
-            if level < 0 or (self.channels and level >= len(self.channels) - 1):
-                raise ValueError(f"attend_levels: there is no level {level}; levels count from 0")
-        attended = [self.channels[i + 1] for i in self.attend_levels or () if self.channels]
-        if self.mid_attention and self.channels:
-            attended.append(self.channels[-1])
-        for width in attended:
-            if width % self.heads:
-                raise ValueError(f"heads: {self.heads} does not divide the width {width} of a level with attention")
+    def _heads_divide(self) -> Self:
+        if not self.channels:
+            return self
+        attended = self.attend_levels or ()
+        if (last := max(attended, default=0)) > len(self.channels) - 2:
+            raise ValueError(f"attend_levels: there is no level {last}; levels count from 0")
+        with_heads = [self.channels[i + 1] for i in attended] + [self.channels[-1]] * self.mid_attention
+        if odd := [width for width in with_heads if width % self.heads]:
+            raise ValueError(f"heads: {self.heads} does not divide the width {odd[0]} of a level with attention")
         return self
 
-    def resolved(self, latent_size: int) -> "UNetSettings":
+    def resolved(self, latent_size: int) -> Self:
         """The same settings with empty widths and attention levels filled in for latents of this size."""
-        levels = len(self.channels) - 1
-        if levels < 1:
-            levels = next(n for n in (3, 2, 1) if (latent_size % 2**n == 0 and latent_size >= 4 * 2**n) or n == 1)
-        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), levels)
-        attended = self.attend_levels
-        if attended is None:
-            attended = tuple(i for i in range(levels) if 4 <= latent_size // 2**i <= 8)
+        halvings = (n for n in (3, 2, 1) if (latent_size % 2**n == 0 and latent_size >= 4 * 2**n) or n == 1)
+        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings))
+        small = tuple(i for i in range(len(channels) - 1) if 4 <= latent_size // 2**i <= 8)
+        attended = small if self.attend_levels is None else self.attend_levels
         return with_changes(self, channels=channels, attend_levels=attended)
-
-    @property
-    def factor(self) -> int:
-        """What a latent's side must be divisible by: with 3 x 3 halvings, which round up, any side will do."""
-        return 1 if self.down_kernel == 3 else int(2 ** (len(self.channels) - 1))
 
 
 class ScheduleSettings(Settings):
@@ -395,10 +445,14 @@ class TrainingSettings(StageSettings):
 class TrainVAESettings(TrainingSettings):
     """Train the VAE on a folder of images."""
 
+    NO_FLAG: ClassVar = frozenset({"model.architecture"})  # a preset or a file names it
+
     freeze_encoder: bool = Field(False, description="with --init-from: train only the decoder; latents stay valid")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
-    model: VAESettings = Field(VAESettings(), title="Architecture (VAE)", json_schema_extra=PREFIX)
+    model: SerializeAsAny[VAEArchitecture] = Field(
+        VAESettings(), title="Architecture (VAE)", json_schema_extra=ARCHITECTURE
+    )
 
     def resolved(self) -> Self:
         """The same settings with the network's empty sizes filled in.
@@ -446,7 +500,8 @@ class ScaleSettings(StageSettings):
 class TrainUNetSettings(TrainingSettings):
     """Train the diffusion U-Net on cached latents."""
 
-    NO_FLAG: ClassVar = frozenset({"latent", "loop.workers"})  # read from the latents; there are no images to load
+    # Named by a preset or a file; read from the latents; there are no images to load
+    NO_FLAG: ClassVar = frozenset({"model.architecture", "latent", "loop.workers"})
     NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
     latents: AbsolutePath | None = Field(None, description="latents: a folder or a run folder; default: this run's")
@@ -458,7 +513,9 @@ class TrainUNetSettings(TrainingSettings):
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
     levels: LevelSettings = Field(LevelSettings(), title="Objective")
     noise: ScheduleSettings = Field(ScheduleSettings(), title="Noise schedule")
-    model: UNetSettings = Field(UNetSettings(), title="Architecture (U-Net)", json_schema_extra=PREFIX)
+    model: SerializeAsAny[UNetArchitecture] = Field(
+        UNetSettings(), title="Architecture (U-Net)", json_schema_extra=ARCHITECTURE
+    )
     latent: LatentsSettings = Field(LatentsSettings(), title="Latents (read from the latents)")
 
     @model_validator(mode="after")
@@ -492,7 +549,7 @@ class TrainUNetSettings(TrainingSettings):
         model = self.model.resolved(min(latent.height, latent.width))
         if latent.height % model.factor or latent.width % model.factor:
             raise UserError(
-                f"--model.channels: {len(model.channels) - 1} levels need latents divisible by {model.factor}, "
+                f"--model.channels: {model.factor.bit_length() - 1} levels need latents divisible by {model.factor}, "
                 f"but these are {latent.height} x {latent.width}; give fewer widths"
             )
         return with_changes(self, model=model, noise=self.noise.resolved(self.target.objective))

@@ -465,7 +465,7 @@ def test_every_preset_can_be_chosen(cli, tmp_path, run, name):
     if name == "small":  # is the default
         assert vae == dry(cli, "train-vae", "--run", tmp_path / "new")
         assert unet == dry(cli, "train-unet", "--run", run)
-    assert (vae["model"]["block"] == "plain") == (name == "original")
+    assert [made["model"]["architecture"] == "original" for made in (vae, unet)] == 2 * [name == "original"]
 
 
 def test_show_a_run(cli, trained):

@@ -9,8 +9,9 @@ import torch
 from lightdiff.runtime.background import Background, prefetch
 from torch import nn
 
+from lightdiff.models.original import OriginalVAESettings
 from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
+from lightdiff.models.vae import VAE, build_vae
 from lightdiff.runtime import processes as compute
 from lightdiff.runtime.processes import (
     autocast,
@@ -29,8 +30,7 @@ NETWORKS = {
     "unet": (lambda: UNet(UNET, 4), (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]))),
     "vae": (lambda: VAE(VAESettings(encoder_width=8, decoder_width=8, attention=True).resolved(32)),
             (torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8))),
-    "original vae": (lambda: VAE(VAESettings(encoder_width=8, decoder_width=8, block="plain", norm="group",
-                                             upsample="transposed").resolved(32)),
+    "original vae": (lambda: build_vae(OriginalVAESettings(encoder_channels=(8, 8, 16), decoder_channels=(16, 8, 8))),
                      (torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8))),
 }  # fmt: skip
 

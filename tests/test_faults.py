@@ -174,7 +174,7 @@ SIZES = st.integers(-(2**70), 2**70) | st.integers(1, 2**20)
             "encoder_blocks": st.lists(SIZES, max_size=4),
             "mid_blocks": SIZES,
             "latent_channels": SIZES,
-            "groups": SIZES,
+            "architecture": st.sampled_from(["default", "original", "none"]),
             "attention": st.booleans(),
             "anything": JSON,
         },

@@ -13,29 +13,35 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import UserError
 from lightdiff.extras.import_original import import_checkpoint
 from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
-from lightdiff.models.unet import Stage, UNet
-from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, soft_bound
-from lightdiff.options import build, read_settings
+from lightdiff.models.original import OriginalDecoder, OriginalUNetSettings, OriginalVAESettings, block_norm
+from lightdiff.models.unet import UNet, UNetBlock, build_unet
+from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, build_vae, soft_bound
+from lightdiff.options import build, preset_layer
 from lightdiff.pipeline import Pipeline, Sampling
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings, UNetSettings, VAESettings
+from lightdiff.settings import (
+    TrainUNetSettings,
+    TrainVAESettings,
+    UNetArchitecture,
+    UNetSettings,
+    VAEArchitecture,
+    VAESettings,
+)
 
-PRESETS = Path(__file__).resolve().parents[1] / "lightdiff" / "presets"
-SMALL_VAE = VAESettings(encoder_width=8, decoder_width=8, groups=4)
-SMALL_UNET = UNetSettings(width=16, blocks=1, time_dim=32, groups=4)
-VAES = {
+SMALL_VAE = VAESettings(encoder_width=8, decoder_width=8)
+SMALL_UNET = UNetSettings(width=16, blocks=1, time_dim=32)
+ORIGINAL_VAE = OriginalVAESettings(encoder_channels=(8, 8, 16), decoder_channels=(16, 16, 8))
+VAES: dict[str, VAEArchitecture] = {
     "default": SMALL_VAE,
     "group norm": SMALL_VAE.model_copy(update={"norm": "group"}),
     "attention": SMALL_VAE.model_copy(update={"attention": True, "mid_blocks": 2}),
     "no middle": SMALL_VAE.model_copy(update={"attention": True, "mid_blocks": 0}),
-    "original": SMALL_VAE.model_copy(
-        update={"block": "plain", "upsample": "transposed", "down_kernel": 4, "mid_blocks": 0, "norm": "group"}
-    ),
+    "original": ORIGINAL_VAE,
     "blocks": SMALL_VAE.model_copy(update={"encoder_blocks": (2, 1), "decoder_blocks": (1, 3), "latent_channels": 7}),
 }
-UNETS = {
+UNETS: dict[str, UNetArchitecture] = {
     "default": SMALL_UNET,
     "no attention": SMALL_UNET.model_copy(update={"attend_levels": (), "mid_attention": False}),
-    "original": SMALL_UNET.model_copy(update={"blocks": 3, "down_kernel": 4, "zero_init": False, "group_width": 4}),
+    "original": OriginalUNetSettings(channels=(16, 16, 32), blocks=3, time_dim=32),
 }
 
 
@@ -64,8 +70,8 @@ def parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize("kind", VAES)
 def test_vae_shapes(kind: str, size: tuple[int, int]) -> None:
     settings = VAES[kind].resolved(min(size))
-    vae, (h, w) = VAE(settings), size
-    assert settings.factor == (2 if min(size) < 32 else 4)
+    vae, (h, w) = build_vae(settings), size
+    assert settings.factor == (2 if min(size) < 32 and kind != "original" else 4)
     x = normal(2, 3, h, w, dtype=torch.float32).clamp(-1, 1)
     latent = (2, settings.latent_channels, h // settings.factor, w // settings.factor)
     with torch.no_grad():
@@ -84,7 +90,7 @@ def test_256_px_are_halved_three_times() -> None:
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 16), (16, 24), (32, 32), (32, 8)])
 @pytest.mark.parametrize("kind", UNETS)
 def test_unet_shapes(kind: str, size: tuple[int, int]) -> None:
-    unet = UNet(UNETS[kind].resolved(max(size)), latent_channels=5)
+    unet = build_unet(UNETS[kind].resolved(max(size)), latent_channels=5)
     with torch.no_grad():
         eps = unet(normal(2, 5, *size, dtype=torch.float32), levels(0, 999))
     assert eps.shape == (2, 5, *size)
@@ -104,11 +110,15 @@ def test_any_width_can_be_built(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "group_width", "expected"),
-    [(64, 32, 0, 32), (20, 32, 0, 4), (36, 32, 0, 4), (33, 32, 0, 1), (16, 32, 0, 16), (32, 32, 4, 8), (30, 32, 4, 15)],
+    ("channels", "groups", "expected"), [(64, 32, 32), (20, 32, 4), (36, 32, 4), (33, 32, 1), (16, 32, 16), (20, 8, 4)]
 )
-def test_group_norms_groups(channels: int, groups: int, group_width: int, expected: int) -> None:
-    assert group_norm(channels, groups, group_width).num_groups == expected
+def test_group_norms_groups(channels: int, groups: int, expected: int) -> None:
+    assert group_norm(channels, groups).num_groups == expected
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(32, 8), (30, 15)])
+def test_the_originals_groups_have_4_channels(channels: int, expected: int) -> None:
+    assert block_norm(channels).num_groups == expected
 
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 10), (7, 7), (1, 5)])
@@ -121,7 +131,7 @@ def test_latents_of_any_size_go_through_halvings_that_round_up(size: tuple[int, 
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 10), (7, 7)])
 def test_latents_that_cannot_be_halved_are_refused(size: tuple[int, int]) -> None:
-    unet = UNet(UNetSettings(channels=(8, 8, 8), blocks=1, time_dim=8, heads=1, down_kernel=4), 4)
+    unet = build_unet(OriginalUNetSettings(channels=(8, 8, 8), blocks=1, time_dim=8), 4)
     with pytest.raises(ValueError, match=f"^latents of {size[0]} x {size[1]} are not divisible by 4$"):
         unet(torch.zeros(1, 4, *size), levels(0))
 
@@ -209,17 +219,17 @@ def test_settings_that_cannot_be_built_are_refused() -> None:
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("preset", ["tiny", "small", "base"])
 def test_the_decoder_is_larger_than_the_encoder(preset: str, resolution: int) -> None:
-    settings = build(TrainVAESettings, [read_settings(PRESETS / f"vae-{preset}.toml")]).model.resolved(resolution)
+    settings = build(TrainVAESettings, [preset_layer("vae", preset)]).model.resolved(resolution)
     with torch.device("meta"):
         vae = VAE(settings)
     assert parameters(vae.decoder) > parameters(vae.encoder)
 
 
 def test_the_original_preset_has_the_original_size() -> None:
-    vae_settings = build(TrainVAESettings, [read_settings(PRESETS / "vae-original.toml")]).model.resolved(256)
-    unet_settings = build(TrainUNetSettings, [read_settings(PRESETS / "unet-original.toml")]).model.resolved(32)
+    vae_settings = build(TrainVAESettings, [preset_layer("vae", "original")]).model.resolved(256)
+    unet_settings = build(TrainUNetSettings, [preset_layer("unet", "original")]).model.resolved(32)
     with torch.device("meta"):
-        vae, unet = VAE(vae_settings), UNet(unet_settings, vae_settings.latent_channels)
+        vae, unet = build_vae(vae_settings), build_unet(unet_settings, vae_settings.latent_channels)
         z = vae.encoder(torch.zeros(1, 3, 256, 256)).mu
         assert unet(z, torch.zeros(1, dtype=torch.long)).shape == z.shape == (1, 4, 32, 32)
     millions = [round(parameters(m) / 1e6, 1) for m in (vae.encoder, vae.decoder, unet)]
@@ -240,7 +250,7 @@ def test_its_residual_branches_start_as_the_identity() -> None:
     unet = UNet(SMALL_UNET.resolved(16), 4)
     time, tried = normal(2, 32, dtype=torch.float32), 0
     for module in unet.modules():
-        if isinstance(module, Stage) and isinstance(module.block.skip, nn.Identity):
+        if isinstance(module, UNetBlock) and isinstance(module.block.skip, nn.Identity):
             x = normal(2, module.block.conv1.in_channels, 4, 4, dtype=torch.float32)
             assert torch.equal(module(x, time), x)
             tried += module.attention is not None
@@ -328,8 +338,8 @@ def test_time_is_told_by_sines_and_cosines() -> None:
 
 
 def test_upsampling_shows_no_checkerboard_but_a_transposed_convolution_does() -> None:
-    def interior(settings: VAESettings) -> Tensor:
-        found = [m for m in Decoder(settings.resolved(64)).body if isinstance(m, Upsample | nn.ConvTranspose2d)]
+    def interior(decoder: nn.Module) -> Tensor:
+        found = [m for m in decoder.modules() if isinstance(m, Upsample | nn.ConvTranspose2d)]
         assert len(found) == 2
         up = randomized(found[0]).double()
         x = normal(1, 32, 1, 1).expand(1, 32, 6, 6)
@@ -337,9 +347,9 @@ def test_upsampling_shows_no_checkerboard_but_a_transposed_convolution_does() ->
         assert y.shape == (1, 16, 12, 12)
         return y[:, :, 1:-1, 1:-1]
 
-    flat = interior(SMALL_VAE)
+    flat = interior(Decoder(SMALL_VAE.resolved(64)))
     torch.testing.assert_close(flat, flat[:, :, :1, :1].expand_as(flat))
-    board = interior(SMALL_VAE.model_copy(update={"upsample": "transposed"}))
+    board = interior(OriginalDecoder(OriginalVAESettings(encoder_channels=(8, 8, 8), decoder_channels=(32, 16, 8))))
     assert float((board[..., 1:] - board[..., :-1]).abs().mean()) > 0.1
     torch.testing.assert_close(board[..., 2:], board[..., :-2])  # of period 2
 
@@ -423,7 +433,7 @@ def test_pixel_norm_is_layer_norm_of_each_pixel_alone() -> None:
 
 @pytest.mark.parametrize("kind", VAES)
 def test_a_vaes_batch_of_8_is_8_batches_of_1(kind: str) -> None:
-    vae = randomized(VAE(VAES[kind].resolved(16))).double()
+    vae = randomized(build_vae(VAES[kind].resolved(16))).double()
     x = normal(8, 3, 16, 16)
     whole = vae.encoder(x)
     images = vae.decoder(whole.mu.double())
@@ -437,9 +447,10 @@ def test_a_vaes_batch_of_8_is_8_batches_of_1(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", UNETS)
 def test_a_unets_batch_of_8_is_8_batches_of_1(kind: str) -> None:
-    unet = randomized(UNet(UNETS[kind].resolved(8), 4)).double()
+    unet = randomized(build_unet(UNETS[kind].resolved(8), 4)).double()
     answers: list[Tensor] = []
-    unet.out.register_forward_hook(lambda module, inputs, output: answers.append(output))  # before it is float32
+    last = unet.final_conv if kind == "original" else unet.out
+    last.register_forward_hook(lambda module, inputs, output: answers.append(output))  # before it is float32
     x, t = normal(8, 4, 8, 8), levels(0, 1, 5, 99, 500, 500, 998, 999)
     unet(x, t)
     for i in range(8):
@@ -461,7 +472,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def test_autocast_to_bf16_stays_close_and_answers_in_float32() -> None:
-    vae = randomized(VAE(VAES["attention"].resolved(32)))
+    vae = randomized(build_vae(VAES["attention"].resolved(32)))
     unet = randomized(UNet(SMALL_UNET.resolved(8), 4))
     x, z = normal(2, 3, 32, 32, dtype=torch.float32), normal(2, 4, 8, 8, seed=1, dtype=torch.float32)
     exact = [*vae.encoder(x), vae.decoder(z), unet(z, levels(3, 900))]
@@ -493,7 +504,7 @@ def reference() -> dict[str, Tensor]:
 @pytest.mark.reference
 def test_an_imported_vae_computes_what_the_original_did(imported: Path, reference: dict[str, Tensor]) -> None:
     saved = Checkpoint(imported / "vae" / "checkpoints" / "best.safetensors", "vae")
-    vae = VAE(VAESettings.model_validate(saved.metadata.settings["model"])).eval()
+    vae = build_vae(saved.settings(VAEArchitecture, "model")).eval()
     vae.load_state_dict(saved.weights())
     with torch.no_grad():
         posterior = vae.encoder(reference["vae.x"])
@@ -509,7 +520,7 @@ def test_an_imported_vae_computes_what_the_original_did(imported: Path, referenc
 def test_an_imported_unet_computes_what_the_original_did(imported: Path, reference: dict[str, Tensor]) -> None:
     saved = Checkpoint(imported / "unet" / "checkpoints" / "last.safetensors", "unet")
     settings = TrainUNetSettings.model_validate(saved.metadata.settings)
-    unet = UNet(settings.model, settings.latent.channels).eval()
+    unet = build_unet(settings.model, settings.latent.channels).eval()
     unet.load_state_dict(saved.weights())
     with torch.no_grad():
         eps = unet(reference["unet.z"], reference["unet.t"])
@@ -608,7 +619,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, imported: Path) -> 
     unet = torch.load(GOLDEN / "original_unet.pth", weights_only=True)
     del unet["ema_state_dict"]["final_conv.bias"]
     torch.save(unet, tmp_path / "unet.pth")
-    with pytest.raises(UserError, match=r"its weights do not fit its configuration: 1 tensors differ, out\.bias first"):
+    with pytest.raises(
+        UserError, match=r"its weights do not fit its configuration: 1 tensors differ, final_conv\.bias first"
+    ):
         import_checkpoint(tmp_path / "unet.pth", imported, 64)
     unet["UNET_CFG"]["up_channel_args"] = [64, 48, 48, 32]
     torch.save(unet, tmp_path / "unet.pth")

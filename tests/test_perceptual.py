@@ -15,9 +15,14 @@ import torchvision
 from torch import Tensor, nn
 
 from lightdiff.errors import UserError
-from lightdiff.models import perceptual
+from lightdiff.models import lpips as ours
 from lightdiff.models.lpips import TRUNKS, Net, PerceptualLoss, find_weights, load_lpips
-from lightdiff.settings import VAELossSettings
+from lightdiff.models.vae import build_vae
+from lightdiff.options import build
+from lightdiff.runtime.processes import Processes
+from lightdiff.settings import TrainVAESettings, VAELossSettings
+from lightdiff.stages.train_vae import VAETask, resolve
+from lightdiff.training.loop import Trainer
 
 MODELS: dict[Net, Callable[[], nn.Module]] = {
     "vgg": torchvision.models.vgg16,
@@ -146,7 +151,7 @@ def test_gradient_reaches_the_image(loss: PerceptualLoss) -> None:
 
 def test_gradient_is_finite_where_all_features_are_zero(loss: PerceptualLoss) -> None:
     """The length of a feature vector has no derivative there."""
-    for name, buffer in loss.trunk.named_buffers():
+    for name, buffer in loss.trunk.named_parameters():
         if name.startswith("slice1."):
             buffer.fill_(-1.0 if name.endswith("bias") else 0.0)
     x = images(1, 3, 64, 64).requires_grad_()
@@ -155,13 +160,27 @@ def test_gradient_is_finite_where_all_features_are_zero(loss: PerceptualLoss) ->
     assert x.grad.isfinite().all()
 
 
-def test_the_enclosing_model_neither_trains_nor_saves_it(loss: PerceptualLoss) -> None:
-    """As a part of another module it adds nothing to its parameters or its state, and stays in eval mode."""
-    model = nn.ModuleDict({"loss": loss}).train()
-    assert list(model.parameters()) == []
-    assert model.state_dict() == {}
-    model.load_state_dict({})
+def test_it_is_frozen(loss: PerceptualLoss) -> None:
+    """Nothing in it is trained, and it stays in eval mode: lpips's linear layers have dropout."""
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+    loss.train()
     assert not any(module.training for module in loss.modules())
+
+
+def test_neither_optimizer_nor_average_nor_checkpoint_sees_it(loss: PerceptualLoss) -> None:
+    """It stands beside the network that is trained, and gets no gradient of its own."""
+    layer = {"images": {"resolution": 16}, "model": {"encoder_width": 16, "decoder_width": 16}}
+    settings = resolve(build(TrainVAESettings, [layer, {"loss": {"lpips_gamma": 1}}]))
+    task = VAETask(settings, [], torch.device("cpu"), loss, None, Processes())
+    trainer = Trainer(task, settings.loop, "fp32")
+    part = {"x": images(2, 3, 16, 16), "noise": images(2, 4, 8, 8), "change": torch.tensor([[4, 0], [4, 0]])}
+    task.loss(task.model, part)["loss"].backward()
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    own = sum(parameter.numel() for parameter in build_vae(settings.model).parameters())
+    optimized = {id(p): p.numel() for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    assert sum(optimized.values()) == own
+    saved = [tensor for name, tensor in trainer.state(resumable=False).items() if not name.startswith("optimizer.")]
+    assert sum(tensor.numel() for tensor in saved) == 2 * own  # the network, and its average
 
 
 @pytest.mark.parametrize("net", TRUNKS)
@@ -229,7 +248,7 @@ def test_weights_are_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatc
     before = socket.getdefaulttimeout()
     path = find_weights("alex")
     assert path == find_weights("alex") == cache / "alexnet-owt-7be5be79.pth"
-    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, perceptual.CONNECT_SECONDS)]
+    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, ours.CONNECT_SECONDS)]
     assert socket.getdefaulttimeout() == before
 
 

@@ -4,18 +4,18 @@ The originals are pickles with the fields model_state_dict, ema_state_dict (U-Ne
 They are opened with weights_only=True, so that no code in them runs.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.errors import UserError
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
+from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.pipeline import vae_digest
 from lightdiff.run_folder import RunFolder, atomic_link, ensure_writable
 from lightdiff.settings import (
@@ -27,12 +27,9 @@ from lightdiff.settings import (
     ScheduleSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    UNetSettings,
+    VAEArchitecture,
     VAELossSettings,
-    VAESettings,
 )
-
-Weights = dict[str, Tensor]
 
 
 def import_checkpoint(file: Path, run: Path, resolution: int) -> Path:
@@ -75,20 +72,15 @@ def read(file: Path) -> dict[str, Any]:
 def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:
     """Write the VAE as the run's best and last checkpoint."""
     config, args = content["VAE_CFG"], content["args"]
-    model = VAESettings(
+    model = OriginalVAESettings(
         latent_channels=config["latent_channels"],
         encoder_channels=tuple(config["enc_channel_args"]),
         decoder_channels=tuple(config["dec_channel_args"]),
         encoder_blocks=tuple(config["num_conv_per_enc_block"]),
         decoder_blocks=tuple(config["num_conv_per_dec_block"]),
-        mid_blocks=0,
-        block="plain",
-        down_kernel=4,
-        upsample="transposed",
-        norm="group",
-        groups=8,
         output=config["final_activation"],
     )
+    check_size(resolution, model.factor)
     settings = TrainVAESettings(
         run=run.path,
         images=ImageSettings(resolution=resolution),
@@ -96,15 +88,9 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         loop=loop_settings(args, ema_decay=0.0),
         model=model,
     )
-    check_size(resolution, model.factor)
-    # The original's modules stand in the same order as ours, so that their weights pair up one by one.
-    expected, theirs = VAE(model).state_dict(), content["model_state_dict"]
-    if len(theirs) != len(expected):
-        raise UserError(f"{file}: {len(theirs)} tensors, but its configuration asks for {len(expected)}")
-    weights = renamed(file, theirs, zip(theirs, expected, strict=True))
-    check_fit(file, weights, expected)
+    tensors = {f"model.{n}": w for n, w in weights_of(file, content["model_state_dict"], build_vae(model)).items()}
     metadata = Metadata(stage="vae", settings=settings.model_dump(mode="json"), step=content.get("global_step", 0))
-    return write(run.vae.best, run.vae.last, {f"model.{n}": w for n, w in weights.items()}, metadata)
+    return write(run.vae.best, run.vae.last, tensors, metadata)
 
 
 def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:
@@ -114,24 +100,15 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
             f"{run.vae.best} is missing: import the VAE that this U-Net belongs to first, into the same --run"
         )
     vae = Checkpoint(run.vae.best, "vae")
-    factor = vae.settings(VAESettings, "model").factor
+    factor = vae.settings(VAEArchitecture, "model").factor
     config, args = content["UNET_CFG"], content["args"]
-    channels, blocks = tuple(config["down_channel_args"]), config["num_res_blocks_per_level"]
+    channels = tuple(config["down_channel_args"])
     if tuple(config["up_channel_args"]) != channels[::-1]:
         raise UserError(
             f"{file}: its up_channel_args are not its down_channel_args reversed; lightdiff has no such U-Net"
         )
-    model = UNetSettings(
-        channels=channels,
-        blocks=blocks,
-        attend_levels=(),
-        mid_attention=True,
-        heads=4,
-        time_dim=config["time_dim"],
-        groups=32,
-        group_width=4,
-        down_kernel=4,
-        zero_init=False,
+    model = OriginalUNetSettings(
+        channels=channels, blocks=config["num_res_blocks_per_level"], time_dim=config["time_dim"]
     )
     check_size(resolution, factor * model.factor)
     side = resolution // factor
@@ -152,13 +129,10 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
             only_mu=True,
         ),
     )
-    expected = UNet(model, config["latent_channels"]).state_dict()
-    tensors: Weights = {}
+    network, tensors = build_unet(model, config["latent_channels"]), dict[str, Tensor]()
     for prefix, field in (("model.", "model_state_dict"), ("ema.", "ema_state_dict")):
         if content.get(field):
-            weights = renamed(file, content[field], unet_names(len(channels) - 1, blocks, content[field]))
-            check_fit(file, weights, expected)
-            tensors |= {prefix + name: weight for name, weight in weights.items()}
+            tensors |= {prefix + n: w for n, w in weights_of(file, content[field], network).items()}
     metadata = Metadata(
         stage="unet",
         settings=settings.model_dump(mode="json"),
@@ -168,53 +142,26 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
     return write(run.unet.last, None, tensors, metadata)
 
 
-def unet_names(levels: int, blocks: int, theirs: Weights) -> Iterator[tuple[str, str]]:
-    """Pairs (their name, ours) of the U-Net's tensors."""
-    modules = {
-        "time_embedding.1": "time.linear1",
-        "time_embedding.3": "time.linear2",
-        "latent_to_unet_input": "stem",
-        "mid_block1": "mid1.block",
-        "mid_attn.norm": "mid1.attention.norm",
-        "mid_attn.attention.out_proj": "mid1.attention.proj",
-        "mid_block2": "mid2.block",
-        "final_norm": "norm",
-        "final_conv": "out",
-    }
-    for level in range(levels):
-        first = level * (blocks + 1)
-        modules[f"down.{first + blocks}.conv"] = f"down.{level}.resize"
-        modules[f"up.{first}.conv"] = f"up.{level}.resize.conv"
-        for block in range(blocks):
-            modules[f"down.{first + block}"] = f"down.{level}.stages.{block}.block"
-            modules[f"up.{first + block + 1}"] = f"up.{level}.stages.{block}.block"
-    for name in theirs:
-        if name.startswith("mid_attn.attention.in_proj_"):
-            yield name, name.replace("mid_attn.attention.in_proj_", "mid1.attention.qkv.")
-            continue
-        module = next((m for m in modules if name.startswith(f"{m}.")), None)
-        if module is not None:
-            yield name, modules[module] + name.removeprefix(module).replace("time_proj.1", "time")
+def weights_of(file: Path, theirs: dict[str, Any], network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the network, in float32.
 
-
-def renamed(file: Path, theirs: Weights, names: Iterator[tuple[str, str]]) -> Weights:
-    """Their tensors under our names, as float32."""
+    Raises:
+        UserError: If one is missing, of another shape, or not a tensor.
+    """
     if not all(isinstance(value, Tensor) for value in theirs.values()):
         raise UserError(f"{file} is no checkpoint of the original scripts: its weights are no tensors")
-    return {ours: theirs[name].float().clone() for name, ours in names}
-
-
-def check_fit(file: Path, weights: Weights, expected: Weights) -> None:
-    """See that every tensor of the network is there, in its shape."""
-    wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
+    expected = network.state_dict()
+    wrong = [n for n in expected if n not in theirs or theirs[n].shape != expected[n].shape]
+    wrong += [n for n in theirs if n not in expected]
     if wrong:
         raise UserError(
             f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {wrong[0]} first"
         )
+    return {name: theirs[name].float().clone() for name in expected}
 
 
 def check_size(resolution: int, factor: int) -> None:
-    """See that images of this size fit the networks."""
+    """Check that images of this size fit the networks."""
     if resolution < factor or resolution % factor:
         raise UserError(f"--resolution: {resolution} is not divisible by {factor}, as these networks need")
 
@@ -235,8 +182,8 @@ def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:
     )
 
 
-def write(path: Path, also: Path | None, tensors: Weights, metadata: Metadata) -> Path:
-    """Publish a checkpoint where none is yet."""
+def write(path: Path, also: Path | None, tensors: dict[str, Tensor], metadata: Metadata) -> Path:
+    """Write a checkpoint where none is yet."""
     ensure_writable(path.parent)
     if path.exists():
         raise UserError(f"{path} is there already: choose another --run")

@@ -5,10 +5,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.options import PRESETS, build, preset_layer
-from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import Architecture, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.loop import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
@@ -25,22 +25,21 @@ def show_presets(resolution: int) -> None:
         vae_settings = build(TrainVAESettings, [preset_layer("vae", name)])
         vae = vae_settings.model.resolved(resolution)
         if resolution % vae.factor:
-            table.add_row(name, "VAE", joined(vae.encoder_channels), f"needs images divisible by {vae.factor}", "", "")
+            table.add_row(name, "VAE", widths_of(vae), f"needs images divisible by {vae.factor}", "", "")
             continue
         side = resolution // vae.factor
         unet_settings = build(TrainUNetSettings, [preset_layer("unet", name)])
         unet = unet_settings.model.resolved(side)
         with torch.device("meta"):  # shapes alone: no memory, no time
-            image = torch.zeros(1, vae.image_channels, resolution, resolution)
+            image = torch.zeros(1, 3, resolution, resolution)
             latent = torch.zeros(1, vae.latent_channels, side, side)
-            widths = (vae.encoder_channels, vae.decoder_channels)
-            add_row(table, name, "VAE", widths, VAE(vae), (image, latent), vae_settings.loop)
+            add_row(table, name, "VAE", widths_of(vae), build_vae(vae), (image, latent), vae_settings.loop)
             if side % unet.factor:
-                table.add_row("", "U-Net", joined(unet.channels), f"needs latents divisible by {unet.factor}", "", "")
+                table.add_row("", "U-Net", widths_of(unet), f"needs latents divisible by {unet.factor}", "", "")
             else:
                 t = torch.zeros(1, dtype=torch.long)
-                network = UNet(unet, vae.latent_channels)
-                add_row(table, "", "U-Net", (unet.channels,), network, (latent, t), unet_settings.loop)
+                network = build_unet(unet, vae.latent_channels)
+                add_row(table, "", "U-Net", widths_of(unet), network, (latent, t), unet_settings.loop)
     Console().print(table)
 
 
@@ -48,7 +47,7 @@ def add_row(
     table: Table,
     name: str,
     network: str,
-    widths: tuple[tuple[int, ...], ...],
+    widths: str,
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     loop: LoopSettings,
@@ -60,7 +59,7 @@ def add_row(
     table.add_row(
         name,
         network,
-        " | ".join(joined(w) for w in widths),
+        widths,
         f"{parameters / 1e6:.2f} M",
         f"{fixed / 1e6:.0f} MB",
         f"{image / 1e6:.1f} MB",
@@ -85,6 +84,7 @@ def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return sum(kept.values())
 
 
-def joined(widths: tuple[int, ...]) -> str:
-    """Widths as one types them."""
-    return ",".join(map(str, widths))
+def widths_of(model: Architecture) -> str:
+    """An architecture's widths as one types them: the VAE's encoder's | decoder's, the U-Net's."""
+    names = ("encoder_channels", "decoder_channels", "channels")
+    return " | ".join(",".join(map(str, getattr(model, name))) for name in names if hasattr(model, name))

@@ -5,19 +5,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
 """Width -> its normalisation layer."""
 
 
-def group_norm(channels: int, groups: int, group_width: int = 0) -> nn.GroupNorm:
-    """GroupNorm (Wu & He 2018, arXiv:1803.08494) of `groups` groups, or of groups of `group_width` channels.
-
-    Where the width is not divisible, the common divisor is taken instead, so any width can be built.
-    """
-    count = channels // math.gcd(channels, group_width) if group_width else math.gcd(channels, groups)
-    return nn.GroupNorm(count, channels)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm (Wu & He 2018, arXiv:1803.08494); fewer groups where they do not divide the width: any can be built."""
+    return nn.GroupNorm(math.gcd(channels, groups), channels)
 
 
 class PixelNorm(nn.LayerNorm):
@@ -28,8 +25,8 @@ class PixelNorm(nn.LayerNorm):
     2). Here, no pixel has a say in another's scale.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b, c, h, w) to (b, c, h, w)."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalise each pixel."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype)
 
 
@@ -43,7 +40,6 @@ class ResBlock(nn.Module):
     checkpointable = True
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm, time_dim: int = 0) -> None:
-        """Build a block (b, in_channels, h, w) -> (b, out_channels, h, w); `time_dim` 0 means no conditioning."""
         super().__init__()
         self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -52,13 +48,14 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """Map (b, in, h, w), and time (b, time_dim) if the block is conditioned, to (b, out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h)
+    def forward(
+        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b out h w"]:
+        """Map x, and the time embedding if the block is conditioned on it."""
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out, h, w)
         if self.time is not None:
             assert time is not None, "a conditioned block needs the time embedding"
-            scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+            scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # each (b, out, 1, 1)
             h = h * (1 + scale) + shift
         out: Tensor = self.conv2(F.silu(h)) + self.skip(x)
         return out
@@ -77,70 +74,57 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b, c, h, w) to (b, c, h, w)."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Let every position take from all others."""
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (b, h*w, c)
         qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, h*w, c/heads)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        out: Tensor = x + self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
-        return out
-
-
-class PlainBlock(nn.Sequential):
-    """Convolution, GroupNorm, SiLU: the building block of the original scripts."""
-
-    checkpointable = True
-
-    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
-        """Build (b, in, h, w) -> (b, out, h, w)."""
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1), norm(out_channels), nn.SiLU())
+        added: Tensor = self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
+        return x + added
 
 
 class Downsample(nn.Conv2d):
-    """Halve height and width with a strided convolution, 4 x 4 (original) or 3 x 3; both pad by one."""
+    """Halve height and width, an odd one rounding up, with a strided 3 x 3 convolution."""
 
-    def __init__(self, channels: int, kernel: int = 3) -> None:
-        """Build (b, c, h, w) -> (b, c, h/2, w/2)."""
-        super().__init__(channels, channels, kernel, stride=2, padding=1)
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
-class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution.
+class Upsample(nn.Conv2d):
+    """Double height and width: nearest neighbour, then a 3 x 3 convolution.
 
     Unlike a strided transposed convolution, every output pixel sees the same number of weights, so no
     checkerboard can appear (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts").
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        """Build (b, in, h, w) -> (b, out, 2h, 2w)."""
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out 2*h 2*w"]:
         """Double the size of x."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class TimeEmbedding(nn.Module):
-    """A level's number as a vector: sines and cosines, then two linear layers (Ho et al. 2020, appendix B)."""
+    """A level's number as a vector: sines and cosines, then two linear layers (Ho et al. 2020, appendix B).
+
+    Frequencies fall geometrically from 1 to 1e-4 radians a level.
+    """
 
     freq: Tensor
 
     def __init__(self, dim: int) -> None:
-        """Build (b,) -> (b, dim); frequencies fall geometrically from 1 to 1e-4 radians a level."""
         super().__init__()
-        freq = torch.logspace(0, -4, dim // 2, dtype=torch.float64).float()
-        self.register_buffer("freq", freq, persistent=False)
+        self.register_buffer("freq", torch.logspace(0, -4, dim // 2, dtype=torch.float64).float(), persistent=False)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Map levels (b,), 0 to T - 1, to (b, dim)."""
+    def forward(self, t: Real[Tensor, " b"]) -> Float[Tensor, "b dim"]:
+        """Embed levels, 0 to T - 1."""
         angles = t[:, None].float() * self.freq  # float32 even under autocast: bf16 cannot tell 998 from 999
-        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (b, dim)
         out: Tensor = self.linear2(F.silu(self.linear1(waves)))
         return out
 

@@ -142,7 +142,7 @@ def _misfit(net: Net, weights: Path, reason: str) -> UserError:
 class PerceptualLoss(nn.Module):
     """LPIPS of each pair of images, with a gradient to the images and to nothing else.
 
-    All its tensors are buffers that no state dict holds: neither an optimizer, an EMA nor a checkpoint sees them.
+    Keep it beside the network that is trained, not in it: so neither an optimizer, an EMA nor a checkpoint sees it.
     """
 
     def __init__(self, net: Net, weights: Path) -> None:
@@ -153,10 +153,6 @@ class PerceptualLoss(nn.Module):
         self.scaling = lpips_model.get_submodule("scaling_layer")
         self.trunk = lpips_model.get_submodule("net")
         self.linears = nn.ModuleList(lpips_model.get_submodule("lins").children())
-        for module in self.modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                delattr(module, name)
-                module.register_buffer(name, tensor.detach(), persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "PerceptualLoss":

@@ -1,8 +1,9 @@
 """The VAE: images in [-1, 1] <-> latents (Kingma & Welling 2013, arXiv:1312.6114)."""
 
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,19 @@ from lightdiff.models.layers import (
     Downsample,
     Norm,
     PixelNorm,
-    PlainBlock,
     ResBlock,
     Upsample,
     at_least_float32,
     group_norm,
 )
-from lightdiff.settings import VAESettings
+from lightdiff.settings import VAEArchitecture, VAESettings
+
+NORMS: dict[str, Norm] = {"pixel": PixelNorm, "group": group_norm}
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": lambda x: torch.sigmoid(x) * 2 - 1,
+    "none": lambda x: x,
+}
 
 
 class Posterior(NamedTuple):
@@ -51,35 +58,22 @@ class LatentTransform(NamedTuple):
         return torch.rot90(x, self.turns, (2, 3))
 
 
-def norm_of(settings: VAESettings) -> Norm:
-    """The normalisation layers of these settings."""
-    return PixelNorm if settings.norm == "pixel" else partial(group_norm, groups=settings.groups)
+def res_blocks(settings: VAESettings, widths: list[int]) -> list[nn.Module]:
+    """Residual blocks from each width to the next."""
+    return [ResBlock(a, b, NORMS[settings.norm]) for a, b in pairwise(widths)]
 
 
-def level_blocks(settings: VAESettings, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
-    """`count` blocks of the chosen kind, the first one changing the width."""
-    kind = ResBlock if settings.block == "residual" else PlainBlock
-    widths = [in_channels] + [out_channels] * count
-    return [kind(a, b, norm_of(settings)) for a, b in pairwise(widths)]
+def level_widths(counts: tuple[int, ...], level: int, in_channels: int, out_channels: int) -> list[int]:
+    """What a level's blocks lead from and to; of their counts, a short list repeats its last number."""
+    return [in_channels] + [out_channels] * counts[min(level, len(counts) - 1)]
 
 
 def middle(settings: VAESettings, channels: int) -> list[nn.Module]:
     """Residual blocks and, if chosen, attention at the latent's size."""
-    norm = norm_of(settings)
-    blocks: list[nn.Module] = [ResBlock(channels, channels, norm) for _ in range(settings.mid_blocks)]
+    blocks = res_blocks(settings, [channels] * (settings.mid_blocks + 1))
     if settings.attention:
-        blocks.insert(1, Attention(channels, heads=1, norm=norm))
+        blocks.insert(1, Attention(channels, heads=1, norm=NORMS[settings.norm]))
     return blocks
-
-
-def norm_act(settings: VAESettings, channels: int) -> list[nn.Module]:
-    """What a chain of pre-activation blocks ends with; plain blocks end with it anyway."""
-    return [norm_of(settings)(channels), nn.SiLU()] if settings.block == "residual" else []
-
-
-def blocks_at(counts: tuple[int, ...], level: int) -> int:
-    """Blocks of a level; a short list repeats its last number."""
-    return counts[min(level, len(counts) - 1)]
 
 
 class Encoder(nn.Module):
@@ -88,19 +82,20 @@ class Encoder(nn.Module):
     def __init__(self, settings: VAESettings) -> None:
         """Build it from resolved settings (`VAESettings.resolved`)."""
         super().__init__()
-        s, channels = settings, settings.encoder_channels
-        layers: list[nn.Module] = [nn.Conv2d(s.image_channels, channels[0], 3, padding=1)]
-        for level, (a, b) in enumerate(pairwise(channels)):
-            layers += [*level_blocks(s, a, b, blocks_at(s.encoder_blocks, level)), Downsample(b, s.down_kernel)]
-        self.body = nn.Sequential(*layers, *middle(s, channels[-1]), *norm_act(s, channels[-1]))
-        self.mu = nn.Conv2d(channels[-1], s.latent_channels, 1)
-        self.logvar = nn.Conv2d(channels[-1], s.latent_channels, 1)
+        s, (stem, *_, last) = settings, settings.encoder_channels
+        layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1)]  # (b, stem, h, w)
+        for level, (a, b) in enumerate(pairwise(s.encoder_channels)):
+            blocks = res_blocks(s, level_widths(s.encoder_blocks, level, a, b))
+            layers += [*blocks, Downsample(b)]  # (b, channels[i], h/2, w/2)
+        self.body = nn.Sequential(*layers, *middle(s, last), NORMS[s.norm](last), nn.SiLU())
+        self.mu = nn.Conv2d(last, s.latent_channels, 1)
+        self.logvar = nn.Conv2d(last, s.latent_channels, 1)
         self.bounds = (s.logvar_min, s.logvar_max)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Posterior:
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Posterior:
         """Encode images in [-1, 1]; the answer is float32 and its logvar lies within the bounds."""
-        h = self.body(x)
-        mu, logvar = at_least_float32(self.mu(h)), at_least_float32(self.logvar(h))
+        h = self.body(x)  # (b, channels[-1], h/f, w/f)
+        mu, logvar = at_least_float32(self.mu(h)), at_least_float32(self.logvar(h))  # (b, c, h/f, w/f)
         return Posterior(mu, soft_bound(logvar, *self.bounds))
 
 
@@ -110,39 +105,46 @@ class Decoder(nn.Module):
     def __init__(self, settings: VAESettings) -> None:
         """Build it from resolved settings (`VAESettings.resolved`)."""
         super().__init__()
-        s, channels = settings, settings.decoder_channels
-        layers: list[nn.Module] = [nn.Conv2d(s.latent_channels, channels[0], 1), *middle(s, channels[0])]
-        for level, (a, b) in enumerate(pairwise(channels)):
-            up = Upsample(a, b) if s.upsample == "nearest" else nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
-            layers += [up, *level_blocks(s, b, b, blocks_at(s.decoder_blocks, level))]
-        out = nn.Conv2d(channels[-1], s.image_channels, 3, padding=1)
-        self.body = nn.Sequential(*layers, *norm_act(s, channels[-1]), out)
+        s, (first, *_, last) = settings, settings.decoder_channels
+        layers: list[nn.Module] = [nn.Conv2d(s.latent_channels, first, 1), *middle(s, first)]  # (b, first, h/f, w/f)
+        for level, (a, b) in enumerate(pairwise(s.decoder_channels)):
+            layers += [Upsample(a, b)]  # (b, channels[i], 2h, 2w)
+            layers += res_blocks(s, level_widths(s.decoder_blocks, level, b, b))
+        self.body = nn.Sequential(*layers, NORMS[s.norm](last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
         self.output = s.output
 
-    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 m n"]:
         """Decode latents to images in [-1, 1] (a sigmoid's [0, 1] is stretched; `none` may overshoot)."""
-        x = at_least_float32(self.body(z))
-        if self.output == "none":
-            return x
-        return torch.tanh(x) if self.output == "tanh" else torch.sigmoid(x) * 2 - 1
+        return OUTPUTS[self.output](at_least_float32(self.body(z)))  # (b, 3, f*h, f*w)
 
 
 class VAE(nn.Module):
-    """Encoder and decoder."""
+    """Encoder and decoder, of whichever architecture."""
 
-    def __init__(self, settings: VAESettings) -> None:
+    def __init__(
+        self,
+        settings: VAEArchitecture,
+        encoder: Callable[[Any], nn.Module] = Encoder,
+        decoder: Callable[[Any], nn.Module] = Decoder,
+    ) -> None:
         """Build both from resolved settings (`VAESettings.resolved`)."""
         super().__init__()
-        self.encoder = Encoder(settings)
-        self.decoder = Decoder(settings)
+        self.encoder = encoder(settings)
+        self.decoder = decoder(settings)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b l m n"], change: LatentTransform | None = None
-    ) -> tuple[Float[Tensor, "b c i j"], Posterior]:
+        self, x: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b l m n"], change: LatentTransform | None = None
+    ) -> tuple[Float[Tensor, "b 3 i j"], Posterior]:
         """Reconstruct x through a latent drawn with this noise, which may be changed before it is decoded."""
         posterior: Posterior = self.encoder(x)
         z = posterior.sample(noise)
         return self.decoder(change(z) if change else z), posterior
+
+
+def build_vae(settings: VAEArchitecture) -> VAE:
+    """The VAE of resolved settings, whichever architecture they are of."""
+    vae: VAE = resolve_name(settings.NETWORK)(settings)
+    return vae
 
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every stage runs on: processes, devices, signals, progress. Here: a process's place in its run, without torch."""
+"""What every stage runs on: processes, devices, signals, progress. Here: which process of a run this is."""
 
 import os
 

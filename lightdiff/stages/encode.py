@@ -23,7 +23,7 @@ from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.resume import start_over
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import EncodeSettings, VAESettings
+from lightdiff.settings import EncodeSettings, VAEArchitecture
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_COPY = "vae.safetensors"
@@ -137,7 +137,7 @@ def finish(folder: Path, index: LatentIndex) -> None:
     )
 
 
-def plan(settings: EncodeSettings, saved: Checkpoint, model: VAESettings, files: list[ImageFile]) -> LatentIndex:
+def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: list[ImageFile]) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     if images.resolution % model.factor:

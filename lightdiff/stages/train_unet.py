@@ -13,7 +13,7 @@ from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
-from lightdiff.models.unet import UNet
+from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels
@@ -82,7 +82,7 @@ class UNetTask:
         s = self.settings = stage.settings
         self.stage, self.device, self.latents, self.train_items = stage, stage.device, latents, len(latents.train)
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
-        self.model = stage.new_network(lambda: UNet(s.model, s.latent.channels, len(s.classes)))
+        self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
         self.schedule = Schedule.of(s.noise).to(self.device)
         self.scaling = Scaling.of(s.latent)
         self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)

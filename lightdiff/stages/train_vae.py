@@ -15,7 +15,7 @@ from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
 from lightdiff.losses import psnr, vae_loss
-from lightdiff.models.vae import VAE, LatentTransform
+from lightdiff.models.vae import LatentTransform, build_vae
 from lightdiff.pictures import save_grid
 from lightdiff.runtime.processes import DistEnv, Means, Processes, autocast, pick_workers
 from lightdiff.runtime.progress import console
@@ -55,7 +55,7 @@ class VAETask:
         self.lpips = perceptual(s.loss, stage.device, stage.processes)
         if s.freeze_encoder and not (stage.saved or s.init_from):
             raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
-        vae = stage.new_network(lambda: VAE(s.model))
+        vae = stage.new_network(lambda: build_vae(s.model))
         vae.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
         self.model = vae
         self.train = [i for i, f in enumerate(files) if f.split == "train"]

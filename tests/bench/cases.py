@@ -23,8 +23,8 @@ from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.data.loading import ImageDataset, batches
 from lightdiff.losses import vae_loss
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.options import preset_layer
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes, compile_network, keep_memory, pick_compile, pick_precision, place
@@ -35,7 +35,8 @@ from lightdiff.settings import (
     LoopSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    UNetSettings,
+    UNetArchitecture,
+    VAEArchitecture,
     VAELossSettings,
     VAESettings,
 )
@@ -102,7 +103,7 @@ def train_unet_step(
     model: dict[str, Any], side: int, batch: int, device: torch.device, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
     """A trainer of train-unet with default settings, and a function that does its next step."""
-    settings = UNetSettings.model_validate(model).resolved(side)
+    settings = UNetArchitecture.model_validate(model).resolved(side)
     chosen = defaults(device, batch_size=batch, **loop)
     latents = LatentSet(made_up_latents(room(), 512, side))
     if device.type == "cuda":
@@ -130,13 +131,13 @@ def unet_step(
     shape = (batch, 4, side, side)
     example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
     if contender.startswith("lightdiff"):
-        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        network: nn.Module = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         trainer, step = train_unet_step(model, side, batch, device)
         return several(step, steps, batch, flops, network, trainer.precision)
     bf16 = contender.endswith("bf16")
     if contender == "original":
-        network = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        network = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         taught = peers.DenoiserSteps(network, lambda net, x, t: net(x, t), shape, device, bf16)
     else:
@@ -173,7 +174,7 @@ class VAEStepTask:
 
     def __init__(self, settings: TrainVAESettings, device: torch.device, lpips: Any):
         self.settings, self.device, self.lpips = settings, device, lpips
-        self.model = VAE(settings.model)
+        self.model = build_vae(settings.model)
         place(self.model, device)
         side = settings.images.resolution // settings.model.factor
         self.latent_shape = (settings.model.latent_channels, side, side)
@@ -193,7 +194,7 @@ def train_vae_step(
     """A trainer of train-vae with default settings and images in memory, and a function that does its next step."""
     chosen = defaults(device, batch_size=batch, **loop)
     settings = TrainVAESettings(
-        model=VAESettings.model_validate(model).resolved(side),
+        model=VAEArchitecture.model_validate(model).resolved(side),
         loop=chosen,
         loss=VAELossSettings(lpips_gamma=0.5 if lpips is not None else 0),
         images=ImageSettings(resolution=side),
@@ -208,11 +209,11 @@ def vae_step(
     contender: str, device: torch.device, *, side: int, batch: int, lpips: bool = False, steps: int = 3
 ) -> Work:
     """Training steps of a VAE: forward, backward, clip, AdamW, EMA."""
-    model = VAESettings.model_validate(SMALL_VAE).resolved(side)
+    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(side)
     example = torch.randn(1, 3, side, side)
     distance = some_lpips(room()).to(device) if lpips else None
     pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
-    own = VAE(model)
+    own = build_vae(model)
     factor = model.factor
     flops = flops_of(own, example, torch.randn(1, 4, side // factor, side // factor), backward=True)
     if distance is not None:
@@ -285,8 +286,8 @@ def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
     """Files of 256 px -> latents of 64 px images. lightdiff encodes each image's mirror image, too."""
     home = room()
     folder = photographs(home / "images", count, 256)
-    model = VAESettings.model_validate(SMALL_VAE).resolved(64)
-    vae = VAE(model)
+    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(64)
+    vae = build_vae(model)
     example = torch.randn(1, 3, 64, 64)
     flops = flops_of(vae.encoder, example)
     if contender == "original":
@@ -348,9 +349,9 @@ def sampling(
         network.to(device)
         return Work(draw, batch, flops, parameters_of(network))
     chosen = own if own and contender != "original" else SMALL_UNET
-    settings = UNetSettings.model_validate(chosen).resolved(side)
-    model = UNet(settings, 4)
-    nn.init.normal_(model.out.weight, std=0.01)
+    settings = UNetArchitecture.model_validate(chosen).resolved(side)
+    model = build_unet(settings, 4)
+    nn.init.normal_((model.out if hasattr(model, "out") else model.final_conv).weight, std=0.01)
     flops = flops_of(model, *example) * batch * steps
     if contender == "original":
         model.to(device)
@@ -369,15 +370,21 @@ def sampling(
     return lightdiff_sampling(model, settings, device, batch, steps, flops, contender.endswith("compiled"))
 
 
-def untrained_vae(path: Path, settings: VAESettings) -> Checkpoint:
+def untrained_vae(path: Path, settings: VAEArchitecture) -> Checkpoint:
     """A VAE of random weights, saved."""
-    weights = {f"model.{name}": value for name, value in VAE(settings).state_dict().items()}
+    weights = {f"model.{name}": value for name, value in build_vae(settings).state_dict().items()}
     checkpoint.save(path, weights, Metadata(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
     return Checkpoint(path)
 
 
 def lightdiff_sampling(
-    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float, compiled: bool
+    model: nn.Module,
+    settings: UNetArchitecture,
+    device: torch.device,
+    batch: int,
+    steps: int,
+    flops: float,
+    compiled: bool,
 ) -> Work:
     """The same through a saved run, as `generate` draws."""
     from lightdiff.pipeline import Pipeline, Sampling, vae_digest

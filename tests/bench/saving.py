@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.models.unet import UNet
+from lightdiff.models.unet import build_unet
 from lightdiff.options import preset_layer
 from lightdiff.runtime.processes import Processes, pick_device, pick_precision
-from lightdiff.settings import LoopSettings, UNetSettings
+from lightdiff.settings import LoopSettings, UNetArchitecture
 from lightdiff.training.loop import Trainer
 
 
@@ -30,9 +30,9 @@ class Latents:
     stage = "unet"
     ranks = Processes()
 
-    def __init__(self, model: UNetSettings, device: torch.device, size: int) -> None:
+    def __init__(self, model: UNetArchitecture, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
-        self.model = UNet(model, 4)
+        self.model = build_unet(model, 4)
         place(self.model, device)
 
     def prepare(self, batch: object, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = pick_device("auto")
     size = chosen.batch_size or (64 if device.type == "cuda" else 4)
-    settings = UNetSettings.model_validate(preset_layer("unet", chosen.preset)["model"])
+    settings = UNetArchitecture.model_validate(preset_layer("unet", chosen.preset)["model"])
     precision = pick_precision("auto", device)
     loop = LoopSettings(batch_size=size, precision=precision)
     trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]

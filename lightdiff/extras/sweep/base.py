@@ -99,6 +99,8 @@ def opened(settings: T) -> T:
     """The settings with what was filled in from others left open, so that it follows when those are varied."""
     whole = settings.resolved()
     for path, empty in FILLED_IN[type(settings)].items():
+        if path[0] == "model" and settings.model.architecture != "default":
+            continue  # other architectures fill in nothing
         trial = type(settings).model_validate(merge(type(settings), settings.model_dump(), nest({path: empty})))
         if trial.resolved() == whole:
             settings = trial
