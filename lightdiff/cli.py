@@ -11,6 +11,7 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
+from lightdiff.extras.settings import EditSettings, TrajectorySettings, WalkSettings
 from lightdiff.options import Layer, command, read_settings
 from lightdiff.runtime import launcher
 from lightdiff.runtime.dist_env import may_restart_elsewhere, restarted
@@ -172,6 +173,9 @@ add(
     estimate=estimate,
 )
 add("generate", settings.GenerateSettings, STAGES)
+add("edit", EditSettings, OTHERS, package="extras")
+add("walk", WalkSettings, OTHERS, package="extras")
+add("trajectory", TrajectorySettings, OTHERS, package="extras")
 add("demo", settings.DemoSettings, OTHERS)
 add("evaluate", settings.EvaluateSettings, OTHERS, package="extras")
 add("sweep", settings.SweepSettings, OTHERS, package="extras", estimate=estimate)
