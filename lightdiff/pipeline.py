@@ -74,12 +74,12 @@ def guidance_for(
     Raises:
         UserError: For a class that the network does not know, or guidance without a class.
     """
-    known = settings.classes
     if not sampling.class_:
         if sampling.guidance != 1:
-            hint = "" if known else "; this U-Net was trained without --label"
+            hint = "" if settings.label else "; this U-Net was trained without --label"
             raise UserError(f"--guidance needs a --class to guide to{hint}")
         return None
+    known = settings.classes
     for name in sampling.class_:
         if name not in known:
             quoted = [f'"{value}"' if "," in value else value for value in known]
@@ -215,8 +215,8 @@ def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -
     """A VAE ready for use, and its architecture."""
     settings = saved.settings(VAESettings, "model")
     vae = load_network(lambda: VAE(settings), saved, saved.weights_prefix(), device)
-    vae.to(memory_format=torch.channels_last)  # without a backward pass it is faster on CPUs, too
-    return cast_weights(vae, precision), settings
+    # Without a backward pass, channels_last is faster on CPUs, too
+    return cast_weights(vae.to(memory_format=torch.channels_last), precision), settings
 
 
 def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> UNet:
@@ -260,7 +260,7 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
     """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
     found = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
-    return first_match(found, lambda home: read_index(home).digest, unet.metadata.lineage.get("latents"))
+    return first_match(found, unet, "latents", lambda home: read_index(home).digest)
 
 
 def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
@@ -268,20 +268,19 @@ def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
     if given is not None:
         return find_vae(given, run)
     found = [path for home in latents_candidates(unet, run) if (path := home / "vae.safetensors").is_file()]
-    wanted = unet.metadata.lineage.get("vae")
-    return first_match(found, lambda path: vae_digest(Checkpoint(path, "vae")), wanted) or find_vae(None, run)
+    return first_match(found, unet, "vae", lambda path: vae_digest(Checkpoint(path, "vae"))) or find_vae(None, run)
 
 
 def latents_candidates(unet: Checkpoint, run: RunFolder) -> list[Path]:
     """Where the latents of a U-Net may be: where its settings say, in its run, and in this one."""
-    saved = unet.metadata.settings.get("latents")
-    named = named_latents(Path(saved)) if isinstance(saved, str) else []
+    named = named_latents(Path(saved)) if isinstance(saved := unet.metadata.settings.get("latents"), str) else []
     homes = [*named, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
     return list({home.absolute(): home for home in homes}.values())
 
 
-def first_match(candidates: list[Path], digest: Callable[[Path], str], wanted: str | None) -> Path | None:
-    """The first of this digest, else the first; a candidate without rivals is not looked into."""
+def first_match(candidates: list[Path], unet: Checkpoint, kind: str, digest: Callable[[Path], str]) -> Path | None:
+    """The first that has the digest in a U-Net's lineage, else the first; one without rivals is not looked into."""
     if len(candidates) > 1:
+        wanted = unet.metadata.lineage.get(kind)
         return next((path for path in candidates if digest(path) == wanted), candidates[0])
     return candidates[0] if candidates else None

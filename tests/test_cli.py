@@ -309,8 +309,6 @@ def test_restart_forgets_the_saved_run(cli, run):
     ("words", "said"),
     [
         (("train-vae", "--steps", 3, "--epochs", 1), "--epochs stands in place of --steps: give one of them"),
-        (("generate", "--num-images", 3, "--interpolate", "1,2"), "--interpolate stands in place of --num-images"),
-        (("generate", "--frames", 5), "--frames does nothing without --interpolate"),
         (("generate", "--guidance-interval", "0,0.5"), "--guidance-interval does nothing without --class"),
     ],
 )

@@ -248,7 +248,7 @@ def test_text_is_not_split() -> None:
     field = dict(leaves(GenerateSettings))[("name",)]
     assert given(field, "a,b") == "a,b"
     assert parsed(GenerateSettings, "--name", "none").name == "none"
-    assert parsed(GenerateSettings, "--class", "none").class_ == ("none",)  # a class may be called that
+    assert parsed(GenerateSettings, "--class", "none").sampling.class_ == ("none",)  # a class may be called that
     assert parsed(TrainVAESettings, "--background", "none").images.background == "none"
 
 
@@ -357,8 +357,8 @@ def test_settings_files(tmp_path: Path, name: str, text: str) -> None:
 
 
 def test_a_names_comma_is_kept_in_quotes() -> None:
-    assert parsed(GenerateSettings, "--class", 'bare,"dark, round"').class_ == ("bare", "dark, round")
-    assert parsed(GenerateSettings, "--class", "5'11\", b").class_ == ("5'11\"", "b")
+    assert parsed(GenerateSettings, "--class", 'bare,"dark, round"').sampling.class_ == ("bare", "dark, round")
+    assert parsed(GenerateSettings, "--class", "5'11\", b").sampling.class_ == ("5'11\"", "b")
 
 
 @pytest.mark.parametrize(

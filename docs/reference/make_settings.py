@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lightdiff import settings
+from lightdiff.extras.settings import EditSettings, TrajectorySettings, WalkSettings
 from lightdiff.options import DOTTED, default_of, described, flag, panel, parsed_as, typed
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -20,6 +21,9 @@ COMMANDS: dict[str, tuple[type[settings.Settings], bool]] = {  # with --preset o
     "scale": (settings.ScaleSettings, False),
     "train-unet": (settings.TrainUNetSettings, True),
     "generate": (settings.GenerateSettings, False),
+    "edit": (EditSettings, False),
+    "walk": (WalkSettings, False),
+    "trajectory": (TrajectorySettings, False),
     "demo": (settings.DemoSettings, False),
     "evaluate": (settings.EvaluateSettings, False),
     "sweep": (settings.SweepSettings, False),

@@ -65,8 +65,8 @@ class Samples:
         unet = Checkpoint(find_unet(settings.unet, here), "unet")
         vae = Checkpoint(vae_behind(unet, settings.vae, here), "vae")
         self.out = settings.out or self.processes.run_on_main(lambda: new_folder(here.samples))
-        self.precision, self.compile = self.processes.run_on_main(lambda: self.resolve_auto(device))
-        self.pipeline = Pipeline(unet, vae, device, settings.ema, self.precision)
+        precision, self.compile = self.processes.run_on_main(lambda: self.resolve_auto(device))
+        self.pipeline = Pipeline(unet, vae, device, settings.ema, precision)
         self.digests = {"unet": unet.metadata.digest, "vae": vae.metadata.digest}
         self.processes.check_same("U-Net or VAE", self.digests)
         self.size = latent_size(settings, self.pipeline)
@@ -145,13 +145,8 @@ class Samples:
         """
         enter(self.out, self.lock)
         kept = self.path("settings.json")
-        now = {
-            "settings": chosen(self.settings),
-            "precision": self.precision,
-            "compile": self.compile,
-            **self.digests,
-            **about,
-        }
+        how = {"precision": self.pipeline.precision, "compile": self.compile}
+        now = {"settings": chosen(self.settings), **how, **self.digests, **about}
         there = {i for i, path in enumerate(self.paths) if path.is_file()}
         if kept.is_file():
             before = flat(read_json(kept))
