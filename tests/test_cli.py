@@ -15,6 +15,7 @@ import lightdiff
 from lightdiff import settings
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.latents import read_index
+from lightdiff.extras.settings import EditSettings, TrajectorySettings, WalkSettings
 from lightdiff.options import flag, leaves, typed
 
 STAGES = {
@@ -25,6 +26,9 @@ STAGES = {
     "generate": settings.GenerateSettings,
 }
 MODELS = STAGES | {
+    "edit": EditSettings,
+    "walk": WalkSettings,
+    "trajectory": TrajectorySettings,
     "demo": settings.DemoSettings,
     "evaluate": settings.EvaluateSettings,
     "sweep": settings.SweepSettings,

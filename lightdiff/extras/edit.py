@@ -34,7 +34,7 @@ def run(settings: EditSettings) -> Path:
             z = pipeline.sample(items, settings.seed, settings.sampling, samples.size, source.strength, start)
             return source.pasted(pipeline.decode(z))
 
-        samples.draw(images, source.strength, source=source.digest)
+        samples.draw(images, source.strength, from_=source.digest)
         if settings.trajectory:
             save_trajectory(samples, source.strength, start)
         return samples.finish()

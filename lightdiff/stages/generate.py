@@ -56,7 +56,7 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
 
 
 class Samples:
-    """A folder of images to be drawn with a trained pipeline, resumed where the same images have been begun."""
+    """A folder of images to draw with a trained pipeline; where the same images were begun, they are resumed."""
 
     def __init__(self, settings: GenerateSettings, lock: Lock) -> None:
         """Load the networks, and choose the folder."""
@@ -77,7 +77,7 @@ class Samples:
         return self.out / (f"{self.settings.name}-{name}" if self.settings.name else name)
 
     def resolve_auto(self, device: torch.device) -> tuple[str, str]:
-        """Precision, and whether to compile: as these images have been begun, else found by trying."""
+        """Precision, and whether to compile: as when these images were begun, else found by trying."""
         s, kept = self.settings, self.path("settings.json")
         begun = read_json(kept) if kept.is_file() else {}
         precision = as_begun(s.compute.precision, begun.get("precision"))
@@ -138,7 +138,7 @@ class Samples:
         limit.conclude(unfinished, processes, again)
 
     def open_folder(self, about: Mapping[str, str]) -> set[int]:
-        """Make the folder, or go on in one where the same images were begun; the images that are missing.
+        """Make the folder, or resume one where the same images were begun; returns the images that are missing.
 
         Raises:
             UserError: If it holds images of the same names, but of other settings or networks, or of unknown ones.
@@ -149,11 +149,11 @@ class Samples:
         now = {"settings": chosen(self.settings), **how, **self.digests, **about}
         there = {i for i, path in enumerate(self.paths) if path.is_file()}
         if kept.is_file():
-            before = flat(read_json(kept))
-            for name, value in flat(now).items():
-                if before.get(name) != value:
+            before, after = flat(read_json(kept)), flat(now)
+            for name in {**after, **before}:  # what an edit or a walk has more than new images, too
+                if before.get(name) != after.get(name):
                     raise UserError(
-                        f"{self.out} was begun with {flag_of(name)} {before.get(name)}, now {value}: "
+                        f"{self.out} was begun with {flag_of(name)} {before.get(name)}, now {after.get(name)}: "
                         "choose another --out, or a --name"
                     )
         elif there:
@@ -213,7 +213,7 @@ def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, in
 
 
 def new_folder(samples: Path) -> Path:
-    """The next free folder below samples/: 0001, 0002, ...; after an automatic restart, the last one, to go on."""
+    """The next free folder below samples/: 0001, 0002, ...; after an automatic restart, the last one, to resume it."""
     number = max((int(p.name) for p in samples.glob("[0-9]*") if p.name.isdigit()), default=0)
     return samples / f"{number if number and restarted() else number + 1:04d}"
 
