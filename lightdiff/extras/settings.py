@@ -13,22 +13,15 @@ class EditSettings(GenerateSettings):
 
     NOT_IN_IMAGES: ClassVar = GenerateSettings.NOT_IN_IMAGES | {"from_", "mask", "trajectory"}
 
-    from_: Path | None = Field(
-        None, json_schema_extra={"panel": "Editing"}, description="image to start from; required"
-    )
+    from_: Path | None = Field(None, description="image to start from; required")
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        json_schema_extra={"panel": "Editing"},
         description="share of the noise levels that is added to the image; default: 0.6, with a mask 1",
     )
-    mask: Path | None = Field(
-        None, json_schema_extra={"panel": "Editing"}, description="image that is white where to redraw"
-    )
-    trajectory: bool = Field(
-        False, json_schema_extra={"panel": "Editing"}, description="show how the first images come out of noise, too"
-    )
+    mask: Path | None = Field(None, description="image that is white where to redraw")
+    trajectory: bool = Field(False, description="show how the first images come out of noise, too")
 
     @model_validator(mode="after")
     def _has_an_image(self) -> "EditSettings":
@@ -42,12 +35,8 @@ class WalkSettings(GenerateSettings):
 
     NO_FLAG: ClassVar = GenerateSettings.NO_FLAG | {"num_images"}  # it follows from the two below
 
-    between: tuple[int, ...] = Field(
-        (), json_schema_extra={"panel": "Walk"}, description="numbers of images of this seed to walk between; required"
-    )
-    frames: int = Field(
-        24, ge=2, json_schema_extra={"panel": "Walk"}, description="images from one of these to the next"
-    )
+    between: tuple[int, ...] = Field((), description="numbers of images of this seed to walk between; required")
+    frames: int = Field(24, ge=2, description="images from one of these to the next")
 
     @model_validator(mode="after")
     def _can_walk(self) -> "WalkSettings":
