@@ -12,12 +12,20 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped
-from lightdiff.extras.settings import DemoSettings, EvaluateSettings, SweepSettings
+from lightdiff.extras.settings import (
+    DemoSettings,
+    EditSettings,
+    EvaluateSettings,
+    SweepSettings,
+    TrajectorySettings,
+    WalkSettings,
+)
 from lightdiff.options import Layer, command
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import is_worker, rank, restarted
 
 STAGES = "The five stages"
+DRAWING = "More to draw"
 EVALUATION = "Evaluating and comparing"
 LOOKING = "Looking at images and runs"
 STARTING = "Starting points"
@@ -139,6 +147,9 @@ COMMANDS = {
         settings.TrainUNetSettings, "stages.train_unet", STAGES, inherit_unet, "unet", "extras.estimate"
     ),
     "generate": Command(settings.GenerateSettings, "stages.generate", STAGES),
+    "edit": Command(EditSettings, "extras.edit", DRAWING),
+    "walk": Command(WalkSettings, "extras.walk", DRAWING),
+    "trajectory": Command(TrajectorySettings, "extras.trajectory", DRAWING),
     "evaluate": Command(EvaluateSettings, "extras.evaluate", EVALUATION),
     "sweep": Command(SweepSettings, "extras.sweep", EVALUATION, estimate="extras.sweep"),
     "demo": Command(DemoSettings, "extras.demo", STARTING),

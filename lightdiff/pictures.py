@@ -1,4 +1,4 @@
-"""Pictures on the disk: grids, animations, single images with what they say of themselves."""
+"""Pictures on the disk: grids, animations, single images with their text chunks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lightdiff.data.images import to_float, to_uint8
-from lightdiff.pipeline import TrajectoryStep
 from lightdiff.run_folder import atomic_write
+from lightdiff.data.images import to_float, to_uint8
 
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row
 FRAME_MS = 60  # of an animation
-LAST_MS = 1500  # that an animation rests at its end
-STRIP = 10  # columns of a strip
 GAP = 2  # pixels between the images of a grid
 
 
@@ -56,7 +53,7 @@ def opened(path: Path) -> Image.Image:
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRAME_MS) -> None:
-    """Save pictures as one that moves, for ever; the last one stays so many milliseconds."""
+    """Save pictures as an animation that repeats; the last one stays for `last_ms` milliseconds."""
     first, *others = frames
     durations = [FRAME_MS] * len(others) + [last_ms]
     atomic_write(
@@ -67,26 +64,7 @@ def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRA
     )
 
 
-def save_walk(path: Path, images: Sequence[Path]) -> None:
-    """Save pictures as one that moves from the first to the last and back."""
-    save_animation(path, [opened(p) for p in [*images, *images[-2:0:-1]]])
-
-
-def save_trajectory(folder: Path, prefix: str, moments: Sequence[TrajectoryStep]) -> None:
-    """Save how images come out of noise: trajectory.webp, which moves, and trajectory.png, some moments side by side.
-
-    Both show x_t above the estimate of x0.
-    """
-    count = len(moments[0].x0)
-    frames = [grid(torch.cat([moment.x_t, moment.x0]), count) for moment in moments]
-    save_animation(folder / f"{prefix}trajectory.webp", frames, LAST_MS)
-    columns = min(STRIP, len(moments))
-    some = [moments[round(i * (len(moments) - 1) / max(1, columns - 1))] for i in range(columns)]
-    rows = [getattr(moment, what)[i] for i in range(count) for what in ("x_t", "x0") for moment in some]
-    save_grid(folder / f"{prefix}trajectory.png", torch.stack(rows), columns)
-
-
 def save_png(path: Path, image: Image.Image | UInt8[torch.Tensor, "3 h w"], info: PngInfo | None = None) -> None:
-    """Publish one image as a PNG, with its text chunks."""
+    """Save one image as a PNG, with its text chunks."""
     shown = image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
     atomic_write(path, lambda temporary: shown.save(temporary, format="PNG", pnginfo=info))

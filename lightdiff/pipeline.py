@@ -8,8 +8,6 @@ x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, check_own, load_weights
 from lightdiff.data.latents import Scaling, read_index
 from lightdiff.data.order import item_noise
-from lightdiff.diffusion.objectives import Guidance, denoiser, inpainting, with_callback
+from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, Network, denoiser
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
@@ -31,102 +29,83 @@ from lightdiff.runtime.compile import cast_weights
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
+    WITH_ETA,
     Device,
     Precision,
-    SamplerName,
-    Spacing,
+    SamplingSettings,
     TrainUNetSettings,
     VAEArchitecture,
 )
 
 N = TypeVar("N", bound=nn.Module)
+Start = Callable[[Denoise, Level, Latents], tuple[Denoise, Latents]]
+"""(denoiser, first level, noise) -> (denoiser, x at that level): how sampling begins."""
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw: everything that `generate` lets one choose about the sampler."""
-
-    num_steps: int = 20
-    eta: float = 0.0
-    clamp: float = 0.0
-    min_alpha_bar: float | None = None  # None: what suits the objective
-    sampler: SamplerName = "dpm++2m"
-    spacing: Spacing = "trailing"
-    classes: Sequence[str] = ()  # what to draw, in turns; none: any
-    guidance: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the levels at which it is applied; 0 is clean
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A picture to begin with."""
-
-    z: Float[Tensor, "1 c h w"]  # its latent
-    strength: float  # share of the levels of noise, above which nothing is visited
-    mask: Float[Tensor, "1 1 h w"] | None = None  # 1 where it is drawn anew, 0 where it stays; None: all of it changes
-
-
-@dataclass(frozen=True)
-class TrajectoryStep:
-    """One call of the network on the way from noise to images in [-1, 1], on the CPU."""
-
-    level: Level
-    x_t: Float[Tensor, "b 3 h w"]  # the noisy latent at unit variance, decoded as if it were clean
-    x0: Float[Tensor, "b 3 h w"]  # what the network takes to be behind it
-
-
-def min_signal(settings: TrainUNetSettings) -> float:
-    """The share of signal at which to begin sampling, for a network with these settings."""
-    return EPS_MIN_ALPHA_BAR if settings.target.objective == "eps" else 0.0
-
-
-def levels_for(settings: TrainUNetSettings, sampling: Sampling, strength: float = 1.0) -> list[Level]:
-    """The levels that sampling visits.
+def levels_for(settings: TrainUNetSettings, sampling: SamplingSettings, strength: float = 1.0) -> list[Level]:
+    """The levels that sampling visits, with a network trained with these settings.
 
     Raises:
-        ValueError: If there are more steps than usable levels.
+        UserError: If there are more steps than usable levels.
     """
     floor = min_signal(settings) if sampling.min_alpha_bar is None else sampling.min_alpha_bar
     schedule = Schedule.of(settings.resolved().noise)
-    return sampling_levels(schedule, sampling.num_steps, floor, sampling.spacing, strength)
+    try:
+        return sampling_levels(schedule, sampling.num_steps, floor, sampling.spacing, strength)
+    except ValueError as error:
+        raise UserError(f"--num-steps: {error}") from None
+
+
+def min_signal(settings: TrainUNetSettings) -> float:
+    """The smallest share of signal at which sampling begins by default."""
+    return EPS_MIN_ALPHA_BAR if settings.target.objective == "eps" else 0.0
 
 
 def usable_levels(settings: TrainUNetSettings) -> int:
-    """How many levels a network can begin sampling at, which are as many steps as it can take."""
+    """The number of levels at which sampling may begin by default, and so the most steps that it may take."""
     return int((Schedule.of(settings.resolved().noise).signal() >= min_signal(settings)).sum())
 
 
-def guidance_for(settings: TrainUNetSettings, sampling: Sampling, items: Sequence[int]) -> Guidance | None:
-    """Which class each of the items is to be drawn of; None for a network that knows none.
+def guidance_for(
+    settings: TrainUNetSettings, sampling: SamplingSettings, items: Sequence[int], device: torch.device | None = None
+) -> Guidance | None:
+    """The class that each item is drawn of, the classes taking turns, and the guidance; None without classes.
 
     Raises:
-        UserError: For a class that it does not know.
+        UserError: For a class that the network does not know, or guidance without a class.
     """
+    if not sampling.class_:
+        if sampling.guidance != 1:
+            hint = "" if settings.label else "; this U-Net was trained without --label"
+            raise UserError(f"--guidance needs a --class to guide to{hint}")
+        return None
     known = settings.classes
-    for name in sampling.classes:
+    for name in sampling.class_:
         if name not in known:
             quoted = [f'"{value}"' if "," in value else value for value in known]
             listed = f"it knows {', '.join(quoted)}" if known else "it was trained without --label"
             raise UserError(f"--class: this U-Net knows no {name}; {listed}")
-    if not sampling.classes:
-        return None
-    turns = [known.index(sampling.classes[i % len(sampling.classes)]) for i in items]
+    turns = [known.index(sampling.class_[i % len(sampling.class_)]) for i in items]
     first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
-    return Guidance(torch.tensor(turns), len(known), sampling.guidance, first, last)
+    return Guidance(torch.tensor(turns, device=device), len(known), sampling.guidance, first, last)
+
+
+def from_noise(denoise: Denoise, level: Level, noise: Latents) -> tuple[Denoise, Latents]:
+    """Start from noise alone, as if x0 were noise of unit variance, too."""
+    return denoise, math.hypot(level.alpha, level.sigma) * noise
 
 
 def sample_latents(
-    network: Callable[..., Tensor],
+    network: Network,
     settings: TrainUNetSettings,
     items: Sequence[int],
     seed: int,
     device: torch.device,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     size: tuple[int, int] | None = None,
-    edit: Edit | None = None,
-    noise: Float[Tensor, "b c h w"] | None = None,
-    see: Callable[[Level, Tensor, Tensor], None] | None = None,
+    strength: float = 1.0,
+    start: Start = from_noise,
 ) -> Float[Tensor, "b c h w"]:
     """Latents z of the items (numbers of images of this seed), each the same in whatever batch it is drawn.
 
@@ -138,60 +117,24 @@ def sample_latents(
         device: Where to compute.
         sampling: Sampler, steps, guidance, first level.
         size: Height and width of the latents, if not those trained on.
-        edit: A picture to begin with.
-        noise: Noise to begin with, if not that of the items.
-        see: Told the level, x_t and x0_hat of each call of the network.
+        strength: Share of the noise levels above which none is visited.
+        start: How to begin; the way for another denoiser and for other latents than noise.
 
     Raises:
-        ValueError: If there are more steps than usable levels.
-        UserError: For a class that the network does not know.
+        UserError: If there are more steps than usable levels, or for a class that the network does not know.
     """
-    latent, scaling = settings.latent, Scaling.of(settings.latent)
-    shape = (latent.channels, *(size or (latent.height, latent.width)))
-    levels = levels_for(settings, sampling, edit.strength if edit else 1.0)
-    guidance = guidance_for(settings, sampling, items)
-    if guidance is not None:
-        guidance = guidance._replace(label=guidance.label.to(device))
+    shape = (settings.latent.channels, *(size or (settings.latent.height, settings.latent.width)))
+
+    def noise_of(purpose: str) -> Float[Tensor, "b c h w"]:
+        return item_noise(shape, list(items), seed, purpose).to(device)
+
+    levels = levels_for(settings, sampling, strength)
+    guidance = guidance_for(settings, sampling, items, device)
     denoise = denoiser(network, settings.target.objective, sampling.clamp, guidance)
-    start = levels[0]
-    x = (item_noise(shape, list(items), seed, "start") if noise is None else noise).to(device)
-    if edit is None:
-        x = math.hypot(start.alpha, start.sigma) * x  # as if x0 were noise, too: it has unit variance
-    else:
-        known = scaling.to_x0(edit.z.to(device)).expand_as(x)
-        x = start.alpha * known + start.sigma * x
-        if edit.mask is not None:
-            denoise = inpainting(denoise, known, edit.mask.to(device).expand(len(x), -1, -1, -1))
-
-    if see is not None:
-        denoise = with_callback(denoise, see)
-
-    def step_noise(step: int) -> Tensor:
-        return item_noise(shape, list(items), seed, f"step {step}").to(device)
-
-    x0 = SAMPLERS[sampling.sampler](denoise, levels, x, sampling.eta, step_noise)
-    return scaling.to_z(x0)
-
-
-def noise_between(shape: tuple[int, ...], ends: Sequence[int], frames: int, seed: int) -> Float[Tensor, "n c h w"]:
-    """Starting noise on the way between images of a seed, both ends included, `frames` from each to the next.
-
-    Spherical interpolation (Shoemake 1985): what lies between keeps the length that noise has.
-    """
-    noise = item_noise(shape, list(ends), seed, "start")
-    found: list[Tensor] = []
-    for a, b in pairwise(noise):
-        angle = torch.acos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1))
-        for share in torch.linspace(0, 1, frames)[1 if found else 0 :].tolist():
-            found.append(a if share == 0 else b if share == 1 else slerp(a, b, angle, share))
-    return torch.stack(found)
-
-
-def slerp(a: Tensor, b: Tensor, angle: Tensor, share: float) -> Tensor:
-    """The point at a share of the way from a to b, on the arc between them."""
-    if angle < 1e-4:  # a and b are the same
-        return torch.lerp(a, b, share)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    denoise, x = start(denoise, levels[0], noise_of("start"))
+    eta = {"eta": sampling.eta} if sampling.sampler in WITH_ETA else {}
+    x0 = SAMPLERS[sampling.sampler](denoise, levels, x, lambda step: noise_of(f"step {step}"), **eta)
+    return Scaling.of(settings.latent).to_z(x0)
 
 
 class Pipeline:
@@ -206,8 +149,7 @@ class Pipeline:
             UserError: If the U-Net's latents came from another VAE.
         """
         check_lineage(unet, vae)
-        self.device, self.unet_checkpoint, self.vae_checkpoint = device, unet, vae
-        self.precision = precision
+        self.device, self.unet_checkpoint, self.vae_checkpoint, self.precision = device, unet, vae, precision
         self.vae, self.vae_settings = load_vae(vae, device, precision)
         self.settings = unet.settings(TrainUNetSettings)
         self.unet = cast_weights(load_unet(unet, self.settings, device, ema), precision)
@@ -226,10 +168,10 @@ class Pipeline:
         Raises:
             UserError: If one is missing, damaged, or they do not belong together.
         """
-        opened = Checkpoint(find_unet(unet, RunFolder(Path(run))), "unet")
-        behind = Checkpoint(vae_behind(opened, vae, RunFolder(Path(run))), "vae")
-        where = pick_device(device)
-        return cls(opened, behind, where, precision=pick_precision(precision, where))
+        folder, on = RunFolder(Path(run)), pick_device(device)
+        opened = Checkpoint(find_unet(unet, folder), "unet")
+        behind = Checkpoint(vae_behind(opened, vae, folder), "vae")
+        return cls(opened, behind, on, precision=pick_precision(precision, on))
 
     @property
     def resolution(self) -> int:
@@ -248,35 +190,15 @@ class Pipeline:
         self,
         items: int | Sequence[int],
         seed: int = 0,
-        sampling: Sampling | None = None,
+        sampling: SamplingSettings | None = None,
         size: tuple[int, int] | None = None,
-        edit: Edit | None = None,
-        noise: Float[Tensor, "b c h w"] | None = None,
-        see: Callable[[Level, Tensor, Tensor], None] | None = None,
+        strength: float = 1.0,
+        start: Start = from_noise,
     ) -> Float[Tensor, "b c h w"]:
         """New latents: the first `items` of a seed, or those of these numbers; the rest as in `sample_latents`."""
-        wanted = range(items) if isinstance(items, int) else items
-        how = sampling or Sampling()
+        wanted, how = range(items) if isinstance(items, int) else items, sampling or SamplingSettings()
         with autocast(self.device, self.precision):
-            return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, edit, noise, see)
-
-    def trajectory(
-        self,
-        items: int | Sequence[int],
-        seed: int = 0,
-        sampling: Sampling | None = None,
-        size: tuple[int, int] | None = None,
-        edit: Edit | None = None,
-    ) -> list[TrajectoryStep]:
-        """What `sample` passes through, one moment for each call of the network; arguments as there."""
-        scaling, found = Scaling.of(self.settings.latent), list[TrajectoryStep]()
-
-        def see(level: Level, x_t: Tensor, x0: Tensor) -> None:
-            noisy = scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
-            found.append(TrajectoryStep(level, self.decode(noisy), self.decode(scaling.to_z(x0))))
-
-        self.sample(items, seed, sampling, size, edit, see=see)
-        return found
+            return sample_latents(self.unet, self.settings, wanted, seed, self.device, how, size, strength, start)
 
     @torch.inference_mode()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
@@ -292,10 +214,10 @@ class Pipeline:
 
 def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -> tuple[VAE, VAEArchitecture]:
     """A VAE ready for use, and its architecture."""
-    model = saved.settings(VAEArchitecture, "model")
-    vae = load_network(lambda: build_vae(model), saved, saved.weights_prefix(), device)
-    vae.to(memory_format=torch.channels_last)  # without a backward pass it is faster on CPUs, too
-    return cast_weights(vae, precision), model
+    settings = saved.settings(VAEArchitecture, "model")
+    vae = load_network(lambda: build_vae(settings), saved, saved.weights_prefix(), device)
+    # Without a backward pass, channels_last is faster on CPUs, too
+    return cast_weights(vae.to(memory_format=torch.channels_last), precision), settings
 
 
 def load_unet(saved: Checkpoint, settings: TrainUNetSettings, device: torch.device, ema: bool) -> nn.Module:
@@ -311,19 +233,19 @@ def load_network(build: Callable[[], N], saved: Checkpoint, prefix: str, device:
         UserError: If they do not fit, or the settings make no network.
     """
     check_own(build, saved, prefix)
-    network = build()
+    network = build().requires_grad_(False).eval()
     load_weights(network, saved, prefix)
-    to_device(network.requires_grad_(False).eval(), device)
+    to_device(network, device)
     return network
 
 
 def vae_digest(saved: Checkpoint) -> str:
-    """The digest by which later stages know this VAE: of its encoder, which made the latents."""
+    """The digest that later stages know this VAE by: that of its encoder, which made the latents."""
     return saved.metadata.weights_digest(f"{saved.weights_prefix()}encoder.")
 
 
 def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
-    """See that a U-Net's latents came from this VAE.
+    """Check that a U-Net's latents came from this VAE.
 
     Raises:
         UserError: If not, with both digests.
@@ -338,30 +260,28 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 
 def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
     """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
-    there = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
-    return fitting(there, lambda home: read_index(home).digest, unet.metadata.lineage.get("latents"))
+    found = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
+    return first_match(found, unet, "latents", lambda home: read_index(home).digest)
 
 
 def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
     """The VAE to decode with: the one given, else the copy kept with the U-Net's latents, else the run's."""
     if given is not None:
         return find_vae(given, run)
-    copies = [home / "vae.safetensors" for home in latents_candidates(unet, run)]
-    there = [copy for copy in copies if copy.is_file()]
-    wanted = unet.metadata.lineage.get("vae")
-    return fitting(there, lambda copy: vae_digest(Checkpoint(copy, "vae")), wanted) or find_vae(None, run)
+    found = [path for home in latents_candidates(unet, run) if (path := home / "vae.safetensors").is_file()]
+    return first_match(found, unet, "vae", lambda path: vae_digest(Checkpoint(path, "vae"))) or find_vae(None, run)
 
 
 def latents_candidates(unet: Checkpoint, run: RunFolder) -> list[Path]:
-    """Where the latents of a U-Net may be: where it was told that they are, in its run, and in this one."""
-    told = unet.metadata.settings.get("latents")
-    named = named_latents(Path(told)) if isinstance(told, str) else []
+    """Where the latents of a U-Net may be: where its settings say, in its run, and in this one."""
+    named = named_latents(Path(saved)) if isinstance(saved := unet.metadata.settings.get("latents"), str) else []
     homes = [*named, RunFolder(unet.path.parent.parent.parent).latents, run.latents]
     return list({home.absolute(): home for home in homes}.values())
 
 
-def fitting(places: list[Path], digest: Callable[[Path], str], wanted: str | None) -> Path | None:
-    """The first of this digest, else the first; a place without rivals is not looked into."""
-    if len(places) > 1:
-        return next((place for place in places if digest(place) == wanted), places[0])
-    return places[0] if places else None
+def first_match(candidates: list[Path], unet: Checkpoint, kind: str, digest: Callable[[Path], str]) -> Path | None:
+    """The first that has the digest in a U-Net's lineage, else the first; one without rivals is not looked into."""
+    if len(candidates) > 1:
+        wanted = unet.metadata.lineage.get(kind)
+        return next((path for path in candidates if digest(path) == wanted), candidates[0])
+    return candidates[0] if candidates else None

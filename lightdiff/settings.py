@@ -296,6 +296,43 @@ class LevelSettings(Settings):
     stratified: bool = Field(True, description="stratify the levels over the batch, instead of independent draws")
 
 
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+class SamplingSettings(Settings):
+    """How to get from noise to a latent: sampler, steps, classes, guidance."""
+
+    sampler: SamplerName = Field("dpm++2m", description="how to get from noise to a picture")
+    num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
+    spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
+    eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
+    class_: tuple[str, ...] = Field((), description="classes to draw, the images taking turns; empty: any")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
+    )
+    guidance_interval: tuple[float, ...] = Field(
+        (0.0, 1.0),
+        json_schema_extra={"needs": "class_"},
+        description="share of noise levels that guidance is used at: from, to; 0 is clean",
+    )
+    clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
+    min_alpha_bar: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplingSettings":
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
+        if self.eta and self.sampler not in WITH_ETA:
+            raise ValueError(f"--eta belongs to --sampler {' or '.join(sorted(WITH_ETA))}, not to {self.sampler}")
+        return self
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -559,94 +596,18 @@ class GenerateSettings(StageSettings):
     """Draw new images."""
 
     NO_FLAG: ClassVar = frozenset({"compute.workers"})  # there are no images to load
+    NOT_IN_IMAGES: ClassVar = frozenset(  # an image says all else of itself
+        {"run", "job", "unet", "vae", "out", "name", "num_images", "batch_size", "compute"}
+    )
 
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
     num_images: int = Field(16, ge=1, description="images to draw")
-    sampler: SamplerName = Field("dpm++2m", description="how to get from noise to a picture")
-    num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
-    spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
-    eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
-    class_: tuple[str, ...] = Field((), description="classes to draw, the images taking turns; empty: any")
-    guidance: float = Field(
-        1.0, ge=0, description="classifier-free guidance: 1 is the class as learnt, more makes it more typical"
-    )
-    guidance_interval: tuple[float, ...] = Field(
-        (0.0, 1.0),
-        json_schema_extra={"needs": "class_"},
-        description="share of noise levels that guidance is used at: from, to; 0 is clean",
-    )
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
     batch_size: int = Field(32, ge=1, description="images drawn at a time")
     out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")
     name: str = Field("", pattern=r"^[^/\\]*$", description="prefix of the file names: NAME-00000.png")
     resolution: int = Field(0, ge=0, description="side of the images, in pixels; 0: the size trained on")
     ema: bool = Field(True, description="draw with the averaged weights, or with the raw ones")
-    clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
-    min_alpha_bar: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
-    )
-    trajectory: bool = Field(
-        False, json_schema_extra={"panel": "Looking"}, description="show how the first images come out of noise, too"
-    )
-    from_: Path | None = Field(
-        None, json_schema_extra={"panel": "Editing"}, description="image to change instead of beginning with noise"
-    )
-    strength: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        json_schema_extra={"panel": "Editing"},
-        description="how much of that image is replaced by noise; default: 0.6, with a mask 1",
-    )
-    mask: Path | None = Field(
-        None, json_schema_extra={"panel": "Editing"}, description="image that is white where --from is to be drawn anew"
-    )
-    interpolate: tuple[int, ...] = Field(
-        (),
-        json_schema_extra={"panel": "Editing", "replaces": "num_images"},
-        description="numbers of images of this seed to walk between",
-    )
-    frames: int = Field(
-        24,
-        ge=2,
-        json_schema_extra={"panel": "Editing", "needs": "interpolate"},
-        description="images from one of these to the next",
-    )
+    sampling: SamplingSettings = Field(SamplingSettings(), title="Sampling")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> "GenerateSettings":
-        interval = self.guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
-        if self.eta and self.sampler not in WITH_ETA:
-            raise ValueError(f"--eta belongs to --sampler {' or '.join(sorted(WITH_ETA))}, not to {self.sampler}")
-        if self.guidance != 1 and not self.class_:
-            raise ValueError("--guidance needs a --class to guide to")
-        if self.mask and not self.from_:
-            raise ValueError("--mask needs the image that it belongs to: --from IMAGE")
-        if self.strength is not None and not self.from_:
-            raise ValueError("--strength needs the image that it belongs to: --from IMAGE")
-        if self.interpolate and (self.eta or self.sampler in NOISY):
-            raise ValueError(
-                f"--interpolate needs a sampler without noise of its own: no --eta, not {', '.join(NOISY)}"
-            )
-        if self.interpolate and self.from_:
-            raise ValueError("--interpolate walks between images of a seed; it does not go with --from")
-        if self.interpolate and self.trajectory:
-            raise ValueError("--trajectory shows how images of their own come out of noise; no --interpolate")
-        if self.interpolate and len(self.class_) > 1:
-            raise ValueError("--interpolate walks within one --class: between two, every other image would be of each")
-        if len(self.interpolate) == 1 or any(i < 0 for i in self.interpolate):
-            raise ValueError("--interpolate: two numbers of images or more, from 0 on")
-        return self
-
-    @property
-    def count(self) -> int:
-        """How many images there will be."""
-        legs = len(self.interpolate) - 1
-        return legs * (self.frames - 1) + 1 if self.interpolate else self.num_images

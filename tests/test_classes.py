@@ -15,11 +15,10 @@ from lightdiff.data.files import list_images, scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, Sampling, sample_latents
+from lightdiff.pipeline import Pipeline, sample_latents
 from lightdiff.runtime.processes import Processes
-from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
+from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
-from lightdiff.stages.generate import sampling_of
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 
@@ -209,17 +208,19 @@ def nearest(x: torch.Tensor) -> list[str]:
 def test_a_class_is_drawn_as_asked_for(told):
     model = Pipeline.load(told, device="cpu")
     for name in COLOURS:
-        x = model.decode(model.sample(16, 0, Sampling(num_steps=10, classes=[name], guidance=2.0)))
+        x = model.decode(model.sample(16, 0, SamplingSettings(num_steps=10, class_=(name,), guidance=2.0)))
         assert nearest(x).count(name) >= 15
-    turns = nearest(model.decode(model.sample(16, 0, Sampling(num_steps=10, classes=list(COLOURS), guidance=2.0))))
+    turns = nearest(
+        model.decode(model.sample(16, 0, SamplingSettings(num_steps=10, class_=tuple(COLOURS), guidance=2.0)))
+    )
     assert sum(found == list(COLOURS)[i % 2] for i, found in enumerate(turns)) >= 15
 
 
 def test_guidance_of_1_is_the_class_alone_and_of_0_none(told):
     model = Pipeline.load(told, device="cpu")
-    how = Sampling(num_steps=4, classes=["blue"], guidance=0.0)
+    how = SamplingSettings(num_steps=4, class_=("blue",), guidance=0.0)
     torch.testing.assert_close(
-        model.sample(3, 0, how), model.sample(3, 0, Sampling(num_steps=4)), rtol=0, atol=2e-4
+        model.sample(3, 0, how), model.sample(3, 0, SamplingSettings(num_steps=4)), rtol=0, atol=2e-4
     )  # float32
 
 
@@ -265,8 +266,8 @@ def test_guidance_is_used_in_its_share_of_the_levels_of_noise():
         calls[int(t[0])] = label.tolist()
         return x_t
 
-    asked = GenerateSettings(num_steps=10, class_=("orange", "blue"), guidance=2.0, guidance_interval=(0.15, 0.55))
-    sample_latents(network, settings, range(3), 0, torch.device("cpu"), sampling_of(asked))
+    asked = SamplingSettings(num_steps=10, class_=("orange", "blue"), guidance=2.0, guidance_interval=(0.15, 0.55))
+    sample_latents(network, settings, range(3), 0, torch.device("cpu"), asked)
     assert list(calls) == list(range(999, 0, -100))  # sigma is (t + 1) / 1000
     within = {t for t, labels in calls.items() if labels == [1, 0, 1, 2, 2, 2]}
     assert within == {499, 399, 299, 199}
@@ -277,7 +278,7 @@ def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):
     flags = ["--run", told, "--num-images", 4, "--num-steps", 3, "--device", "cpu", "--out", tmp_path / "out"]
     succeed("generate", *flags, "--class", "orange,blue", "--guidance", 1.5, "--guidance-interval", "0.2,0.9")
     about = json.loads((tmp_path / "out/settings.json").read_text())
-    assert about["settings"]["class_"] == ["orange", "blue"]
+    assert about["settings"]["sampling"]["class_"] == ["orange", "blue"]
     with Image.open(tmp_path / "out/grid.png") as grid:
         shown = np.asarray(grid.convert("RGB"))
     for i in range(4):  # a row for each class
@@ -289,12 +290,16 @@ def test_images_of_a_class_by_the_command_line(told, cli, tmp_path):
     assert (again.code, "--class" in again.err) == (2, True)
 
 
+def test_a_walk_between_classes_is_refused(told, cli):
+    result = cli("walk", "--run", told, "--device", "cpu", "--class", "blue,orange", "--between", "0,1")
+    assert (result.code, "a walk stays within one --class" in result.err) == (2, True), result.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--class", "green"], "this U-Net knows no green; it knows blue, orange"),
         (["--class", "none"], "this U-Net knows no none; it knows blue, orange"),
-        (["--class", "blue,orange", "--interpolate", "0,1"], "--interpolate walks within one --class"),
         (["--guidance", "2"], "--guidance needs a --class to guide to"),
         (["--class", "blue", "--guidance-interval", "0.9,0.2"], "--guidance-interval: two numbers from 0 to 1"),
     ],

@@ -305,8 +305,6 @@ def test_restart_forgets_the_saved_run(cli, run):
     ("words", "said"),
     [
         (("train-vae", "--steps", 3, "--epochs", 1), "--epochs replaces --steps: give only one of them"),
-        (("generate", "--num-images", 3, "--interpolate", "1,2"), "--interpolate replaces --num-images"),
-        (("generate", "--frames", 5), "--frames does nothing without --interpolate"),
         (("generate", "--guidance-interval", "0,0.5"), "--guidance-interval does nothing without --class"),
     ],
 )

@@ -27,7 +27,11 @@ SMALL = {  # put behind each command, where the last word counts: the same thing
     "train-vae": VAE_FLAGS,
     "encode": ["--workers", "0", "--device", "cpu"],
     "train-unet": UNET_FLAGS,
-    "generate": ["--num-images", "2", "--num-steps", "2", "--device", "cpu"],
+    **{
+        name: ["--num-images", "2", "--num-steps", "2", "--device", "cpu"]
+        for name in ("generate", "edit", "trajectory")
+    },
+    "walk": ["--num-steps", "2", "--device", "cpu"],
     "demo": ["--resolution", "16", "--count", "16", "--vae-steps", "1", "--unet-steps", "1", "--device", "cpu"],
 }
 INSTEAD = {  # what exists after the few steps above, or in the small checkpoints of the original scripts
@@ -193,10 +197,7 @@ def smaller(words: list[str]) -> list[str]:
     line = shlex.join(words)
     for said, instead in INSTEAD.items():
         line = line.replace(said, instead)
-    few = SMALL.get(words[0], [])
-    if "--interpolate" in words:  # --frames says how many
-        few = few[few.index("--num-steps") :]
-    return [*shlex.split(line), *few]
+    return [*shlex.split(line), *SMALL.get(words[0], [])]
 
 
 def begun_anew(page: list[list[str]]) -> set[str]:
@@ -312,7 +313,7 @@ def edited(package: Path) -> None:
     """Write the page's lines into a copy of the package, at the places that the page names."""
     blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
     sampler, table, name, row, objective, schedule, betas, layout, recognised, labels = blocks
-    put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n{table}")
+    put(package / "diffusion/samplers.py", r"^SAMPLERS: (?:.|\n)*?^\}\n", f"{sampler}\n\n{table}")
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
+from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from oracles import normal
 from PIL import Image
 
@@ -14,9 +14,11 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
-from lightdiff.pictures import save_walk
-from lightdiff.pipeline import Edit, Pipeline, Sampling, noise_between, sample_latents
-from lightdiff.settings import LatentsSettings, TrainUNetSettings
+from lightdiff.extras.edit import from_latent
+from lightdiff.extras.trajectory import trajectory, with_callback
+from lightdiff.extras.walk import noise_between, save_walk
+from lightdiff.pipeline import Pipeline, sample_latents
+from lightdiff.settings import LatentsSettings, SamplingSettings, TrainUNetSettings
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
 
@@ -43,7 +45,7 @@ def test_strength_says_how_much_changes(trained, face, tmp_path):
     for strength in (0.01, 0.4, 1.0):
         out = tmp_path / f"{strength}"
         succeed(
-            "generate", "--run", trained, *FAST, "--num-images", 2, "--from", face, "--strength", strength, "--out", out
+            "edit", "--run", trained, *FAST, "--num-images", 2, "--from", face, "--strength", strength, "--out", out
         )
         change.append(distance(pixels(out / "00000.png"), back))
     assert change[0] < 3
@@ -55,7 +57,7 @@ def test_what_a_mask_leaves_out_stays_to_the_pixel(trained, face, tmp_path):
     mask[:, 20:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     flags = ["--from", face, "--mask", tmp_path / "mask.png", "--num-images", 3, "--out", tmp_path / "out"]
-    succeed("generate", "--run", trained, *FAST, *flags)
+    succeed("edit", "--run", trained, *FAST, *flags)
     source = frame(load_image(face), 16).permute(1, 2, 0).numpy()
     drawn = [pixels(tmp_path / f"out/{i:05d}.png") for i in range(3)]
     for image in drawn:
@@ -77,7 +79,7 @@ def test_what_is_transparent_lies_on_the_models_background_and_stays_where_it_is
     mask.paste((255, 255, 255, 255), (16, 0, 32, 32))
     mask.save(tmp_path / "mask.png")
     flags = ["--from", tmp_path / "clear.png", "--mask", tmp_path / "mask.png", "--num-images", 1, "--out"]
-    succeed("generate", "--run", run, *FAST, *flags, tmp_path / "out")
+    succeed("edit", "--run", run, *FAST, *flags, tmp_path / "out")
     drawn = pixels(tmp_path / "out/00000.png")
     assert (drawn[:, :8] == 0).all()
     assert (drawn[:, 8:] != 0).any()
@@ -85,7 +87,7 @@ def test_what_is_transparent_lies_on_the_models_background_and_stays_where_it_is
 
 def test_a_mask_of_another_shape_is_refused(trained, tmp_path, cli):
     Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
-    flags = ["generate", "--run", trained, *FAST, "--num-images", 1, "--from", tmp_path / "wide.png"]
+    flags = ["edit", "--run", trained, *FAST, "--num-images", 1, "--from", tmp_path / "wide.png"]
     for size, refused in (((20, 40), True), ((80, 40), False), ((16, 16), False)):
         Image.new("L", size, 255).save(tmp_path / "mask.png")
         result = cli(*flags, "--mask", tmp_path / "mask.png", "--out", tmp_path / f"{size[0]}")
@@ -104,9 +106,9 @@ def test_outside_of_a_mask_latents_are_the_source_and_its_noise_all_the_way(samp
         [2, 9],
         0,
         torch.device("cpu"),
-        Sampling(num_steps=6, sampler=sampler),
-        edit=Edit(z, strength, mask),
-        see=lambda *moment: seen.append(moment),
+        SamplingSettings(num_steps=6, sampler=sampler),
+        strength=strength,
+        start=with_callback(lambda *step: seen.append(step), from_latent(2 * (z - 0.5), mask)),
     )
     known, noise = 2 * (z - 0.5), item_noise((4, 16, 16), [2, 9], 0, "start")
     assert seen[0][0].sigma == pytest.approx(strength)
@@ -121,23 +123,26 @@ def test_outside_of_a_mask_latents_are_the_source_and_its_noise_all_the_way(samp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--from", "nothing.png"], "--from: nothing.png cannot be read: No such file"),
-        (["--mask", "m.png"], "--mask needs the image that it belongs to"),
-        (["--strength", "0.5"], "--strength needs the image that it belongs to"),
-        (["--interpolate", "3"], "--interpolate: two numbers of images or more"),
-        (["--interpolate", "3,4", "--sampler", "ddim", "--eta", "0.5"], "--interpolate needs a sampler without noise"),
-        (["--interpolate", "3,4", "--sampler", "ddpm"], "--interpolate needs a sampler without noise"),
-        (["--eta", "0.5"], "--eta belongs to --sampler ddim"),
-        (["--sampler", "heun", "--eta", "0.5"], "--eta belongs to --sampler ddim"),
+        (["edit", "--from", "nothing.png"], "--from: nothing.png cannot be read: No such file"),
+        (["edit", "--mask", "m.png"], "--from: give the image to start from"),
+        (["edit", "--strength", "0.5"], "--from: give the image to start from"),
+        (["walk"], "--between: two numbers of images or more"),
+        (["walk", "--between", "3"], "--between: two numbers of images or more"),
+        (["walk", "--between", "3,-4"], "--between: two numbers of images or more, from 0 on"),
+        (["walk", "--between", "3,4", "--sampler", "ddim", "--eta", "0.5"], "a walk needs a sampler without noise"),
+        (["walk", "--between", "3,4", "--sampler", "ddpm"], "a walk needs a sampler without noise"),
+        (["generate", "--eta", "0.5"], "--eta belongs to --sampler ddim"),
+        (["generate", "--sampler", "heun", "--eta", "0.5"], "--eta belongs to --sampler ddim"),
     ],
 )
 def test_what_does_not_fit_together_is_told(trained, cli, flags, message):
-    result = cli("generate", "--run", trained, "--device", "cpu", *flags)
+    command, *rest = flags
+    result = cli(command, "--run", trained, "--device", "cpu", *rest)
     assert (result.code, message in result.err) == (2, True), result.err
 
 
 def test_too_many_steps_for_a_small_strength_are_told(trained, face, cli):
-    result = cli("generate", "--run", trained, *FAST, "--from", face, "--strength", 0.002, "--num-steps", 3)
+    result = cli("edit", "--run", trained, *FAST, "--from", face, "--strength", 0.002, "--num-steps", 3)
     assert (result.code, "3 steps asked for, but the schedule has 2 usable levels" in result.err) == (2, True)
 
 
@@ -180,8 +185,8 @@ def test_a_long_walk_does_not_keep_its_pictures_open(tmp_path):
 
 def test_a_walk_by_the_command_line(trained, tmp_path):
     out = tmp_path / "walk"
-    flags = ["--interpolate", "1,4", "--frames", 5, "--batch-size", 2, "--out", out]
-    succeed("generate", "--run", trained, *FAST, *flags)
+    flags = ["--between", "1,4", "--frames", 5, "--batch-size", 2, "--out", out]
+    succeed("walk", "--run", trained, *FAST, *flags)
     assert sorted(p.name for p in out.glob("*.png")) == [f"{i:05d}.png" for i in range(5)]
     with Image.open(out / "walk.webp") as image:
         assert image.n_frames == 8  # there and back, without the ends twice
@@ -203,8 +208,8 @@ def test_every_sampler_by_the_command_line(trained, tmp_path, sampler, spacing):
 
 
 def test_a_trajectory_ends_at_the_image(trained, tmp_path):
-    flags = ["--num-images", 5, "--seed", 3, "--trajectory", "--out", tmp_path / "out"]
-    succeed("generate", "--run", trained, *FAST, *flags)
+    flags = ["--num-images", 5, "--seed", 3, "--out", tmp_path / "out"]
+    succeed("trajectory", "--run", trained, *FAST, *flags)
     strip = pixels(tmp_path / "out/trajectory.png")
     assert strip.shape == (8 * 18 - 2, 4 * 18 - 2, 3)  # two rows for each of four images, a column for each step
     for i in range(4):
@@ -218,7 +223,8 @@ def test_a_trajectory_ends_at_the_image(trained, tmp_path):
 
 def test_a_trajectory_begins_with_noise_and_tells_every_call(trained):
     model = Pipeline.load(trained, device="cpu")
-    moments = model.trajectory(2, sampling=Sampling(num_steps=5, sampler="heun"))
+    how = SamplingSettings(num_steps=5, sampler="heun")
+    moments = trajectory(model, 2, sampling=how)
     assert len(moments) == 9
     start = item_noise(
         (model.settings.latent.channels, model.settings.latent.height, model.settings.latent.width), [0, 1], 0, "start"
@@ -226,12 +232,24 @@ def test_a_trajectory_begins_with_noise_and_tells_every_call(trained):
     torch.testing.assert_close(
         moments[0].x_t, model.decode(Scaling.of(model.settings.latent).to_z(start)), atol=1e-4, rtol=0
     )
-    torch.testing.assert_close(
-        moments[-1].x0, model.decode(model.sample(2, sampling=Sampling(num_steps=5, sampler="heun")))
-    )
+    torch.testing.assert_close(moments[-1].x0, model.decode(model.sample(2, sampling=how)))
 
 
-def test_a_trajectory_of_a_walk_is_refused(trained):
-    result = call("generate", "--run", trained, "--interpolate", "0,1", "--trajectory")
-    assert result.code == 2
-    assert "--trajectory" in result.stderr
+def test_a_trajectory_of_an_edit_ends_at_the_image(trained, face, tmp_path):
+    flags = ["--num-images", 2, "--from", face, "--trajectory", "--out", tmp_path / "out", "--name", "me"]
+    succeed("edit", "--run", trained, *FAST, *flags)
+    strip = pixels(tmp_path / "out/me-trajectory.png")
+    for i in range(2):
+        estimate = strip[(2 * i + 1) * 18 :][:16, 3 * 18 :]
+        assert np.abs(pixels(tmp_path / f"out/me-{i:05d}.png") - estimate).max() <= 1
+
+
+def test_edits_are_not_mixed_with_those_of_another_image(trained, faces, tmp_path, cli):
+    first, second = sorted(faces.rglob("*.png"))[:2]
+    flags = ["edit", "--run", trained, *FAST, "--num-images", 1, "--out", tmp_path / "out", "--from"]
+    succeed(*flags, first)
+    succeed(*flags, first)
+    result = cli(*flags, second)
+    assert (result.code, "was begun with --from" in result.err) == (2, True), result.err
+    result = cli("generate", "--run", trained, *FAST, "--num-images", 1, "--out", tmp_path / "out")
+    assert (result.code, "was begun with --from" in result.err) == (2, True), result.err

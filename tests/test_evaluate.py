@@ -259,10 +259,10 @@ def test_other_weights_are_not_taken_for_the_published_ones(trained, weights, tm
 
 def test_what_generate_makes_beside_its_samples_is_none(run):
     flags = ["--run", run, "--num-steps", 2, "--device", "cpu", "--name", "new"]
-    succeed("generate", *flags, "--num-images", 5, "--trajectory", "--out", run / "drawn")
+    succeed("trajectory", *flags, "--num-images", 5, "--out", run / "drawn")
     assert {p.suffix for p in (run / "drawn").iterdir()} == {".png", ".webp", ".json"}
     assert [f.path for f in evaluate.samples_in(run / "drawn")] == [f"new-{i:05d}.png" for i in range(5)]
-    succeed("generate", *flags, "--interpolate", "0,1", "--frames", 3, "--out", run / "walk")
+    succeed("walk", *flags, "--between", "0,1", "--frames", 3, "--out", run / "walk")
     assert len(evaluate.samples_in(run / "walk")) == 3
 
 

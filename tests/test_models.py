@@ -17,8 +17,9 @@ from lightdiff.models.original import OriginalDecoder, OriginalUNetSettings, Ori
 from lightdiff.models.unet import UNet, UNetBlock, build_unet
 from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, build_vae, soft_bound
 from lightdiff.options import build, preset_layer
-from lightdiff.pipeline import Pipeline, Sampling
+from lightdiff.pipeline import Pipeline
 from lightdiff.settings import (
+    SamplingSettings,
     TrainUNetSettings,
     TrainVAESettings,
     UNetArchitecture,
@@ -553,16 +554,16 @@ def test_an_imported_run_draws_images(imported: Path, reference: dict[str, Tenso
     model = Pipeline.load(imported, device="cpu")
     assert model.resolution == 64
     torch.testing.assert_close(model.encode(reference["vae.x"]), reference["vae.mu"], rtol=0, atol=1e-5)
-    z = model.sample(2, seed=1, sampling=Sampling(num_steps=3))
+    z = model.sample(2, seed=1, sampling=SamplingSettings(num_steps=3))
     assert z.shape == (2, 4, 8, 8)
-    alone = model.sample([1], seed=1, sampling=Sampling(num_steps=3))
+    alone = model.sample([1], seed=1, sampling=SamplingSettings(num_steps=3))
     # rtol, atol: float32, other kernels for other batches, and 1 / alpha = 200 in the first step
     torch.testing.assert_close(alone[0], z[1], rtol=1e-3, atol=1e-3)
     x = model.decode(z)
     assert x.shape == (2, 3, 64, 64)
     assert float(x.abs().max()) <= 1
     assert bool(x.isfinite().all())
-    assert model.sample(1, sampling=Sampling(num_steps=2), size=(16, 24)).shape == (1, 4, 16, 24)
+    assert model.sample(1, sampling=SamplingSettings(num_steps=2), size=(16, 24)).shape == (1, 4, 16, 24)
 
 
 @needs_golden

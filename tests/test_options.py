@@ -263,7 +263,7 @@ def test_lists_of_real_numbers_and_of_folders(tmp_path: Path) -> None:
 def test_text_is_not_split() -> None:
     assert parsed(GenerateSettings, "--name", "a,b").name == "a,b"
     assert parsed(GenerateSettings, "--name", "none").name == "none"
-    assert parsed(GenerateSettings, "--class", "none").class_ == ("none",)  # a class may be called that
+    assert parsed(GenerateSettings, "--class", "none").sampling.class_ == ("none",)  # a class may be called that
     assert parsed(TrainVAESettings, "--background", "none").images.background == "none"
 
 
@@ -444,8 +444,8 @@ def test_lists_may_be_typed_as_text_in_a_file_too(tmp_path: Path) -> None:
 
 
 def test_a_names_comma_is_kept_in_quotes() -> None:
-    assert parsed(GenerateSettings, "--class", 'bare,"dark, round"').class_ == ("bare", "dark, round")
-    assert parsed(GenerateSettings, "--class", "5'11\", b").class_ == ("5'11\"", "b")
+    assert parsed(GenerateSettings, "--class", 'bare,"dark, round"').sampling.class_ == ("bare", "dark, round")
+    assert parsed(GenerateSettings, "--class", "5'11\", b").sampling.class_ == ("5'11\"", "b")
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,14 @@ from lightdiff.extras import demo
 from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, Sampling, latents_behind, sample_latents, vae_behind
+from lightdiff.pipeline import Pipeline, latents_behind, sample_latents, vae_behind
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
     JobSettings,
+    SamplingSettings,
     ScaleSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -308,7 +309,8 @@ def test_a_unet_of_other_latents_is_refused(copy, faces, tmp_path):
 
 
 def draw(run: Path, out: Path, **more):
-    settings = {"run": run, "out": out, "num_images": 5, "num_steps": 4, "compute": {"precision": "fp32"}, **more}
+    sampling = {"num_steps": 4, **{name: more.pop(name) for name in SamplingSettings.model_fields if name in more}}
+    settings = {"run": run, "out": out, "num_images": 5, "sampling": sampling, "compute": {"precision": "fp32"}, **more}
     return generate.run(build(GenerateSettings, [settings]))
 
 
@@ -372,8 +374,17 @@ def test_eta_does_something(finished, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "0.0/00000.png"), pixels(tmp_path / "0.5/00000.png"))
 
 
-def test_the_library_draws_as_the_command_does_unless_told_otherwise():
-    assert generate.sampling_of(GenerateSettings()) == Sampling()
+def test_the_library_draws_as_the_command_does_unless_told_otherwise(finished):
+    model = Pipeline.load(finished)
+    assert torch.equal(model.sample(1), model.sample(1, sampling=GenerateSettings().sampling))
+
+
+def test_guidance_that_would_do_nothing_is_refused_in_the_library_too(finished):
+    model = Pipeline.load(finished)
+    with pytest.raises(UserError, match="--guidance needs a --class to guide to; this U-Net was trained without"):
+        model.sample(1, sampling=SamplingSettings(guidance=2.0))
+    with pytest.raises(UserError, match="--class: this U-Net knows no red; it was trained without --label"):
+        model.sample(1, sampling=SamplingSettings(guidance=2.0, class_=("red",)))
 
 
 def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
@@ -388,7 +399,7 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
         image.load()
     assert image.size == (32, 32)
     assert (image.text["seed"], image.text["index"]) == ("3", "2")
-    assert json.loads(image.text["settings"])["num_steps"] == 4
+    assert json.loads(image.text["settings"])["sampling"]["num_steps"] == 4
     assert image.text["unet"] == Checkpoint(finished / "unet/checkpoints/last.safetensors").metadata.digest
     assert str(tmp_path) not in str(image.text)
     assert str(finished) not in str(image.text)
@@ -488,13 +499,13 @@ def test_more_steps_than_levels_are_refused(finished, tmp_path):
 def test_the_library_in_four_calls(finished):
     model = Pipeline.load(finished)
     assert model.resolution == 32
-    z = model.sample(3, seed=1, sampling=Sampling(num_steps=3))
+    z = model.sample(3, seed=1, sampling=SamplingSettings(num_steps=3))
     assert z.shape == (3, 4, 8, 8)
     x = model.decode(z)
     assert x.shape == (3, 3, 32, 32)
     assert x.abs().max() <= 1
     assert model.encode(x).shape == z.shape
-    again = model.sample([2], seed=1, sampling=Sampling(num_steps=3))
+    again = model.sample([2], seed=1, sampling=SamplingSettings(num_steps=3))
     torch.testing.assert_close(again[0], z[2], rtol=1e-4, atol=1e-4)
 
 
@@ -502,7 +513,7 @@ def test_one_step_is_one_call_of_the_network(finished):
     model = Pipeline.load(finished)
     calls = []
     model.unet.register_forward_hook(lambda *_: calls.append(1))
-    model.sample(2, sampling=Sampling(num_steps=7))
+    model.sample(2, sampling=SamplingSettings(num_steps=7))
     assert len(calls) == 7
 
 
@@ -544,7 +555,7 @@ class Perfect:
 def test_what_is_drawn_is_the_data_whatever_the_network_predicts(objective, noise):
     settings = TrainUNetSettings.model_validate({"target": {"objective": objective}, "noise": noise, "latent": LATENT})
     network = Perfect(settings)
-    z = sample_latents(network, settings, [3, 5], 7, CPU, Sampling(num_steps=100, sampler="heun"))
+    z = sample_latents(network, settings, [3, 5], 7, CPU, SamplingSettings(num_steps=100, sampler="heun"))
     start = network.asked[0]
     left_out = network.schedule.signal()[start.t + 1 :]
     if objective == "eps":
@@ -578,7 +589,7 @@ def test_the_network_is_asked_about_the_levels_of_the_spacing(spacing, levels):
         asked.append(float(t[0]))
         return x_t
 
-    sample_latents(network, TrainUNetSettings(), [0], 0, CPU, Sampling(num_steps=5, spacing=spacing))
+    sample_latents(network, TrainUNetSettings(), [0], 0, CPU, SamplingSettings(num_steps=5, spacing=spacing))
     assert asked == pytest.approx(levels, abs=0.51)  # whole levels are rounded to, and karras interpolates
 
 

@@ -9,7 +9,8 @@ import torch
 import typer
 
 from lightdiff.cli import app
-from lightdiff.pipeline import Pipeline, Sampling
+from lightdiff.pipeline import Pipeline
+from lightdiff.settings import SamplingSettings
 from tests.bench import recipe, recipe_page, solvers
 from tests.bench.contest import processor
 
@@ -205,7 +206,10 @@ def test_samplers_are_compared_at_equal_calls():
 
 def test_the_default_is_the_sampler_that_it_is_taken_for():
     sampler, _, calls = recipe_page.DEFAULT_CALLS.rpartition("-")
-    assert (sampler, recipe_page.steps_for(sampler, int(calls))) == (Sampling.sampler, Sampling.num_steps)
+    assert (sampler, recipe_page.steps_for(sampler, int(calls))) == (
+        SamplingSettings().sampler,
+        SamplingSettings().num_steps,
+    )
 
 
 def test_a_processor_is_known_by_its_name_and_what_it_can_do(tmp_path):

@@ -12,9 +12,9 @@ from oracles import GaussianData, ddpm_variance, naive_ddim, normal
 from torch import Tensor
 
 from lightdiff.diffusion.objectives import Denoise, denoiser, target
-from lightdiff.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, euler, heun
+from lightdiff.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, heun
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule, alpha_bar_table, sampling_levels
-from lightdiff.settings import NOISY, Objective, SamplerName, ScheduleSettings, Spacing
+from lightdiff.settings import NOISY, WITH_ETA, Objective, SamplerName, ScheduleSettings, Spacing
 
 SCHEDULES = ["linear", "cosine"]
 DATA = GaussianData(mean=0.8, std=0.5)
@@ -47,7 +47,7 @@ def test_n_steps_are_n_calls(num_steps: int, eta: float) -> None:
         asked.append(level)
         return DATA.denoise(x_t, level)
 
-    ddim(denoise, levels, normal(*SHAPE), eta, step_noise)
+    ddim(denoise, levels, normal(*SHAPE), step_noise, eta)
     assert asked == levels[:-1]
 
 
@@ -60,7 +60,7 @@ def test_the_last_step_lands_on_the_predicted_x0(num_steps: int, eta: float) -> 
         said.append(torch.tanh(x_t) + level.alpha)
         return said[-1], x_t.square()
 
-    x = ddim(denoise, levels_of("linear", num_steps), normal(*SHAPE), eta, step_noise)
+    x = ddim(denoise, levels_of("linear", num_steps), normal(*SHAPE), step_noise, eta)
     assert torch.equal(x, said[-1])
 
 
@@ -71,12 +71,12 @@ def test_fresh_noise_is_asked_for_only_where_it_is_used() -> None:
         asked.append(step)
         return step_noise(step)
 
-    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.0, noise)
+    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), noise)
     assert asked == []
-    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.3, noise)
+    ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), noise, 0.3)
     assert asked == [0, 1, 2, 3]  # the last step ends clean
     with pytest.raises(AssertionError, match="eta > 0 needs noise for each step"):
-        ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), 0.3)
+        ddim(DATA.denoise, levels_of("linear", 5), normal(*SHAPE), eta=0.3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -113,7 +113,7 @@ def test_each_level_of_a_point_mass_has_its_variance(eta: float) -> None:
     visited: list[Tensor] = []
     levels = levels_of("linear", 8)
     x = levels[0].alpha * 0.4 + levels[0].sigma * normal(*shape)
-    ddim(recorded(point.denoise, visited), levels, x, eta, lambda step: normal(*shape, seed=50 + step))
+    ddim(recorded(point.denoise, visited), levels, x, lambda step: normal(*shape, seed=50 + step), eta)
     for level, x_t in zip(levels, visited, strict=False):
         # 40,000 samples: standard errors 0.5 % of sigma, 0.7 % of the variance; the bounds are four of them
         assert float(x_t.mean()) == pytest.approx(level.alpha * 0.4, abs=0.02 * level.sigma)
@@ -125,7 +125,7 @@ def test_eta_1_adds_ddpms_variance_at_each_step() -> None:
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for here, there in pairwise(levels[:-1]):
         # x0 = eps = 0: what is left of a step is its fresh noise
-        fresh = ddim(lambda x, level: (x * 0, x * 0), [here, there], zero, 1.0, lambda step: zero + 1)
+        fresh = ddim(lambda x, level: (x * 0, x * 0), [here, there], zero, lambda step: zero + 1, 1.0)
         assert float(fresh) ** 2 == pytest.approx(ddpm_variance(here.alpha**2, there.alpha**2), rel=1e-9)
 
 
@@ -135,12 +135,16 @@ def test_ancestral_sampling_gives_gaussian_data_its_variance(schedule: str) -> N
     levels = levels_of(schedule, 200, floor=2e-5)
     first = levels[0]
     x = first.alpha * DATA.mean + math.sqrt(DATA.variance_at(first)) * normal(*shape)
-    drawn = ddim(DATA.denoise, levels, x, 1.0, lambda step: normal(*shape, seed=7 + step))
+    drawn = ddim(DATA.denoise, levels, x, lambda step: normal(*shape, seed=7 + step), 1.0)
     # 62,500 samples: standard errors 0.002 of the mean and 0.6 % of the variance
     assert float(drawn.mean()) == pytest.approx(DATA.mean, abs=0.01)
     assert float(drawn.var()) == pytest.approx(DATA.ddim_variance(levels, 1.0), rel=0.025)
     # Steps of finite size lose the spread of x0 around its mean: 200 of them a few per cent
     assert float(drawn.var()) == pytest.approx(DATA.std**2, rel=0.08)
+
+
+def eta_of(name: SamplerName, eta: float) -> dict[str, float]:
+    return {"eta": eta} if name in WITH_ETA else {}
 
 
 def spread(name: SamplerName, levels: list[Level], eta: float) -> tuple[float, float]:
@@ -152,7 +156,7 @@ def spread(name: SamplerName, levels: list[Level], eta: float) -> tuple[float, f
     steps, first = len(levels) - 1, levels[0]
     alone = torch.eye(steps + 2, dtype=torch.float64)[:, :, None, None, None]
     x = first.alpha * DATA.mean + math.sqrt(DATA.variance_at(first)) * alone[steps]
-    end = SAMPLERS[name](DATA.denoise, levels, x, eta, lambda step: alone[step]).flatten()
+    end = SAMPLERS[name](DATA.denoise, levels, x, lambda step: alone[step], **eta_of(name, eta)).flatten()
     return float(end[-1]), float((end[:-1] - end[-1]).square().sum())
 
 
@@ -186,7 +190,7 @@ def test_ddim_is_the_naive_loop(schedule: str, eta: float, num_steps: int) -> No
         return torch.from_numpy(wavy(x_t.numpy(), int(t[0])))
 
     visited: list[Tensor] = []
-    end = ddim(recorded(denoiser(network), visited), levels, x, eta, step_noise)
+    end = ddim(recorded(denoiser(network), visited), levels, x, step_noise, eta)
     for ours, naive in zip([*visited, end], expected, strict=True):
         # float64 rounding, grown by 1 / alpha of at most 30 and a network that is not contracting
         torch.testing.assert_close(ours, torch.from_numpy(naive), rtol=1e-8, atol=1e-9)
@@ -230,7 +234,7 @@ def test_every_step_is_that_of_diffusers(
         eps = network(expected[-1], t.expand(len(x)))
         expected.append(scheduler.step(eps, t, expected[-1], eta=eta, variance_noise=noise).prev_sample)
     visited: list[Tensor] = []
-    end = ddim(recorded(denoiser(network), visited), levels, x, eta, step_noise)
+    end = ddim(recorded(denoiser(network), visited), levels, x, step_noise, eta)
     # Own table: float64. Theirs: float32's rounding of alpha_bar; where the cosine schedule begins, sigma's 3e-8
     # divided by alpha = 5e-5 is 6e-4 of x0.
     atol = 1e-8 if own_table else 5e-3
@@ -283,7 +287,7 @@ def test_every_sampler_converges_at_its_order(name: SamplerName, kind: str) -> N
     for count in (80, 160, 320, 640):
         levels = path(kind, count)
         start = levels[0].alpha * DATA.mean + math.sqrt(DATA.variance_at(levels[0])) * x
-        end = SAMPLERS[name](DATA.denoise, levels, start, 0.0, step_noise)
+        end = SAMPLERS[name](DATA.denoise, levels, start, step_noise)
         errors.append(float((end - DATA.flow(start, levels[0], levels[-1])).abs().max()))
     ratios = [a / b for a, b in pairwise(errors)]
     assert errors[-1] < (0.02 if order == 1 else 1e-3)
@@ -313,18 +317,29 @@ def test_n_steps_are_so_many_calls_and_end_on_the_predicted_x0(name: SamplerName
         said.append(torch.tanh(x_t) + level.alpha)
         return said[-1], (x_t - level.alpha * said[-1]) / level.sigma
 
-    x = SAMPLERS[name](denoise, levels_of("cosine", num_steps), normal(*SHAPE), 0.0, step_noise)
+    x = SAMPLERS[name](denoise, levels_of("cosine", num_steps), normal(*SHAPE), step_noise)
     assert len(said) == PROMISES[name].calls(num_steps)
     torch.testing.assert_close(x, said[-1], rtol=0, atol=1e-12)
 
 
-def test_ddpm_is_ddim_with_all_its_noise_and_euler_ddim_without() -> None:
-    for schedule in ("linear", "cosine"):
-        levels, x = levels_of(schedule, 12, floor=2e-5), normal(*SHAPE)
-        noisy = ddim(DATA.denoise, levels, x, 1.0, step_noise)
-        torch.testing.assert_close(ddpm(DATA.denoise, levels, x, step_noise=step_noise), noisy, rtol=0, atol=1e-9)
-        plain = ddim(DATA.denoise, levels, x)
-        torch.testing.assert_close(euler(DATA.denoise, levels, x), plain, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("num_steps", [1, 12, 100])
+def test_ddpm_is_ancestral_sampling_and_euler_follows_the_probability_flow(schedule: str, num_steps: int) -> None:
+    levels, start = levels_of(schedule, num_steps, floor=2e-5), normal(*SHAPE)
+    ancestral, straight = start, start
+    for step, (here, there) in enumerate(pairwise(levels)):
+        # Ho et al. 2020, Eq. 7: the mean and the variance of q(x_there | x_here, x0), for any alpha and sigma
+        x0, _ = DATA.denoise(ancestral, here)
+        share = (here.alpha / there.alpha * there.sigma / here.sigma) ** 2
+        mean = share * there.alpha / here.alpha * ancestral if here.alpha else 0.0
+        std = there.sigma * math.sqrt(max(0.0, 1 - share))
+        ancestral = mean + there.alpha * (1 - share) * x0 + std * step_noise(step)
+        x0, eps = DATA.denoise(straight, here)
+        straight = straight + (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * eps
+    end = SAMPLERS["ddpm"](DATA.denoise, levels, start, step_noise)
+    torch.testing.assert_close(end, ancestral, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(end, ddim(DATA.denoise, levels, start, step_noise, 1.0))
+    torch.testing.assert_close(SAMPLERS["euler"](DATA.denoise, levels, start), straight, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["circle", "straight", "exploding"])
@@ -335,7 +350,7 @@ def test_ancestral_samples_have_the_variance_of_each_level(name: SamplerName, ki
     levels = path(kind, 6)
     x = levels[0].alpha * 0.4 + levels[0].sigma * normal(*shape)
     noise = lambda step: normal(*shape, seed=50 + step)  # noqa: E731
-    SAMPLERS[name](recorded(point.denoise, visited), levels, x, 1.0, noise)
+    SAMPLERS[name](recorded(point.denoise, visited), levels, x, noise, **eta_of(name, 1.0))
     for level, x_t in zip(levels, visited, strict=False):
         # 40,000 samples: standard errors 0.5 % of sigma, 0.7 % of the variance; the bounds are four of them
         assert float(x_t.mean()) == pytest.approx(level.alpha * 0.4, abs=0.02 * level.sigma)
@@ -367,8 +382,8 @@ def test_every_sampler_runs_with_every_objective_and_spacing(
 
     x, shape = normal(1, 1, 60, 60), (1, 1, 60, 60)
     noise_of = lambda step: normal(*shape, seed=9 + step)  # noqa: E731
-    drawn = SAMPLERS[name](denoiser(network, objective), levels, x, 0.0, noise_of)
-    by_hand = SAMPLERS[name](DATA.denoise, levels, x, 0.0, noise_of)
+    drawn = SAMPLERS[name](denoiser(network, objective), levels, x, noise_of)
+    by_hand = SAMPLERS[name](DATA.denoise, levels, x, noise_of)
     torch.testing.assert_close(drawn, by_hand, rtol=0, atol=1e-6)
     # 3,600 samples, standard error of the mean 0.008. 40 steps come near to the spread, ancestral ones less so: each
     # forgets the spread of x0 around its mean.
@@ -419,7 +434,7 @@ def test_every_step_of_euler_is_that_of_diffusers(num_steps: int) -> None:
     for t in scheduler.timesteps:
         eps = network(scheduler.scale_model_input(expected[-1], t), t.expand(len(x)))
         expected.append(scheduler.step(eps, t, expected[-1]).prev_sample)
-    end = euler(recorded(denoiser(network), visited), levels, x)
+    end = SAMPLERS["euler"](recorded(denoiser(network), visited), levels, x)
     for level, ours, other in zip(levels, [*visited, end], expected, strict=True):
         torch.testing.assert_close(ours, level.alpha * other.double(), rtol=0, atol=2e-3)  # their tables are float32
 
@@ -463,7 +478,7 @@ def test_every_step_of_ddpm_is_that_of_diffusers(schedule: str, num_steps: int) 
         eps = network(expected[-1], t.expand(len(x)))
         noise = torch.Generator().manual_seed(1000 + step)  # that of step_noise
         expected.append(scheduler.step(eps, t, expected[-1], generator=noise).prev_sample)
-    end = ddpm(recorded(denoiser(network), visited), levels, x, step_noise=step_noise)
+    end = SAMPLERS["ddpm"](recorded(denoiser(network), visited), levels, x, step_noise)
     for ours, other in zip([*visited, end], expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-8)
 

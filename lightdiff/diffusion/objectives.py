@@ -1,6 +1,6 @@
-"""What the network predicts, how its error is weighed, and the way back to (x0, eps).
+"""What the network predicts, how its error is weighted, and the way back to (x0, eps).
 
-Every objective is a mix of the clean latent and the noise, target = a x0 + b eps. Together with
+Every objective is a linear combination of the clean latent and the noise, target = a x0 + b eps. Together with
 x_t = alpha x0 + sigma eps these are two equations for two unknowns, and one formula inverts them all.
 """
 
@@ -59,7 +59,7 @@ def loss_weight(
 ) -> Float[Tensor, "b 1 1 1"]:
     """The weight of each squared error.
 
-    min-snr: Hang et al. 2023 (arXiv:2303.09556), section 3.4: the error of x0 is weighed by min(SNR, gamma), with
+    min-snr: Hang et al. 2023 (arXiv:2303.09556), section 3.4: the error of x0 is weighted by min(SNR, gamma), with
     SNR = alpha^2 / sigma^2, whatever is predicted. As x_t is given, the error of a prediction is the error of x0 times
     (alpha b - sigma a) / sigma; for eps this is min(SNR, gamma) / SNR, for v min(SNR, gamma) / (SNR + 1).
     """
@@ -71,10 +71,10 @@ def loss_weight(
 
 
 class Guidance(NamedTuple):
-    """Which classes to draw, and how far beyond what the network says of them."""
+    """Which classes to draw, and how far to go beyond the prediction with a class."""
 
     label: Int[Tensor, " b"]
-    no_label: int  # what the network was told instead, now and then
+    no_label: int  # the label of label dropout, which stands for no class
     weight: float = 1.0
     first: float = 0.0  # levels t at which it is applied, both included
     last: float = float("inf")
@@ -87,8 +87,8 @@ def denoiser(
 
     With `clamp`, x0_hat is limited to [-clamp, clamp] and eps_hat re-derived, so that the two still add up to x_t. With
     `guidance`, both halves of classifier-free guidance are one call with twice the batch: with + (weight - 1) (with -
-    without), Ho & Salimans 2022 (arXiv:2207.12598), Eq. 6; outside of its levels, the class alone is told (Kynkäänniemi
-    et al. 2024, arXiv:2404.07724).
+    without), Ho & Salimans 2022 (arXiv:2207.12598), Eq. 6; outside of its levels, the prediction is that with the class
+    alone (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
 
     def predict(x_t: Tensor, level: Level) -> Tensor:
@@ -98,9 +98,9 @@ def denoiser(
         label = guidance.label
         if guidance.weight == 1 or not guidance.first <= level.t <= guidance.last:
             return network(x_t, t, label)
-        labels = torch.cat([label, torch.full_like(label, guidance.no_label)])
-        known, unknown = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
-        return known + (guidance.weight - 1) * (known - unknown)
+        labels = torch.cat([label, torch.full_like(label, guidance.no_label)])  # (2b,)
+        conditional, unconditional = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+        return conditional + (guidance.weight - 1) * (conditional - unconditional)
 
     def denoise(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         x0, eps = x0_and_eps(objective, x_t, predict(x_t, level), level.alpha, level.sigma)
@@ -120,14 +120,3 @@ def inpainting(denoise: Denoise, known: Latents, mask: Float[Tensor, "b 1 h w"])
         return x0, eps_from_x0(x_t, x0, level)
 
     return certain
-
-
-def with_callback(denoise: Denoise, see: Callable[[Level, Latents, Latents], None]) -> Denoise:
-    """The same denoiser, that tells the level, x_t and x0_hat of each call."""
-
-    def told(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        x0, eps = denoise(x_t, level)
-        see(level, x_t, x0)
-        return x0, eps
-
-    return told

@@ -7,33 +7,20 @@ d x = x0_hat d alpha + eps_hat d sigma.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
 
-from jaxtyping import Float
 from torch import Tensor
 
-from lightdiff.diffusion.objectives import Denoise
+from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
 from lightdiff.settings import SamplerName
 
-Latents = Float[Tensor, "b c h w"]
-StepNoise = Callable[[int], Tensor]
-"""Number of a step -> fresh standard normal noise of the latents' shape; asked for only where it is used."""
-
-
-class Sampler(Protocol):
-    """Clean latents from x at levels[0]."""
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        levels: Sequence[Level],
-        x: Latents,
-        eta: float = 0.0,
-        step_noise: StepNoise | None = None,
-    ) -> Latents:
-        """Take len(levels) - 1 steps. `eta` is 0 but for the samplers of `WITH_ETA` in settings.py."""
+Levels = Sequence[Level]
+StepNoise = Callable[[int], Latents]
+"""Number of a step -> fresh standard normal noise of the latents' shape; called only where it is used."""
+Sampler = Callable[..., Latents]
+"""(denoise, levels, x at levels[0], step_noise) -> clean latents; those of `WITH_ETA` in settings.py take eta, too."""
 
 
 def posterior_std(here: Level, there: Level) -> float:
@@ -46,12 +33,13 @@ def posterior_std(here: Level, there: Level) -> float:
 
 
 def ddim(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
+    denoise: Denoise, levels: Levels, x: Latents, step_noise: StepNoise | None = None, eta: float = 0.0
 ) -> Latents:
-    """Song et al. 2021 (arXiv:2010.02502), Eq. 12, with the variance of Eq. 16.
+    """Song et al. 2021 (arXiv:2010.02502), Eq. 12, with the variance of Eq. 16. One call a step.
 
-    eta 0 is deterministic, eta 1 adds as much noise as DDPM. The last step lands on the x0 that the network predicts.
-    One call a step.
+    eta 0 is deterministic: Euler's method along the probability flow, as the field draws rectified flow. eta 1 is
+    ancestral sampling: a draw from q(x_there | x_here, x0_hat), Ho et al. 2020 (arXiv:2006.11239), Eq. 6 and 7. The
+    last step lands on the x0 that the network predicts.
     """
     for step, (here, there) in enumerate(pairwise(levels)):
         x0, eps = denoise(x, here)
@@ -63,61 +51,27 @@ def ddim(
     return x
 
 
-def ddpm(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
-) -> Latents:
-    """Ancestral sampling: a draw from q(x_there | x_here, x0_hat), Ho et al. 2020 (arXiv:2006.11239), Eq. 6 and 7.
-
-    One call a step; `eta` does not matter.
-    """
-    for step, (here, there) in enumerate(pairwise(levels)):
-        x0, _ = denoise(x, here)
-        kept = here.alpha / there.alpha * (there.sigma / here.sigma) ** 2
-        std = posterior_std(here, there)
-        x = kept * x + (there.alpha - kept * here.alpha) * x0
-        if std > 0:
-            assert step_noise is not None, "ddpm needs noise for each step"
-            x = x + std * step_noise(step)
-    return x
-
-
 def euler_step(x: Latents, x0: Latents, eps: Latents, here: Level, there: Level) -> Latents:
-    """A straight step of the probability flow, with x0_hat and eps_hat held as they are."""
+    """A straight step of the probability flow, with x0_hat and eps_hat held constant."""
     return x + (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * eps
 
 
-def euler(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
-) -> Latents:
-    """Euler's method for the probability flow; one call a step.
-
-    For rectified flow this is x + (t' - t) velocity. It is also DDIM with eta 0 (Song et al. 2021, Eq. 14).
-    """
-    for here, there in pairwise(levels):
-        x = euler_step(x, *denoise(x, here), here, there)
-    return x
-
-
-def heun(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
-) -> Latents:
+def heun(denoise: Denoise, levels: Levels, x: Latents, step_noise: StepNoise | None = None) -> Latents:
     """Heun's method, of second order: Euler's step, then the mean of both ends (Karras et al. 2022, Algorithm 1).
 
-    Two calls a step, but one for the last, which lands on the x0 that the network predicts.
+    Two calls a step, one for the last, which lands on the x0 that the network predicts.
     """
     for here, there in pairwise(levels):
         x0, eps = denoise(x, here)
-        tried = euler_step(x, x0, eps, here, there)
+        end = euler_step(x, x0, eps, here, there)
         if there.sigma > 0:
-            x0_there, eps_there = denoise(tried, there)
-            tried = euler_step(x, (x0 + x0_there) / 2, (eps + eps_there) / 2, here, there)
-        x = tried
+            x0_end, eps_end = denoise(end, there)
+            end = euler_step(x, (x0 + x0_end) / 2, (eps + eps_end) / 2, here, there)
+        x = end
     return x
 
 
-def dpmpp_2m(
-    denoise: Denoise, levels: Sequence[Level], x: Latents, eta: float = 0.0, step_noise: StepNoise | None = None
-) -> Latents:
+def dpmpp_2m(denoise: Denoise, levels: Levels, x: Latents, step_noise: StepNoise | None = None) -> Latents:
     """DPM-Solver++(2M), of second order: Lu et al. 2022 (arXiv:2211.01095), Algorithm 2.
 
     x0 is extrapolated from the last two predictions, linearly in log(alpha / sigma). One call a step; the first step,
@@ -142,4 +96,10 @@ def log_snr(level: Level) -> float:
     return math.log(level.alpha / level.sigma)
 
 
-SAMPLERS: dict[SamplerName, Sampler] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m, "heun": heun, "euler": euler}
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "ddim": ddim,
+    "ddpm": partial(ddim, eta=1.0),
+    "dpm++2m": dpmpp_2m,
+    "heun": heun,
+    "euler": partial(ddim, eta=0.0),
+}

@@ -20,7 +20,7 @@ KARRAS_RHO = 7.0
 
 
 class Level(NamedTuple):
-    """One level of noise: t as the network is told it (0 the least noisy), and the shares of signal and noise."""
+    """One level of noise: t as the network is given it (0 the least noisy), and the shares of signal and noise."""
 
     t: float
     alpha: float
@@ -51,7 +51,6 @@ class Schedule:
         return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def __len__(self) -> int:
-        """The number of levels, T."""
         return len(self.alpha)
 
     def to(self, device: torch.device) -> "Schedule":
@@ -65,7 +64,7 @@ class Schedule:
     def q_sample(
         self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """Clean latents q_sample to the level of each: x_t = alpha_t x0 + sigma_t eps.
+        """Noise clean latents to the level of each: x_t = alpha_t x0 + sigma_t eps.
 
         Ho et al. 2020 (arXiv:2006.11239), Eq. 4, where alpha = sqrt(alpha_bar).
         """

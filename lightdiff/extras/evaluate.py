@@ -35,6 +35,7 @@ from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     GenerateSettings,
     ImageSettings,
+    SamplingSettings,
     TrainUNetSettings,
     VAELossSettings,
     with_changes,
@@ -43,7 +44,7 @@ from lightdiff.stages import generate
 from lightdiff.stages.train_vae import perceptual
 
 SHOWN = 8
-PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that generate makes beside its samples
+PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that are made beside samples
 BASIS = (NETWORK, "samples", "samples in", "training images", "images", "which are")  # what numbers stand on
 
 
@@ -310,9 +311,9 @@ def drawn(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path
     chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": vae, "num_images": settings.num_images}
     chosen |= {"out": out, "compute": settings.compute, "batch_size": settings.batch_size, "job": settings.job}
     drawing = GenerateSettings.model_validate(chosen)
-    steps = min(drawing.num_steps, max(1, usable_levels(learnt)))
+    steps = min(drawing.sampling.num_steps, max(1, usable_levels(learnt)))
     classes = learnt.classes if not learnt.label_dropout else ()
-    generate.run(with_changes(drawing, num_steps=steps, class_=classes))
+    generate.run(with_changes(drawing, sampling=SamplingSettings(num_steps=steps, class_=classes)))
     return out
 
 

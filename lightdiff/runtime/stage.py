@@ -257,7 +257,10 @@ def open_stage(
                 stage.saved = stage.find_saved(settings.restart, settings.from_step)
             stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(path)
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
-            yield stage
+            try:
+                yield stage
+            except KeyboardInterrupt:
+                raise Stopped(f"interrupted; what was saved is untouched: {stage.again}", 130) from None
     finally:
         console.quiet = before
 
@@ -338,11 +341,9 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 @contextmanager
 def explained(settings: StageSettings) -> Iterator[None]:
-    """Turns what torch raises when memory runs out or another process is gone, and Ctrl-C, into sentences."""
+    """Turns what torch raises when memory runs out or another process is gone into sentences."""
     try:
         yield
-    except KeyboardInterrupt:  # here, as Typer would leave without a word
-        raise Stopped(f"interrupted; what was saved is untouched: {AGAIN}", 128 + signal.SIGINT) from None
     except Stopped as stopped:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None

@@ -16,12 +16,12 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels
+from lightdiff.pipeline import load_vae, sample_latents, usable_levels
 from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import GRID, TrainUNetSettings
+from lightdiff.settings import GRID, SamplingSettings, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.training.loop import Tensors, train
 
@@ -182,10 +182,9 @@ class UNetTask:
         model.eval()
         s = self.settings
         vae, _ = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
-        start = min_signal(s)
-        usable = usable_levels(s)
-        steps = min(Sampling.num_steps, usable or s.noise.timesteps)
-        sampling = Sampling(num_steps=steps, min_alpha_bar=start if usable else 0.0, classes=s.classes)
+        usable, most = usable_levels(s), SamplingSettings().num_steps
+        steps = min(most, usable or s.noise.timesteps)
+        sampling = SamplingSettings(num_steps=steps, min_alpha_bar=None if usable else 0.0, class_=s.classes)
         with autocast(self.device, s.loop.precision):
             z = sample_latents(model, s, range(GRID[0] * GRID[1] // 2), s.loop.seed, self.device, sampling)
             x = vae.decoder(z)

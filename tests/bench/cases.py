@@ -33,6 +33,7 @@ from lightdiff.settings import (
     JobSettings,
     LatentsSettings,
     LoopSettings,
+    SamplingSettings,
     TrainUNetSettings,
     TrainVAESettings,
     UNetArchitecture,
@@ -387,7 +388,7 @@ def lightdiff_sampling(
     compiled: bool,
 ) -> Work:
     """The same through a saved run, as `generate` draws."""
-    from lightdiff.pipeline import Pipeline, Sampling, vae_digest
+    from lightdiff.pipeline import Pipeline, vae_digest
 
     home = room()
     vae_settings = VAESettings().resolved(64)
@@ -401,7 +402,7 @@ def lightdiff_sampling(
     pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
     if compiled:
         compile_network(pipeline.unet, device, training=False)
-    chosen = Sampling(num_steps=steps, sampler="ddim")
+    chosen = SamplingSettings(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
 

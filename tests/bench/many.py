@@ -23,6 +23,7 @@ from lightdiff.settings import (
     GenerateSettings,
     ImageSettings,
     LoopSettings,
+    SamplingSettings,
     ScaleSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -126,7 +127,11 @@ def pipeline(folder: Path, ranks: Processes) -> None:
     encode.run(EncodeSettings.model_validate({"run": run, "shard_size": 5, **encode.inherited(run, None)}))
     scale.run(ScaleSettings(run=run, only_mu=False))  # an untrained mu hardly varies: scaled, its rounding would show
     train_unet.run(unet_settings(run))
-    generate.run(GenerateSettings(run=run, num_images=7, batch_size=2, num_steps=4, out=folder / "out"))
+    generate.run(
+        GenerateSettings(
+            run=run, num_images=7, batch_size=2, sampling=SamplingSettings(num_steps=4), out=folder / "out"
+        )
+    )
 
 
 def corners(folder: Path, ranks: Processes) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lightdiff.data.latents import Scaling
-from lightdiff.pipeline import Pipeline, Sampling
-from lightdiff.settings import SamplerName
+from lightdiff.pipeline import Pipeline
+from lightdiff.settings import SamplerName, SamplingSettings
 from tests.bench.recipe_page import CALLS, by_calls, steps_for
 
 EXACT = 200  # steps of Heun's method
@@ -26,7 +26,7 @@ def errors(
     """The error of each sampler for each number of CALLS."""
 
     def draw(sampler: SamplerName, steps: int) -> Tensor:
-        how = Sampling(num_steps=steps, sampler=sampler, classes=classes, guidance=guidance)
+        how = SamplingSettings(num_steps=steps, sampler=sampler, class_=classes, guidance=guidance)
         return Scaling.of(pipeline.settings.latent).to_x0(pipeline.sample(num_images, 0, how))
 
     solution = draw("heun", exact)

@@ -17,7 +17,7 @@ from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.evidence import evaluated, opened, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
-from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory
+from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory_pictures
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows
 from lightdiff.pipeline import Pipeline, latents_behind
 from lightdiff.run_folder import RunFolder, StageFolder
@@ -126,7 +126,7 @@ def collect(path: Path, device: torch.device) -> RunFacts:
     if found.unet:
         with noting(found, "trajectory"):
             pipeline = Pipeline.load(path, device="cuda" if device.type == "cuda" else "cpu")
-            found.trajectory = trajectory(pipeline)
+            found.trajectory = trajectory_pictures(pipeline)
             if found.index and latents:
                 found.nearest = nearest(pipeline, latents)
     with noting(found, "samples"):

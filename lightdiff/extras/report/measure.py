@@ -15,10 +15,11 @@ from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import evenly
+from lightdiff.extras.trajectory import TrajectoryStep, trajectory
 from lightdiff.pictures import grid, opened
-from lightdiff.pipeline import Pipeline, Sampling, TrajectoryStep, load_vae
+from lightdiff.pipeline import Pipeline, load_vae
 from lightdiff.run_folder import StageFolder
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, SamplingSettings
 
 SHOWN = 8  # images in a row
 ENLARGED = 4  # how much errors are
@@ -79,17 +80,18 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     return encoded(grid(torch.cat([x, x_hat, error]), len(x)), alt)
 
 
-def trajectory(pipeline: Pipeline) -> list[tuple[str, Picture]]:
+def trajectory_pictures(pipeline: Pipeline) -> list[tuple[str, Picture]]:
     """x_t above the estimate of x0 at each call of the network, with the level in words."""
-    return [pictured(i, moment) for i, moment in enumerate(pipeline.trajectory(SHOWN, sampling=Sampling(STEPS)))]
+    steps = trajectory(pipeline, SHOWN, sampling=SamplingSettings(num_steps=STEPS))
+    return [pictured(i, step) for i, step in enumerate(steps)]
 
 
-def pictured(call: int, moment: TrajectoryStep) -> tuple[str, Picture]:
-    """One moment."""
-    level = moment.level
+def pictured(call: int, step: TrajectoryStep) -> tuple[str, Picture]:
+    """One step."""
+    level = step.level
     words = f"call {call + 1} of {STEPS}: signal {level.alpha:.3f}, noise {level.sigma:.3f}"
     alt = f"Two rows at {words}: what the noisy latents look like, and what the network takes to be behind them"
-    return words, encoded(grid(torch.cat([moment.x_t, moment.x0]), SHOWN), alt)
+    return words, encoded(grid(torch.cat([step.x_t, step.x0]), SHOWN), alt)
 
 
 @torch.inference_mode()

@@ -26,7 +26,6 @@ STAGES: dict[str, type[StageSettings]] = {
     "generate": GenerateSettings,
 }
 NOT_VARIED = {"run", "job", "restart", "from_step", "vae", "unet", "latents", "out", "name", "num_images"}
-NOT_VARIED |= {"trajectory", "interpolate", "frames"}
 
 
 @dataclass(frozen=True)

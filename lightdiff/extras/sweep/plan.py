@@ -31,7 +31,6 @@ from lightdiff.settings import (
     flat,
 )
 from lightdiff.stages.encode import VAE_COPY
-from lightdiff.stages.generate import sampling_of
 
 Kind = Literal["vae", "latents", "unet", "samples"]
 MACHINE_ONLY = {"run", "device", "workers", "compile", "vae", "unet", "latents", "out"}  # no result depends on them
@@ -202,12 +201,8 @@ class Plan:
         if loop.precision != "auto":
             layer["compute"] |= {"precision": loop.precision}  # type: ignore[operator]
         settings = build(GenerateSettings, [layer, changes])
-        sampling = sampling_of(settings)
-        guidance_for(trained_as, sampling, [0])
-        try:
-            levels_for(trained_as, sampling)
-        except ValueError as error:
-            raise UserError(f"--num-steps: {error}") from None
+        guidance_for(trained_as, settings.sampling, [0])
+        levels_for(trained_as, settings.sampling)
         return self._own("samples", {"generate": settings}, unet)
 
 
