@@ -26,7 +26,7 @@ from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
+from lightdiff.run_folder import INDEX, RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.device import autocast, cast_weights, pick_device, pick_precision, place
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
@@ -337,7 +337,7 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 
 def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
     """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
-    there = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
+    there = [home for home in latents_candidates(unet, run) if (home / INDEX).is_file()]
     return fitting(there, lambda home: read_index(home).digest, unet.metadata.lineage.get("latents"))
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from lightdiff.errors import RunError, UserError
 
+INDEX = "index.json"  # of a folder of latents
+
 
 @dataclass(frozen=True)
 class StageFolder:
@@ -123,7 +125,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     """The folder of latents: the one given, or that of a given run, or of this one."""
     places = [run.latents] if given is None else named_latents(given)
     for place in places:
-        if (place / "index.json").is_file():
+        if (place / INDEX).is_file():
             return place
     check_spelling(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")

@@ -11,16 +11,16 @@ from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import scan
+from lightdiff.data.files import list_images, scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, Sampling, sample_latents
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import console
 from lightdiff.settings import GenerateSettings, ImageSettings, LatentsSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 from lightdiff.stages.generate import sampling_of
-from lightdiff.stages.start import list_images
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 
@@ -106,9 +106,9 @@ def test_a_table_that_helps_nobody_is_refused(colours, tmp_path, rows, message):
 
 def test_images_without_a_label_are_counted(colours, tmp_path, capsys):
     csv = table(tmp_path / "t.csv", "file,label", "blue/00.png,sky", "blue/00.png,sky")
-    list_images(ImageSettings(data=(colours,), labels=csv))
+    list_images(ImageSettings(data=(colours,), labels=csv), console)
     assert "note: 23 of 24 images have no label" in " ".join(capsys.readouterr().err.split())
-    list_images(ImageSettings(data=(colours,)))
+    list_images(ImageSettings(data=(colours,)), console)
     assert "label" not in capsys.readouterr().err
 
 

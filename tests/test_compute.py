@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightdiff.data.latents import prefetch
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.runtime import device as compute
-from lightdiff.runtime.background import Background, prefetch
+from lightdiff.runtime.background import Background
 from lightdiff.runtime.device import (
     autocast,
     cast_weights,

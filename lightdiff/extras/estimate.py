@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightdiff.data.files import list_images
 from lightdiff.data.latents import read_index
-from lightdiff.data.loading import Batch as ImageBatch
+from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
+from lightdiff.losses import VAELoss
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.runtime.device import pick_device, pick_precision
 from lightdiff.runtime.processes import Processes
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, shape_words
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
-from lightdiff.stages.start import list_images
 from lightdiff.training.loop import Trainer
 
 WARM_UP, TIMED, ENOUGH_SECONDS = 1, 5, 10.0
@@ -52,8 +53,8 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     activations = activation_bytes(task.model, inputs)
     seconds = of_whole_batch(first, whole, lambda size: timed(*ready(size)[:2]), timed(trainer, batch))
     console.print(
-        f"{task.stage}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
-        + (f" -> latents of {shape(inputs[1])}" if isinstance(settings, TrainVAESettings) else ""),
+        f"{task.stage}: {parameters / 1e6:.2f} M parameters; {shape_words(inputs[0].shape[1:])} an image"
+        + (f" -> latents of {shape_words(inputs[1].shape[1:])}" if isinstance(settings, TrainVAESettings) else ""),
         f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
         f"weights, gradients, optimizer and average: {(trainer.nbytes + 4 * parameters) / 1e6:.0f} MB; a checkpoint: "
         f"{trainer.nbytes / 1e6:.0f} MB",
@@ -90,7 +91,7 @@ def images_trained_on(settings: TrainVAESettings | TrainUNetSettings) -> int:
     """How many there are; 0 where no folder has been named yet."""
     if isinstance(settings, TrainUNetSettings):
         return read_index(find_latents(settings.latents, RunFolder(settings.run))).splits.count("t")
-    return sum(file.split == "train" for file in list_images(settings.images)) if settings.images.data else 0
+    return sum(file.split == "train" for file in list_images(settings.images, console)) if settings.images.data else 0
 
 
 def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
@@ -107,8 +108,8 @@ def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> Tra
 def made_up_images(settings: TrainVAESettings, device: torch.device) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
     s = train_vae.resolve(settings)
-    lpips = train_vae.perceptual(s.loss, device, Processes())
-    task = train_vae.VAETask(s, [], device, lpips, None, Processes())  # type: ignore[arg-type]  # no file is read
+    vae_loss = VAELoss(s.loss, device)
+    task = train_vae.VAETask(s, [], device, vae_loss, None, Processes())  # type: ignore[arg-type]  # no file is read
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
@@ -148,11 +149,6 @@ def timed(trainer: Trainer, batch: Any) -> float:
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory does not suffice for a step: try a smaller --micro-batch") from None
     return min(taken[WARM_UP:])
-
-
-def shape(x: Tensor) -> str:
-    """A shape as people write it, without the batch."""
-    return " x ".join(map(str, x.shape[1:]))
 
 
 def words(seconds: float) -> str:

@@ -1,19 +1,11 @@
 """Work in another thread, so that the device need not wait for disks."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
-
-
-def alone() -> None:
-    """Keep torch from giving this thread helpers, which would take the cores from the network."""
-    torch.set_num_threads(1)
 
 
 class Background:
@@ -21,7 +13,8 @@ class Background:
 
     def __init__(self, threads: int = 1) -> None:
         """Let at most four pieces of work a thread wait, so that memory stays small."""
-        self._pool = ThreadPoolExecutor(threads, initializer=alone)
+        # With helpers of torch's, these threads would take the cores from the network.
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._waiting: deque[Future[None]] = deque()
         self._most = 4 * threads
 
@@ -41,16 +34,3 @@ class Background:
         if error is None:
             for future in self._waiting:
                 future.result()
-
-
-def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of these returns, in order; the next one is at work while this one is used."""
-    with ThreadPoolExecutor(1, initializer=alone) as pool:
-        pending: Future[T] | None = None
-        for work in works:
-            following = pool.submit(work)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()

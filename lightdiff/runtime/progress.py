@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -149,3 +149,8 @@ def open_tensorboard(folder: Path, start: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """A shape in words: "4 x 16 x 16"."""
+    return " x ".join(map(str, shape))

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import ImageFile, full_paths
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
-from lightdiff.data.loading import BadFiles, ImageDataset, batches
-from lightdiff.errors import RunError, UserError
+from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
-from lightdiff.run_folder import Lock, RunFolder, find_vae
+from lightdiff.run_folder import INDEX, Lock, RunFolder, find_vae
 from lightdiff.runtime.background import Background
 from lightdiff.runtime.device import (
     as_begun,
@@ -28,10 +29,10 @@ from lightdiff.runtime.device import (
     pick_workers,
 )
 from lightdiff.runtime.processes import init_distributed
-from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.progress import Reporter, console, shape_words
 from lightdiff.runtime.signals import TimeLimit
 from lightdiff.settings import EncodeSettings, Precision, VAESettings
-from lightdiff.stages.start import enter, list_images
+from lightdiff.stages.start import enter
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_COPY = "vae.safetensors"
@@ -55,7 +56,7 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
     device = pick_device(settings.compute.device)
     ranks = init_distributed(device, settings.job.timeout)
     saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
-    files = list_images(settings.images)
+    files = list_images(settings.images, console)
     folder = RunFolder(settings.run).latents
     precision = ranks.run_on_main(lambda: pick_precision(wanted_precision(settings, folder), device))
     vae, model = load_vae(saved, device, precision)
@@ -66,11 +67,9 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
         return folder
 
     # 2. Encode shard by shard, and write each while the next is encoded; a shard that is there is whole
-    bad = BadFiles(
-        folder / "bad-files.txt", full_paths(files, settings.images.data), len(files), settings.images.max_bad
-    )
-    shards = [range(k, min(k + settings.shard_size, len(files))) for k in range(0, len(files), settings.shard_size)]
-    mine = ranks.strided([(n, shards[n]) for n in ranks.run_on_main(lambda: to_encode(folder, len(shards), bad))])
+    bad = BadFiles(folder / "bad-files.txt", files, settings.images.data, settings.images.max_bad)
+    missing = ranks.run_on_main(lambda: to_encode(index.shard_paths(folder), bad))
+    mine = ranks.strided([(number, index.shards[number]) for number in missing])
     limit = TimeLimit(settings.job.max_time)
     empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
     unfinished = False
@@ -91,13 +90,13 @@ def encode(settings: EncodeSettings, lock: Lock) -> Path:
 
     # 3. Only a finished index has a digest
     limit.conclude(unfinished, ranks)
-    ranks.run_on_main(lambda: finish(folder, index, len(shards)))
+    ranks.run_on_main(lambda: finish(folder, index))
     return folder
 
 
 def wanted_precision(settings: EncodeSettings, folder: Path) -> Precision:
     """The precision asked for; `auto` is that of latents which are to be gone on with, where there are any."""
-    going_on = not settings.restart and (folder / "index.json").is_file()
+    going_on = not settings.restart and (folder / INDEX).is_file()
     wanted: Precision = as_begun(settings.compute.precision, read_index(folder).precision if going_on else None)
     return wanted
 
@@ -115,11 +114,11 @@ def prepare(folder: Path, index: LatentIndex, saved: Checkpoint, settings: Encod
     return False
 
 
-def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
+def to_encode(paths: Sequence[Path], bad: BadFiles) -> list[int]:
     """The shards that are not there, or not whole; what those that are say of unreadable images is listed."""
     missing = []
-    for number in range(shards):
-        metadata = shard_metadata(shard_path(folder, number))
+    for number, path in enumerate(paths):
+        metadata = shard_metadata(path)
         if metadata is None:
             missing.append(number)
         else:
@@ -127,17 +126,17 @@ def to_encode(folder: Path, shards: int, bad: BadFiles) -> list[int]:
     return missing
 
 
-def finish(folder: Path, index: LatentIndex, shards: int) -> None:
+def finish(folder: Path, index: LatentIndex) -> None:
     """Publish the index of all shards, and say what they hold."""
-    paths = [shard_path(folder, number) for number in range(shards)]
+    paths = index.shard_paths(folder)
     documents = [Checkpoint(path, "latents").metadata for path in paths]
     index.bad = [p for metadata in documents for p, _ in metadata.extra["bad"]]
-    index.digest = index.seal([metadata.digest for metadata in documents])
+    index.digest = index.compute_digest([metadata.digest for metadata in documents])
     index.write(folder)
     size = sum(path.stat().st_size for path in paths)
     console.print(
         f"{len(index.files) - len(index.bad)} images{' and their mirror images' if index.mirrored else ''} encoded to "
-        f"{' x '.join(map(str, index.shape))} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
+        f"{shape_words(index.shape)} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
     )
 
 
@@ -147,7 +146,7 @@ def plan(
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     if images.resolution % model.factor:
-        raise UserError(f"--resolution: {images.resolution} is not divisible by the VAE's {model.factor}")
+        raise not_divisible(images.resolution, model.factor)
     side = images.resolution // model.factor
     return LatentIndex(
         shape=(model.latent_channels, side, side),
@@ -169,7 +168,7 @@ def check_resumable(folder: Path, index: LatentIndex) -> LatentIndex | None:
     Raises:
         UserError: If they are others than those planned.
     """
-    if not (folder / "index.json").is_file():
+    if not (folder / INDEX).is_file():
         return None
     there = read_index(folder)
     framing = ("resolution", "background")
@@ -240,14 +239,14 @@ def encoded(
     One set of worker processes loads the images of all shards, ahead of the encoder.
     """
     images, size, dtype = settings.images, settings.batch_size, DTYPES[settings.dtype]
-    dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    dataset = ImageDataset(files, images, seed=0, train=False)
     parts = [
         (number, whole, whole[first : first + size]) for number, whole in shards for first in range(0, len(whole), size)
     ]
     order = ([(0, position) for position in part] for _, _, part in parts)
     workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
     done, shard = 0, Shard()
-    for (number, whole, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
+    for (number, whole, part), batch in zip(parts, load_batches(dataset, order, workers, bad.add, on_gpu), strict=True):
         if part.start == whole.start:
             shard = Shard()
         shard.bad += batch.bad

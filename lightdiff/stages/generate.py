@@ -19,7 +19,7 @@ from torch import Tensor
 from lightdiff import __version__
 from lightdiff.checkpoint import Checkpoint, atomic_write_text
 from lightdiff.data.images import BadImage, frame, load_image, to_float, to_uint8
-from lightdiff.errors import Stopped, UserError
+from lightdiff.errors import Stopped, UserError, not_divisible
 from lightdiff.pictures import save_grid_of_files, save_png, save_trajectory, save_walk
 from lightdiff.pipeline import Edit, Pipeline, Sampling, guidance_for, levels_for, noise_between, vae_behind
 from lightdiff.run_folder import Lock, RunFolder, find_unet, read_json
@@ -156,9 +156,7 @@ def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, in
         return latent.height, latent.width
     step = pipeline.vae_settings.factor * pipeline.settings.model.factor
     if settings.resolution % step:
-        below = settings.resolution // step * step
-        fits = f"{below} or {below + step}" if below else str(step)
-        raise UserError(f"--resolution: {settings.resolution} is not divisible by {step}; the nearest that fit: {fits}")
+        raise not_divisible(settings.resolution, step)
     side = settings.resolution // pipeline.vae_settings.factor
     return side, side
 

@@ -9,10 +9,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Statistics, read_index, shard_path
+from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index
 from lightdiff.errors import UserError
-from lightdiff.run_folder import Lock, RunFolder, find_latents
-from lightdiff.runtime.background import prefetch
+from lightdiff.run_folder import INDEX, Lock, RunFolder, find_latents
 from lightdiff.runtime.processes import Processes, init_distributed
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ScaleSettings
@@ -28,8 +27,7 @@ def run(settings: ScaleSettings) -> Path:
     if not index.complete:
         raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
     moments = Moments(index.shape[0])
-    shards = ranks.strided(range(-(-len(index.files) // index.shard_size)))
-    for mu, logvar in prefetch(partial(read, shard_path(folder, number), index) for number in shards):
+    for mu, logvar in prefetch(partial(read, path, index) for path in ranks.strided(index.shard_paths(folder))):
         moments.add(mu, logvar)
     moments.over(ranks)
     if not moments.count:
@@ -38,7 +36,7 @@ def run(settings: ScaleSettings) -> Path:
     with Lock(settings.job.force_unlock) as lock:
         ranks.run_on_main(lambda: store(folder, index, lock))
     show(index, found, settings)
-    return folder / "index.json"
+    return folder / INDEX
 
 
 def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:

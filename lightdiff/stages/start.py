@@ -1,8 +1,7 @@
 """How stages start: in a folder of their own, fresh, from another's weights, or where they were stopped."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,28 +17,17 @@ from lightdiff.checkpoint import (
     load_weights,
     remove_temporaries,
 )
-from lightdiff.data.files import ImageFile, scan
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import LOCK, Lock, StageFolder, ensure_writable, free_name, set_aside
 from lightdiff.runtime.device import as_begun, pick_compile, pick_precision
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings, flat, with_changes
+from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings, flat, with_changes
 from lightdiff.training.loop import Task
 
 S = TypeVar("S", TrainVAESettings, TrainUNetSettings)
 FREE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")  # may change on resuming
 FIXED = ("loop.seed", "loop.precision", "loop.ema_decay")  # but not these of them
-
-
-def list_images(images: ImageSettings) -> list[ImageFile]:
-    """All images of the --data folders; on a terminal it is told how many there are so far."""
-    with console.status("looking for images") as status:
-        tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
-        files = scan(images.data, images.val_share, tell, images.labels)
-    if images.labels and (without := sum(not file.labels for file in files)):
-        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
-    return files
 
 
 def resumed(
@@ -232,9 +220,3 @@ def history(saved: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> dict[s
         entry = {"step": saved.metadata.step, "changed": {name: list(pair) for name, pair in changed.items()}}
         facts["history"] = [*facts.get("history", []), entry]
     return facts
-
-
-def data_digest(files: Sequence[ImageFile]) -> str:
-    """A digest of the list of images: names, labels and split, not pixels."""
-    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.latents import LatentSet, Scaling, latents_settings, to_device
+from lightdiff.data.latents import LatentSet, Scaling, async_copy, latents_settings, prefetch
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
@@ -18,10 +18,9 @@ from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Sampling, load_vae, min_signal, sample_latents, usable_levels
 from lightdiff.run_folder import Lock, RunFolder, find_latents
-from lightdiff.runtime.background import prefetch
 from lightdiff.runtime.device import autocast, pick_device, place
 from lightdiff.runtime.processes import Processes, init_distributed
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, shape_words
 from lightdiff.settings import GRID, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.start import begin, decided, machine, resumed
@@ -44,7 +43,7 @@ class UNetTask:
         self.model = network(s)
         place(self.model, device)
         self.schedule = Schedule.of(s.noise).to(device)
-        self.scaling = Scaling.of(s.latent)
+        self.scaling = Scaling.of(s.latent, device)
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)
 
@@ -59,12 +58,12 @@ class UNetTask:
         mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
         positions = [self.latents.train[i] for _, i in batch]
         mu, logvar = self.latents.gather(positions, mirror)
-        posterior = Posterior(to_device(mu, self.device), to_device(logvar, self.device))
+        posterior = Posterior(async_copy(mu, self.device), async_copy(logvar, self.device))
         return posterior, self._classes(positions)
 
     def _classes(self, positions: list[int]) -> Tensor:
         """The classes of images at these positions, as the network counts them."""
-        return to_device(self.classes[positions] if self.settings.label else torch.empty(0), self.device)
+        return async_copy(self.classes[positions] if self.settings.label else torch.empty(0), self.device)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -123,7 +122,7 @@ class UNetTask:
             at = range(first, min(first + loop.micro, mine.stop))
             positions = [items[i] for i in at]
             mu, _ = self.latents.gather(positions)
-            x0 = self.scaling.to_x0(to_device(mu, self.device))
+            x0 = self.scaling.to_x0(async_copy(mu, self.device))
             label = {"label": self._classes(positions)} if self.settings.label else {}
             for band in range(BANDS):
                 place = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
@@ -203,7 +202,7 @@ def train_unet(settings: TrainUNetSettings, lock: Lock) -> Path:
         return folder.last
     parameters = sum(p.numel() for p in task.model.parameters())
     console.print(
-        f"U-Net: {parameters / 1e6:.2f} M parameters, latents {' x '.join(map(str, task.shape))}; "
+        f"U-Net: {parameters / 1e6:.2f} M parameters, latents {shape_words(task.shape)}; "
         f"{len(latents.train)} training and {len(latents.val)} validation latents; "
         f"{total} steps of {settings.loop.batch_size} on {machine(device, ranks)} in {settings.loop.precision}"
     )

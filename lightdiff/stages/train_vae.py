@@ -1,6 +1,5 @@
 """train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,22 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Metadata
-from lightdiff.data.files import ImageFile, full_paths
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import ImageFile, data_digest, list_images
 from lightdiff.data.images import to_float
-from lightdiff.data.loading import BadFiles, ImageDataset, batches
-from lightdiff.data.loading import Batch as ImageBatch
+from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
-from lightdiff.errors import UserError
-from lightdiff.losses import psnr, vae_loss
+from lightdiff.errors import UserError, not_divisible
+from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import Lock, RunFolder
 from lightdiff.runtime.device import autocast, pick_device, pick_workers, place
-from lightdiff.runtime.dist_env import DistEnv
 from lightdiff.runtime.processes import Processes, init_distributed
-from lightdiff.runtime.progress import console
-from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings, with_changes
-from lightdiff.stages.start import begin, data_digest, decided, list_images, machine, resumed
+from lightdiff.runtime.progress import console, shape_words
+from lightdiff.settings import GRID, TrainVAESettings, with_changes
+from lightdiff.stages.start import begin, decided, machine, resumed
 from lightdiff.training.loop import Batch, Means, train
 
 
@@ -38,12 +36,12 @@ class VAETask:
         settings: TrainVAESettings,
         files: list[ImageFile],
         device: torch.device,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None,
+        vae_loss: VAELoss,
         bad: BadFiles,
         ranks: Processes,
     ) -> None:
         """Build the network and both data sets from resolved settings."""
-        self.settings, self.device, self.lpips, self.bad, self.ranks = settings, device, lpips, bad, ranks
+        self.settings, self.device, self.vae_loss, self.bad, self.ranks = settings, device, vae_loss, bad, ranks
         s = settings
         torch.manual_seed(s.loop.seed)  # the initial weights
         vae = network(s)
@@ -61,8 +59,7 @@ class VAETask:
 
     def _images(self, which: list[int], train: bool) -> ImageDataset:
         files = [self.files[i] for i in which]
-        images = self.settings.images
-        return ImageDataset(files, images.data, images, self.settings.loop.seed, train)
+        return ImageDataset(files, self.settings.images, self.settings.loop.seed, train)
 
     def _noting(self, items: list[int]) -> Callable[[list[tuple[int, str]]], None]:
         """List unreadable images, whose numbers count `items`."""
@@ -74,7 +71,7 @@ class VAETask:
         part = self.ranks.batch_slice(loop.batch_size)
         order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
         workers, on_gpu = pick_workers(loop.workers, self.device), self.device.type == "cuda"
-        yield from batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
+        yield from load_batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -82,7 +79,7 @@ class VAETask:
 
     def names(self, start: int) -> list[str]:
         """The files of the batch that begins after `start` images."""
-        return [self.train_set.paths[i] for _, i in self._batch_at(start)]
+        return [self.train_set.path(i) for _, i in self._batch_at(start)]
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Batch:
         """Images in [-1, 1] and the noise of their posteriors."""
@@ -97,14 +94,14 @@ class VAETask:
         change = LatentTransform(*part["change"][0].tolist())
         x_hat, posterior = model(part["x"], part["noise"], change)
         x = change(part["x"], self.settings.model.factor)
-        return vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+        return self.vae_loss(x, x_hat, posterior)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
         loop = self.settings.loop
         indices = self.ranks.share(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
-        for batch in batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
+        for batch in load_batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
                 yield to_float(batch.x.to(self.device)), noise.to(self.device)
@@ -117,7 +114,7 @@ class VAETask:
         for x, noise in self.validation_batches():
             with autocast(self.device, self.settings.loop.precision):
                 x_hat, posterior = model(x, noise)
-                losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+                losses = self.vae_loss(x, x_hat, posterior)
             means.add(losses | {"psnr": psnr(x, x_hat).mean()}, len(x))
         return means.over(self.ranks)
 
@@ -128,7 +125,7 @@ class VAETask:
         if self._shown is None:
             source, items = (self.val_set, self.val) if self.val else (self.train_set, self.train)
             chosen = [(0, i) for i in range(min(2 * columns, len(items)))]
-            self._shown = next(batches(source, [chosen], workers=0)).x
+            self._shown = next(load_batches(source, [chosen], workers=0)).x
         x = to_float(self._shown.to(self.device))
         model.eval()
         x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
@@ -162,9 +159,9 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     ranks = init_distributed(device, settings.job.timeout)
     resolution = settings.images.resolution
     settings = resolve(settings)
-    files = list_images(settings.images)
+    files = list_images(settings.images, console)
     ranks.check_same("list of images", data_digest(files))
-    lpips = perceptual(settings.loss, device, ranks)
+    vae_loss = VAELoss(settings.loss, device, ranks.fetch)
     folder = RunFolder(settings.run).vae
     saved = resumed(folder, "vae", settings, lock, ranks, network)
     total = settings.loop.total_steps(sum(file.split == "train" for file in files))
@@ -174,8 +171,8 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
         raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
 
     # 2. The task: network, data, loss
-    bad = BadFiles(folder.bad_files, full_paths(files, settings.images.data), len(files), settings.images.max_bad)
-    task = VAETask(settings, files, device, lpips, bad, ranks)
+    bad = BadFiles(folder.bad_files, files, settings.images.data, settings.images.max_bad)
+    task = VAETask(settings, files, device, vae_loss, bad, ranks)
 
     # 3. Fresh, from another's weights, or on from where it was
     metadata = Metadata(stage="vae", settings=settings.to_save(), lineage={"data": data_digest(files)})
@@ -195,27 +192,6 @@ def train_vae(settings: TrainVAESettings, lock: Lock) -> Path:
     return folder.best
 
 
-def perceptual(
-    loss: VAELossSettings, device: torch.device, ranks: Processes
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The LPIPS network, or None where its weight is 0.
-
-    Raises:
-        UserError: If its weights cannot be found or fetched.
-    """
-    if not loss.lpips_gamma:
-        return None
-    from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
-
-    weights = ranks.run_on_main(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
-    (missing,) = ranks.all_reduce_max(int(not weights.is_file()))
-    for turn in (0, 1) if missing else ():  # other machines have caches of their own: there too, one process first
-        if not weights.is_file() and (DistEnv.of(os.environ).local_rank > 0) == bool(turn):
-            weights = find_weights(loss.lpips_net, loss.lpips_weights)
-        ranks.all_reduce_max(turn)
-    return PerceptualLoss(loss.lpips_net, weights).to(device)
-
-
 def resolve(settings: TrainVAESettings) -> TrainVAESettings:
     """The settings with every size that follows from the images filled in.
 
@@ -225,12 +201,5 @@ def resolve(settings: TrainVAESettings) -> TrainVAESettings:
     resolution = settings.images.resolution
     model = settings.model.resolved(resolution)
     if resolution % model.factor:
-        below = resolution // model.factor * model.factor
-        fits = f"{below} or {below + model.factor}" if below else str(model.factor)
-        raise UserError(f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}")
+        raise not_divisible(resolution, model.factor)
     return with_changes(settings, model=model)
-
-
-def shape_words(shape: tuple[int, ...]) -> str:
-    """A shape as people write it: 4 x 16 x 16."""
-    return " x ".join(map(str, shape))

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightdiff.checkpoint import Checkpoint, load_weights
-from lightdiff.data.files import full_paths
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import list_images
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
-from lightdiff.data.loading import BadFiles
-from lightdiff.losses import vae_loss
+from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
 from lightdiff.runtime.device import pick_device, pick_precision
 from lightdiff.runtime.processes import init_distributed
+from lightdiff.runtime.progress import console
 from lightdiff.settings import TrainVAESettings, with_changes
-from lightdiff.stages.start import list_images
-from lightdiff.stages.train_vae import VAETask, perceptual
+from lightdiff.stages.train_vae import VAETask
 from lightdiff.training.loop import Batch, Trainer
 from tests.bench.recipe import Work, left_out
 
@@ -69,7 +69,7 @@ class AdversarialTask(VAETask):
         """The VAE's loss, plus the discriminator's opinion; and one step of the discriminator."""
         x = part["x"]
         x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
-        losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+        losses = self.vae_loss(x, x_hat, posterior)
 
         self.judge.requires_grad_(True)
         real, made = self.judge(x).float(), self.judge(x_hat.detach()).float()
@@ -101,14 +101,13 @@ class Contest:
         precision = pick_precision("auto", self.device)
         loop = with_changes(settings.loop, lr=lr, workers=0, compile="off", precision=precision)
         self.settings = with_changes(settings, loop=loop, freeze_encoder=True)
-        self.files = list_images(settings.images)
-        self.lpips = perceptual(settings.loss, self.device, self.ranks)
-        paths = full_paths(self.files, settings.images.data)
-        self.bad = BadFiles(scratch / "bad.txt", paths, len(self.files), 0.0)
+        self.files = list_images(settings.images, console)
+        self.vae_loss = VAELoss(settings.loss, self.device, self.ranks.fetch)
+        self.bad = BadFiles(scratch / "bad.txt", self.files, settings.images.data, 0.0)
 
     def task(self, kind: type[T]) -> T:
         """A task that begins with the trained weights."""
-        task = kind(self.settings, self.files, self.device, self.lpips, self.bad, self.ranks)
+        task = kind(self.settings, self.files, self.device, self.vae_loss, self.bad, self.ranks)
         load_weights(task.model, self.saved, self.saved.weights_prefix())
         return task
 

@@ -21,9 +21,9 @@ from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
-from lightdiff.data.loading import Batch as ImageBatch
-from lightdiff.data.loading import ImageDataset, batches
-from lightdiff.losses import vae_loss
+from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
+from lightdiff.losses import VAELoss
+from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import read_settings
@@ -156,15 +156,13 @@ LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
 # --- VAE ----------------------------------------------------------------------------------------------------------
 
 
-def some_lpips(folder: Path) -> Any:
-    """LPIPS on SqueezeNet with random weights: as fast as with trained ones, and nothing has to be fetched."""
+def random_squeezenet(folder: Path) -> Path:
+    """Random weights for LPIPS: as fast as trained ones, and nothing has to be fetched."""
     from torchvision.models import squeezenet1_1
-
-    from lightdiff.models.lpips import PerceptualLoss
 
     weights = folder / "squeezenet.pth"
     torch.save(squeezenet1_1(weights=None).state_dict(), weights)
-    return PerceptualLoss("squeeze", weights)
+    return weights
 
 
 class VAEStepTask:
@@ -173,8 +171,9 @@ class VAEStepTask:
     stage = "vae"
     ranks = Processes()
 
-    def __init__(self, settings: TrainVAESettings, device: torch.device, lpips: Any):
-        self.settings, self.device, self.lpips = settings, device, lpips
+    def __init__(self, settings: TrainVAESettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.vae_loss = VAELoss(settings.loss, device)
         self.model = VAE(settings.model)
         place(self.model, device)
         side = settings.images.resolution // settings.model.factor
@@ -186,22 +185,22 @@ class VAEStepTask:
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
         x_hat, posterior = model(part["x"], part["noise"])
-        return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
+        return self.vae_loss(part["x"], x_hat, posterior)
 
 
 def train_vae_step(
-    model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Any = None, **loop: Any
+    model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Path | None = None, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
     """train-vae as a user has it by default, but with images in memory, and its next step."""
     chosen = defaults(device, batch_size=batch, **loop)
     settings = TrainVAESettings(
         model=VAESettings.model_validate(model).resolved(side),
         loop=chosen,
-        loss=VAELossSettings(lpips_gamma=0.5 if lpips is not None else 0),
+        loss=VAELossSettings(lpips_gamma=0.5 if lpips else 0, lpips_net="squeeze", lpips_weights=lpips),
         images=ImageSettings(resolution=side),
     )
     keep_memory()
-    trainer = Trainer(VAEStepTask(settings, device, lpips), chosen, chosen.precision)  # type: ignore[arg-type]
+    trainer = Trainer(VAEStepTask(settings, device), chosen, chosen.precision)  # type: ignore[arg-type]
     loaded = ImageBatch(torch.randint(256, (batch, 3, side, side), dtype=torch.uint8), torch.arange(batch), [], 0)
     return trainer, lambda: trainer.train_step(loaded, STEPS)
 
@@ -212,7 +211,8 @@ def vae_step(
     """Training steps of a VAE: forward, backward, clip, AdamW, EMA."""
     model = VAESettings.model_validate(SMALL_VAE).resolved(side)
     example = torch.randn(1, 3, side, side)
-    distance = some_lpips(room()).to(device) if lpips else None
+    weights = random_squeezenet(room()) if lpips else None
+    distance = PerceptualLoss("squeeze", weights).to(device) if weights else None
     pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
     own = VAE(model)
     factor = model.factor
@@ -221,7 +221,7 @@ def vae_step(
         flops += 3 * flops_of(distance.to("cpu"), example, example) / 2 + flops_of(distance, example, example) / 2
         distance.to(device)
     if contender == "lightdiff":
-        trainer, step = train_vae_step(SMALL_VAE, side, batch, device, distance)
+        trainer, step = train_vae_step(SMALL_VAE, side, batch, device, weights)
         return several(step, steps, batch, flops, own, trainer.precision)
     x = (pixels.float() / 127.5 - 1).to(device)
     if contender == "original":
@@ -270,9 +270,9 @@ def image_pipeline(contender: str, device: torch.device, *, file_side: int, side
     folder = photographs(room() / "images", count, file_side)
     if contender == "lightdiff":
         images = ImageSettings(data=(folder,), resolution=side, val_share=0)
-        dataset = ImageDataset(scan(images.data, 0), images.data, images, seed=0, train=True)
+        dataset = ImageDataset(scan(images.data, 0), images, seed=0, train=True)
         order = ([(epoch, i) for i in range(k, k + batch)] for epoch in range(10**6) for k in range(0, count, batch))
-        loaded: Any = batches(dataset, order, workers)
+        loaded: Any = load_batches(dataset, order, workers)
         keep_memory()
         return Work(lambda: [to_float(next(loaded).x).sum() for _ in range(per_round)], batch * per_round)
     loader = torch.utils.data.DataLoader(

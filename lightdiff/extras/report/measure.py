@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.loading import ImageDataset
@@ -17,8 +18,8 @@ from lightdiff.extras.latent_facts import evenly
 from lightdiff.pictures import grid, opened
 from lightdiff.pipeline import Pipeline, Sampling, TrajectoryStep, load_vae
 from lightdiff.run_folder import StageFolder
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
-from lightdiff.stages.start import list_images
 
 SHOWN = 8  # images in a row
 ENLARGED = 4  # how much errors are
@@ -58,11 +59,11 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     """
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
     images = ImageSettings.model_validate(saved.metadata.settings["images"])
-    if gone := [str(d) for d in images.data if not d.is_dir()]:
+    if gone := [str(d) for d in images.data if not d.exists()]:
         raise UserError(f"the images are not where they were: {', '.join(gone)}")
-    files = list_images(images)
+    files = list_images(images, console)
     chosen = ([f for f in files if f.split == "val"] or files)[:SHOWN]
-    dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
+    dataset = ImageDataset(chosen, images, seed=0, train=False)
     items = [dataset[0, i].x for i in range(len(chosen))]
     readable = [item for item in items if item is not None]
     if not readable:
