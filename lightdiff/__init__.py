@@ -5,7 +5,7 @@ A map of the package, in the order in which pixels travel:
     settings.py            every knob, on one page
     data/                  folder -> tensors, order of items, cached latents, drawn toy faces
     models/                VAE, U-Net, LPIPS: tensors in, tensors out
-    losses.py              reconstruction, KL, perceptual
+    losses.py              reconstruction, KL, LPIPS and other terms
     diffusion/             noise schedules, what the network predicts, samplers
     training/              the one loop: accumulate, clip, step, average, validate, save
     stages/                one file per command: train_vae, encode, scale, train_unet, generate, demo

@@ -44,6 +44,13 @@ class Damaged(UserError):
     """A file that is cut off, has a flipped bit, or is no snapshot at all."""
 
 
+def not_divisible(resolution: int, factor: int) -> UserError:
+    """That images of this side do not fit networks that halve them, with the nearest sides that do."""
+    below = resolution // factor * factor
+    fits = f"{below} or {below + factor}" if below else str(factor)
+    return UserError(f"--resolution: {resolution} is not divisible by {factor}; the nearest that fit: {fits}")
+
+
 def not_installed(command: str, *packages: str) -> UserError:
     """That a command needs packages that lightdiff does without otherwise."""
     names = " ".join(packages)

@@ -1,7 +1,9 @@
-"""The VAE's loss: reconstruction + beta KL + gamma LPIPS."""
+"""The VAE's loss: reconstruction + beta KL + gamma LPIPS, and whatever else is in the table TERMS."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from lightdiff.models.vae import Posterior
 from lightdiff.settings import VAELossSettings
 
 Images = Float[Tensor, "b c h w"]
+Measure = Callable[[Images, Images, Posterior], Tensor]  # x, x_hat, posterior -> a mean over the batch
+Fetch = Callable[[Callable[[], Path]], Path]
 
 
 def kl_per_element(posterior: Posterior) -> Float[Tensor, "b c h w"]:
@@ -20,36 +24,75 @@ def kl_per_element(posterior: Posterior) -> Float[Tensor, "b c h w"]:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
-def vae_loss(
-    x: Images,
-    x_hat: Images,
-    posterior: Posterior,
-    settings: VAELossSettings,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The loss and its parts, each a mean over the batch.
+def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> Measure:
+    """LPIPS, whose weights are found, or downloaded, first.
 
-    `kl` is the mean over latent elements, which is what kl_beta weighs (the convention of the original scripts).
-    `kl_sum` is the sum over an image's latent elements, the convention of latent diffusion (Rombach et al. 2022):
-    a kl_beta of 1e-3 on 4 x 32 x 32 latents weighs it like 1e-3 / 4096 there, next to a reconstruction error that is
-    a mean over pixels here and a sum over them there.
-
-    Args:
-        x: Images in [-1, 1].
-        x_hat: Their reconstructions in [-1, 1], whatever the output activation.
-        posterior: What the encoder said of x.
-        settings: Weights and kind of reconstruction error.
-        lpips: Perceptual distance (b,) of images in [-1, 1]; needed where lpips_gamma > 0.
+    Raises:
+        UserError: If its weights cannot be found or fetched.
     """
-    error = F.mse_loss(x_hat, x) if settings.reconstruction == "mse" else F.l1_loss(x_hat, x)
-    element = kl_per_element(posterior)
-    parts = {settings.reconstruction: error, "kl": element.mean(), "kl_sum": element.sum() / len(x)}
-    loss = error + settings.kl_beta * parts["kl"]
-    if settings.lpips_gamma > 0:
-        assert lpips is not None, "lpips_gamma > 0 needs the LPIPS network"
-        parts["lpips"] = lpips(x_hat, x).mean()
-        loss = loss + settings.lpips_gamma * parts["lpips"]
-    return {"loss": loss, **parts}
+    from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
+
+    weights = fetch(lambda: find_weights(settings.lpips_net, settings.lpips_weights))
+    distance = PerceptualLoss(settings.lpips_net, weights).to(device)
+    return lambda x, x_hat, posterior: distance(x_hat, x).mean()
+
+
+class Term(NamedTuple):
+    """A term that is added to reconstruction and KL where it has a weight."""
+
+    weight: str  # its field in VAELossSettings; with 0 the term is neither made nor computed
+    make: Callable[[VAELossSettings, torch.device, Fetch], Measure]
+
+
+TERMS: dict[str, Term] = {
+    "lpips": Term("lpips_gamma", lpips),
+}
+
+
+class VAELoss:
+    """The VAE's loss, (x, x_hat, posterior) -> {"loss": ..., and each of its parts}."""
+
+    def __init__(
+        self,
+        settings: VAELossSettings,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        fetch: Fetch = lambda find: find(),
+    ) -> None:
+        """Make every term that has a weight.
+
+        Args:
+            settings: Weights and kind of reconstruction error.
+            device: Where images will be.
+            fetch: Finds a file of weights, where several processes need it in the right order.
+
+        Raises:
+            UserError: If a term's weights cannot be found or fetched.
+        """
+        self.settings = settings
+        made = [name for name, term in TERMS.items() if getattr(settings, term.weight)]
+        self.terms = {name: TERMS[name].make(settings, device, fetch) for name in made}
+
+    def __call__(self, x: Images, x_hat: Images, posterior: Posterior) -> dict[str, Tensor]:
+        """The weighted sum and its parts, each a mean over the batch.
+
+        `kl` is the mean over latent elements, which kl_beta is the weight of (the convention of the original scripts).
+        `kl_sum` is the sum over an image's latent elements, the convention of latent diffusion (Rombach et al. 2022):
+        a kl_beta of 1e-3 on 4 x 32 x 32 latents has the effect of 1e-3 / 4096 there, next to a reconstruction error
+        that is a mean over pixels here and a sum over them there.
+
+        Args:
+            x: Images in [-1, 1].
+            x_hat: Their reconstructions in [-1, 1], whatever the output activation.
+            posterior: The encoder's output for x.
+        """
+        error = F.mse_loss(x_hat, x) if self.settings.reconstruction == "mse" else F.l1_loss(x_hat, x)
+        element = kl_per_element(posterior)
+        parts = {self.settings.reconstruction: error, "kl": element.mean(), "kl_sum": element.sum() / len(x)}
+        loss = error + self.settings.kl_beta * parts["kl"]
+        for name, measure in self.terms.items():
+            parts[name] = measure(x, x_hat, posterior)
+            loss = loss + getattr(self.settings, TERMS[name].weight) * parts[name]
+        return {"loss": loss, **parts}
 
 
 def psnr(x: Images, x_hat: Images) -> Float[Tensor, " b"]:

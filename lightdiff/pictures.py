@@ -9,8 +9,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lightdiff.run_folder import atomic_write
 from lightdiff.data.images import to_float, to_uint8
+from lightdiff.run_folder import atomic_write
 
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row

@@ -24,7 +24,7 @@ from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
-from lightdiff.run_folder import RunFolder, find_unet, find_vae, named_latents
+from lightdiff.run_folder import INDEX, RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.compile import cast_weights
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
@@ -260,7 +260,7 @@ def check_lineage(unet: Checkpoint, vae: Checkpoint) -> None:
 
 def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
     """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
-    found = [home for home in latents_candidates(unet, run) if (home / "index.json").is_file()]
+    found = [home for home in latents_candidates(unet, run) if (home / INDEX).is_file()]
     return first_match(found, unet, "latents", lambda home: read_index(home).digest)
 
 

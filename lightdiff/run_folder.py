@@ -17,6 +17,8 @@ from lightdiff.errors import NoRoom, RunError, UserError
 
 TEMPORARY = ".tmp"
 
+INDEX = "index.json"  # of a folder of latents
+
 
 @dataclass(frozen=True)
 class StageFolder:
@@ -126,7 +128,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     """The folder of latents: the one given, or that of a given run, or of this one."""
     places = [run.latents] if given is None else named_latents(given)
     for place in places:
-        if (place / "index.json").is_file():
+        if (place / INDEX).is_file():
             return place
     check_spelling(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, not_divisible
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -499,11 +499,7 @@ class TrainVAESettings(TrainingSettings):
         """
         resolution, model = self.images.resolution, self.model.resolved(self.images.resolution)
         if resolution % model.factor:
-            below = resolution // model.factor * model.factor
-            fits = f"{below} or {below + model.factor}" if below else str(model.factor)
-            raise UserError(
-                f"--resolution: {resolution} is not divisible by {model.factor}; the nearest that fit: {fits}"
-            )
+            raise not_divisible(resolution, model.factor)
         return with_changes(self, model=model)
 
 

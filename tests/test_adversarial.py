@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightdiff.losses import VAELoss
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import TrainVAESettings
 from lightdiff.stages.train_vae import VAETask, resolve
@@ -50,7 +51,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def trained(kind, weight=0.0, starts_at=0, steps=3):
-    task = kind(settings(), [], torch.device("cpu"), None, None, Processes())
+    task = kind(settings(), [], torch.device("cpu"), VAELoss(settings().loss), None, Processes())
     if kind is Opposed:
         task.oppose(weight, 1e-3, starts_at)
     trainer, said = Trainer(task, task.settings.loop, "fp32"), []
@@ -81,7 +82,7 @@ def test_with_weight_the_decoder_is_moved_and_the_frozen_encoder_is_not():
 
 def test_the_weight_is_adaptive():
     """The adversarial gradient at the last convolution is as long as the error's, times the weight."""
-    task = Opposed(settings(), [], torch.device("cpu"), None, None, Processes())
+    task = Opposed(settings(), [], torch.device("cpu"), VAELoss(settings().loss), None, Processes())
     grown = []
     for weight in (0.0, 0.5):
         task.oppose(weight, 0.0, 0)

@@ -94,7 +94,7 @@ def test_mistaken_data_is_found_before_lpips_is_fetched(refused, new, tmp_path, 
     def fetch(*args):
         raise AssertionError("fetched")
 
-    monkeypatch.setattr("lightdiff.stages.train_vae.perceptual", fetch)
+    monkeypatch.setattr("lightdiff.stages.train_vae.VAELoss", fetch)
     told = refused("train-vae", "--run", new, "--data", tmp_path / "absent", "--precision", "fp32")
     assert "there is no folder" in told
 

@@ -17,6 +17,7 @@ from lightdiff.errors import UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, sample_latents
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 
@@ -104,9 +105,9 @@ def test_a_table_that_helps_nobody_is_refused(colours, tmp_path, rows, message):
 
 def test_images_without_a_label_are_counted(colours, tmp_path, capsys):
     csv = table(tmp_path / "t.csv", "file,label", "blue/00.png,sky", "blue/00.png,sky")
-    list_images(ImageSettings(data=(colours,), labels=csv))
+    list_images(ImageSettings(data=(colours,), labels=csv), console)
     assert "note: 23 of 24 images have no label" in " ".join(capsys.readouterr().err.split())
-    list_images(ImageSettings(data=(colours,)))
+    list_images(ImageSettings(data=(colours,)), console)
     assert "label" not in capsys.readouterr().err
 
 

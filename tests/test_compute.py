@@ -9,6 +9,7 @@ import torch
 from lightdiff.runtime.background import Background, prefetch
 from torch import nn
 
+from lightdiff.data.latents import prefetch
 from lightdiff.models.original import OriginalVAESettings
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE, build_vae

@@ -11,12 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import typer
 from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from oracles import GOLDEN
+from PIL import Image
 
 from lightdiff.cli import app
+from lightdiff.data.latents import LatentSet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
@@ -27,11 +30,7 @@ SMALL = {  # put behind each command, where the last word counts: the same thing
     "train-vae": VAE_FLAGS,
     "encode": ["--workers", "0", "--device", "cpu"],
     "train-unet": UNET_FLAGS,
-    **{
-        name: ["--num-images", "2", "--num-steps", "2", "--device", "cpu"]
-        for name in ("generate", "edit", "trajectory")
-    },
-    "walk": ["--num-steps", "2", "--device", "cpu"],
+    "generate": ["--num-images", "2", "--num-steps", "2", "--device", "cpu"],
     "demo": ["--resolution", "16", "--count", "16", "--vae-steps", "1", "--unet-steps", "1", "--device", "cpu"],
 }
 INSTEAD = {  # what exists after the few steps above, or in the small checkpoints of the original scripts
@@ -50,6 +49,8 @@ WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are wri
     "train-unet --run runs/sine --latents runs/demo --objective eps --schedule sine --steps 1000",
     "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
     "generate --run runs/back",
+    "train-vae --data faces.npy --run runs/array --tv-weight 0.1",
+    "encode --run runs/array",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -197,7 +198,10 @@ def smaller(words: list[str]) -> list[str]:
     line = shlex.join(words)
     for said, instead in INSTEAD.items():
         line = line.replace(said, instead)
-    return [*shlex.split(line), *SMALL.get(words[0], [])]
+    few = SMALL.get(words[0], [])
+    if "--interpolate" in words:  # --frames says how many
+        few = few[few.index("--num-steps") :]
+    return [*shlex.split(line), *few]
 
 
 def begun_anew(page: list[list[str]]) -> set[str]:
@@ -312,40 +316,52 @@ def put(file: Path, old: str, new: str) -> None:
 def edited(package: Path) -> None:
     """Write the page's lines into a copy of the package, at the places that the page names."""
     blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
-    sampler, table, name, row, objective, schedule, betas, layout, recognised, labels = blocks
-    put(package / "diffusion/samplers.py", r"^SAMPLERS: (?:.|\n)*?^\}\n", f"{sampler}\n\n{table}")
+    sampler, table, name, row, objective, schedule, betas, *others = blocks
+    term, term_row, weight, layout, recognised, labels, source = others
+    put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n{table}")
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
-    put(package / "settings.py", r"^ScheduleName = .*\n", schedule)
+    put(package / "settings.py", r"^    schedule: Literal.*\n", schedule)
     put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
     files = package / "data/files.py"
     put(files, r"^Layout = .*\n", layout)
-    put(files, r"^import os\n", "import os\nimport re\n")
+    put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
+    put(files, r"^SOURCES: .*\n", source)
     last = r"^    # Folders such as .*\n"
     put(files, last, recognised + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
-    last = r"^    labels: dict\[str, dict\[str, str\]\] = \{\}\n"
+    last = r"^    \"plain\": .*\n"
     put(files, last, labels + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
+    put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\nTERMS: dict[str, Term] = {{\n{term_row}")
+    gamma = r"^    lpips_gamma: .*\n"
+    text = (package / "settings.py").read_text(encoding="utf-8")
+    put(package / "settings.py", gamma, re.findall(gamma, text, re.MULTILINE)[0] + weight)
 
 
 def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
     package = tmp_path / "lightdiff"
     shutil.copytree(ROOT / "lightdiff", package, ignore=shutil.ignore_patterns("__pycache__"))
     edited(package)
-    new = {"mine", "back", "sine", "class-number"}
+    new = {"mine", "back", "sine", "class-number", "tv", "tv_weight", ".npy", "r", "{i:06d}"}
     changed = (
         "diffusion/samplers.py",
         "diffusion/objectives.py",
         "diffusion/schedules.py",
         "settings.py",
         "data/files.py",
+        "losses.py",
     )
     for file in changed:
         before, after = ((root / file).read_text(encoding="utf-8") for root in (ROOT / "lightdiff", package))
         compile(after, file, "exec")
         words = [set(re.findall(r'"([^"\n]+)"', text)) for text in (before, after)]
         assert words[0] <= words[1]
-        assert words[1] - words[0] <= new | {"-", *(w for w in words[1] if "Adams" in w or "[a-z]" in w)}
+        told = {
+            w
+            for w in words[1]
+            if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", " array"))
+        }
+        assert words[1] - words[0] <= new | {"-"} | told
 
 
 @pytest.mark.slow
@@ -355,6 +371,7 @@ def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: P
     Path("animals").mkdir()
     for number, image in enumerate(sorted(faces.rglob("*.png"))):
         shutil.copy(image, f"animals/{('cat', 'dog')[number % 2]}-{number:04d}.png")
+    np.save("faces.npy", np.stack([np.asarray(Image.open(image)) for image in sorted(faces.rglob("*.png"))]))
     page = [words for words in commands(BUILT.read_text(encoding="utf-8")) if shlex.join(words) in WITH_EDITS]
     assert len(page) == len(WITH_EDITS)
     code = (
@@ -373,5 +390,7 @@ def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: P
     )
     assert result.returncode == 0, result.stderr
     assert "class-number" in result.stdout
+    assert '"tv": ' in Path("runs/array/vae/metrics.jsonl").read_text()
+    assert len(LatentSet(Path("runs/array/latents")).index.files) == 24
     assert Path("runs/back/samples/0001/00001.png").is_file()
     assert Path("runs/sine/unet/checkpoints/last.safetensors").is_file()

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightdiff.data.files import ImageFile, label_values, layout, scan
+from lightdiff.data.files import ImageFile, layout, scan
+from lightdiff.data.latents import label_values
 from lightdiff.errors import UserError
 
 NAMES = [f"{i:03d}.png" for i in range(200)]
@@ -209,8 +210,8 @@ def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "word", "classes"),
     [
-        (["00000.png", "00999.png", "69999.png"], "FFHQ", []),
-        (["00000/00000.png", "00000/00999.png", "69000/69999.png"], "FFHQ", []),
+        (["00000.png", "00999.png", "69999.png"], "plain", []),
+        (["00000/00000.png", "00000/00999.png", "69000/69999.png"], "plain", []),
         (["01000/1.png", "02000/2.png"], "plain", []),
         (["1.png", "2.png"], "plain", []),
         (["sea/1.png", "forest/deep/2.png"], "class folders", ["forest", "sea"]),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import multiprocessing
+import os
 import pickle
 import random
 import struct
@@ -26,9 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightdiff.data import images
+from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile
 from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame, to_float, to_uint8
-from lightdiff.data.loading import BadFiles, Batches, ImageDataset, batches, collate
+from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import RunError, UserError
 from lightdiff.settings import ImageSettings
 
@@ -46,9 +48,12 @@ def pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(image).astype(np.int64)
 
 
+def listed(names: list[str]) -> list[ImageFile]:
+    return [ImageFile(0, name, "train", {}) for name in names]
+
+
 def dataset(folder: Path, names: list[str], train: bool = True, **settings: Any) -> ImageDataset:
-    files = [ImageFile(0, name, "train", {}) for name in names]
-    return ImageDataset(files, [folder], ImageSettings(resolution=16, **settings), seed=3, train=train)
+    return ImageDataset(listed(names), ImageSettings(data=(folder,), resolution=16, **settings), seed=3, train=train)
 
 
 @pytest.fixture
@@ -217,6 +222,24 @@ def test_exif_orientation_is_respected(tmp_path: Path, orientation: int, suffix:
 def test_damaged_exif_data_does_not_cost_the_picture(tmp_path: Path) -> None:
     picture(24, 18).save(tmp_path / "image.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01")
     assert load_image(tmp_path / "image.jpg").size == (24, 18)
+
+
+def test_pillow_warns_nobody_in_any_thread(tmp_path: Path) -> None:
+    for i in range(4):
+        picture(24, 18).save(tmp_path / f"{i}.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01")
+    code = """
+        from multiprocessing.pool import ThreadPool
+        from lightdiff.data.images import load_image
+        print(ThreadPool(4).map(lambda i: load_image(f"{i}.jpg").size, range(4)))
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", textwrap.dedent(code)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=60, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == f"{[(24, 18)] * 4}\n", done.stderr
+    assert "PIL" not in done.stderr
+    assert "EXIF" not in done.stderr
 
 
 def test_a_jpeg_is_decoded_smaller_but_never_smaller_than_needed(tmp_path: Path) -> None:
@@ -443,8 +466,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(folder: Path) -> Non
     assert all(
         torch.equal(x, again) for place, x in first.items() if x is not None and (again := data[place].x) is not None
     )
-    same = ImageDataset([ImageFile(0, "0.png", "train", {})] * 4, [folder], data.settings, seed=3, train=True)
-    other = ImageDataset([ImageFile(0, "0.png", "train", {})] * 4, [folder], data.settings, seed=4, train=True)
+    same = ImageDataset([ImageFile(0, "0.png", "train", {})] * 4, data.settings, seed=3, train=True)
+    other = ImageDataset([ImageFile(0, "0.png", "train", {})] * 4, data.settings, seed=4, train=True)
     seen = [d[place].x for d in (same, other) for place in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len({x.numpy().tobytes() for x in seen if x is not None}) == 8
 
@@ -474,7 +497,7 @@ def test_batches_are_the_same_whatever_the_workers(folder: Path) -> None:
     results = []
     for workers in (0, 2):
         global_state = torch.get_rng_state()
-        results.append(list(batches(dataset(folder, EIGHT), order, workers)))
+        results.append(list(load_batches(dataset(folder, EIGHT), order, workers)))
         assert torch.get_rng_state().equal(global_state)
     for plain, parallel in zip(*results, strict=True):
         assert plain.x.equal(parallel.x)
@@ -493,33 +516,33 @@ def test_an_endless_order_is_read_a_little_ahead_only(folder: Path) -> None:
             asked.append(i)
             yield [(i, i % 8)]
 
-    stream = batches(dataset(folder, EIGHT), order(), workers=1)
+    stream = load_batches(dataset(folder, EIGHT), order(), workers=1)
     assert [next(stream).index.tolist() for _ in range(3)] == [[0], [1], [2]]
     assert len(asked) <= 3 + 2 + 1
 
 
-def test_workers_are_kept_for_the_next_pass_and_outlive_a_signal_to_all(folder: Path) -> None:
+def test_workers_outlive_a_signal_to_all_and_end_with_their_batches(folder: Path) -> None:
     others = set(multiprocessing.active_children())
-    loader = Batches(dataset(folder, EIGHT, train=False), [[(0, i)] for i in range(8)], workers=1)
-    first = [batch.x for batch in loader]
+    data = dataset(folder, EIGHT, train=False)
+    stream = load_batches(data, [[(0, i)] for i in range(8)], workers=1)
+    found = [next(stream).x]
     workers = set(multiprocessing.active_children()) - others
-    stream = iter(loader)
-    again = [next(stream).x]
     for worker in workers:
         subprocess.run(["sh", "-c", f"kill -INT {worker.pid}; kill -TERM {worker.pid}"], check=True)
-    again += [batch.x for batch in stream]
+    found += [batch.x for batch in stream]
     assert len(workers) == 1
-    assert set(multiprocessing.active_children()) - others == workers
-    assert torch.cat(first).equal(torch.cat(again))
+    assert set(multiprocessing.active_children()) == others
+    assert torch.cat(found).equal(torch.cat([batch.x for batch in load_batches(data, [[(0, i) for i in range(8)]], 0)]))
 
 
 def run_program(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """What a program of its own does with `data`, the eight images."""
     before = f"""
         from pathlib import Path
-        from lightdiff.data.loading import ImageDataset, ImageFile, ImageSettings, batches
+        from lightdiff.data.loading import ImageDataset, ImageFile, ImageSettings, load_batches
         files = [ImageFile(0, f"{{i}}.png", "train", {{}}) for i in range(8)]
-        data = ImageDataset(files, [Path({str(folder)!r})], ImageSettings(resolution=16), seed=0, train=True)
+        images = ImageSettings(data=({str(folder)!r},), resolution=16)
+        data = ImageDataset(files, images, seed=0, train=True)
         """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(before) + textwrap.dedent(code)],
@@ -531,7 +554,7 @@ def test_a_program_that_ends_in_the_middle_leaves_no_worker_and_does_not_hang(fo
     done = run_program(
         folder,
         """
-        stream = batches(data, ([(i, i % 8)] for i in range(10**9)), workers=2)
+        stream = load_batches(data, ([(i, i % 8)] for i in range(10**9)), workers=2)
         print(next(stream).index.tolist())
         """,
     )
@@ -551,11 +574,11 @@ def test_validation_leaves_bad_images_out(folder: Path) -> None:
     (folder / "1.png").write_text("bad")
     data = dataset(folder, EIGHT, train=False)
     assert data[0, 0].x is None
-    some, none = batches(data, [[(0, 0), (0, 3)], [(0, 0), (0, 1)]], workers=0)
+    some, none = load_batches(data, [[(0, 0), (0, 3)], [(0, 0), (0, 1)]], workers=0)
     assert (some.x.shape, some.index.tolist(), some.missing) == ((1, 3, 16, 16), [3], 1)
     assert (none.x.shape, none.x.dtype, none.index.tolist(), none.missing) == ((0, 3, 16, 16), torch.uint8, [], 2)
     assert [index for index, _ in none.bad] == [0, 1]
-    assert collate([], 8).x.shape == (0, 3, 8, 8)
+    assert data.collate([]).x.shape == (0, 3, 16, 16)
 
 
 def test_the_next_image_stands_in_and_the_last_is_followed_by_the_first(folder: Path) -> None:
@@ -571,17 +594,17 @@ def test_a_folder_without_a_readable_image_ends_the_run(folder: Path, workers: i
     for name in EIGHT:
         (folder / name).write_text("bad")
     with pytest.raises(RunError, match=r"3\.png cannot be read \(no image, .*\), nor can the 7 images after it"):
-        next(batches(dataset(folder, EIGHT), [[(0, 3)]], workers))
+        next(load_batches(dataset(folder, EIGHT), [[(0, 3)]], workers))
     report = folder / "bad-files.txt"
-    bad = BadFiles(report, EIGHT, total=8, max_bad=0.5)
+    bad = BadFiles(report, listed(EIGHT), [Path()], max_bad=0.5)
     with pytest.raises(RunError, match="8 of 8 images"):
-        next(batches(dataset(folder, EIGHT), [[(0, 3)]], workers, bad.add))
+        next(load_batches(dataset(folder, EIGHT), [[(0, 3)]], workers, bad.add))
     assert len(report.read_text().splitlines()) == 8
 
 
 def test_a_dying_worker_is_told_when_its_batch_is_due_and_not_before(folder: Path) -> None:
     others = set(multiprocessing.active_children())
-    stream = batches(dataset(folder, EIGHT), ([(i, 0)] for i in range(10**9)), workers=1)
+    stream = load_batches(dataset(folder, EIGHT), ([(i, 0)] for i in range(10**9)), workers=1)
     next(stream)
     (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
@@ -596,8 +619,7 @@ def test_a_dying_worker_is_told_when_its_batch_is_due_and_not_before(folder: Pat
 
 def test_bad_files_are_listed_once_and_counted(tmp_path: Path) -> None:
     report = tmp_path / "vae" / "bad-files.txt"
-    names = [f"data/{i}.png" for i in range(100)]
-    bad = BadFiles(report, names, total=100, max_bad=0.03)
+    bad = BadFiles(report, listed([f"{i}.png" for i in range(100)]), [Path("data")], max_bad=0.03)
     bad.add([])
     assert not report.exists()
     bad.add([(4, "truncated"), (9, "no image")])
@@ -608,7 +630,7 @@ def test_bad_files_are_listed_once_and_counted(tmp_path: Path) -> None:
 
 def test_the_run_stops_as_soon_as_the_share_is_exceeded(tmp_path: Path) -> None:
     report = tmp_path / "bad-files.txt"
-    bad = BadFiles(report, [f"{i}.png" for i in range(100)], total=100, max_bad=0.29)
+    bad = BadFiles(report, listed([f"{i}.png" for i in range(100)]), [Path()], max_bad=0.29)
     bad.add([(i, "damaged") for i in range(29)])  # exactly the share is tolerated
     with pytest.raises(RunError) as caught:
         bad.add([(50, "damaged")])
@@ -621,8 +643,9 @@ def test_the_run_stops_as_soon_as_the_share_is_exceeded(tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on_with_the_report(tmp_path: Path) -> None:
     report, names = tmp_path / "bad-files.txt", ["a.png", "b.png", "c\td.png", "é\udcff.png"]
-    BadFiles(report, names, total=100, max_bad=1).add([(0, "x"), (2, "y"), (3, "z")])
-    resumed = BadFiles(report, names, total=100, max_bad=1)
+    files = listed(names + [f"{i}.png" for i in range(96)])
+    BadFiles(report, files, [Path()], max_bad=1).add([(0, "x"), (2, "y"), (3, "z")])
+    resumed = BadFiles(report, files, [Path()], max_bad=1)
     assert resumed.count == 3
     resumed.add([(2, "y"), (1, "new"), (3, "z")])
     assert resumed.count == 4
@@ -631,9 +654,10 @@ def test_a_resumed_run_goes_on_with_the_report(tmp_path: Path) -> None:
 
 def test_two_processes_share_one_report(tmp_path: Path) -> None:
     report, names = tmp_path / "bad-files.txt", ["a.png", "b.png", "c.png"]
-    one, two = (BadFiles(report, names, total=100, max_bad=0.02) for _ in range(2))
+    files = listed(names + [f"{i}.png" for i in range(97)])
+    one, two = (BadFiles(report, files, [Path("data")], max_bad=0.02) for _ in range(2))
     one.add([(0, "x")])
     two.add([(0, "x"), (1, "x")])
     with pytest.raises(RunError, match="3 of 100"):
         one.add([(2, "x")])
-    assert report.read_text() == "a.png\tx\nb.png\tx\nc.png\tx\n"
+    assert report.read_text() == "data/a.png\tx\ndata/b.png\tx\ndata/c.png\tx\n"

@@ -1,14 +1,16 @@
 """The VAE's loss against torch.distributions and closed forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from oracles import normal
+from pydantic import Field
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from lightdiff.losses import kl_per_element, psnr, vae_loss
+from lightdiff.losses import TERMS, Term, VAELoss, kl_per_element, psnr
 from lightdiff.models.vae import Posterior
 from lightdiff.settings import VAELossSettings
 
@@ -37,7 +39,7 @@ def test_kl_is_zero_at_the_prior_and_positive_elsewhere() -> None:
 
 def test_kl_is_a_mean_over_elements_and_kl_sum_a_sum_over_an_image() -> None:
     p, (x, x_hat) = posterior(), images()
-    parts = vae_loss(x, x_hat, p, PLAIN)
+    parts = VAELoss(PLAIN)(x, x_hat, p)
     element = kl_per_element(p)
     torch.testing.assert_close(parts["kl"], element.mean())
     torch.testing.assert_close(parts["kl_sum"], torch.stack([image.sum() for image in element]).mean())
@@ -50,22 +52,23 @@ def test_an_error_of_the_pixels_is_mse_or_l1() -> None:
     x_hat[0] = -0.5
     for kind, expected in (("mse", (0.09 + 0.25) / 2), ("l1", (0.3 + 0.5) / 2)):
         settings = VAELossSettings.model_validate({"reconstruction": kind, "kl_beta": 0, "lpips_gamma": 0})
-        parts = vae_loss(x, x_hat, Posterior(x, x), settings)
+        parts = VAELoss(settings)(x, x_hat, Posterior(x, x))
         assert set(parts) == {"loss", kind, "kl", "kl_sum"}
         assert float(parts[kind]) == pytest.approx(expected)
         assert float(parts["loss"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(0.0, 0.0), (1e-3, 0.0), (0.0, 0.5), (0.7, 2.0)])
-def test_the_loss_is_the_weighted_sum(beta: float, gamma: float) -> None:
+def test_the_loss_is_the_weighted_sum(beta: float, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     p, (x, x_hat) = posterior(), images()
     asked = []
 
-    def lpips(a: Tensor, b: Tensor) -> Tensor:
-        asked.append((a, b))
-        return (a - b).abs().flatten(1).amax(1)
+    def lpips(x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        asked.append((x, x_hat))
+        return (x_hat - x).abs().flatten(1).amax(1).mean()
 
-    parts = vae_loss(x, x_hat, p, VAELossSettings(kl_beta=beta, lpips_gamma=gamma), lpips)
+    monkeypatch.setitem(TERMS, "lpips", Term("lpips_gamma", lambda *_: lpips))
+    parts = VAELoss(VAELossSettings(kl_beta=beta, lpips_gamma=gamma))(x, x_hat, p)
     distance = (x_hat - x).abs().flatten(1).amax(1).mean()
     torch.testing.assert_close(
         parts["loss"], (x - x_hat).square().mean() + beta * kl_per_element(p).mean() + gamma * distance
@@ -76,17 +79,36 @@ def test_the_loss_is_the_weighted_sum(beta: float, gamma: float) -> None:
         torch.testing.assert_close(parts["lpips"], distance)
 
 
-def test_a_weighted_part_that_is_missing_is_noticed() -> None:
-    x, x_hat = images()
-    with pytest.raises(AssertionError, match="lpips_gamma > 0 needs the LPIPS network"):
-        vae_loss(x, x_hat, posterior(), VAELossSettings(lpips_gamma=0.1))
+def test_a_term_without_weight_is_not_even_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise AssertionError("made")
+
+    monkeypatch.setitem(TERMS, "lpips", Term("lpips_gamma", fail))
+    VAELoss(VAELossSettings(lpips_gamma=0))
+    with pytest.raises(AssertionError, match="made"):
+        VAELoss(VAELossSettings(lpips_gamma=0.1))
+
+
+def test_a_term_of_ones_own_is_a_function_a_row_and_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MoreSettings(VAELossSettings):
+        tv_weight: float = Field(0.0, ge=0, description="weight of total variation; 0 turns it off")
+
+    def total_variation(x: Tensor, x_hat: Tensor, posterior: Posterior) -> Tensor:
+        return (x_hat.diff(dim=-1).abs().mean() + x_hat.diff(dim=-2).abs().mean()) / 2
+
+    monkeypatch.setitem(TERMS, "tv", Term("tv_weight", lambda *_: total_variation))
+    p, (x, x_hat) = posterior(), images()
+    without, small = (VAELoss(MoreSettings(lpips_gamma=0, tv_weight=weight))(x, x_hat, p) for weight in (0.0, 0.25))
+    assert list(without) == ["loss", "mse", "kl", "kl_sum"]
+    assert list(small) == ["loss", "mse", "kl", "kl_sum", "tv"]
+    torch.testing.assert_close(small["loss"], without["loss"] + 0.25 * total_variation(x, x_hat, p))
 
 
 def test_gradients_are_those_of_the_parts() -> None:
     (x, x_hat), p = images(), posterior()
     x_hat.requires_grad_()
     mu, logvar = (t.clone().requires_grad_() for t in p)
-    vae_loss(x, x_hat, Posterior(mu, logvar), VAELossSettings(kl_beta=0.01, lpips_gamma=0))["loss"].backward()
+    VAELoss(VAELossSettings(kl_beta=0.01, lpips_gamma=0))(x, x_hat, Posterior(mu, logvar))["loss"].backward()
     torch.testing.assert_close(x_hat.grad, 2 * (x_hat - x).detach() / x.numel())
     torch.testing.assert_close(mu.grad, 0.01 * mu.detach() / mu.numel())
     torch.testing.assert_close(logvar.grad, 0.01 * 0.5 * (logvar.detach().exp() - 1) / mu.numel())
@@ -95,9 +117,9 @@ def test_gradients_are_those_of_the_parts() -> None:
 def test_the_loss_is_a_mean_over_the_batch() -> None:
     # So that k micro-batches of equal size average to the whole.
     (x, x_hat), p = images(), posterior()
-    settings = VAELossSettings(kl_beta=0.1, lpips_gamma=0)
-    whole = vae_loss(x, x_hat, p, settings)
-    ones = [vae_loss(x[i : i + 1], x_hat[i : i + 1], Posterior(p.mu[i : i + 1], p.logvar[i : i + 1]), settings)
+    vae_loss = VAELoss(VAELossSettings(kl_beta=0.1, lpips_gamma=0))
+    whole = vae_loss(x, x_hat, p)
+    ones = [vae_loss(x[i : i + 1], x_hat[i : i + 1], Posterior(p.mu[i : i + 1], p.logvar[i : i + 1]))
             for i in range(3)]  # fmt: skip
     for name, value in whole.items():
         torch.testing.assert_close(torch.stack([one[name] for one in ones]).mean(), value)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import normal
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.losses import vae_loss
+from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.options import build
 from lightdiff.runtime.processes import Processes
@@ -81,7 +81,7 @@ def test_the_loss_of_a_changed_step_is_that_of_changed_images():
         torch.nn.functional.interpolate(posterior.sample(noise), (4, 4), mode="bilinear", antialias=True), 1, (2, 3)
     )
     torch.testing.assert_close(x_hat, model.decoder(z))
-    loss = vae_loss(change(x), x_hat, posterior, VAELossSettings(lpips_gamma=0))
+    loss = VAELoss(VAELossSettings(lpips_gamma=0))(change(x), x_hat, posterior)
     assert float(loss["mse"]) == pytest.approx(float((change(x) - model.decoder(z)).square().mean()))
 
 
@@ -94,7 +94,8 @@ def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change)
         "loss": {"lpips_gamma": 0, "kl_beta": 0.1, "equivariance": 1.0},
         "model": {"encoder_width": 8, "decoder_width": 8},
     }
-    task = VAETask(resolve(build(TrainVAESettings, [layer])), [], torch.device("cpu"), None, None, Processes())
+    settings = resolve(build(TrainVAESettings, [layer]))
+    task = VAETask(settings, [], torch.device("cpu"), VAELoss(settings.loss), None, Processes())
     x, noise = normal(2, 3, 32, 32).float().tanh(), normal(2, 4, 8, 8, seed=1).float()
     part = {"x": x, "noise": noise, "change": torch.tensor([change]).expand(2, -1)}
     found = task.loss(task.model, part)

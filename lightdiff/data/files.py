@@ -1,149 +1,90 @@
-"""Folders of images -> a list of files, each with its split and its labels. Opens no image and imports no torch.
+"""What --data names -> a list of images, each with its split and its labels. Decodes no image and imports no torch.
 
-The list depends on the names below the folders alone: not on where the folders lie, nor on the machine or the order in
-which its file system lists them.
+The list depends on the names of the images alone: not on where the data lie, nor on the machine or the order in which
+its file system lists them.
 """
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import posixpath
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from PIL import Image
+from rich.console import Console
 
 from lightdiff.errors import UserError
-from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
 
 Split = Literal["train", "val"]
-Layout = Literal["FairFace", "FFHQ", "class folders", "plain"]
+Layout = Literal["FairFace", "class folders", "plain"]
+Labels = dict[str, str]
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .gif".split()
 )  # fmt: skip
+# Tried by content, whatever the suffix says. No others: some of Pillow's readers start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-TELL_EVERY = 1000
+REPORT_EVERY = 1000
 FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
 FAIRFACE_LABELS = ("age", "gender", "race")
+FAIRFACE_SPLITS: dict[str, Split] = {"train": "train", "val": "val"}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image: `path` (with "/") lies below the `root`-th --data folder."""
+    """One image: `path` (with "/") is its name in the `root`-th --data source, a path below a folder."""
 
     root: int
     path: str
     split: Split
-    labels: dict[str, str]
+    labels: Labels
 
 
-def scan(
-    folders: Sequence[Path],
-    val_share: float,
-    found: Callable[[int], object] = lambda count: None,
-    table: Path | None = None,
-) -> list[ImageFile]:
-    """Every image below the folders, sorted by folder and path (by code point), with its split and its labels.
+# --- sources ------------------------------------------------------------------------------------------------------
 
-    `found` is told now and then how many there are so far. Labels come from the folders' names, or from a `table`.
 
-    An image is held out for validation when a hash of its path, a number in [0, 1), lies below `val_share`: adding
-    files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
-    and should every image be held out, as happens with two or three, the one with the largest hash is trained on.
+class Source(NamedTuple):
+    """What --data can name: a folder of images, or a file that holds many.
+
+    `names` lists its images in any order, by names that stay (with "/" between folders, if it has any); `open` opens
+    one of them as Pillow does. Whatever `open` raises says that this image is unreadable.
     """
-    _check_folders(folders)
-    files: list[ImageFile] = []
-    for root, folder in enumerate(folders):
-        listed: list[str] = []
-        for path in _image_paths(folder):
-            listed.append(path)
-            if len(listed) % TELL_EVERY == 0:
-                found(len(files) + len(listed))
-        paths = sorted(listed)
-        if not paths:
-            raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))})")
-        recognised = layout(folder, paths)
-        labels = _labels(folder, paths, recognised)
-        keep_split = recognised == "FairFace" and any(path.startswith("train/") for path in paths)
-        for path in paths:
-            top = path.partition("/")[0]
-            own: Split | None = "train" if top == "train" else "val" if top == "val" else None
-            split = own if keep_split and own else _split(path, val_share)
-            files.append(ImageFile(root, path, split, labels.get(path, {})))
-    if table is not None:
-        files = labelled(files, folders, table)
-    if all(file.split == "val" for file in files):
-        last = max(range(len(files)), key=lambda i: _place(files[i].path))
-        files[last] = replace(files[last], split="train")
-    return files
+
+    names: Callable[[Path], Iterable[str]]
+    open: Callable[[Path, str], AbstractContextManager[Image.Image]]
 
 
-def layout(folder: Path, paths: Sequence[str]) -> Layout:
-    """What the images at these paths below the folder look like: a known data set, one folder a class, or neither."""
-    tops = {path.partition("/")[0] for path in paths if "/" in path}
-    if tops & {"train", "val"} and any((folder / table).is_file() for table in FAIRFACE_TABLES):
-        return "FairFace"
-    if all(_is_ffhq(path) for path in paths):
-        return "FFHQ"
-    # Folders such as 00000 and 01000 number the images; they say nothing about them.
-    classes = _class_folders(paths)
-    return "class folders" if classes and not all(_is_number(name) for name in classes) else "plain"
-
-
-def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
-    """Each label's name with the sorted values it takes, of the labels of each image."""
-    values: dict[str, set[str]] = {}
-    for found in labels:
-        for name, value in found.items():
-            values.setdefault(name, set()).add(value)
-    return {name: tuple(sorted(values[name])) for name in sorted(values)}
-
-
-def _check_folders(folders: Sequence[Path]) -> None:
-    if not folders:
-        raise UserError("--data: name a folder of images")
-    for folder in folders:
-        if os.path.isfile(folder):
-            raise UserError(f"--data: {folder} is a file; name the folder that holds the images")
-        if not os.path.isdir(folder):
-            raise UserError(f"--data: there is no folder {folder}")
-    real = [folder.resolve() for folder in folders]
-    for i, inner in enumerate(real):
-        for j, outer in enumerate(real):
-            # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
-            if i > j and inner == outer:
-                raise UserError(f"--data: {folders[i]} is given twice")
-            if outer in inner.parents:
-                raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
-
-
-def _image_paths(folder: Path) -> Iterator[str]:
+def names_in_folder(folder: Path) -> Iterator[str]:
     """The paths of all images below the folder, in no particular order.
 
     Links to folders are followed after all real folders, and no folder is entered twice, so a loop does no harm.
     """
-    todo, links, seen = [""], list[str](), set[tuple[int, int]]()
+    todo, links, seen = [""], list[str](), set[tuple[int, ...]]()
     while todo or links:
-        if todo:
-            below = todo.pop()
-        else:
-            links.remove(below := min(links))
+        below = todo.pop() if todo else links.pop(links.index(min(links)))
         try:
-            status = os.stat(folder / below)
-            if (status.st_dev, status.st_ino) in seen:
+            if (identity := os.stat(folder / below)[1:3]) in seen:  # inode and device
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(identity)
             with os.scandir(folder / below) as entries:
                 for entry in entries:
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.name.startswith("."):
                         continue
-                    if _is_folder(entry):
-                        (links if entry.is_symlink() else todo).append(path)
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(path)
                     # A broken link has an image's name too: it is to be named as unreadable, not passed over.
                     elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                         yield path
@@ -151,55 +92,151 @@ def _image_paths(folder: Path) -> Iterator[str]:
             raise UserError(f"--data: the folder {folder / below} cannot be read: {error.strerror}") from error
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+@contextmanager
+def open_in_folder(folder: Path, name: str) -> Iterator[Image.Image]:
+    """The image file, open but not yet decoded."""
+    with open(os.path.join(folder, name), "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        yield image
 
 
-def _place(path: str) -> float:
-    """The path's hash, a number in [0, 1). Unicode is normalised: some systems store "é" as two characters."""
-    name = unicodedata.normalize("NFC", path).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
+FOLDER = Source(names_in_folder, open_in_folder)
+SOURCES: dict[str, Source] = {}  # files that hold many images, by suffix
 
 
-def _split(path: str, val_share: float) -> Split:
-    return "val" if _place(path) < val_share else "train"
+def source_of(place: Path) -> Source:
+    """How the images that --data names are listed and opened.
+
+    Raises:
+        UserError: If there is nothing, or a file that is no source.
+    """
+    if os.path.isdir(place):
+        return FOLDER
+    if not os.path.isfile(place):
+        raise UserError(f"--data: there is no folder {place}")
+    if place.suffix.lower() not in SOURCES:
+        raise UserError(f"--data: {place} is a file; name the folder that holds the images")
+    return SOURCES[place.suffix.lower()]
 
 
-def _is_number(name: str) -> bool:
-    return len(name) == 5 and name.isascii() and name.isdecimal()
+# --- the list -----------------------------------------------------------------------------------------------------
 
 
-def _is_ffhq(path: str) -> bool:
-    """Whether this is 00000 to 69999, lying flat or in its folder of a thousand."""
-    folder, _, name = path.rpartition("/")
-    stem = os.path.splitext(name)[0]
-    return _is_number(stem) and stem < "70000" and folder in ("", f"{stem[:2]}000")
+def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
+    """All images of the --data sources; on a terminal, the console shows how many have been found so far."""
+    with console.status("looking for images") as line:
+        files = scan(images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels)
+    if images.labels and (without := sum(not file.labels for file in files)):
+        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
+    return files
 
 
-def _class_folders(paths: Sequence[str]) -> list[str]:
-    """The class of each path: its first folder, or the next one below train/ and val/. Empty if any path has none."""
-    parts = [path.split("/") for path in paths]
+def scan(
+    folders: Sequence[Path],
+    val_share: float,
+    report: Callable[[int], object] = lambda count: None,
+    table: Path | None = None,
+) -> list[ImageFile]:
+    """Every image of the sources, sorted by source and name (by code point), with its split and its labels.
+
+    `report` is called now and then with the number found so far. Labels come from the folders' names, or from a
+    `table`.
+
+    An image is held out for validation when a hash of its path, a number in [0, 1), lies below `val_share`: adding
+    files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
+    and should every image be held out, as happens with two or three, the one with the largest hash is trained on.
+    """
+    sources = _checked(folders)
+    files: list[ImageFile] = []
+    for root, (folder, source) in enumerate(zip(folders, sources, strict=True)):
+        names: list[str] = []
+        for count, name in enumerate(source.names(folder), len(files) + 1):
+            names.append(name)
+            if count % REPORT_EVERY == 0:
+                report(count)
+        if not names:
+            raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))})")
+        names.sort()
+        recognised = layout(folder, names)
+        labels = LABELS[recognised](folder, names)
+        own = FAIRFACE_SPLITS if recognised == "FairFace" and any(name.startswith("train/") for name in names) else {}
+        for name in names:
+            split = own.get(name.partition("/")[0]) or ("val" if _position(name) < val_share else "train")
+            files.append(ImageFile(root, name, split, labels.get(name, {})))
+    if table is not None:
+        files = labelled(files, folders, table)
+    if all(file.split == "val" for file in files):
+        last = max(range(len(files)), key=lambda i: _position(files[i].path))
+        files[last] = replace(files[last], split="train")
+    return files
+
+
+def _checked(folders: Sequence[Path]) -> list[Source]:
+    """The sources that --data names, none of which holds another."""
+    if not folders:
+        raise UserError("--data: name a folder of images")
+    sources = [source_of(folder) for folder in folders]
+    for (i, inner), (j, outer) in itertools.permutations(enumerate(folder.resolve() for folder in folders), 2):
+        # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
+        if i > j and inner == outer:
+            raise UserError(f"--data: {folders[i]} is given twice")
+        if outer in inner.parents:
+            raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
+    return sources
+
+
+def _position(name: str) -> float:
+    """The name's hash, a number in [0, 1). Unicode is normalised: some systems store "é" as two characters."""
+    text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+
+def data_digest(files: Sequence[ImageFile]) -> str:
+    """A digest of the list of images: names, labels and split, not pixels."""
+    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
+    """Where each image lies on this machine."""
+    return [os.path.join(folders[file.root], file.path) for file in files]
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def layout(folder: Path, names: Sequence[str]) -> Layout:
+    """What the images of this source look like: a known data set, one folder a class, or neither."""
+    known = any((folder / table).is_file() for table in FAIRFACE_TABLES)
+    if known and any(name.startswith(("train/", "val/")) for name in names):
+        return "FairFace"
+    # Folders such as 00000 and 01000 number the images; they say nothing about them.
+    return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in _classes(names)) else "class folders"
+
+
+def _classes(names: Sequence[str]) -> list[str]:
+    """The class of each image: its first folder, or the next one below train/ and val/. Empty if any has none."""
+    parts = [name.split("/") for name in names]
     if all(len(part) > 1 and part[0].lower() in SPLIT_FOLDERS for part in parts):
         parts = [part[1:] for part in parts]
     return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else []
 
 
-def _labels(folder: Path, paths: Sequence[str], recognised: Layout) -> dict[str, dict[str, str]]:
-    if recognised == "class folders":
-        return {path: {"class": name} for path, name in zip(paths, _class_folders(paths), strict=True)}
-    labels: dict[str, dict[str, str]] = {}
-    for table in FAIRFACE_TABLES if recognised == "FairFace" else ():
-        if (folder / table).is_file():
-            labels.update(_read_fairface(folder / table))
-    return labels
+def _class_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
+    return {name: {"class": found} for name, found in zip(names, _classes(names), strict=True)}
 
 
-def _read_fairface(table: Path) -> dict[str, dict[str, str]]:
-    rows = _read_table(table, "--data", FAIRFACE_LABELS)
+def _fairface_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
+    tables = [folder / table for table in FAIRFACE_TABLES if (folder / table).is_file()]
+    rows = [row for table in tables for row in _read_table(table, "--data", FAIRFACE_LABELS)]
     return {row["file"]: {name: row[name] for name in FAIRFACE_LABELS if row[name]} for row in rows}
+
+
+# The labels of each image that has some, by layout.
+LABELS: dict[Layout, Callable[[Path, Sequence[str]], dict[str, Labels]]] = {
+    "FairFace": _fairface_labels,
+    "class folders": _class_labels,
+    "plain": lambda folder, names: {},
+}
 
 
 def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -221,7 +258,7 @@ def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dic
 
 
 def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -> list[ImageFile]:
-    """The files with the labels of a CSV table: a column `file` (a path below a folder of images), and one a label.
+    """The files with the labels of a CSV table: a column `file` (the name of an image), and one for each label.
 
     Files that the table does not name have no label.
 
@@ -238,24 +275,3 @@ def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -
         example = next(iter(rows), "none")
         raise UserError(f"--labels: {table} names no image of {folders[0]}: it has {example}, there is {files[0].path}")
     return found
-
-
-def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
-    """Where each image lies on this machine."""
-    return [os.path.join(folders[file.root], file.path) for file in files]
-
-
-def data_digest(files: Sequence[ImageFile]) -> str:
-    """A digest of the list of images: names, labels and split, not pixels."""
-    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def list_images(images: ImageSettings) -> list[ImageFile]:
-    """All images of the --data folders; a terminal shows how many there are so far."""
-    with console.status("looking for images") as status:
-        tell = lambda count: status.update(f"looking for images: {count:,}")  # noqa: E731
-        files = scan(images.data, images.val_share, tell, images.labels)
-    if images.labels and (without := sum(not file.labels for file in files)):
-        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
-    return files

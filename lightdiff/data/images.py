@@ -7,33 +7,25 @@ then varies it a little, by a number that depends on (seed, epoch, index) and on
 import math
 import os
 import random
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
-from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from lightdiff.data.files import FOLDER, Source
 from lightdiff.errors import LightdiffError, UserError
 
-# Tried by content, whatever the suffix says. No others: some of Pillow's readers start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 Colour = tuple[int, int, int]
+
+# Odd metadata and the like. For all threads and for good, as filters that come and go are no matter of one thread.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 # --- one file -----------------------------------------------------------------------------------------------------
@@ -46,64 +38,59 @@ class BadImage(Exception):
 def colour(background: str) -> Colour:
     """Red, green and blue of a colour's name or #rrggbb."""
     try:
-        red, green, blue = ImageColor.getrgb(background)[:3]
+        return ImageColor.getrgb(background)[:3]
     except ValueError as error:
         raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
-    return red, green, blue
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(name: str | Path, folder: Path = Path(), source: Source = FOLDER) -> Iterator[Image.Image]:
     """The open, not yet decoded image; whatever is wrong with the file, then or inside the block, is a `BadImage`."""
     try:
-        if not os.path.getsize(path):
-            raise BadImage("the file is empty")
-        with _quiet, open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        with source.open(folder, str(name)) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
             yield image
     except (BadImage, LightdiffError, MemoryError):
         raise
     # Damaged bytes make Pillow's readers raise almost anything: SyntaxError, KeyError, struct.error, ...
     except Exception as error:
-        raise BadImage(_reason(error, path)) from error
+        raise BadImage(_reason(error, os.path.join(folder, name))) from error
 
 
-def load_image(path: str | Path, background: str = "white", at_least: int = 0) -> Image.Image:
-    """The file as an upright RGB image: first frame, transparent pixels on the background.
+def load_image(
+    name: str | Path, background: str = "white", at_least: int = 0, folder: Path = Path(), source: Source = FOLDER
+) -> Image.Image:
+    """The image as upright RGB: first frame, transparent pixels on the background.
 
     Raises:
-        BadImage: The file is missing, damaged or no image.
+        BadImage: It is missing, damaged or no image.
 
     Args:
-        path: The file.
+        name: The file, or the image's name in another source.
         background: A colour's name or #rrggbb.
         at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as its shorter
             side keeps this many pixels; 0: full size.
+        folder: What the name is relative to.
+        source: How it is opened.
     """
-    behind = colour(background)
-    with opened(path) as image:
+    with opened(name, folder, source) as image:
         if at_least:
             image.draft(None, (at_least, at_least))
-        return to_rgb(image, behind)
+        return to_rgb(image, colour(background))
 
 
-def to_rgb(image: Image.Image, behind: Colour) -> Image.Image:
-    """The decoded image, upright, in RGB, transparent pixels on the colour."""
-    image = _upright(image)
+def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    """The decoded image, upright, in RGB, transparent pixels on the background."""
+    image.load()  # before the EXIF data, which may follow the pixels
+    with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, behind)
+    ground = Image.new("RGBA", image.size, background)
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # before the EXIF data, which may follow the pixels
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data is no reason to give up the pixels
-        return image
-    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -123,44 +110,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def _reason(error: Exception, path: str) -> str:
     """What is wrong, on one line and without the folder, so that a report may be shown to others."""
     if isinstance(error, UnidentifiedImageError):
-        return "no image, or too damaged to be recognised"
+        empty = os.path.isfile(path) and not os.path.getsize(path)
+        return "the file is empty" if empty else "no image, or too damaged to be recognised"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS} (MAX_IMAGE_PIXELS)"
-    text = " ".join(str(error).replace(str(path), os.path.basename(path)).split())
+    text = " ".join(str(error).replace(path, os.path.basename(path)).split())
     return text or type(error).__name__
-
-
-class _Quiet:
-    """Turns Pillow's warnings off while any thread reads an image, and makes its warning of too many pixels an error.
-
-    `warnings.catch_warnings` alone restores the wrong filters when threads leave in another order than they entered.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._saved = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._saved.__exit__(None, None, None)
-
-
-_quiet = _Quiet()
 
 
 # --- framing ------------------------------------------------------------------------------------------------------

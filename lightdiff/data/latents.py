@@ -6,9 +6,10 @@ latents/vae.safetensors           the VAE they came from
 """
 
 import hashlib
+import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import label_values
 from lightdiff.errors import RunError, UserError
-from lightdiff.run_folder import atomic_write_text, read_json
+from lightdiff.run_folder import INDEX, atomic_write_text, read_json
 from lightdiff.settings import LatentsSettings, Precision
 
 T = TypeVar("T")
@@ -71,15 +71,6 @@ class LatentIndex(BaseModel):
         return torch.tensor([number.get(labels.get(label, ""), len(values)) for labels in self.labels])
 
     @property
-    def shards(self) -> int:
-        """The number of shard files."""
-        return -(-len(self.files) // self.shard_size)
-
-    def shard_range(self, number: int) -> range:
-        """The positions of the images of a shard."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.files)))
-
-    @property
     def files_digest(self) -> str:
         """A digest of the list of images with their split and labels, which says whether it is another."""
         return hashlib.sha256(json.dumps([self.files, self.splits, self.labels]).encode()).hexdigest()[:8]
@@ -89,15 +80,25 @@ class LatentIndex(BaseModel):
         """Whether encoding has finished; only then is there a digest."""
         return bool(self.digest)
 
+    @property
+    def shards(self) -> list[range]:
+        """The positions of each shard, unreadable images included."""
+        count, size = len(self.files), self.shard_size
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def shard_paths(self, folder: Path) -> list[Path]:
+        """Where the shards lie."""
+        return [shard_path(folder, number) for number in range(len(self.shards))]
+
     def compute_digest(self, shard_digests: list[str]) -> str:
-        """One digest of all latents: of the shards', in order."""
+        """One digest of all latents: of the shards' digests, in order."""
         return hashlib.sha256(json.dumps(shard_digests).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
         raw = self.model_dump(mode="json")
         raw["checksum"] = self.checksum = checksum_of(raw)
-        atomic_write_text(folder / "index.json", json.dumps(raw))  # in ASCII: names may not be UTF-8
+        atomic_write_text(folder / INDEX, json.dumps(raw))  # in ASCII: names may not be UTF-8
 
 
 def checksum_of(index: dict[str, Any]) -> str:
@@ -118,7 +119,7 @@ def read_index(folder: Path) -> LatentIndex:
         RunError: If it is damaged.
         UserError: If a newer lightdiff wrote it.
     """
-    path = folder / "index.json"
+    path = folder / INDEX
     raw = read_json(path)
     if isinstance(raw.get("format"), int) and raw["format"] > 1:
         raise UserError(f"{path} has format {raw['format']}, written by a newer lightdiff: upgrade this one")
@@ -139,9 +140,9 @@ class Scaling:
     scale: Float[Tensor, " c"]
 
     @classmethod
-    def of(cls, settings: LatentsSettings) -> "Scaling":
-        """The scaling that a U-Net was trained with."""
-        return cls(torch.tensor(settings.shift), torch.tensor(settings.scale))
+    def of(cls, settings: LatentsSettings, device: torch.device | str = "cpu") -> "Scaling":
+        """The scaling that a U-Net was trained with, where latents will be."""
+        return cls(torch.tensor(settings.shift, device=device), torch.tensor(settings.scale, device=device))
 
     def to_x0(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Latents of the VAE -> clean latents of diffusion, of about unit variance."""
@@ -165,31 +166,19 @@ class LatentSet:
         Raises:
             UserError: If encoding has not finished, or a shard is missing or damaged.
         """
-        self.folder = folder
-        self.index = read_index(folder)
+        self.folder, self.index = folder, read_index(folder)
         if not self.index.complete:
             raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
-        count = len(self.index.files)
-        self._mu: list[Tensor] = []
-        self._logvar: list[Tensor] = []
-        digests: list[str] = []
-        self._shard = torch.full((count,), -1, dtype=torch.int32)  # where each position lies; -1: nowhere
-        self._row = torch.zeros(count, dtype=torch.int32)
-        for number in range(self.index.shards):
-            shard = Checkpoint(shard_path(folder, number), "latents")
-            positions = torch.tensor(shard.metadata.extra["positions"], dtype=torch.int64)
-            self._shard[positions] = number
-            self._row[positions] = torch.arange(len(positions), dtype=torch.int32)
-            self._mu.append(shard.tensor("mu"))
-            self._logvar.append(shard.tensor("logvar"))
-            digests.append(shard.metadata.digest)
-        if self.index.compute_digest(digests) != self.index.digest:
+        shards = [Checkpoint(path, "latents") for path in self.index.shard_paths(folder)]
+        if self.index.compute_digest([shard.metadata.digest for shard in shards]) != self.index.digest:
             raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
-        there = self._shard.ge(0).tolist()
-        self.train, self.val = (
-            array("q", (p for p, split in enumerate(self.index.splits) if split == wanted and there[p]))
-            for wanted in "tv"
-        )
+        self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
+        there = torch.ones(len(self.index.files), dtype=torch.bool)
+        there[self.index.bad] = False
+        self._row = there.cumsum(0) - 1  # of each position, counted over all shards; (n,)
+        self._ends = torch.tensor([len(mu) for mu in self._mu]).cumsum(0)  # the row after each shard's last
+        splits = [split if found else "" for split, found in zip(self.index.splits, there.tolist(), strict=True)]
+        self.train, self.val = (array("q", (p for p, s in enumerate(splits) if s == split)) for split in "tv")
 
     @property
     def nbytes(self) -> int:
@@ -198,12 +187,10 @@ class LatentSet:
 
     def to(self, device: torch.device) -> "LatentSet":
         """Put all latents on a device, as one tensor."""
-        starts = torch.tensor([0, *(len(mu) for mu in self._mu)]).cumsum(0).int()
-        self._row += starts[self._shard.clamp(min=0)]
-        self._shard.clamp_(max=0)
         self._mu, self._logvar = (
             [torch.cat([part.to(device) for part in parts])] for parts in (self._mu, self._logvar)
         )
+        self._ends = self._ends[-1:]
         return self
 
     def gather(self, positions: Sequence[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -213,22 +200,33 @@ class LatentSet:
             positions: Positions in the index.
             mirror: Which of them to take mirrored, (b,) of 0 and 1; none if not given.
         """
-        at = torch.as_tensor(positions)
-        number, row = self._shard[at], self._row[at].long()
+        row = self._row[torch.as_tensor(positions)]
+        number = torch.bucketize(row, self._ends, right=True)
         side = mirror if mirror is not None and self.index.mirrored else torch.zeros_like(row)
         device = self._mu[0].device
-        found = torch.empty(2, len(at), *self.index.shape, device=device)
+        found = torch.empty(2, len(row), *self.index.shape, device=device)
         for shard in set(number.tolist()):
             chosen = (number == shard).nonzero().flatten()
-            place, rows, sides = (to_device(index, device) for index in (chosen, row[chosen], side[chosen]))
-            found[0, place] = self._mu[shard][rows, sides].float()
-            found[1, place] = self._logvar[shard][rows, sides].float()
+            row_in_shard = row[chosen] - (self._ends[shard] - len(self._mu[shard]))
+            to, rows, sides = (async_copy(index, device) for index in (chosen, row_in_shard, side[chosen]))
+            found[0, to] = self._mu[shard][rows, sides].float()
+            found[1, to] = self._logvar[shard][rows, sides].float()
         return found[0], found[1]
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def async_copy(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; on its way to a GPU nothing waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x
+
+
+def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each of these returns, in order; the next one is at work in another thread while this one is used."""
+    # With helpers of torch's, this thread would take the cores from the network.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # `pairwise` asks for the next before it hands out this one; the last has nothing after it.
+        futures = itertools.chain((pool.submit(work) for work in works), [Future[T]()])
+        for future, _ in itertools.pairwise(futures):
+            yield future.result()
 
 
 def latents_settings(found: Path | LatentIndex) -> LatentsSettings:
@@ -238,24 +236,15 @@ def latents_settings(found: Path | LatentIndex) -> LatentsSettings:
         UserError: If `scale` has not run.
     """
     index = read_index(found) if isinstance(found, Path) else found
-    if index.statistics is None:
+    statistics = index.statistics
+    if statistics is None:
         raise UserError(f"{found}: the latents have no scaling factor yet: run 'lightdiff scale' first")
-    c, h, w = index.shape
-    shift, scale = tuple(index.statistics.shift), tuple(index.statistics.scale)
-    only_mu = index.statistics.only_mu
-    trained_on = (found for found, split in zip(index.labels, index.splits, strict=True) if split == "t")
-    labels = label_values(trained_on)
-    return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu, labels=labels)
+    labels = label_values(labels for labels, split in zip(index.labels, index.splits, strict=True) if split == "t")
+    size = dict(zip(("channels", "height", "width"), index.shape, strict=True))
+    return LatentsSettings(**size, **statistics.model_dump(include={"shift", "scale", "only_mu"}), labels=labels)
 
 
-def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of these returns, in order; the next one is at work while this one is used."""
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending: Future[T] | None = None
-        for work in works:
-            following = pool.submit(work)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Each label's name with the sorted values it takes, from the labels of each image."""
+    pairs = sorted({pair for found in labels for pair in found.items()})
+    return {name: tuple(value for _, value in of) for name, of in itertools.groupby(pairs, key=lambda pair: pair[0])}

@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightdiff.data.files import list_images
 from lightdiff.data.latents import read_index
-from lightdiff.data.loading import Batch as ImageBatch
+from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.runtime.processes import Processes, pick_device, pick_precision
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
@@ -55,8 +55,8 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     activations = activation_bytes(task.model, inputs)
     seconds = of_whole_batch(first, whole, lambda size: timed(*ready(size)[:2]), timed(trainer, batch))
     console.print(
-        f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; {shape(inputs[0])} an image"
-        + (f" -> latents of {shape(inputs[1])}" if isinstance(settings, TrainVAESettings) else ""),
+        f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; {shape_words(inputs[0].shape[1:])} an image"
+        + (f" -> latents of {shape_words(inputs[1].shape[1:])}" if isinstance(settings, TrainVAESettings) else ""),
         f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
         f"weights, gradients, optimizer and average: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
         f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB",
@@ -93,7 +93,7 @@ def images_trained_on(settings: TrainVAESettings | TrainUNetSettings) -> int:
     """How many there are; 0 where no folder has been named yet."""
     if isinstance(settings, TrainUNetSettings):
         return read_index(find_latents(settings.latents, RunFolder(settings.run))).splits.count("t")
-    return sum(file.split == "train" for file in list_images(settings.images)) if settings.images.data else 0
+    return sum(file.split == "train" for file in list_images(settings.images, console)) if settings.images.data else 0
 
 
 def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
@@ -148,11 +148,6 @@ def timed(trainer: Trainer, batch: Any) -> float:
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory does not suffice for a step: try a smaller --micro-batch") from None
     return min(taken[WARM_UP:])
-
-
-def shape(x: Tensor) -> str:
-    """A shape as people write it, without the batch."""
-    return " x ".join(map(str, x.shape[1:]))
 
 
 def words(seconds: float) -> str:

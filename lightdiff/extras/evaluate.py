@@ -16,14 +16,14 @@ from torch import Tensor
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.data.loading import ImageDataset, batches
+from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.distances import FEWEST, Found, copies, frechet, kernel, nearest_of, precision_recall
 from lightdiff.extras.evidence import NETWORK
 from lightdiff.extras.features import EVAL, Features, features_of, load_features
 from lightdiff.extras.latent_facts import ACTIVE, evenly
 from lightdiff.extras.settings import EvaluateSettings
-from lightdiff.losses import kl_per_element, psnr
+from lightdiff.losses import kl_per_element, lpips, psnr
 from lightdiff.models.lpips import cached_weights
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
@@ -41,7 +41,6 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import generate
-from lightdiff.stages.train_vae import perceptual
 
 SHOWN = 8
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that are made beside samples
@@ -58,7 +57,7 @@ def run(settings: EvaluateSettings) -> Path:
         vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
         saved = Checkpoint(vae, "vae")
         images = images_of(saved, settings)
-        files = list_images(images)
+        files = list_images(images, console)
         features = load_features(settings.weights, settings.features, device, ranks)
         parts: dict[str, Callable[[], Found]] = {}
         if settings.of != "unet":
@@ -139,15 +138,15 @@ def evaluate_vae(
     chosen = held_out or files
     vae, model = load_vae(saved, device)
     loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
-    lpips = perceptual(loss, device, ranks)
-    dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
+    distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
+    dataset = ImageDataset(chosen, images, seed=0, train=False)
     mine, size = ranks.share(len(chosen)), settings.batch_size
     order = ([(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size))
     side = images.resolution // model.factor
     means, units, pairs = Means(), Units(model.latent_channels, side), Pairs(features, len(chosen))
     with Reporter("reconstructions", len(mine)) as reporter:
         done = 0
-        for batch in batches(dataset, order, pick_workers(settings.compute.workers, device)):
+        for batch in load_batches(dataset, order, pick_workers(settings.compute.workers, device)):
             done += len(batch.x) + batch.missing
             if not len(batch.x):
                 continue
@@ -156,8 +155,8 @@ def evaluate_vae(
             x_hat = vae.decoder(posterior.mu)
             pixels = to_uint8(x_hat)
             found = {"PSNR (dB)": psnr(x, x_hat).mean(), "SSIM": ssim(batch.x, pixels.cpu())}
-            if lpips is not None:
-                found[f"LPIPS ({loss.lpips_net})"] = lpips(x_hat.clamp(-1, 1), x).mean()
+            if distance:
+                found[f"LPIPS ({loss.lpips_net})"] = distance(x, x_hat.clamp(-1, 1), posterior)
             means.add(found, len(x))
             units.add(posterior)
             pairs.add(batch.index, batch.x.to(device), pixels)
@@ -331,7 +330,8 @@ def cached(
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
     """Features of a set of images, kept for the next time."""
-    there = ranks.run_on_main(lambda: [stamp(path) for path in full_paths(files, images.data)])
+    sources = [str(place) for place in images.data if place.is_file()]  # whose images are no files
+    there = ranks.run_on_main(lambda: [stamp(path) for path in sources + full_paths(files, images.data)])
     what = [features.digest, data_digest(files), there, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
     if ranks.run_on_main(path.is_file):
@@ -359,6 +359,6 @@ def draw_nearest(
     shown = []
     for sample, others in rows:
         for files, of in (([sample], drawn_images), (others, images)):
-            dataset = ImageDataset(files, of.data, of, seed=0, train=False)
+            dataset = ImageDataset(files, of, seed=0, train=False)
             shown += [to_float(item.x) for item in (dataset[0, i] for i in range(len(files))) if item.x is not None]
     save_grid(path, torch.stack(shown), 1 + len(rows[0][1]))

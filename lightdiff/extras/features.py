@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from lightdiff.data.files import ImageFile
-from lightdiff.data.loading import ImageDataset, batches
+from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import UserError, not_installed
 from lightdiff.models.lpips import fetched
 from lightdiff.runtime.processes import Processes
@@ -123,14 +123,14 @@ def features_of(
     what: str,
 ) -> tuple[Float[Tensor, "n d"], list[int]]:
     """Features of the images that can be read, on the CPU, and their numbers; shared among all processes."""
-    dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    dataset = ImageDataset(files, images, seed=0, train=False)
     mine = ranks.share(len(files))
     order = ([(0, i) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size))
     width = features.width
     rows = torch.zeros(len(files), width + 1)  # the last column: whether it could be read
     with Reporter(what, len(mine)) as reporter:
         done = 0
-        for batch in batches(dataset, order, workers):
+        for batch in load_batches(dataset, order, workers):
             if len(batch.x):
                 rows[batch.index, :width] = features(batch.x.to(features.device)).float().cpu()
                 rows[batch.index, width] = 1

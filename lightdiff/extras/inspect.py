@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightdiff.data.files import ImageFile, Layout, layout, scan
+from lightdiff.data.files import FOLDER, ImageFile, Layout, Source, layout, scan, source_of
 from lightdiff.data.images import BadImage, colour, opened, to_rgb
 
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)
@@ -103,9 +103,10 @@ def inspect(
     """
     files = scan(folders, val_share)
     names = [_printable(os.path.join(folders[file.root], file.path)) for file in files]
+    sources = [(folder, source_of(folder)) for folder in folders]
     looks: list[_Look] = []
     with ThreadPool(os.cpu_count()) as pool:
-        for look in pool.imap(_look, (os.path.join(folders[file.root], file.path) for file in files), chunksize=16):
+        for look in pool.imap(_look, ((file.path, *sources[file.root]) for file in files), chunksize=16):
             looks.append(look)
             if progress:
                 progress(len(looks), len(files))
@@ -127,13 +128,15 @@ def inspect(
     )
 
 
-def _look(path: str) -> _Look:
+def _look(image: tuple[str, Path, Source]) -> _Look:
+    name, folder, source = image
     digest = ""
     try:
-        with opened(path) as image:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            kind, mode = image.format or "", image.mode
-            return _Look(digest, kind, mode, to_rgb(image, colour("white")).size)
+        with opened(name, folder, source) as found:
+            data = (folder / name).read_bytes() if source is FOLDER else found.tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            kind, mode = found.format or "", found.mode
+            return _Look(digest, kind, mode, to_rgb(found, colour("white")).size)
     except BadImage as error:
         return _Look(digest, reason=str(error))
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Scaling, read_index, shard_path
+from lightdiff.data.latents import LatentIndex, Scaling, read_index
 from lightdiff.errors import Damaged, UserError
 from lightdiff.losses import kl_per_element
 from lightdiff.models.vae import Posterior
@@ -77,8 +77,7 @@ def latent_facts(folder: Path, most: int = 1000) -> LatentFacts:
 
 def chosen_rows(folder: Path, index: LatentIndex, most: int) -> list[tuple[Path, list[int]]]:
     """Shards, and which of their rows to look at: training images, evenly spread."""
-    number = -(-len(index.files) // index.shard_size)
-    paths = [shard_path(folder, n) for n in evenly(number, SHARDS)]
+    paths = [index.shard_paths(folder)[n] for n in evenly(len(index.shards), SHARDS)]
     there = [
         (path, row)
         for path in paths

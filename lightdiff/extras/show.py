@@ -13,7 +13,7 @@ from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows, words
-from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.run_folder import INDEX, RunFolder, StageFolder
 from lightdiff.runtime.resume import flag_of
 
 PART_OF = {"data": "vae", "samples": "unet"}  # whose findings stand with another stage's in --json
@@ -29,7 +29,7 @@ def show(place: Path, as_json: bool = False) -> None:
     found = list(parts(place))
     if not found:
         raise UserError(f"{place} holds no checkpoint and no latents of lightdiff")
-    is_run = place.is_dir() and not (place / "index.json").is_file() and not (place / "checkpoints").is_dir()
+    is_run = place.is_dir() and not (place / INDEX).is_file() and not (place / "checkpoints").is_dir()
     findings = examine(place) if is_run else None
     if as_json:
         console.print_json(json.dumps(as_objects(found, findings)))
@@ -58,7 +58,7 @@ def parts(place: Path) -> Iterator[tuple[Path, Metadata | LatentIndex]]:
     if run.vae.last.is_file():
         yield run.vae.last, Checkpoint(run.vae.last).metadata
     for latents in (place, run.latents):
-        if (latents / "index.json").is_file():
+        if (latents / INDEX).is_file():
             yield latents, read_index(latents)
     if run.unet.last.is_file():
         yield run.unet.last, Checkpoint(run.unet.last).metadata

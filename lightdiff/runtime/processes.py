@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -217,6 +218,16 @@ class Processes:
         if problem is not None:
             raise problem
         return result  # type: ignore[return-value]
+
+    def fetch(self, find: Callable[[], Path]) -> Path:
+        """The file that `find` finds or downloads: one process of each machine first, so that none does it twice."""
+        file = self.run_on_main(find)
+        (missing,) = self.all_reduce_max(int(not file.is_file()))
+        for turn in (0, 1) if missing else ():  # other machines have caches of their own
+            if not file.is_file() and (DistEnv.from_env(os.environ).local_rank > 0) == bool(turn):
+                file = find()
+            self.all_reduce_max(turn)
+        return file
 
     def check_same(self, what: str, value: object) -> None:
         """Check that all processes found the same.

@@ -251,3 +251,8 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """A shape in words: "4 x 16 x 16"."""
+    return " x ".join(map(str, shape))

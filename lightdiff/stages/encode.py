@@ -11,16 +11,17 @@ from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import ImageFile, full_paths, list_images
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, read_index, shard_path
-from lightdiff.data.loading import BadFiles, ImageDataset, batches
-from lightdiff.errors import RunError, UserError
+from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
-from lightdiff.run_folder import RunFolder, atomic_link, find_vae
+from lightdiff.run_folder import INDEX, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
-from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.progress import Reporter, console, shape_words
 from lightdiff.runtime.resume import start_over
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture
@@ -36,20 +37,19 @@ def run(settings: EncodeSettings) -> Path:
         settings = stage.settings
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
-        files = list_images(settings.images)
+        files = list_images(settings.images, console)
         index = plan(settings, saved, model, files)
         stage.processes.check_same("list of images or VAE", (index.files, index.vae_digest))
         if stage.processes.run_on_main(lambda: prepare(stage, index, saved)):
             console.print(f"{stage.path} has the latents of all {len(files)} images already")
             return stage.path
-        names = full_paths(files, settings.images.data)
-        bad = BadFiles(stage.path / "bad-files.txt", names, len(files), settings.images.max_bad)
-        missing = stage.processes.run_on_main(lambda: missing_shards(stage.path, index.shards, bad))
+        bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.data, settings.images.max_bad)
+        missing = stage.processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad))
         mine = stage.processes.strided(missing)
         empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
         unfinished = False
         with (
-            Reporter("encode", sum(len(index.shard_range(n)) for n in mine)) as reporter,
+            Reporter("encode", sum(len(index.shards[n]) for n in mine)) as reporter,
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
             writing: Future[None] | None = None  # of one shard, while the next one is encoded
@@ -75,7 +75,7 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
 
 def begun(folder: Path) -> Mapping[str, Any]:
     """The settings that latents found in a folder were begun with."""
-    return depends_on(read_index(folder)) if (folder / "index.json").is_file() else {}
+    return depends_on(read_index(folder)) if (folder / INDEX).is_file() else {}
 
 
 def depends_on(index: LatentIndex) -> dict[str, Any]:
@@ -111,21 +111,21 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint)
     return False
 
 
-def missing_shards(folder: Path, shards: int, bad: BadFiles) -> list[int]:
+def missing_shards(paths: Sequence[Path], bad: BadFiles) -> list[int]:
     """The numbers of shards that are missing or damaged; unreadable images named in the others are listed."""
     missing = []
-    for number in range(shards):
-        metadata = shard_metadata(shard_path(folder, number))
+    for number, path in enumerate(paths):
+        metadata = shard_metadata(path)
         if metadata is None:
             missing.append(number)
         else:
-            bad.add([(p, why) for p, why in metadata.extra["bad"]])
+            bad.add([(position, why) for position, why in metadata.extra["bad"]])
     return missing
 
 
 def finish(folder: Path, index: LatentIndex) -> None:
     """Write the index of all shards, with its digest, and print what they hold."""
-    paths = [shard_path(folder, number) for number in range(index.shards)]
+    paths = index.shard_paths(folder)
     shards = [Checkpoint(path, "latents").metadata for path in paths]
     index.bad = [position for shard in shards for position, _ in shard.extra["bad"]]
     index.digest = index.compute_digest([shard.digest for shard in shards])
@@ -133,7 +133,7 @@ def finish(folder: Path, index: LatentIndex) -> None:
     size = sum(path.stat().st_size for path in paths)
     console.print(
         f"{len(index.files) - len(index.bad)} images{' and their mirror images' if index.mirrored else ''} encoded to "
-        f"{' x '.join(map(str, index.shape))} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
+        f"{shape_words(index.shape)} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
     )
 
 
@@ -141,7 +141,7 @@ def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, fi
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     if images.resolution % model.factor:
-        raise UserError(f"--resolution: {images.resolution} is not divisible by the VAE's {model.factor}")
+        raise not_divisible(images.resolution, model.factor)
     side = images.resolution // model.factor
     return LatentIndex(
         shape=(model.latent_channels, side, side),
@@ -203,19 +203,16 @@ def encoded(
     One set of worker processes loads the images of all shards, ahead of the encoder.
     """
     settings, images, device = stage.settings, stage.settings.images, stage.device
-    dataset = ImageDataset(files, images.data, images, seed=0, train=False)
+    dataset = ImageDataset(files, images, seed=0, train=False)
     size = settings.batch_size
     parts = [
-        (n, whole[k : k + size])
-        for n in numbers
-        for whole in [index.shard_range(n)]
-        for k in range(0, len(whole), size)
+        (n, whole[k : k + size]) for n in numbers for whole in [index.shards[n]] for k in range(0, len(whole), size)
     ]
     order = ([(0, position) for position in part] for _, part in parts)
     workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
-    done, shard = 0, Shard()
-    for (number, part), batch in zip(parts, batches(dataset, order, workers, bad.add, on_gpu), strict=True):
-        if part.start == index.shard_range(number).start:
+    done, shard, shards = 0, Shard(), index.shards
+    for (number, part), batch in zip(parts, load_batches(dataset, order, workers, bad.add, on_gpu), strict=True):
+        if part.start == shards[number].start:
             shard = Shard()
         shard.bad += batch.bad
         if len(batch.x):
@@ -226,5 +223,5 @@ def encoded(
             shard.add(posterior, len(sides), batch.index.tolist(), DTYPES[settings.dtype])
         done += len(part)
         advance(done)
-        if part.stop == index.shard_range(number).stop:
+        if part.stop == shards[number].stop:
             yield number, shard

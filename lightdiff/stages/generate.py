@@ -15,7 +15,7 @@ from torch import Tensor
 from lightdiff import __version__
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import to_uint8
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, not_divisible
 from lightdiff.pictures import save_grid_of_files, save_png
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, read_json
@@ -183,9 +183,7 @@ def latent_size(settings: GenerateSettings, pipeline: Pipeline) -> tuple[int, in
         return latent.height, latent.width
     step = pipeline.vae_settings.factor * pipeline.settings.model.factor
     if settings.resolution % step:
-        below = settings.resolution // step * step
-        fits = f"{below} or {below + step}" if below else str(step)
-        raise UserError(f"--resolution: {settings.resolution} is not divisible by {step}; the nearest that fit: {fits}")
+        raise not_divisible(settings.resolution, step)
     side = settings.resolution // pipeline.vae_settings.factor
     return side, side
 

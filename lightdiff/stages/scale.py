@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index, shard_path
+from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index
 from lightdiff.errors import UserError
-from lightdiff.run_folder import RunFolder, find_latents
+from lightdiff.run_folder import INDEX, RunFolder, find_latents
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
@@ -27,8 +27,8 @@ def run(settings: ScaleSettings) -> Path:
         if not index.complete:
             raise UserError(f"{stage.path}: encoding has not finished: run 'lightdiff encode' again, it continues")
         moments = Moments(index.shape[0])
-        numbers = stage.processes.strided(range(index.shards))
-        for mu, logvar in prefetch(partial(read, shard_path(stage.path, number), index) for number in numbers):
+        paths = stage.processes.strided(index.shard_paths(stage.path))
+        for mu, logvar in prefetch(partial(read, path, index) for path in paths):
             moments.add(mu, logvar)
         moments.over(stage.processes)
         if not moments.count:
@@ -36,7 +36,7 @@ def run(settings: ScaleSettings) -> Path:
         index.statistics = statistics(moments, settings)
         stage.processes.run_on_main(lambda: index.write(stage.path))
         show(index, index.statistics, settings)
-        return stage.path / "index.json"
+        return stage.path / INDEX
 
 
 def read(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:

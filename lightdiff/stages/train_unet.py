@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentSet, Scaling, latents_settings, prefetch, to_device
+from lightdiff.data.latents import LatentSet, Scaling, async_copy, latents_settings, prefetch
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
@@ -19,7 +19,7 @@ from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, sample_latents, usable_levels
 from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.runtime.processes import autocast
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GRID, SamplingSettings, TrainUNetSettings
 from lightdiff.stages.encode import VAE_COPY
@@ -38,7 +38,7 @@ def run(settings: TrainUNetSettings) -> Path:
             loop, latent = stage.settings.loop, stage.settings.latent
             console.print(
                 f"U-Net: {sum(p.numel() for p in task.model.parameters()) / 1e6:.2f} M parameters, "
-                f"latents {' x '.join(map(str, task.shape))}; "
+                f"latents {shape_words(task.shape)}; "
                 f"{len(latents.train)} training and {len(latents.val)} validation latents; "
                 f"{stage.total_steps} steps of {loop.batch_size} on {stage.machine} in {loop.precision}"
             )
@@ -84,7 +84,7 @@ class UNetTask:
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
         self.schedule = Schedule.of(s.noise).to(self.device)
-        self.scaling = Scaling.of(s.latent)
+        self.scaling = Scaling.of(s.latent, self.device)
         self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)
 
     def batches(self, start: int, steps: int) -> Iterator[tuple[Posterior, Tensor]]:
@@ -98,12 +98,12 @@ class UNetTask:
         mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
         positions = [self.latents.train[i] for _, i in batch]
         mu, logvar = self.latents.gather(positions, mirror)
-        posterior = Posterior(to_device(mu, self.device), to_device(logvar, self.device))
+        posterior = Posterior(async_copy(mu, self.device), async_copy(logvar, self.device))
         return posterior, self._classes(positions)
 
     def _classes(self, positions: list[int]) -> Tensor:
         """The classes of images at these positions, as the network counts them."""
-        return to_device(self.classes[positions] if self.settings.label else torch.empty(0), self.device)
+        return async_copy(self.classes[positions] if self.settings.label else torch.empty(0), self.device)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -162,7 +162,7 @@ class UNetTask:
             at = range(first, min(first + loop.micro, mine.stop))
             positions = [items[i] for i in at]
             mu, _ = self.latents.gather(positions)
-            x0 = self.scaling.to_x0(to_device(mu, self.device))
+            x0 = self.scaling.to_x0(async_copy(mu, self.device))
             label = {"label": self._classes(positions)} if self.settings.label else {}
             for band in range(BANDS):
                 place = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]

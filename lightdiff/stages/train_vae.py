@@ -1,6 +1,5 @@
 """train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,26 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import ImageFile, data_digest, list_images
 from lightdiff.data.images import to_float
-from lightdiff.data.loading import BadFiles, ImageDataset, batches
-from lightdiff.data.loading import Batch as ImageBatch
+from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError
-from lightdiff.losses import psnr, vae_loss
+from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
 from lightdiff.pictures import save_grid
-from lightdiff.runtime.processes import DistEnv, Means, Processes, autocast, pick_workers
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.processes import Means, autocast, pick_workers
+from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import GRID, TrainVAESettings, VAELossSettings
+from lightdiff.settings import GRID, TrainVAESettings
 from lightdiff.training.loop import Tensors, train
 
 
 def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
-        files = list_images(stage.settings.images)
+        files = list_images(stage.settings.images, console)
         digest = data_digest(files)
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
@@ -52,7 +51,7 @@ class VAETask:
         """Build the network and both data sets."""
         self.stage, self.files = stage, files
         s = self.settings = stage.settings
-        self.lpips = perceptual(s.loss, stage.device, stage.processes)
+        self.vae_loss = VAELoss(s.loss, stage.device, stage.processes.fetch)
         if s.freeze_encoder and not (stage.saved or s.init_from):
             raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
         vae = stage.new_network(lambda: build_vae(s.model))
@@ -63,15 +62,14 @@ class VAETask:
         self.train_items = len(self.train)
         self.train_set = self._images(self.train, train=True)
         self.val_set = self._images(self.val, train=False)
-        self.bad = BadFiles(stage.folder.bad_files, full_paths(files, s.images.data), len(files), s.images.max_bad)
+        self.bad = BadFiles(stage.folder.bad_files, files, s.images.data, s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
         self._shown: Tensor | None = None
 
     def _images(self, which: list[int], train: bool) -> ImageDataset:
         files = [self.files[i] for i in which]
-        images = self.settings.images
-        return ImageDataset(files, images.data, images, self.settings.loop.seed, train)
+        return ImageDataset(files, self.settings.images, self.settings.loop.seed, train)
 
     def _noting(self, items: list[int]) -> Callable[[list[tuple[int, str]]], None]:
         """List unreadable images, whose numbers count `items`."""
@@ -83,7 +81,7 @@ class VAETask:
         part = self.stage.processes.batch_slice(loop.batch_size)
         order = (self._batch_at(start + i * loop.batch_size)[part] for i in range(steps))
         workers, on_gpu = pick_workers(loop.workers, self.stage.device), self.stage.device.type == "cuda"
-        yield from batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
+        yield from load_batches(self.train_set, order, workers, self._noting(self.train), pin=on_gpu)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         loop = self.settings.loop
@@ -91,7 +89,7 @@ class VAETask:
 
     def names(self, start: int) -> list[str]:
         """The files of the batch that begins after `start` images."""
-        return [self.train_set.paths[i] for _, i in self._batch_at(start)]
+        return [self.train_set.path(i) for _, i in self._batch_at(start)]
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Tensors:
         """Images in [-1, 1] and the noise of their posteriors."""
@@ -108,14 +106,14 @@ class VAETask:
         change = LatentTransform(*part["change"][0].tolist())
         x_hat, posterior = model(part["x"], part["noise"], change)
         x = change(part["x"], self.settings.model.factor)
-        return vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+        return self.vae_loss(x, x_hat, posterior)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
         loop = self.settings.loop
         indices = self.stage.processes.share(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
-        for batch in batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
+        for batch in load_batches(self.val_set, order, workers=0, on_bad=self._noting(self.val)):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
                 yield to_float(batch.x.to(self.stage.device)), noise.to(self.stage.device)
@@ -128,7 +126,7 @@ class VAETask:
         for x, noise in self.validation_batches():
             with autocast(self.stage.device, self.settings.loop.precision):
                 x_hat, posterior = model(x, noise)
-                losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+                losses = self.vae_loss(x, x_hat, posterior)
             means.add(losses | {"psnr": psnr(x, x_hat).mean()}, len(x))
         return means.over(self.stage.processes)
 
@@ -139,7 +137,7 @@ class VAETask:
         if self._shown is None:
             source, items = (self.val_set, self.val) if self.val else (self.train_set, self.train)
             chosen = [(0, i) for i in range(min(2 * columns, len(items)))]
-            self._shown = next(batches(source, [chosen], workers=0)).x
+            self._shown = next(load_batches(source, [chosen], workers=0)).x
         x = to_float(self._shown.to(self.stage.device))
         model.eval()
         x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
@@ -153,29 +151,3 @@ def sample_transform(rng: random.Random, share: float) -> LatentTransform:
         return LatentTransform(4, 0)
     smaller, turns = divmod(rng.randrange(1, 16), 4)
     return LatentTransform(4 - smaller, turns)
-
-
-def perceptual(
-    loss: VAELossSettings, device: torch.device, processes: Processes
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The LPIPS network, or None where its weight is 0.
-
-    Raises:
-        UserError: If its weights cannot be found or fetched.
-    """
-    if not loss.lpips_gamma:
-        return None
-    from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
-
-    weights = processes.run_on_main(lambda: find_weights(loss.lpips_net, loss.lpips_weights))
-    (missing,) = processes.all_reduce_max(int(not weights.is_file()))
-    for turn in (0, 1) if missing else ():  # other machines have caches of their own: there too, one process first
-        if not weights.is_file() and (DistEnv.from_env(os.environ).local_rank > 0) == bool(turn):
-            weights = find_weights(loss.lpips_net, loss.lpips_weights)
-        processes.all_reduce_max(turn)
-    return PerceptualLoss(loss.lpips_net, weights).to(device)
-
-
-def shape_words(shape: tuple[int, ...]) -> str:
-    """A shape as people write it: 4 x 16 x 16."""
-    return " x ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""Whether an adversarial loss would pay: a trained VAE's decoder trained further with one, and as long without.
+"""Whether an adversarial loss would pay: a trained VAE's decoder trained on with one, and as long without.
 
 `python -m tests.bench.adversarial VAE [--unet RUN] [--weight W ...] [--seconds S] [--work FOLDER]` freezes the encoder,
 so latents and U-Net stay as they are, and spends the same processor time on both: a step with a discriminator costs
@@ -20,20 +20,22 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from lightdiff.runtime.device import pick_device, pick_precision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightdiff.checkpoint import Checkpoint, load_weights
-from lightdiff.data.files import full_paths, list_images
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import list_images
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
-from lightdiff.data.loading import BadFiles
-from lightdiff.losses import vae_loss
+from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
-from lightdiff.runtime.processes import init_distributed, pick_device, pick_precision
+from lightdiff.runtime.processes import init_distributed
+from lightdiff.runtime.progress import console
 from lightdiff.settings import TrainVAESettings, with_changes
-from lightdiff.stages.train_vae import VAETask, perceptual
+from lightdiff.stages.train_vae import VAETask
 from lightdiff.training.loop import Batch, Trainer
 from tests.bench.recipe import Work, left_out
 
@@ -42,7 +44,7 @@ SHOWN = (8, 3)  # columns and rows of the picture of each decoder
 COUNT = 1000  # images a distance is measured with
 TRIAL = 10  # steps that the time of a step is found by
 T = TypeVar("T", bound=VAETask)
-STARTS = 0.1  # share of the steps after which the decoder is trained against the discriminator
+STARTS = 0.1  # share of the steps after which the decoder is told what the discriminator says
 
 
 def discriminator() -> nn.Module:
@@ -54,20 +56,20 @@ def discriminator() -> nn.Module:
 
 
 class AdversarialTask(VAETask):
-    """The VAE's task with an adversarial term; the discriminator is trained alongside."""
+    """A VAE whose loss has a discriminator's share, which learns beside it."""
 
     def oppose(self, weight: float, lr: float, starts_at: int) -> None:
-        """Start with a new discriminator."""
+        """Begin with a new discriminator."""
         self.weight, self.starts_at, self.calls = weight, starts_at, 0
         torch.manual_seed(self.settings.loop.seed)
         self.judge = discriminator()
         self.judge_optimizer = torch.optim.AdamW(self.judge.parameters(), lr, (0.5, 0.9), weight_decay=0)
 
     def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
-        """The VAE's loss plus the adversarial term; trains the discriminator by one step."""
+        """The VAE's loss, plus the discriminator's opinion; and one step of the discriminator."""
         x = part["x"]
         x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
-        losses = vae_loss(x, x_hat, posterior, self.settings.loss, self.lpips)
+        losses = self.vae_loss(x, x_hat, posterior)
 
         self.judge.requires_grad_(True)
         real, made = self.judge(x).float(), self.judge(x_hat.detach()).float()
@@ -89,7 +91,7 @@ class AdversarialTask(VAETask):
 
 
 class Contest:
-    """One trained VAE, whose decoder is trained further."""
+    """One trained VAE, and what becomes of its decoder."""
 
     def __init__(self, saved: Checkpoint, lr: float, scratch: Path) -> None:
         """Read settings, images and LPIPS once for all."""
@@ -99,19 +101,18 @@ class Contest:
         precision = pick_precision("auto", self.device)
         loop = with_changes(settings.loop, lr=lr, workers=0, compile="off", precision=precision)
         self.settings = with_changes(settings, loop=loop, freeze_encoder=True)
-        self.files = list_images(settings.images)
-        self.lpips = perceptual(settings.loss, self.device, self.ranks)
-        paths = full_paths(self.files, settings.images.data)
-        self.bad = BadFiles(scratch / "bad.txt", paths, len(self.files), 0.0)
+        self.files = list_images(settings.images, console)
+        self.vae_loss = VAELoss(settings.loss, self.device, self.ranks.fetch)
+        self.bad = BadFiles(scratch / "bad.txt", self.files, settings.images.data, 0.0)
 
     def task(self, kind: type[T]) -> T:
-        """A task that starts from the trained weights."""
-        task = kind(self.settings, self.files, self.device, self.lpips, self.bad, self.ranks)
+        """A task that begins with the trained weights."""
+        task = kind(self.settings, self.files, self.device, self.vae_loss, self.bad, self.ranks)
         load_weights(task.model, self.saved, self.saved.weights_prefix())
         return task
 
     def train(self, task: VAETask, steps: int) -> tuple[VAE, float]:
-        """The averaged network after `steps` steps, and the processor time they took."""
+        """The averaged network after so many steps, and the processor time they took."""
         trainer = Trainer(task, self.settings.loop, self.settings.loop.precision)
         began = time.process_time()
         for batch in task.batches(0, steps):
@@ -124,7 +125,7 @@ class Contest:
 
 
 def judged(decode: Callable[[Tensor], Tensor], z: dict[str, Tensor], work: Work, home: Path) -> dict[str, float]:
-    """The distance from photographs to decoded latents of each kind; the images are kept."""
+    """How far from photographs decoded latents of each kind are; the images are kept."""
     found = {}
     for kind, latents in z.items():
         images = torch.cat([decode(part) for part in torch.split(latents, 50)])
@@ -136,7 +137,7 @@ def judged(decode: Callable[[Tensor], Tensor], z: dict[str, Tensor], work: Work,
 
 
 def main() -> None:
-    """Train both ways and print the comparison."""
+    """Train on both ways, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("vae", type=Path, help="checkpoint")
     parser.add_argument("--unet", type=Path, help="run folder of a U-Net on its latents")

@@ -1,4 +1,4 @@
-"""The cases that are measured; each contender of a case is prepared in its own process."""
+"""What is measured: every case prepares each of its contenders in a process of that contender's own."""
 
 import itertools
 import subprocess
@@ -12,32 +12,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightdiff.runtime.device import compile_network, keep_memory, pick_compile, pick_precision, place
 from PIL import Image
 from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
-from lightdiff.data.loading import Batch as ImageBatch
-from lightdiff.data.loading import ImageDataset, batches
-from lightdiff.losses import vae_loss
-from lightdiff.models.unet import build_unet
-from lightdiff.models.vae import build_vae
-from lightdiff.options import preset_layer
+from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
+from lightdiff.losses import VAELoss
+from lightdiff.models.lpips import PerceptualLoss
+from lightdiff.models.unet import UNet
+from lightdiff.models.vae import VAE
+from lightdiff.options import read_settings
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import Processes, compile_network, keep_memory, pick_compile, pick_precision, place
+from lightdiff.runtime.processes import Processes
 from lightdiff.settings import (
     ImageSettings,
     JobSettings,
     LatentsSettings,
     LoopSettings,
-    SamplingSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    UNetArchitecture,
-    VAEArchitecture,
+    UNetSettings,
     VAELossSettings,
     VAESettings,
 )
@@ -49,8 +49,8 @@ from tests.bench import peers
 from tests.bench.contest import Case, Work, flops_of, parameters_of
 
 STEPS = 1000  # of the run that timed steps belong to
-ORIGINAL_UNET = preset_layer("unet", "original")["model"]
-ORIGINAL_VAE = preset_layer("vae", "original")["model"]
+ORIGINAL_UNET = read_settings(PRESET_FOLDER / "unet-original.toml")["model"]
+ORIGINAL_VAE = read_settings(PRESET_FOLDER / "vae-original.toml")["model"]
 SMALL, LARGE = (32, 64, 128, 256), (128, 256, 512, 1024)  # widths of the original's U-Nets
 ROOMS: list[Any] = []  # temporary folders of this process, which go when it ends
 
@@ -90,7 +90,7 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
 
 
 def several(step: Callable[[], object], steps: int, batch: int, flops: float, model: nn.Module, precision: str) -> Work:
-    """A round of several training steps; `flops` counts one image."""
+    """Some training steps one after the other, as a round; `flops` are those of an image."""
 
     def round_of_steps() -> None:
         for _ in range(steps):
@@ -103,8 +103,8 @@ def several(step: Callable[[], object], steps: int, batch: int, flops: float, mo
 def train_unet_step(
     model: dict[str, Any], side: int, batch: int, device: torch.device, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
-    """A trainer of train-unet with default settings, and a function that does its next step."""
-    settings = UNetArchitecture.model_validate(model).resolved(side)
+    """train-unet as a user has it by default, and its next step."""
+    settings = UNetSettings.model_validate(model).resolved(side)
     chosen = defaults(device, batch_size=batch, **loop)
     latents = LatentSet(made_up_latents(room(), 512, side))
     if device.type == "cuda":
@@ -132,13 +132,13 @@ def unet_step(
     shape = (batch, 4, side, side)
     example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
     if contender.startswith("lightdiff"):
-        network: nn.Module = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
+        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         trainer, step = train_unet_step(model, side, batch, device)
         return several(step, steps, batch, flops, network, trainer.precision)
     bf16 = contender.endswith("bf16")
     if contender == "original":
-        network = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
+        network = UNet(UNetSettings.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         taught = peers.DenoiserSteps(network, lambda net, x, t: net(x, t), shape, device, bf16)
     else:
@@ -156,26 +156,25 @@ LARGE_UNET = {**ORIGINAL_UNET, "channels": LARGE}
 # --- VAE ----------------------------------------------------------------------------------------------------------
 
 
-def some_lpips(folder: Path) -> Any:
-    """LPIPS on SqueezeNet with random weights: as fast as with trained ones, without a download."""
+def random_squeezenet(folder: Path) -> Path:
+    """Random weights for LPIPS: as fast as trained ones, and nothing has to be fetched."""
     from torchvision.models import squeezenet1_1
-
-    from lightdiff.models.lpips import PerceptualLoss
 
     weights = folder / "squeezenet.pth"
     torch.save(squeezenet1_1(weights=None).state_dict(), weights)
-    return PerceptualLoss("squeeze", weights)
+    return weights
 
 
 class VAEStepTask:
-    """The part of train-vae's task that a step needs, on images in memory."""
+    """As much of train-vae's task as a step needs; its images lie in memory."""
 
     stage = "vae"
     ranks = Processes()
 
-    def __init__(self, settings: TrainVAESettings, device: torch.device, lpips: Any):
-        self.settings, self.device, self.lpips = settings, device, lpips
-        self.model = build_vae(settings.model)
+    def __init__(self, settings: TrainVAESettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.vae_loss = VAELoss(settings.loss, device)
+        self.model = VAE(settings.model)
         place(self.model, device)
         side = settings.images.resolution // settings.model.factor
         self.latent_shape = (settings.model.latent_channels, side, side)
@@ -186,22 +185,22 @@ class VAEStepTask:
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
         x_hat, posterior = model(part["x"], part["noise"])
-        return vae_loss(part["x"], x_hat, posterior, self.settings.loss, self.lpips)
+        return self.vae_loss(part["x"], x_hat, posterior)
 
 
 def train_vae_step(
-    model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Any = None, **loop: Any
+    model: dict[str, Any], side: int, batch: int, device: torch.device, lpips: Path | None = None, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
-    """A trainer of train-vae with default settings and images in memory, and a function that does its next step."""
+    """train-vae as a user has it by default, but with images in memory, and its next step."""
     chosen = defaults(device, batch_size=batch, **loop)
     settings = TrainVAESettings(
-        model=VAEArchitecture.model_validate(model).resolved(side),
+        model=VAESettings.model_validate(model).resolved(side),
         loop=chosen,
-        loss=VAELossSettings(lpips_gamma=0.5 if lpips is not None else 0),
+        loss=VAELossSettings(lpips_gamma=0.5 if lpips else 0, lpips_net="squeeze", lpips_weights=lpips),
         images=ImageSettings(resolution=side),
     )
     keep_memory()
-    trainer = Trainer(VAEStepTask(settings, device, lpips), chosen, chosen.precision)  # type: ignore[arg-type]
+    trainer = Trainer(VAEStepTask(settings, device), chosen, chosen.precision)  # type: ignore[arg-type]
     loaded = ImageBatch(torch.randint(256, (batch, 3, side, side), dtype=torch.uint8), torch.arange(batch), [], 0)
     return trainer, lambda: trainer.train_step(loaded, STEPS)
 
@@ -210,18 +209,19 @@ def vae_step(
     contender: str, device: torch.device, *, side: int, batch: int, lpips: bool = False, steps: int = 3
 ) -> Work:
     """Training steps of a VAE: forward, backward, clip, AdamW, EMA."""
-    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(side)
+    model = VAESettings.model_validate(SMALL_VAE).resolved(side)
     example = torch.randn(1, 3, side, side)
-    distance = some_lpips(room()).to(device) if lpips else None
+    weights = random_squeezenet(room()) if lpips else None
+    distance = PerceptualLoss("squeeze", weights).to(device) if weights else None
     pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
-    own = build_vae(model)
+    own = VAE(model)
     factor = model.factor
     flops = flops_of(own, example, torch.randn(1, 4, side // factor, side // factor), backward=True)
     if distance is not None:
         flops += 3 * flops_of(distance.to("cpu"), example, example) / 2 + flops_of(distance, example, example) / 2
         distance.to(device)
     if contender == "lightdiff":
-        trainer, step = train_vae_step(SMALL_VAE, side, batch, device, distance)
+        trainer, step = train_vae_step(SMALL_VAE, side, batch, device, weights)
         return several(step, steps, batch, flops, own, trainer.precision)
     x = (pixels.float() / 127.5 - 1).to(device)
     if contender == "original":
@@ -270,9 +270,9 @@ def image_pipeline(contender: str, device: torch.device, *, file_side: int, side
     folder = photographs(room() / "images", count, file_side)
     if contender == "lightdiff":
         images = ImageSettings(data=(folder,), resolution=side, val_share=0)
-        dataset = ImageDataset(scan(images.data, 0), images.data, images, seed=0, train=True)
+        dataset = ImageDataset(scan(images.data, 0), images, seed=0, train=True)
         order = ([(epoch, i) for i in range(k, k + batch)] for epoch in range(10**6) for k in range(0, count, batch))
-        loaded: Any = batches(dataset, order, workers)
+        loaded: Any = load_batches(dataset, order, workers)
         keep_memory()
         return Work(lambda: [to_float(next(loaded).x).sum() for _ in range(per_round)], batch * per_round)
     loader = torch.utils.data.DataLoader(
@@ -287,8 +287,8 @@ def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
     """Files of 256 px -> latents of 64 px images. lightdiff encodes each image's mirror image, too."""
     home = room()
     folder = photographs(home / "images", count, 256)
-    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(64)
-    vae = build_vae(model)
+    model = VAESettings.model_validate(SMALL_VAE).resolved(64)
+    vae = VAE(model)
     example = torch.randn(1, 3, 64, 64)
     flops = flops_of(vae.encoder, example)
     if contender == "original":
@@ -350,9 +350,9 @@ def sampling(
         network.to(device)
         return Work(draw, batch, flops, parameters_of(network))
     chosen = own if own and contender != "original" else SMALL_UNET
-    settings = UNetArchitecture.model_validate(chosen).resolved(side)
-    model = build_unet(settings, 4)
-    nn.init.normal_((model.out if hasattr(model, "out") else model.final_conv).weight, std=0.01)
+    settings = UNetSettings.model_validate(chosen).resolved(side)
+    model = UNet(settings, 4)
+    nn.init.normal_(model.out.weight, std=0.01)
     flops = flops_of(model, *example) * batch * steps
     if contender == "original":
         model.to(device)
@@ -371,24 +371,18 @@ def sampling(
     return lightdiff_sampling(model, settings, device, batch, steps, flops, contender.endswith("compiled"))
 
 
-def untrained_vae(path: Path, settings: VAEArchitecture) -> Checkpoint:
+def untrained_vae(path: Path, settings: VAESettings) -> Checkpoint:
     """A VAE of random weights, saved."""
-    weights = {f"model.{name}": value for name, value in build_vae(settings).state_dict().items()}
+    weights = {f"model.{name}": value for name, value in VAE(settings).state_dict().items()}
     checkpoint.save(path, weights, Metadata(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
     return Checkpoint(path)
 
 
 def lightdiff_sampling(
-    model: nn.Module,
-    settings: UNetArchitecture,
-    device: torch.device,
-    batch: int,
-    steps: int,
-    flops: float,
-    compiled: bool,
+    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float, compiled: bool
 ) -> Work:
     """The same through a saved run, as `generate` draws."""
-    from lightdiff.pipeline import Pipeline, vae_digest
+    from lightdiff.pipeline import Pipeline, Sampling, vae_digest
 
     home = room()
     vae_settings = VAESettings().resolved(64)
@@ -402,7 +396,7 @@ def lightdiff_sampling(
     pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
     if compiled:
         compile_network(pipeline.unet, device, training=False)
-    chosen = SamplingSettings(num_steps=steps, sampler="ddim")
+    chosen = Sampling(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
 
@@ -410,7 +404,7 @@ def lightdiff_sampling(
 
 
 def start(contender: str, device: torch.device, *, command: str) -> Work:
-    """Time from the shell to a command's help or to the end of its first training step; or that of importing torch."""
+    """From the shell to a command's help, or to the end of the first training step; or for torch to be imported."""
     if contender == "import torch":
         return Work(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1)
     words = [sys.executable, "-m", "lightdiff", "train-unet"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import full_paths, scan
+from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, latents_settings
-from lightdiff.data.loading import BadFiles
 from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
+from lightdiff.losses import VAELoss
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes, init_distributed, shutdown
@@ -107,11 +108,11 @@ def float64(folder: Path, ranks: Processes) -> None:
     settings = vae_settings(folder, batch_size=7, micro_batch=2)
     files = scan(settings.images.data, 0.2)
     run = RunFolder(folder / f"double-{ranks.world_size}")
-    bad = BadFiles(run.vae.bad_files, full_paths(files, settings.images.data), len(files), 0.01)
+    bad = BadFiles(run.vae.bad_files, files, settings.images.data, 0.01)
     latents = LatentSet(RunFolder(folder / "run").latents)
     unet = unet_settings(folder / "run", batch_size=7, micro_batch=2)
     tasks = (
-        (DoubleVAE(settings, files, CPU, None, bad, ranks), run.vae, settings),
+        (DoubleVAE(settings, files, CPU, VAELoss(settings.loss), bad, ranks), run.vae, settings),
         (DoubleUNet(unet, latents, CPU, ranks), run.unet, unet),
     )
     for task, stage, chosen in tasks:

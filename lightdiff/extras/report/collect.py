@@ -20,7 +20,7 @@ from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory_pictures
 from lightdiff.extras.settings_rows import MODELS, Row, settings_rows
 from lightdiff.pipeline import Pipeline, latents_behind
-from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.run_folder import INDEX, RunFolder, StageFolder
 
 MOST_FRAMES = 24  # of a slider through time
 MOST_POINTS = 1500  # of a curve
@@ -110,7 +110,7 @@ def collect(path: Path, device: torch.device) -> RunFacts:
     with noting(found, "latents"):
         if unet := opened("unet", [run.unet.last]):
             latents = latents_behind(unet, run)
-        if latents and (latents / "index.json").is_file():
+        if latents and (latents / INDEX).is_file():
             found.index = read_index(latents)
             found.latents = latent_facts(latents)
     if not (found.vae or found.unet or found.index or found.missing):

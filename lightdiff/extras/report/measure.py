@@ -19,6 +19,7 @@ from lightdiff.extras.trajectory import TrajectoryStep, trajectory
 from lightdiff.pictures import grid, opened
 from lightdiff.pipeline import Pipeline, load_vae
 from lightdiff.run_folder import StageFolder
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, SamplingSettings
 
 SHOWN = 8  # images in a row
@@ -59,11 +60,11 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     """
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
     images = ImageSettings.model_validate(saved.metadata.settings["images"])
-    if gone := [str(d) for d in images.data if not d.is_dir()]:
+    if gone := [str(d) for d in images.data if not d.exists()]:
         raise UserError(f"the images are not where they were: {', '.join(gone)}")
-    files = list_images(images)
+    files = list_images(images, console)
     chosen = ([f for f in files if f.split == "val"] or files)[:SHOWN]
-    dataset = ImageDataset(chosen, images.data, images, seed=0, train=False)
+    dataset = ImageDataset(chosen, images, seed=0, train=False)
     items = [dataset[0, i].x for i in range(len(chosen))]
     readable = [item for item in items if item is not None]
     if not readable:

@@ -9,7 +9,7 @@ from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import Layer, Where, build, merge, nest
 from lightdiff.pipeline import latents_behind
-from lightdiff.run_folder import RunFolder, find_unet, find_vae
+from lightdiff.run_folder import INDEX, RunFolder, find_unet, find_vae
 from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.stages.encode import VAE_COPY
 
@@ -55,7 +55,7 @@ class Base:
                 f"--run: {run.path} has no U-Net whose settings the cells could have: train one first{hint}"
             )
         unet = Checkpoint(find_unet(None, run), "unet") if whole else None
-        its_own = run.latents if (run.latents / "index.json").is_file() else None
+        its_own = run.latents if (run.latents / INDEX).is_file() else None
         latents = latents_behind(unet, run) if unet else its_own
         vae = latents / VAE_COPY if latents and not anew else find_vae(None, run)
         return cls(run, Checkpoint(vae, "vae"), latents, read_index(latents) if latents else None, unet)

@@ -22,7 +22,7 @@ from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, free_name, read_json
 from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, with_changes
 
 SHEET, RECONSTRUCTIONS, RESULTS = "sheet.png", "sheet-reconstructions.png", "sweep.json"
 ACROSS = 4  # pictures side by side in a cell of a sheet with rows and columns
@@ -105,12 +105,12 @@ def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
 def reconstructions(plan: Plan) -> tuple[Pictures, list[Pictures]]:
     """The first images held out (of training, where none are), and what each cell's VAE makes of them."""
     its_own = plan.base.vae_settings
-    files = list_images(its_own.images)
+    files = list_images(its_own.images, console)
     chosen = ([file for file in files if file.split == "val"] or files)[: plan.settings.num_images]
     device = pick_device(its_own.loop.device)
 
     def loaded(framing: ImageSettings) -> torch.Tensor:
-        dataset = ImageDataset(chosen, its_own.images.data, framing, seed=0, train=False)
+        dataset = ImageDataset(chosen, with_changes(framing, data=its_own.images.data), seed=0, train=False)
         found = [item.x for item in (dataset[0, i] for i in range(len(chosen))) if item.x is not None]
         return torch.stack(found)
 
