@@ -229,3 +229,16 @@ def latents_settings(folder: Path) -> LatentsSettings:
     trained_on = (found for found, split in zip(index.labels, index.splits, strict=True) if split == "t")
     labels = label_values(trained_on)
     return LatentsSettings(channels=c, height=h, width=w, shift=shift, scale=scale, only_mu=only_mu, labels=labels)
+
+
+def read_finished_index(folder: Path) -> LatentIndex:
+    """A folder's index, of finished latents.
+
+    Raises:
+        RunError: If it is damaged.
+        UserError: If encoding has not finished.
+    """
+    index = read_index(folder)
+    if not index.complete:
+        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
+    return index
