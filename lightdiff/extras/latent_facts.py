@@ -135,8 +135,8 @@ def variance_over_images(moments: LatentMoments) -> Tensor:
 
 def channel_kl(moments: LatentMoments) -> list[float]:
     """KL(N(mu, sigma^2) || N(0, 1)) of each channel, in nats per element (see `losses.kl_per_element`)."""
-    total = 0.5 * (moments.mu_squared + moments.variance - moments.logvar) / moments.count - 0.5
-    return total.mean((1, 2)).tolist()
+    kl = 0.5 * (moments.mu_squared + moments.variance - moments.logvar) / moments.count - 0.5
+    return kl.mean((1, 2)).tolist()
 
 
 def channel_active_share(moments: LatentMoments) -> list[float]:

@@ -62,7 +62,7 @@ class LatentMoments:
     def __init__(self, *shape: int) -> None:
         self.count = 0  # latent elements in each sum
         self.sums = torch.zeros(4, *shape, dtype=torch.float64)
-        self.mu, self.mu_squared, self.variance, self.logvar = self.sums  # views
+        self.mu, self.mu_squared, self.variance, self.logvar = self.sums.unbind()  # views
 
     def add(self, mu: Tensor, logvar: Tensor) -> None:
         """Add latents (n, m, c, h, w), where m counts an image and its mirror image."""
