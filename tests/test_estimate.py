@@ -11,7 +11,8 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import scan
-from lightdiff.extras.estimate import batch_seconds, format_duration
+from lightdiff.extras.estimate import batch_seconds
+from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
 from lightdiff.training.loop import Trainer

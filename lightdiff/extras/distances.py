@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightdiff.extras.evidence import COPIES_SHARE
 from lightdiff.extras.features import Features
 
 QUARTERS = 4
 NEIGHBOURS = 4
 CLOSE = 0.01  # a sample is a copy if it lies nearer to a training image than all but this share of held-out images do
 MIN_IMAGES = 4  # in a set: precision and recall use three neighbours
-COPIES_NAME = f"share of samples nearer than {1 - CLOSE:.0%}"
 
 Found = dict[str, Any]
 
@@ -77,5 +77,5 @@ def copies(samples: Tensor, held_out: Tensor) -> Found:
     return {
         "distance to the nearest training image, median": float(samples.median()),
         "the same for held-out images": float(held_out.median()),
-        f"{COPIES_NAME} of those": float((samples < limit).double().mean()),
+        f"{COPIES_SHARE} than {1 - CLOSE:.0%} of those": float((samples < limit).double().mean()),
     }

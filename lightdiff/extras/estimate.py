@@ -13,6 +13,7 @@ from lightdiff.data.latents import read_index
 from lightdiff.data.loading import Batch as ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
+from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
@@ -153,11 +154,3 @@ def step_seconds(trainer: Trainer, batch: Any) -> float:
 def format_shape(x: Tensor) -> str:
     """A shape without the batch dimension, as in 3 x 64 x 64."""
     return " x ".join(map(str, x.shape[1:]))
-
-
-def format_duration(seconds: float) -> str:
-    """A duration with its unit."""
-    for limit, unit, name in ((120, 1, "seconds"), (7200, 60, "minutes"), (172_800, 3600, "hours")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86_400:.1f} days"

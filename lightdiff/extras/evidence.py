@@ -20,6 +20,7 @@ from lightdiff.runtime.progress import Row, read_metrics
 from lightdiff.settings import ImageSettings, TrainUNetSettings, TrainVAESettings
 
 T = TypeVar("T")
+COPIES_SHARE = "share of samples nearer"  # in results of `evaluate`: the beginning of the name of that measure
 NETWORK = "network"  # in results of `evaluate`: the digest of the checkpoint they belong to
 
 

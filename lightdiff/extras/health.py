@@ -12,8 +12,7 @@ from pydantic import BaseModel
 
 from lightdiff.data.files import scan
 from lightdiff.diffusion.schedules import Schedule
-from lightdiff.extras.distances import COPIES_NAME
-from lightdiff.extras.evidence import Evidence, gather, train_positions, try_read
+from lightdiff.extras.evidence import COPIES_SHARE, Evidence, gather, train_positions, try_read
 from lightdiff.extras.inspect import duplicate_groups
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.run_folder import RunFolder
@@ -414,7 +413,7 @@ def rising_bands(rows: list[Row]) -> list[tuple[int, Row, float]]:
 
 def check_samples(evaluation: dict[str, Any], rows: list[Row], images: int) -> Iterator[Finding]:
     """Samples that are copies of training images: as `evaluate` measured, or else as overfitting makes likely."""
-    share = next((value for name, value in evaluation.items() if name.startswith(COPIES_NAME)), None)
+    share = next((value for name, value in evaluation.items() if name.startswith(COPIES_SHARE)), None)
     remedy = "more images, fewer duplicates, a smaller U-Net, or fewer steps"
     steep = [(band, rise) for band, _, rise in rising_bands(rows) if rise > STEEP_RISE]
     if isinstance(share, float):

@@ -1,4 +1,4 @@
-"""Settings as tables show them: flags with their values, those that differ from the defaults first."""
+"""Settings and durations as tables show them: flags with their values, those that differ from the defaults first."""
 
 import json
 from functools import reduce
@@ -58,3 +58,11 @@ def settings_changes(metadata: Metadata) -> list[tuple[int, str]]:
         )
         for change in metadata.extra.get("history", [])
     ]
+
+
+def format_duration(seconds: float) -> str:
+    """A duration with its unit."""
+    for limit, unit, name in ((120, 1, "seconds"), (7200, 60, "minutes"), (172_800, 3600, "hours")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightdiff import __version__
-from lightdiff.extras.estimate import format_duration
 from lightdiff.extras.evidence import loss_definition
 from lightdiff.extras.latent_facts import EDGES
 from lightdiff.extras.report.collect import Curve, RunFacts, Training
 from lightdiff.extras.report.measure import Picture
+from lightdiff.extras.settings_rows import format_duration
 
 HERE = Path(__file__).parent
 MARK = "<!-- a report of lightdiff -->"

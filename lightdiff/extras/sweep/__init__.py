@@ -9,7 +9,7 @@ from typing import Any
 from lightdiff.checkpoint import atomic_link, atomic_write_text
 from lightdiff.data.latents import read_index
 from lightdiff.errors import UserError
-from lightdiff.extras.estimate import format_duration
+from lightdiff.extras.settings_rows import format_duration
 from lightdiff.extras.sweep.outcome import write_results
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
 from lightdiff.run_folder import Lock
