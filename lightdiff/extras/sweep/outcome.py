@@ -13,7 +13,7 @@ from lightdiff.checkpoint import Checkpoint, atomic_write_text
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.extras.evidence import held_out, load_images, loss_definition
 from lightdiff.extras.sweep.axes import Axis
-from lightdiff.extras.sweep.plan import Cell, Plan, Result, relevant_settings
+from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
@@ -64,9 +64,7 @@ def describe_cell(plan: Plan, cell: Cell) -> dict[str, Any]:
         "values": dict(zip((axis.name for axis in plan.axes), cell.texts, strict=True)),
         "folders": {kind: str(result.place) for kind, result in results.items()},
         "metrics": {kind: trained_network(r).metadata.metrics for kind, r in results.items() if kind in SHOWN},
-        "settings": {
-            stage: relevant_settings(s) for result in results.values() for stage, s in result.settings.items()
-        },
+        "settings": {stage: cache_key(s) for result in results.values() for stage, s in result.settings.items()},
     }
 
 

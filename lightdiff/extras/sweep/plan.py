@@ -35,16 +35,8 @@ from lightdiff.stages.encode import VAE_COPY
 from lightdiff.stages.generate import sampling_of
 
 Kind = Literal["vae", "latents", "unet", "samples"]
-MACHINE_ONLY = {
-    "run",
-    "device",
-    "workers",
-    "compile",
-    "vae",
-    "unet",
-    "latents",
-    "out",
-}  # results do not depend on these
+# Results do not depend on these.
+MACHINE_ONLY = {"run", "device", "workers", "compile", "vae", "unet", "latents", "out"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +62,11 @@ class Result:
 
     def describe(self) -> str:
         """What it depends on, as JSON; its folder is named by a digest of this."""
-        about = {stage: relevant_settings(settings) for stage, settings in self.settings.items()}
+        about = {stage: cache_key(settings) for stage, settings in self.settings.items()}
         return json.dumps({"from": self.source.token if self.source else "", **about}, indent=2) + "\n"
 
 
-def relevant_settings(settings: StageSettings) -> dict[str, Any]:
+def cache_key(settings: StageSettings) -> dict[str, Any]:
     """The settings that a result depends on, by flag, except those that the stage before determines."""
     rows = flat(settings.model_dump(mode="json", exclude={*settings.NOT_SAVED, "latent"}))
     return {name: value for name, value in sorted(rows.items()) if name.split(".")[-1] not in MACHINE_ONLY}
@@ -154,11 +146,8 @@ class Plan:
         base = self.base
         its_own = train_vae.resolve(base.vae_settings)
         last = base.run.vae.last
-        same = (
-            relevant_settings(settings) == relevant_settings(its_own)
-            and last.is_file()
-            and finished(Checkpoint(last), its_own.loop.steps)
-        )
+        done = last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
+        same = done and cache_key(settings) == cache_key(its_own)
         if "train-vae" not in self.touched or same:
             return Result("vae", base.vae.path, base.vae.metadata.digest)
         return self._own("vae", {"train-vae": settings}, None)
@@ -170,17 +159,14 @@ class Plan:
             token = f"{base.index.digest} {base.index.statistics}"
             mine = Result("latents", base.latents, token, source=vae)
             plain = build(EncodeSettings, [base.encode_layer(base.vae_settings.images.model_dump(mode="json"))])
-            if relevant_settings(encode) == relevant_settings(plain):
-                if (
-                    relevant_settings(scale) == relevant_settings(build(ScaleSettings, [base.scale_layer()]))
-                    and base.index.statistics
-                ):
+            if cache_key(encode) == cache_key(plain):
+                if cache_key(scale) == cache_key(build(ScaleSettings, [base.scale_layer()])) and base.index.statistics:
                     return mine
-                self._encoded.setdefault(vae.token + json.dumps(relevant_settings(encode)), mine)
+                self._encoded.setdefault(vae.token + json.dumps(cache_key(encode)), mine)
         elif not vae.new and not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
             return Result("latents", base.vae.path, base.vae.metadata.digest, source=vae)  # none are needed
         made = self._own("latents", {"encode": encode, "scale": scale}, vae)
-        first = self._encoded.setdefault(vae.token + json.dumps(relevant_settings(encode)), made)
+        first = self._encoded.setdefault(vae.token + json.dumps(cache_key(encode)), made)
         return made if first.place == made.place else replace(made, twin=first)
 
     def _unet_settings(
@@ -203,7 +189,7 @@ class Plan:
             its_own = train_unet.resolve(base.unet_settings)
             of_these = base.index is not None and base.unet.metadata.lineage.get("latents") == base.index.digest
             scaled = base.latents is not None and latents_settings(base.latents) == its_own.latent
-            if relevant_settings(settings) == relevant_settings(its_own) and of_these and scaled:
+            if cache_key(settings) == cache_key(its_own) and of_these and scaled:
                 if finished(base.unet, its_own.loop.steps):
                     return mine
         return self._own("unet", {"train-unet": settings}, latents)
