@@ -1,4 +1,4 @@
-"""--dry-run of the two trainings: its numbers against counts by hand and a real run."""
+"""--dry-run of the two trainings: its numbers against analytic counts and a real run."""
 
 import json
 import re
@@ -11,34 +11,35 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import scan
-from lightdiff.extras.estimate import of_whole_batch, words
+from lightdiff.extras.estimate import batch_seconds
+from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
 from lightdiff.training.loop import Trainer
 
 
-def test_a_vae_is_estimated_and_nothing_is_made(cli, faces, tmp_path):
+def test_a_vae_is_estimated_and_nothing_is_written(cli, faces, tmp_path):
     result = cli("train-vae", "--run", tmp_path / "run", "--data", faces, *VAE_FLAGS, "--dry-run")
     assert result.code == 0, result.stderr
     json.loads(result.stdout)  # what is printed there is still settings alone
     assert not (tmp_path / "run").exists()
     settings = VAESettings(encoder_width=16, decoder_width=16)
-    assert "3 x 16 x 16 an image -> latents of 4 x 8 x 8" in result.err
+    assert "an image of 3 x 16 x 16 -> latents of 4 x 8 x 8" in result.err
     model = VAE(settings.model_validate(json.loads(result.stdout)["model"]).resolved(16))
     parameters = sum(p.numel() for p in model.parameters())
     assert f"{parameters / 1e6:.2f} M parameters" in result.err
     flops = 2 * sum(work for _, work in convolutions(model, torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 8, 8)))
-    found = re.search(r"an image: ([\d.]+) GFLOP", result.err)
+    found = re.search(r"per image: ([\d.]+) GFLOP", result.err)
     assert found is not None
     assert float(found[1]) == pytest.approx(flops / 1e9, rel=0.02)
-    assert "3 steps of 6 take" in result.err
+    assert "3 steps of 6 images take" in result.err
 
 
-def test_memory_for_the_way_back_is_what_the_graph_holds(cli, faces, tmp_path):
+def test_activation_memory_is_what_the_graph_holds(cli, faces, tmp_path):
     flags = ["--data", faces, *VAE_FLAGS, "--resolution", 64, "--dry-run"]
     result = cli("train-vae", "--run", tmp_path / "run", *flags)
     model = VAE(VAESettings.model_validate(json.loads(result.stdout)["model"]).resolved(64))
-    found = re.search(r"([\d.]+) MB for the way back", result.err)
+    found = re.search(r"([\d.]+) MB of activations", result.err)
     assert found is not None
     kept = kept_bytes(model, torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 16, 16))
     assert float(found[1]) == pytest.approx(kept / 1e6, rel=0.02)
@@ -83,15 +84,15 @@ def test_a_unet_is_estimated(run, cli):
     result = cli("train-unet", "--run", run, *UNET_FLAGS, "--steps", 500, "--dry-run")
     assert result.code == 0, result.stderr
     parameters = sum(t.numel() for t in before.tensors("model.").values())
-    assert f"unet: {parameters / 1e6:.2f} M parameters; 4 x 8 x 8 an image" in result.err
-    assert "500 steps of 6 take" in result.err
+    assert f"unet: {parameters / 1e6:.2f} M parameters; an image of 4 x 8 x 8" in result.err
+    assert "500 steps of 6 images take" in result.err
     assert Checkpoint(run / "unet/checkpoints/last.safetensors").settings(TrainUNetSettings).loop.steps == 3
 
 
 @pytest.mark.parametrize("whole", [4, 6, 32, 500])
 def test_a_step_takes_time_of_its_own_and_for_each_image(whole):
     timed = lambda size: 0.5 + 0.02 * size  # noqa: E731
-    assert of_whole_batch(4, whole, timed, timed(4)) == pytest.approx(timed(whole))
+    assert batch_seconds(4, whole, timed, timed(4)) == pytest.approx(timed(whole))
 
 
 def test_a_large_batch_is_not_timed_as_a_whole():
@@ -101,7 +102,7 @@ def test_a_large_batch_is_not_timed_as_a_whole():
         asked.append(size)
         return 1.0 * size
 
-    assert of_whole_batch(4, 64, timed, 4.0) == pytest.approx(64)
+    assert batch_seconds(4, 64, timed, 4.0) == pytest.approx(64)
     assert asked == [8]
 
 
@@ -111,11 +112,11 @@ def test_epochs_are_estimated_where_the_images_are_known(cli, faces, run, tmp_pa
     flags.remove("3")
     result = cli("train-vae", "--run", tmp_path / "new", "--data", faces, *flags)
     trained_on = sum(file.split == "train" for file in scan([faces], 0.2))
-    assert f"{round(3 * trained_on / 6)} steps of 6 take" in result.err, result.err
+    assert f"{round(3 * trained_on / 6)} steps of 6 images take" in result.err, result.err
     assert "how long an epoch takes" in cli("train-vae", "--run", tmp_path / "new", *flags).err
     flags = [*UNET_FLAGS[:2], *UNET_FLAGS[4:], "--epochs", 3, "--dry-run", "--restart"]
     result = cli("train-unet", "--run", run, *flags)
-    assert f"{round(3 * trained_on / 6)} steps of 6 take" in result.err, result.err
+    assert f"{round(3 * trained_on / 6)} steps of 6 images take" in result.err, result.err
 
 
 @pytest.mark.parametrize(("steps", "words"), [(30, "90 seconds"), (100, "5 minutes"), (6000, "5 hours")])
@@ -133,17 +134,17 @@ def test_a_training_takes_as_long_as_its_steps(run, cli, faces, monkeypatch, com
     result = cli(command, "--run", run, *flags, "--steps", steps, "--dry-run")
     assert result.code == 0, result.stderr
     assert "2 images/s" in result.err
-    assert f"{steps} steps of 6 take {words}" in result.err
+    assert f"{steps} steps of 6 images take {words}" in result.err
 
 
-def test_lpips_that_is_not_at_hand_is_left_out_and_told(cli, faces, tmp_path):
+def test_lpips_without_weights_is_left_out_with_a_note(cli, faces, tmp_path):
     flags = [*VAE_FLAGS, "--lpips-gamma", "0.1", "--lpips-net", "squeeze", "--dry-run"]
     result = cli("train-vae", "--run", tmp_path / "run", "--data", faces, *flags, TORCH_HOME=str(tmp_path))
-    assert (result.code, "LPIPS is left out of this" in result.err) == (0, True), result.stderr
+    assert (result.code, "LPIPS is left out of the estimate" in result.err) == (0, True), result.stderr
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "3 seconds"), (300, "5 minutes"), (9000, "2 hours"), (400_000, "4.6 days")]
 )
-def test_durations_in_words(seconds, text):
-    assert words(seconds) == text
+def test_durations_with_units(seconds, text):
+    assert format_duration(seconds) == text

@@ -18,14 +18,15 @@ from PIL import Image
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import ImageFile
 from lightdiff.extras import distances, evaluate
-from lightdiff.extras.evidence import evaluated
+from lightdiff.extras.evidence import read_evaluation
 from lightdiff.extras.features import Features
+from lightdiff.extras.latent_facts import channel_active_share, channel_kl
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.models.lpips import cached_weights
-from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import ImageSettings, VAELossSettings
+from lightdiff.stages.scale import LatentMoments
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("skimage")
@@ -57,8 +58,8 @@ def test_numbers_of_other_features_are_not_called_fid():
     names = {*distances.frechet(OTHER, a, b, FID), *distances.kernel(OTHER, a, b)}
     assert names == {f"{m} (mine){e}" for m in ("Frechet distance", "kernel distance") for e in ("", " +-")}
     assert {"KID", "KID +-"} == set(distances.kernel(PUBLISHED, a, b))
-    assert OTHER.naming({"recall": 0.5}) == {"recall (mine)": 0.5}
-    assert PUBLISHED.naming({"recall": 0.5}) == {"recall": 0.5}
+    assert OTHER.name_measures({"recall": 0.5}) == {"recall (mine)": 0.5}
+    assert PUBLISHED.name_measures({"recall": 0.5}) == {"recall": 0.5}
 
 
 def test_the_kernel_distance_is_unbiased():
@@ -68,7 +69,7 @@ def test_the_kernel_distance_is_unbiased():
     assert apart["KID"] > 10 * apart["KID +-"]
 
 
-def test_precision_and_recall_tell_quality_from_variety():
+def test_precision_and_recall_separate_quality_from_variety():
     real = torch.cat([normal(300, 2, seed=1) - 20, normal(300, 2, seed=2) + 20])
     half = normal(300, 2, seed=3) - 20  # good, but of one kind only
     found = distances.precision_recall(half, real)
@@ -79,7 +80,7 @@ def test_precision_and_recall_tell_quality_from_variety():
     assert found["precision"] == pytest.approx(0.5, abs=0.06)
 
 
-def test_copies_are_told_from_new_images():
+def test_copies_are_distinguished_from_new_images():
     train, held_out, fresh = normal(2000, 3, seed=1), normal(1000, 3, seed=2), normal(1000, 3, seed=3)
     distance = distances.nearest_of(held_out, train)[0][:, 0]
     name = "share of samples nearer than 99% of those"
@@ -92,17 +93,16 @@ def test_copies_are_told_from_new_images():
 
 
 def test_active_units_are_those_whose_mean_varies():
-    units = evaluate.Units(channels=2, side=4)
+    moments = LatentMoments(2, 4, 4)
     mu = torch.zeros(50, 2, 4, 4)
     mu[:, 0] = normal(50, 4, 4, dtype=torch.float32)
     mu[:, 1, :2] = normal(50, 2, 4, dtype=torch.float32)
     mu[:, 1, 2:] = 0.05 * normal(50, 2, 4, dtype=torch.float32) + 3  # variance 0.0025, below 0.01
     logvar = torch.zeros(50, 2, 4, 4)
     for part in range(0, 50, 7):
-        units.add(Posterior(mu[part : part + 7], logvar[part : part + 7]))
-    kl, active = units.over(Processes())
-    assert active == [1.0, 0.5]
-    assert kl == pytest.approx((mu.square() / 2).mean((0, 2, 3)).tolist(), rel=1e-6)  # sigma is 1
+        moments.add(mu[part : part + 7, None], logvar[part : part + 7, None])
+    assert channel_active_share(moments) == [1.0, 0.5]
+    assert channel_kl(moments) == pytest.approx((mu.square() / 2).mean((0, 2, 3)).tolist(), rel=1e-6)  # sigma is 1
 
 
 @pytest.mark.parametrize("counts", [(3, 50), (50, 1)])
@@ -114,12 +114,12 @@ def test_too_few_images_are_no_set(counts):
 
 def test_results_of_another_network_are_not_kept(tmp_path):
     path = tmp_path / "metrics.json"
-    evaluate.store(path, "unet", {"network": "a", "FID": 3.0})
-    evaluate.store(path, "unet", {"network": "a", "Frechet distance (mine)": 1.0})
+    evaluate.store_results(path, "unet", {"network": "a", "FID": 3.0})
+    evaluate.store_results(path, "unet", {"network": "a", "Frechet distance (mine)": 1.0})
     assert json.loads(path.read_text())["unet"] == {"network": "a", "FID": 3.0, "Frechet distance (mine)": 1.0}
-    evaluate.store(path, "unet", {"network": "a", "samples": 9, "KID": 1.0})  # of other samples
+    evaluate.store_results(path, "unet", {"network": "a", "samples": 9, "KID": 1.0})  # of other samples
     assert json.loads(path.read_text())["unet"] == {"network": "a", "samples": 9, "KID": 1.0}
-    evaluate.store(path, "unet", {"network": "b", "Frechet distance (mine)": 2.0})
+    evaluate.store_results(path, "unet", {"network": "b", "Frechet distance (mine)": 2.0})
     assert json.loads(path.read_text())["unet"] == {"network": "b", "Frechet distance (mine)": 2.0}
 
 
@@ -134,7 +134,7 @@ def test_kept_features_are_of_these_images_and_this_network_alone(tmp_path):
         network = Features("mine", digest, torch.nn.Identity(), CPU)
         images = ImageSettings(data=(tmp_path,), resolution=resolution)
         listed = [ImageFile(0, path, "train", {}) for path in files]
-        return evaluate.cached(tmp_path, network, listed, images, Processes(), measure)
+        return evaluate.cached_features(tmp_path, network, listed, images, Processes(), measure)
 
     first = features("one")
     again = features("one")
@@ -153,7 +153,7 @@ def test_lpips_is_measured_where_its_weights_are(tmp_path, monkeypatch, capsys):
     untrained = VAELossSettings(lpips_gamma=0.0, lpips_net="alex")
     chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Processes())
     assert chosen.lpips_gamma == 0
-    assert "no LPIPS, as the weights of alex are not at hand" in " ".join(capsys.readouterr().err.split())
+    assert "no LPIPS, as there are no weights of alex" in " ".join(capsys.readouterr().err.split())
     named = EvaluateSettings(lpips_net="squeeze", lpips_weights=tmp_path / "w")
     chosen = evaluate.lpips_settings(untrained, named, Processes())
     assert (chosen.lpips_gamma, chosen.lpips_net, chosen.lpips_weights) == (1, "squeeze", tmp_path / "w")
@@ -192,7 +192,7 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     assert first.stdout.strip() == str(run / "evaluation/metrics.json")
     found = json.loads((run / "evaluation/metrics.json").read_text())
     assert {"PSNR (dB)", "SSIM", "reconstructions' Frechet distance (made-up)"} <= set(found["vae"])
-    assert len(found["vae"]["KL a channel (nats an element)"]) == 4
+    assert len(found["vae"]["KL per channel (nats per element)"]) == 4
     assert {f"{name} (made-up)" for name in ("Frechet distance", "precision", "recall")} <= set(found["unet"])
     assert not {"FID", "precision", "recall"} & set(found["unet"])
     assert found["vae"]["which are"] == "held out"
@@ -202,10 +202,10 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     again = succeed("evaluate", "--run", run, *flags, "--precision", "fp32")
     assert "training images" not in again.err.split("Samples of the U-Net")[0]  # their features were kept
     assert json.loads((run / "evaluation/metrics.json").read_text()) == found
-    kept = evaluated(RunFolder(run))
+    kept = read_evaluation(RunFolder(run))
     assert kept == found
     succeed("train-unet", "--run", run, *UNET_FLAGS, "--steps", 8)  # it is another network now
-    assert set(evaluated(RunFolder(run))) == {"vae"}
+    assert set(read_evaluation(RunFolder(run))) == {"vae"}
 
 
 def test_another_precision_and_other_images_are_measured_anew(run, weights, tmp_path):
@@ -230,21 +230,21 @@ def test_another_precision_and_other_images_are_measured_anew(run, weights, tmp_
     assert len(set((run / "evaluation").glob("features-*")) - kept) >= 2
 
 
-def test_a_run_without_a_unet_has_its_vae_measured(trained, weights, tmp_path, cli):
+def test_without_a_unet_only_the_vae_is_measured(trained, weights, tmp_path, cli):
     shutil.copytree(trained / "vae", tmp_path / "run/vae")
     flags = ["--features", weights, "--workers", 0, "--device", "cpu"]
     said = succeed("evaluate", "--run", tmp_path / "run", *flags)
-    assert "the VAE alone is measured" in said.err
+    assert "only the VAE is measured" in said.err
     assert set(json.loads((tmp_path / "run/evaluation/metrics.json").read_text())) == {"vae"}
     result = cli("evaluate", "--run", tmp_path / "run", *flags, "--of", "unet")
     assert (result.code, "train-unet" in result.err) == (2, True)
 
 
-def test_copies_are_looked_for_among_all_images_or_it_is_told(run, weights):
+def test_copies_are_sought_among_all_images_or_a_note_is_printed(run, weights):
     flags = ["--features", weights, "--num-images", 4, "--workers", 0, "--device", "cpu", "--of", "unet"]
     said = succeed("evaluate", "--run", run, *flags, "--num-reference", 4)
-    assert "note: 4 of " in said.err
-    assert "--num-reference 0 takes all" in " ".join(said.err.split())
+    assert "note: the samples are compared with 4 of " in " ".join(said.err.split())
+    assert "--num-reference 0 uses all" in " ".join(said.err.split())
     assert "--num-reference" not in succeed("evaluate", "--run", run, *flags, "--num-reference", 0).err
 
 
@@ -257,7 +257,7 @@ def test_other_weights_are_not_taken_for_the_published_ones(trained, weights, tm
     assert (result.code, "--features stands in place of --weights" in " ".join(result.err.split())) == (2, True)
 
 
-def test_what_generate_makes_beside_its_samples_is_none(run):
+def test_grids_that_generate_writes_are_no_samples(run):
     flags = ["--run", run, "--num-steps", 2, "--device", "cpu", "--name", "new"]
     succeed("trajectory", *flags, "--num-images", 5, "--out", run / "drawn")
     assert {p.suffix for p in (run / "drawn").iterdir()} == {".png", ".webp", ".json"}
@@ -307,7 +307,7 @@ def test_a_file_of_other_weights_is_refused(trained, cli, tmp_path, content, mes
     assert (result.code, message in result.err) == (2, True)
 
 
-def test_samples_that_are_not_there_are_told(trained, cli, weights, tmp_path):
+def test_missing_samples_are_reported(trained, cli, weights, tmp_path):
     flags = ["--of", "unet", "--features", weights, "--device", "cpu", "--samples", tmp_path / "no"]
     result = cli("evaluate", "--run", trained, *flags)
     assert (result.code, "--samples: there is no folder" in result.err) == (2, True)

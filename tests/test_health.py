@@ -1,4 +1,4 @@
-"""Health in plain words: runs broken on purpose are named, a healthy one is not; each rule at both of its sides."""
+"""Health: runs broken on purpose get a finding, a healthy one does not; each rule is tried on both sides."""
 
 import json
 import math
@@ -31,7 +31,7 @@ VAE = (
     "--preset tiny --resolution 16 --workers 0 --lpips-gamma 0 --no-flip --random-crop 1 --val-share 0.1 --lr 4e-3"
 ).split()
 SMALL = "--model.encoder-channels 16,16,32 --model.decoder-channels 32,16,16 --val-share 0.3".split()  # 4 x 4 latents
-SHORT = {"low-psnr"}  # what any training of a few steps is told
+SHORT = {"low-psnr"}  # what any training of a few steps gets
 
 
 def train_vae(run: Path, data: Path, *more: object) -> None:
@@ -132,7 +132,7 @@ def test_a_scaling_factor_set_by_hand_that_is_wrong(copied: Path, factor: float)
     assert loss_settings(copied) == (8, "flow", 2)
 
 
-def test_latents_of_an_earlier_vae_are_told(copied: Path) -> None:
+def test_latents_of_an_earlier_vae_are_reported(copied: Path) -> None:
     succeed("train-vae", "--run", copied, "--steps", 322)
     (finding,) = [f for f in examine(copied) if f.code == "earlier-vae"]
     again, scaled, anew = commands(finding.advice)
@@ -156,23 +156,25 @@ def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> Non
     assert codes(copied) == []
 
 
-def test_advice_is_typed_as_it_stands_whatever_the_run_is_called(tmp_path: Path) -> None:
+def test_advice_can_be_typed_as_it_is_whatever_the_run_is_called(tmp_path: Path) -> None:
     run = tmp_path / r"my run\next"
     saved = run / "vae" / "settings.json"
     saved.parent.mkdir(parents=True)
     saved.write_text("{}")
-    (words,) = commands(health.as_typed("lightdiff train-vae --restart --kl-beta 0.003, then encode", run))
+    (words,) = commands(health.complete_commands("lightdiff train-vae --restart --kl-beta 0.003, then encode", run))
     assert words == ["train-vae", "--run", str(run), "--restart", "--settings", str(saved), "--kl-beta", "0.003"]
     best = str(run / "unet" / "checkpoints" / "best.safetensors")
-    advice = health.as_typed("lightdiff generate --unet RUN/unet/checkpoints/best.safetensors, or more images", run)
+    advice = health.complete_commands(
+        "lightdiff generate --unet RUN/unet/checkpoints/best.safetensors, or more images", run
+    )
     assert commands(advice) == [["generate", "--run", str(run), "--unet", best]]
-    assert commands(health.as_typed("lightdiff evaluate measures it; fewer steps", run)) == [
+    assert commands(health.complete_commands("lightdiff evaluate measures it; fewer steps", run)) == [
         ["evaluate", "--run", str(run)]
     ]
 
 
 @pytest.mark.slow
-def test_twenty_images_for_long_are_over_fitted(tmp_path: Path) -> None:
+def test_many_epochs_on_twenty_images_overfit(tmp_path: Path) -> None:
     draw_dataset(tmp_path / "twenty", count=20, seed=1, size=16)
     run = tmp_path / "run"
     train_vae(run, tmp_path / "twenty", "--steps", 100, *SMALL, "--kl-beta", 1e-4)
@@ -181,15 +183,15 @@ def test_twenty_images_for_long_are_over_fitted(tmp_path: Path) -> None:
     network = "--model.channels 64,64 --model.blocks 1 --model.attend-levels none --density uniform".split()
     succeed("train-unet", "--run", run, *HERE, *loop, *network)
     findings = examine(run)
-    assert {finding.code for finding in findings} - SHORT - {"copies-likely"} == {"over-fitting"}
+    assert {finding.code for finding in findings} - SHORT - {"copies-likely"} == {"overfitting"}
     images = LatentSet(run / "latents").train
     assert (
         f"after {280 * 16 / len(images):.0f} passes over {len(images)} images"
-        in named(findings, "over-fitting").measured
+        in named(findings, "overfitting").measured
     )
 
 
-def test_what_is_damaged_is_left_out_and_the_rest_is_looked_at(copied: Path) -> None:
+def test_what_is_damaged_is_left_out_and_the_rest_is_examined(copied: Path) -> None:
     succeed("scale", "--run", copied, "--scaling-factor", 10)
     for damaged in ("vae/checkpoints/best.safetensors", "vae/checkpoints/last.safetensors"):
         (copied / damaged).write_bytes((copied / damaged).read_bytes()[:300])
@@ -243,6 +245,8 @@ def test_facts_are_those_of_the_closed_forms(copied: Path) -> None:
         assert found.posterior_std == pytest.approx(statistics.channel_sigma[c], rel=1e-6)
         assert (found.scaled_mean, found.scaled_std) == pytest.approx((0, 1), abs=1e-5)
         assert found.kl == pytest.approx(kl[:, c].mean().item(), rel=1e-5)
+        spread = mu[:, c].var(0, correction=0).mean() / logvar[:, c].exp().mean()
+        assert found.bits == pytest.approx(0.5 * torch.log2(1 + spread).item(), rel=1e-5)
         assert found.active_share == ((mu[:, c].var(0, correction=0) > 0.01).double().mean().item())
         exact = torch.distributions.Normal(
             (mu[:, c] - statistics.shift[c]) * statistics.scale[c], (logvar[:, c] / 2).exp() * statistics.scale[c]
@@ -268,7 +272,7 @@ def test_facts_are_of_mu_where_the_unet_learns_mu(copied: Path) -> None:
 
 def test_facts_of_fewer_images_and_of_many_shards(copied: Path) -> None:
     whole = latent_facts(copied / "latents")
-    few = latent_facts(copied / "latents", most=10)
+    few = latent_facts(copied / "latents", max_images=10)
     assert few.images == 10
     assert few.channels[0].mean != whole.channels[0].mean
     succeed("encode", "--run", copied, "--restart", "--shard-size", 16, "--workers", 0, "--device", "cpu")
@@ -288,11 +292,11 @@ def channel(**changes: object) -> ChannelFacts:
     edges = torch.tensor(EDGES, dtype=torch.float64)
     density = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff() / 0.2
     plain = {"mean": 0.0, "std": 1.0, "scaled_mean": 0.0, "scaled_std": 1.0, "kl": 1.4, "posterior_std": 0.25}
-    plain |= {"active_share": 1.0, "histogram": density.tolist()}
+    plain |= {"bits": 2.0, "active_share": 1.0, "histogram": density.tolist()}
     return ChannelFacts.model_validate(plain | changes)
 
 
-DEAD = {"active_share": 0.0, "posterior_std": 0.99, "kl": 0.001}
+DEAD = {"active_share": 0.0, "posterior_std": 0.99, "kl": 0.001, "bits": 0.005}
 
 
 @pytest.mark.parametrize(
@@ -316,15 +320,15 @@ DEAD = {"active_share": 0.0, "posterior_std": 0.99, "kl": 0.001}
 def test_rules_of_the_vae(beta: float, metrics: Row, channels: list[ChannelFacts], wanted: list[str]) -> None:
     settings = TrainVAESettings.model_validate({"loss": {"kl_beta": beta}})
     facts = LatentFacts(images=100, channels=channels) if channels else None
-    assert [finding.code for finding in health.of_vae(settings, metrics, facts)] == wanted
+    assert [finding.code for finding in health.check_vae(settings, metrics, facts)] == wanted
 
 
 def test_a_frozen_encoder_needs_no_kl() -> None:
     settings = TrainVAESettings.model_validate({"freeze_encoder": True, "loss": {"kl_beta": 0}})
-    assert health.of_vae(settings, {"psnr": 30.0}, LatentFacts(images=9, channels=[channel()])) == []
+    assert not list(health.check_vae(settings, {"psnr": 30.0}, LatentFacts(images=9, channels=[channel()])))
 
 
-def test_without_validation_the_training_speaks() -> None:
+def test_without_validation_training_metrics_count() -> None:
     rows = [{"step": 20.0, "mse": 0.4, "kl": 1.0}, {"step": 40.0, "mse": 0.04, "kl": 2.0}]
     found = metrics_of(Metadata(stage="vae"), rows)
     assert (found["kl"], found["psnr"]) == (2.0, pytest.approx(20.0))
@@ -355,7 +359,7 @@ def heavy(share: float) -> ChannelFacts:
 )
 def test_rules_of_the_latents(channels: list[ChannelFacts], wanted: list[str]) -> None:
     facts = LatentFacts(images=100, channels=channels)
-    assert [finding.code for finding in health.of_latents(facts, regular=True)] == wanted
+    assert [finding.code for finding in health.check_latents(facts, regular=True)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -377,13 +381,13 @@ def test_rules_of_the_latents(channels: list[ChannelFacts], wanted: list[str]) -
 def test_rules_of_the_schedule(objective: str, noise: dict[str, object], wanted: list[str]) -> None:
     settings = TrainUNetSettings.model_validate({"target": {"objective": objective}, "noise": noise})
     found = [
-        f"{f.code} {f.advice.removeprefix('lightdiff train-unet --restart ')}" for f in health.of_schedule(settings)
+        f"{f.code} {f.advice.removeprefix('lightdiff train-unet --restart ')}" for f in health.check_schedule(settings)
     ]
     assert found == wanted
 
 
 @pytest.mark.parametrize(("decay", "steps"), [(0.999, 300), (0.9, 300), (0.5, 300), (0.9999, 40)])
-def test_the_age_of_averaged_weights_is_that_of_the_loop(decay: float, steps: int) -> None:
+def test_the_age_of_ema_weights_is_that_of_the_loop(decay: float, steps: int) -> None:
     ema, age = EMA(nn.Linear(1, 1), decay), 0.0
     for step in range(1, steps + 1):
         age = ema.rate(step) * (age + 1)  # a step older, but for the share that is new
@@ -406,8 +410,8 @@ def curve(*points: tuple[int, float], **more: float) -> list[Row]:
         (0.999, [], False),
     ],
 )
-def test_averages_lag_while_the_loss_falls_fast(decay: float, rows: list[Row], lags: bool) -> None:
-    found = health.of_average(LoopSettings(ema_decay=decay), rows)
+def test_ema_weights_lag_while_the_loss_falls_fast(decay: float, rows: list[Row], lags: bool) -> None:
+    found = health.check_ema(LoopSettings(ema_decay=decay), rows)
     assert [finding.code for finding in found] == ["ema-lags"] * lags
 
 
@@ -421,18 +425,18 @@ def trained(losses: list[float], band: list[float]) -> list[Row]:
 @pytest.mark.parametrize(
     ("losses", "band", "wanted"),
     [
-        ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 0.95, 1.05], ["over-fitting"]),
-        ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 1.2, 1.4], ["over-fitting", "copies-likely"]),
+        ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 0.95, 1.05], ["overfitting"]),
+        ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 1.2, 1.4], ["overfitting", "copies-likely"]),
         ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 0.95, 0.98], []),  # within a tenth of its best
         ([1.0, 0.8, 0.9, 1.1], [1.0, 0.9, 0.95, 1.05], []),  # training does worse, too
         ([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 0.8, 0.7], []),
     ],
 )
-def test_over_fitting_is_a_band_that_rises_while_training_falls(
+def test_overfitting_is_a_band_that_rises_while_training_falls(
     losses: list[float], band: list[float], wanted: list[str]
 ) -> None:
     rows = trained(losses, band)
-    found = health.of_generalisation(rows, 20) + health.of_samples({}, rows, 20)
+    found = [*health.check_overfitting(rows, 20), *health.check_samples({}, rows, 20)]
     assert [finding.code for finding in found] == wanted
     if found:
         assert "band 2 (+" in found[0].measured
@@ -440,12 +444,12 @@ def test_over_fitting_is_a_band_that_rises_while_training_falls(
         assert "--steps 200 " in found[0].advice
 
 
-@pytest.mark.parametrize(("images", "wanted"), [(20, ["unwatched"]), (2000, []), (0, [])])
-def test_few_images_and_none_held_out(images: int, wanted: list[str]) -> None:
+@pytest.mark.parametrize(("images", "wanted"), [(20, ["not-validated"]), (2000, []), (0, [])])
+def test_few_images_and_no_validation(images: int, wanted: list[str]) -> None:
     rows = [{"step": 20_000, "images_seen": 320_000, "loss": 0.1}]
-    assert [finding.code for finding in health.of_generalisation(rows, images)] == wanted
-    with_callback = [row | {"val_loss_band_1": 0.2} for row in rows]
-    assert health.of_generalisation(with_callback, images) == []
+    assert [finding.code for finding in health.check_overfitting(rows, images)] == wanted
+    validated = [row | {"val_loss_band_1": 0.2} for row in rows]
+    assert list(health.check_overfitting(validated, images)) == []
 
 
 def test_copies_as_evaluate_measures_them() -> None:
@@ -456,13 +460,13 @@ def test_copies_as_evaluate_measures_them() -> None:
         samples = torch.full((500,), 1.5)
         samples[: int(500 * near)] = 0.5
         found = {"samples": 500, **copies(samples, held_out)}
-        findings = health.of_samples(found, [], 1000)
+        findings = list(health.check_samples(found, [], 1000))
         assert [finding.code for finding in findings] == wanted
         assert not findings or findings[0].measured.startswith("20% of 500 samples")
     few = {"samples": 8, **copies(torch.tensor([0.5] + [1.5] * 7), held_out)}
-    assert health.of_samples(few, [], 1000) == []  # one of eight says nothing
+    assert list(health.check_samples(few, [], 1000)) == []  # one of eight says nothing
     steep = trained([1.0, 0.8, 0.6, 0.4], [1.0, 0.9, 1.2, 1.4])
-    assert health.of_samples(few, steep, 1000) == []  # what is measured counts, not what is likely
+    assert list(health.check_samples(few, steep, 1000)) == []  # what is measured counts, not what is likely
 
 
 @pytest.fixture
@@ -472,24 +476,24 @@ def pictures(tmp_path: Path) -> ImageSettings:
 
 
 def test_duplicates_are_counted(pictures: ImageSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert health.duplicates(pictures) == []
+    assert list(health.check_duplicates(pictures)) == []
     folder = pictures.data[0]
     files = scan([folder], pictures.val_share)
     train, val = (next(f for f in files if f.split == split) for split in ("train", "val"))
     shutil.copy(folder / train.path, folder / val.path)
-    (finding,) = health.duplicates(pictures)
+    (finding,) = health.check_duplicates(pictures)
     held_out = sum(f.split == "val" for f in files)
     assert (finding.code, finding.stage) == ("duplicates", "data")
     assert finding.measured.startswith("1 of 30 files repeat another one")
-    assert f"1 of {held_out} images held out are among those trained on" in finding.measured
-    monkeypatch.setattr(health, "MOST_FILES", 29)
-    assert health.duplicates(pictures) == []
+    assert f"1 of {held_out} held-out images are also among the training images" in finding.measured
+    monkeypatch.setattr(health, "MAX_FILES", 29)
+    assert list(health.check_duplicates(pictures)) == []
 
 
-def test_no_word_on_data_that_is_not_there(tmp_path: Path) -> None:
-    assert health.duplicates(ImageSettings(data=(tmp_path / "gone",))) == []
+def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:
+    assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "gone",)))) == []
     (tmp_path / "empty").mkdir()
-    assert health.duplicates(ImageSettings(data=(tmp_path / "empty",))) == []
+    assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "empty",)))) == []
 
 
 def test_the_page_lists_every_finding() -> None:

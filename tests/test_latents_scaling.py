@@ -1,11 +1,15 @@
-"""z <-> x0, the latents of the VAE and those of diffusion."""
+"""z <-> x0, the latents of the VAE and those of diffusion; the statistics that `scale` computes."""
+
+import math
 
 import pytest
 import torch
 from oracles import normal
 
 from lightdiff.data.latents import Scaling
-from lightdiff.settings import LatentsSettings
+from lightdiff.extras.latent_facts import sum_positions
+from lightdiff.settings import LatentsSettings, ScaleSettings
+from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
 
 GLOBAL = LatentsSettings(channels=3, shift=(0.25,), scale=(1.7,))
 CHANNEL = LatentsSettings(channels=3, shift=(0.5, -2.0, 0.0), scale=(2.0, 0.1, 30.0))
@@ -62,3 +66,47 @@ def test_mean_and_deviation_make_unit_variance() -> None:
 def test_the_type_is_kept(dtype: torch.dtype) -> None:
     z = normal(1, 3, 2, 2, dtype=dtype)
     assert Scaling.of(CHANNEL).to_x0(z).dtype == Scaling.of(CHANNEL).to_z(z).dtype == dtype
+
+
+@pytest.mark.parametrize("only_mu", [True, False])
+def test_statistics_are_those_of_all_latents_whatever_the_batches(only_mu: bool) -> None:
+    mu, logvar = 3 * normal(50, 2, 3, 4, 5, seed=1) + 1, normal(50, 2, 3, 4, 5, seed=2) - 2
+    moments = LatentMoments(3)
+    for rows in (slice(0, 7), slice(7, 7), slice(7, 50)):
+        moments.add(mu[rows], logvar[rows])
+    found = statistics(moments, ScaleSettings(only_mu=only_mu))
+    posterior = 0 if only_mu else logvar.exp().mean((0, 1, 3, 4))
+    variance = mu.transpose(0, 2).flatten(1).var(1, correction=0) + posterior
+    assert found.count == 50 * 2 * 4 * 5
+    # rel: latents are added up in float64, but squared and exponentiated in float32
+    assert found.channel_mean == pytest.approx(mu.mean((0, 1, 3, 4)).tolist(), rel=1e-6)
+    assert found.channel_std == pytest.approx(variance.sqrt().tolist(), rel=1e-6)
+    assert found.channel_sigma == pytest.approx(logvar.exp().mean((0, 1, 3, 4)).sqrt().tolist(), rel=1e-6)
+    assert found.scale == pytest.approx((1 / variance.sqrt()).tolist(), rel=1e-6)
+
+
+def test_moments_of_units_sum_to_those_of_channels() -> None:
+    mu, logvar = normal(20, 2, 3, 4, 5, seed=1), normal(20, 2, 3, 4, 5, seed=2)
+    channels, units = LatentMoments(3), LatentMoments(3, 4, 5)
+    channels.add(mu, logvar)
+    units.add(mu, logvar)
+    assert units.count == 40
+    torch.testing.assert_close(units.mu, mu.sum((0, 1)), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sum_positions(units).sums, channels.sums)
+    assert sum_positions(units).count == channels.count
+
+
+def test_a_channel_that_is_noise_or_diverged_gets_a_warning() -> None:
+    mu, logvar = normal(200, 1, 4, 8, 8, seed=1), torch.full((200, 1, 4, 8, 8), -2.0)
+    mu[:, :, 1] *= 0.01
+    mu[:, :, 2] *= 100
+    mu[0, 0, 3, 0, 0] = math.nan
+    moments = LatentMoments(4)
+    moments.add(mu, logvar)
+    found = statistics(moments, ScaleSettings(only_mu=True))
+    assert channel_bits(found)[0] == pytest.approx(0.5 * math.log2(1 + math.exp(2)), rel=0.02)  # var(mu) is about 1
+    assert channel_bits(statistics(moments, ScaleSettings(only_mu=False)))[0] == pytest.approx(channel_bits(found)[0])
+    warnings = channel_warnings(found)
+    assert [w[:9] for w in warnings] == ["channel 1", "channel 2", "channel 3"]
+    for warning, part in zip(warnings, ("carries nothing", "has a std of", "is not finite"), strict=True):
+        assert part in warning

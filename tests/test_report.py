@@ -1,4 +1,4 @@
-"""The report page: what it holds, what it says where something is missing, and how it behaves in a browser."""
+"""The report page: what it holds, what it shows where something is missing, and how it behaves in a browser."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from conftest import UNET_FLAGS, call, succeed
 from lightdiff.checkpoint import Metadata
 from lightdiff.data.latents import read_index
 from lightdiff.extras import report
-from lightdiff.extras.report.collect import Curve, RunFacts, Training, curves_of, grids, thinned
-from lightdiff.extras.report.measure import encoded
+from lightdiff.extras.report.collect import Curve, RunFacts, Training, read_curves, read_grids, thin_out
+from lightdiff.extras.report.measure import encode_picture
 from lightdiff.extras.report.page import HERE, differences, metrics_table
 from lightdiff.extras.settings_rows import Row
 from lightdiff.pictures import save_grid
@@ -27,7 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Page(HTMLParser):
-    """The elements of a page, and what it says."""
+    """The elements of a page, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def comparison(two_runs, tmp_path_factory):
     return Page(out)
 
 
-def test_without_the_extra_it_says_so_before_it_looks(tmp_path, monkeypatch):
+def test_without_the_extra_it_fails_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "NEEDED", ("plotly", "no_such_package"))
     result = call("report", tmp_path)
     assert (result.code, result.err.partition(" (")[0]) == (
@@ -94,13 +94,13 @@ def test_without_the_extra_it_says_so_before_it_looks(tmp_path, monkeypatch):
 
 def test_curves_come_from_whole_lines(tmp_path):
     folder = StageFolder(tmp_path)
-    assert curves_of(folder) == {}
+    assert read_curves(folder) == {}
     folder.metrics.write_text('{"step": 1, "loss": 4}\n{"step": 2, "loss": NaN, "val_loss": 5}\n{"step": 3, "lo')
-    assert curves_of(folder) == {"loss": Curve([1], [4]), "val_loss": Curve([2], [5])}
+    assert read_curves(folder) == {"loss": Curve([1], [4]), "val_loss": Curve([2], [5])}
 
 
 def test_long_curves_are_thinned_to_means():
-    thin = thinned(Curve(list(range(1, 3001)), [float(v) for v in range(1, 3001)]))
+    thin = thin_out(Curve(list(range(1, 3001)), [float(v) for v in range(1, 3001)]))
     assert len(thin.steps) == 1500
     assert thin.steps[0] == 2
     assert thin.steps[-1] == 3000
@@ -113,7 +113,7 @@ def test_of_many_grids_the_first_and_the_last_are_kept(tmp_path):
     for step in range(1, 101):
         save_grid(folder.images / f"step-{step:08d}.png", torch.zeros(1, 3, 2, 2), 1) if step > 1 else None
         folder.images.mkdir(exist_ok=True)
-    shown = [step for step, _ in grids(folder, "vae")]
+    shown = [step for step, _ in read_grids(folder, "vae")]
     assert len(shown) == len(set(shown)) == 24
     assert shown[0] == 2
     assert shown[-1] == 100
@@ -132,17 +132,17 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     assert len(page.source) < 15e6
 
 
-def test_pictures_say_what_they_show(page):
+def test_pictures_have_a_text_alternative(page):
     pictures = page.all("img")
     assert len(pictures) >= 5  # reconstructions twice, samples through time, trajectory, samples, neighbours
     assert all(len(picture["alt"]) > 10 for picture in pictures)
 
 
 def test_settings_that_differ_from_the_defaults_come_first(page):
-    shown, rest = page.source.split("settings left at their defaults", 1)
+    shown, rest = page.source.split("settings at their defaults", 1)
     assert "--lpips-gamma" in shown
     assert "--reconstruction" in rest.split("</details>")[0]
-    assert "--nproc-per-node" not in page.source  # how it was started says nothing of the model
+    assert "--nproc-per-node" not in page.source  # how it was started is no property of the model
 
 
 def test_every_curve_of_the_metrics_is_drawn(page, two_runs):
@@ -154,7 +154,7 @@ def test_every_curve_of_the_metrics_is_drawn(page, two_runs):
     assert chart["series"][2]["y"] == [row["val_loss_band_3"] for row in validated]
 
 
-def test_the_latents_statistics_are_told(page, two_runs):
+def test_the_latents_statistics_are_shown(page, two_runs):
     index = read_index(two_runs[1] / "latents")
     assert f"Over {index.splits.count('t')} training images" in page.words
     assert ", ".join(f"{v:.3f}" for v in index.statistics.scale) in page.words
@@ -167,11 +167,11 @@ def test_histograms_are_densities(page):
 
 
 def test_the_trajectory_has_a_frame_for_each_call(page):
-    (slider,) = [s for s in page.data["sliders"] if s["unit"] == "moment"]
+    (slider,) = [s for s in page.data["sliders"] if s["unit"] == "call"]
     assert len({frame["src"] for frame in slider["columns"][0]["frames"]}) == slider["last"] + 1 == 20
 
 
-def test_a_comparison_tells_what_differs_and_what_is_better(comparison, two_runs):
+def test_a_comparison_shows_what_differs_and_what_is_better(comparison, two_runs):
     start = comparison.words.index("Settings that differ")
     differing = comparison.words[start : comparison.words.index("Numbers", start)].split()
     assert {"lr", "steps", "0.0005"} <= set(differing)
@@ -185,16 +185,16 @@ def test_a_comparison_tells_what_differs_and_what_is_better(comparison, two_runs
     assert ["better" in cell for cell in cells] == [loss == min(losses) for loss in losses]
 
 
-def test_losses_of_different_questions_are_not_ranked():
+def test_losses_with_different_definitions_are_not_ranked():
     def run(objective, loss, latents="a"):
         settings = {"target": {"objective": objective}, "noise": {}, "latent": {}}
-        document = Metadata(
+        metadata = Metadata(
             stage="unet",
             settings=settings,
             lineage={"latents": latents},
             metrics={"val_loss": loss, "val_loss_band_4": loss},
         )
-        return RunFacts(Path("run"), unet=Training(document, 1, [], {}, []))
+        return RunFacts(Path("run"), unet=Training(metadata, 1, [], {}, []))
 
     def ranked(*runs):
         return [row["best"] for row in metrics_table(runs)]
@@ -222,7 +222,7 @@ def test_being_nearer_to_training_images_is_no_merit():
     assert [row["best"] for row in metrics_table([near, far])] == [[0], []]
 
 
-def test_in_a_comparison_runs_are_told_apart_by_name(two_runs, tmp_path, comparison):
+def test_a_comparison_names_its_runs(two_runs, tmp_path, comparison):
     assert f"{two_runs[0].name} and other" in comparison.words
     twin = Path(shutil.copytree(two_runs[0] / "vae", tmp_path / two_runs[0].name / "vae")).parent
     succeed("report", two_runs[0], twin, "--out", tmp_path / "twins.html")
@@ -247,7 +247,7 @@ def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
     finally:
         moved.rename(data)
     words = Page(run / "report.html").words
-    assert f"the images are not where they were: {data}" in words
+    assert f"the images are no longer where they were: {data}" in words
     assert "reconstruction, difference" not in words
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_part_is_named_and_the_rest_shown(run):
     assert "U-Net: noise to latents" in words
 
 
-def test_what_goes_wrong_in_a_part_ends_no_report(run):
+def test_an_error_in_a_part_does_not_end_the_report(run):
     grid = next((run / "samples").glob("*/*grid.png"))
     grid.write_bytes(b"no picture")
     evaluation = run / "evaluation" / "metrics.json"
@@ -273,15 +273,15 @@ def test_what_goes_wrong_in_a_part_ends_no_report(run):
     words = Page(run / "report.html").words
     assert "no memory is left" in words
     assert "not shown: cannot identify image file" in words
-    assert "of other networks than these" in words
+    assert "belong to other networks than these" in words
     assert "rFID" not in words
 
 
 def test_pictures_too_large_for_webp_are_shown_all_the_same():
     from PIL import Image
 
-    assert encoded(Image.new("RGB", (2, 16_384)), "tall").src.startswith("data:image/png;base64,")
-    assert encoded(Image.new("RGB", (2, 16_383)), "less tall").src.startswith("data:image/webp;base64,")
+    assert encode_picture(Image.new("RGB", (2, 16_384)), "tall").src.startswith("data:image/png;base64,")
+    assert encode_picture(Image.new("RGB", (2, 16_383)), "less tall").src.startswith("data:image/webp;base64,")
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty"])

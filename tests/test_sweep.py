@@ -13,7 +13,7 @@ from PIL import Image
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import read_index
 from lightdiff.errors import Stopped, UserError
-from lightdiff.extras.sweep.axes import axis
+from lightdiff.extras.sweep.axes import parse_axis
 from lightdiff.extras.sweep.sheet import Heading, contact_sheet
 
 BOTH = ["--vary", "kl-beta=0.003,1", "--vary", "objective=flow,eps", "--num-images", 2, "--set", "num-steps=2"]
@@ -30,7 +30,7 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def told(folder: Path) -> dict:
+def sweep_json(folder: Path) -> dict:
     return json.loads((folder / "sweep.json").read_text())
 
 
@@ -57,7 +57,7 @@ def test_cells_share_what_comes_before_the_setting_that_differs(swept, base):
     folder, result = swept
     assert made(folder) == {"latents": 1, "samples": 4, "unet": 3, "vae": 1}  # the others are the base's
     assert "to make: 1 VAE of 3 steps, 1 set of latents, 3 U-Nets of 3 steps, 4 sets of samples" in result.err
-    cells = told(folder)["cells"]
+    cells = sweep_json(folder)["cells"]
     assert [tuple(cell["values"].values()) for cell in cells] == [
         ("0.003", "flow"),
         ("0.003", "eps"),
@@ -75,7 +75,7 @@ def test_cells_share_what_comes_before_the_setting_that_differs(swept, base):
 
 def test_lineage_and_settings_are_those_of_the_cell(swept, base):
     folder, _ = swept
-    for cell in told(folder)["cells"]:
+    for cell in sweep_json(folder)["cells"]:
         beta, objective = cell["values"].values()
         vae, latents, unet = (Path(cell["folders"][kind]) for kind in ("vae", "latents", "unet"))
         vae = vae / "vae" / "checkpoints" / "best.safetensors" if vae.is_dir() else vae
@@ -92,7 +92,7 @@ def test_lineage_and_settings_are_those_of_the_cell(swept, base):
         ]["vae"].items()
 
 
-def test_the_same_again_makes_nothing(swept, base):
+def test_a_repeated_sweep_makes_nothing(swept, base):
     folder, _ = swept
     before = written(folder)
     again = succeed("sweep", "--run", base, *BOTH)
@@ -112,11 +112,11 @@ def test_more_values_keep_what_is_there_and_the_sheets_of_before(swept, base):
     there = {path.name for path in folder.iterdir() if (path / "done").is_file()}
     words = ["kl-beta=0.003,1,2" if word == "kl-beta=0.003,1" else word for word in BOTH]
     result = succeed("sweep", "--run", base, *words)
-    assert "there already: 1 VAE of 3 steps, 1 set of latents, 3 U-Nets of 3 steps, 4 sets" in result.err
+    assert "already made: 1 VAE of 3 steps, 1 set of latents, 3 U-Nets of 3 steps, 4 sets" in result.err
     assert "to make: 1 VAE of 3 steps, 1 set of latents, 2 U-Nets of 3 steps, 2 sets of samples" in result.err
     assert there < {path.name for path in folder.iterdir() if (path / "done").is_file()}
     assert (pixels(Image.open(folder / "sheets.old-1" / "sheet.png")) == before).all()
-    assert f"the sheets of other values are now in {folder / 'sheets.old-1'}" in result.err
+    assert f"the sheets of other values have been moved to {folder / 'sheets.old-1'}" in result.err
 
 
 def test_a_sampler_s_setting_trains_nothing(run):
@@ -134,7 +134,7 @@ def test_another_scaling_reads_the_same_latents(run):
     assert (latents / "latents" / shard).samefile(run / "latents" / shard)
     assert len(read_index(latents / "latents").statistics.scale) == 1
     assert len(read_index(run / "latents").statistics.scale) == 4
-    assert {cell["settings"]["train-unet"]["loop.steps"] for cell in told(folder)["cells"]} == {1}
+    assert {cell["settings"]["train-unet"]["loop.steps"] for cell in sweep_json(folder)["cells"]} == {1}
 
 
 def test_what_follows_from_a_varied_setting_follows(run):
@@ -150,7 +150,7 @@ def test_what_follows_from_a_varied_setting_follows(run):
     assert result.stdout == f"{folder / 'sheet-reconstructions.png'}\n"
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(run):
+def test_an_interrupted_sweep_resumes(run):
     from lightdiff.stages import train_unet
 
     words = ("sweep", "--run", run, "--vary", "density=uniform,logit-normal", "--num-images", 1, "--unet-steps", 2)
@@ -169,7 +169,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(run):
     assert not (folder / "sheet.png").exists()
     first = written(calls[0].run)
     result = succeed(*words)
-    assert "there already: 1 U-Net of 2 steps, 1 set of samples" in result.err
+    assert "already made: 1 U-Net of 2 steps, 1 set of samples" in result.err
     assert "to make: 1 U-Net of 2 steps, 1 set of samples" in result.err
     assert written(calls[0].run) == first
 
@@ -180,7 +180,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(run):
 def test_a_cell_shows_what_generate_draws(swept, tmp_path):
     folder, _ = swept
     sheet = pixels(Image.open(folder / "sheet.png"))
-    for i, cell in enumerate(told(folder)["cells"][:4]):
+    for i, cell in enumerate(sweep_json(folder)["cells"][:4]):
         place = cell["folders"]
         source = Path(place["vae"])
         words = ("--num-images", 2, "--num-steps", 2, "--device", "cpu", "--precision", "fp32")
@@ -233,11 +233,11 @@ def test_reconstructions_are_of_the_vae_s_settings_alone(swept, base):
     succeed("sweep", "--run", base, *BOTH)
     sheet = Image.open(folder / "sheet-reconstructions.png")
     assert sheet.height == 16 + 14 + 2 * 24 + 3 * 48 + 2 * 14 + 16  # originals, and a row for each beta
-    image = sorted((p for p in Path(told_data(base)).rglob("*.png")), key=str)
+    image = sorted((p for p in Path(data_folder(base)).rglob("*.png")), key=str)
     assert any(contains(pixels(sheet), pixels(Image.open(p).resize((48, 48), Image.Resampling.NEAREST))) for p in image)
 
 
-def told_data(base: Path) -> str:
+def data_folder(base: Path) -> str:
     return json.loads((base / "vae" / "settings.json").read_text())["images"]["data"][0]
 
 
@@ -252,7 +252,7 @@ def told_data(base: Path) -> str:
         (["--vary", "kl-beta=1,,2"], "--vary kl-beta=1,,2: a value is missing"),
         (["--vary", "kl-bete=1,2"], "--vary kl-bete: no stage has such a setting to vary; similar ones: kl-beta"),
         (["--vary", "train-unet.kl-beta=1,2"], "--vary train-unet.kl-beta: train-unet has no such setting"),
-        (["--vary", "lr=1,2"], "--vary lr: several stages have this setting; say which one is meant: train-vae.lr or"),
+        (["--vary", "lr=1,2"], "--vary lr: several stages have this setting; choose one: train-vae.lr or"),
         (["--vary", "out=a,b"], "--vary out: no stage has such a setting to vary"),
         (["--vary", "kl-beta=1,-2"], "--kl-beta: Input should be greater than or equal to 0 (found -2)"),
         (["--vary", "objective=eps,noise"], "--objective: Input should be 'eps', 'x0', 'v' or 'flow' (found noise)"),
@@ -266,7 +266,7 @@ def told_data(base: Path) -> str:
         (["--vary", "lpips-gamma=0,1", "--set", "lpips-weights=/nowhere"], "--lpips-weights: there is no file"),
     ],
 )
-def test_what_is_wrong_is_told_before_any_work(run, words, message):
+def test_errors_are_reported_before_any_work(run, words, message):
     result = call("sweep", "--run", run, *words)
     assert (result.code, result.stdout) == (2, "")
     assert message in result.err
@@ -274,7 +274,7 @@ def test_what_is_wrong_is_told_before_any_work(run, words, message):
     assert not (run / "sweeps").exists()
 
 
-def test_a_rehearsal_tells_what_would_be_made_and_makes_nothing(run):
+def test_a_dry_run_prints_what_would_be_made_and_makes_nothing(run):
     result = call("sweep", "--run", run, "--vary", "kl-beta=1e-3,1e-1", "--vary", "num-steps=1,2", "--dry-run")
     assert result.code == 0
     assert json.loads(result.stdout)["vary"] == ["kl-beta=1e-3,1e-1", "num-steps=1,2"]
@@ -282,7 +282,7 @@ def test_a_rehearsal_tells_what_would_be_made_and_makes_nothing(run):
     assert not (run / "sweeps").exists()
 
 
-def test_losses_of_different_questions_are_no_columns(run):
+def test_losses_with_different_definitions_are_no_columns(run):
     result = call("sweep", "--run", run, "--vary", "objective=flow,eps", "--num-images", "1", "--set", "num-steps=1")
     assert result.code == 0
     assert "unet val_loss" not in result.err
@@ -293,14 +293,14 @@ def test_losses_of_different_questions_are_no_columns(run):
 
 def test_a_base_that_lacks_something(run, tmp_path):
     nothing = call("sweep", "--run", tmp_path / "none", "--vary", "kl-beta=1,2")
-    assert (nothing.code, "has no VAE whose settings the cells could have" in nothing.err) == (2, True)
+    assert (nothing.code, "has no VAE to take settings from" in nothing.err) == (2, True)
     shutil.rmtree(run / "unet")
     no_unet = call("sweep", "--run", run, "--vary", "kl-beta=1,2")
-    assert (no_unet.code, "train one first, or end with the VAEs, --until vae" in no_unet.err) == (2, True)
+    assert (no_unet.code, "train one first, or stop at the VAEs with --until vae" in no_unet.err) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("said", "stage", "values"),
+    ("argument", "stage", "values"),
     [
         ("--kl_beta=1e-4, 1", "train-vae", ("1e-4", "1")),
         ("model.attend-levels=none;0,1", "train-unet", ([], ["0", "1"])),
@@ -311,9 +311,9 @@ def test_a_base_that_lacks_something(run, tmp_path):
         ("class=a,b;c", "generate", (["a", "b"], ["c"])),
     ],
 )
-def test_names_and_values_as_they_are_typed(said, stage, values):
+def test_names_and_values_as_they_are_typed(argument, stage, values):
     if stage is None:
         with pytest.raises(UserError, match=r"train-vae\.flip or encode\.flip"):
-            axis(said)
+            parse_axis(argument)
     else:
-        assert (axis(said).stage, axis(said).values) == (stage, values)
+        assert (parse_axis(argument).stage, parse_axis(argument).values) == (stage, values)

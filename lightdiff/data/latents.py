@@ -248,3 +248,16 @@ def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ..
     """Each label's name with the sorted values it takes, from the labels of each image."""
     pairs = sorted({pair for found in labels for pair in found.items()})
     return {name: tuple(value for _, value in of) for name, of in itertools.groupby(pairs, key=lambda pair: pair[0])}
+
+
+def read_finished_index(folder: Path) -> LatentIndex:
+    """A folder's index, of finished latents.
+
+    Raises:
+        RunError: If it is damaged.
+        UserError: If encoding has not finished.
+    """
+    index = read_index(folder)
+    if not index.complete:
+        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")
+    return index

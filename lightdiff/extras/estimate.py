@@ -1,4 +1,4 @@
-"""--dry-run of a training: what it will take, found by building the network and timing a few steps of made-up data."""
+"""--dry-run of a training: its cost, measured by building the network and timing a few steps on random data."""
 
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from lightdiff.data.latents import read_index
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
+from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
@@ -25,134 +26,126 @@ from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
 from lightdiff.training.loop import Trainer
 
-WARM_UP, TIMED, ENOUGH_SECONDS = 1, 5, 10.0
+WARM_UP, TIMED, MAX_SECONDS = 1, 5, 10.0
 CPU_IMAGES = 4  # in the first timed steps on a CPU, where the whole batch may take minutes
-CPU_SECONDS = 3.0  # that the whole batch may take to be timed itself
+CPU_SECONDS = 3.0  # a whole batch is timed itself if a step takes less than this
 
 
 def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
-    """Print parameters, FLOPs and memory an image, the size of latents, and the time that the training will take."""
+    """Print parameters, the shape of latents, FLOPs and memory per image, and how long the training will take."""
     device = pick_device(settings.loop.device)
     precision = pick_precision(settings.loop.precision, device)
-    whole = settings.loop.batch_size
+    batch_size = settings.loop.batch_size
     settings = without_missing_lpips(settings)
 
-    def ready(size: int) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
+    def prepare(size: int) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
         micro = min(settings.loop.micro, size)
         loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
         s = with_changes(settings, loop=loop)
         name = "vae" if isinstance(s, TrainVAESettings) else "unet"
         stage: Stage[Any] = Stage(name, s.resolved(), device, Processes(), Path(), total_steps=1000)
-        task, batch, inputs = made_up_images(stage) if name == "vae" else made_up_latents(stage)
+        task, batch, inputs = random_images(stage) if name == "vae" else random_latents(stage)
         return Trainer(task, stage), batch, inputs
 
-    first = whole if device.type == "cuda" else min(whole, CPU_IMAGES)
-    trainer, batch, inputs = ready(first)
+    first = batch_size if device.type == "cuda" else min(batch_size, CPU_IMAGES)
+    trainer, batch, inputs = prepare(first)
     task = trainer.task
     parameters = sum(p.numel() for p in task.model.parameters())
     with FlopCounterMode(display=False) as flops:
         task.model(*inputs)
     activations = activation_bytes(task.model, inputs)
-    seconds = of_whole_batch(first, whole, lambda size: timed(*ready(size)[:2]), timed(trainer, batch))
+    seconds = batch_seconds(
+        first, batch_size, lambda size: step_seconds(*prepare(size)[:2]), step_seconds(trainer, batch)
+    )
     console.print(
-        f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; {shape_words(inputs[0].shape[1:])} an image"
+        f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; an image of {shape_words(inputs[0].shape[1:])}"
         + (f" -> latents of {shape_words(inputs[1].shape[1:])}" if isinstance(settings, TrainVAESettings) else ""),
-        f"an image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB for the way back",
-        f"weights, gradients, optimizer and average: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
+        f"per image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB of activations",
+        f"weights, gradients, optimizer state and EMA: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
         f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB",
         sep="\n",
         soft_wrap=True,
     )
-    count = images_trained_on(settings) if settings.loop.epochs else 0
+    count = count_train_images(settings) if settings.loop.epochs else 0
     if settings.loop.epochs and not count:
         duration = "how long an epoch takes depends on the number of images"
     else:
         steps = settings.loop.total_steps(count)
-        duration = f"{steps} steps of {whole} take {words(steps * seconds)}"
+        duration = f"{steps} steps of {batch_size} images take {format_duration(steps * seconds)}"
     console.print(
-        f"{whole / seconds:.3g} images/s on {device.type} in {precision}, without loading and validation: {duration}",
+        f"{batch_size / seconds:.3g} images/s on {device.type} in {precision}, without data loading and validation: "
+        + duration,
         soft_wrap=True,
     )
 
 
-def of_whole_batch(first: int, whole: int, time_of: Callable[[int], float], seconds: float) -> float:
-    """Seconds of a step of the whole batch, from those of the first few images.
+def batch_seconds(first: int, batch_size: int, time_step: Callable[[int], float], seconds: float) -> float:
+    """Seconds per step of the whole batch, from those of a step of the `first` few images.
 
-    A step takes a while for itself, the optimizer's part, and a while for each image: where the whole batch would take
-    too long to be timed, steps of two sizes tell them apart.
+    A step takes a constant time, the optimizer's, and a time per image: where timing the whole batch would take too
+    long, steps of two sizes separate the two.
     """
-    if first == whole:
+    if first == batch_size:
         return seconds
-    if 2 * first >= whole or seconds * whole / first < CPU_SECONDS:
-        return time_of(whole)
-    an_image = max(0.0, time_of(2 * first) - seconds) / first
-    return seconds + an_image * (whole - first)
+    if 2 * first >= batch_size or seconds * batch_size / first < CPU_SECONDS:
+        return time_step(batch_size)
+    per_image = max(0.0, time_step(2 * first) - seconds) / first
+    return seconds + per_image * (batch_size - first)
 
 
-def images_trained_on(settings: TrainVAESettings | TrainUNetSettings) -> int:
-    """How many there are; 0 where no folder has been named yet."""
+def count_train_images(settings: TrainVAESettings | TrainUNetSettings) -> int:
+    """The number of training images; 0 if no folder has been given."""
     if isinstance(settings, TrainUNetSettings):
         return read_index(find_latents(settings.latents, RunFolder(settings.run))).splits.count("t")
     return sum(file.split == "train" for file in list_images(settings.images, console)) if settings.images.data else 0
 
 
 def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
-    """The same settings, but for LPIPS where its weights would have to be fetched first."""
+    """The settings, without LPIPS if its weights would have to be downloaded first."""
     if isinstance(settings, TrainUNetSettings) or not settings.loss.lpips_gamma or settings.loss.lpips_weights:
         return settings
     url = TRUNKS[settings.loss.lpips_net].url
     if cached(url).is_file():
         return settings
-    console.print(f"LPIPS is left out of this: its weights are not there yet ({url})")
+    console.print(f"LPIPS is left out of the estimate: its weights have not been downloaded ({url})")
     return with_changes(settings, loss=with_changes(settings.loss, lpips_gamma=0))
 
 
-def made_up_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
-    """The VAE's task, a batch of noise for it, and one image with the noise of its latent."""
+def random_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
+    """The VAE's task, a random batch, and the network's inputs for one image: pixels and posterior noise."""
     s, device, task = stage.settings, stage.device, train_vae.VAETask(stage, [])
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
-    return (
-        task,
-        batch,
-        (torch.zeros(1, 3, side, side, device=device), torch.zeros(1, *task.latent_shape, device=device)),
-    )
+    x = torch.zeros(1, 3, side, side, device=device)
+    return task, batch, (x, torch.zeros(1, *task.latent_shape, device=device))
 
 
-def made_up_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
-    """The U-Net's task, a batch of noise for it, and one latent with its level."""
+def random_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
+    """The U-Net's task, a random batch, and the network's inputs for one image: latent and level."""
     s, device = stage.settings, stage.device
     index = SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
     latents: Any = SimpleNamespace(index=index, train=[])
     task = train_unet.UNetTask(stage, latents)
-    whole = torch.randn(s.loop.batch_size, *task.shape, device=device)
-    batch = Posterior(whole, whole), torch.zeros(len(whole), dtype=torch.long, device=device)
-    return task, batch, (whole[:1], torch.zeros(1, device=device))
+    mu = torch.randn(s.loop.batch_size, *task.shape, device=device)
+    batch = Posterior(mu, mu), torch.zeros(len(mu), dtype=torch.long, device=device)
+    return task, batch, (mu[:1], torch.zeros(1, device=device))
 
 
-def timed(trainer: Trainer, batch: Any) -> float:
-    """Seconds of a step, the shortest of a few.
+def step_seconds(trainer: Trainer, batch: Any) -> float:
+    """Seconds per step, the least of a few.
 
     Raises:
-        UserError: If the GPU's memory does not suffice.
+        UserError: If the GPU runs out of memory.
     """
     taken: list[float] = []
     try:
-        while (len(taken) < WARM_UP + TIMED and sum(taken) < ENOUGH_SECONDS) or len(taken) <= WARM_UP:
-            began = time.perf_counter()
+        while (len(taken) < WARM_UP + TIMED and sum(taken) < MAX_SECONDS) or len(taken) <= WARM_UP:
+            start = time.perf_counter()
             trainer.train_step(batch)
             if trainer.stage.device.type == "cuda":
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
+            taken.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory does not suffice for a step: try a smaller --micro-batch") from None
+        raise UserError("the GPU runs out of memory in a step: try a smaller --micro-batch") from None
     return min(taken[WARM_UP:])
-
-
-def words(seconds: float) -> str:
-    """A duration in words."""
-    for limit, unit, name in ((120, 1, "seconds"), (7200, 60, "minutes"), (172_800, 3600, "hours")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86_400:.1f} days"

@@ -1,4 +1,4 @@
-"""evaluate: how good a VAE's reconstructions and a U-Net's samples are, in numbers and a picture."""
+"""evaluate: the quality of a VAE's reconstructions and of a U-Net's samples, in numbers and a picture."""
 
 import hashlib
 import json
@@ -16,21 +16,20 @@ from torch import Tensor
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError, not_installed
-from lightdiff.extras.distances import FEWEST, Found, copies, frechet, kernel, nearest_of, precision_recall
-from lightdiff.extras.evidence import NETWORK
-from lightdiff.extras.features import EVAL, Features, features_of, load_features
-from lightdiff.extras.latent_facts import ACTIVE, evenly
+from lightdiff.extras.distances import MIN_IMAGES, Found, copies, frechet, kernel, nearest_of, precision_recall
+from lightdiff.extras.evidence import NETWORK, held_out, load_images
+from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
+from lightdiff.extras.latent_facts import channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
-from lightdiff.losses import kl_per_element, lpips, psnr
+from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import cached_weights
-from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import Means, Processes, pick_workers
-from lightdiff.runtime.progress import Reporter, console
+from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     GenerateSettings,
@@ -41,21 +40,29 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import generate
+from lightdiff.stages.scale import LatentMoments
 
 SHOWN = 8
-PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # that are made beside samples
-BASIS = (NETWORK, "samples", "samples in", "training images", "images", "which are")  # what numbers stand on
+PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # written beside samples
+BASIS = (
+    NETWORK,
+    "samples",
+    "samples in",
+    "training images",
+    "images",
+    "which are",
+)  # what the numbers were measured on
 
 
 def run(settings: EvaluateSettings) -> Path:
-    """Measure, print, and return the file of results."""
+    """Measure, print the results, and return the file they are stored in."""
     with open_stage(settings, "evaluation") as stage:
         settings, here, device, ranks = stage.settings, RunFolder(settings.run), stage.device, stage.processes
         unet = unet_of(settings, here)
         if settings.samples and not settings.samples.is_dir():
             raise UserError(f"--samples: there is no folder {settings.samples}")
         vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
-        saved = Checkpoint(vae, "vae")
+        saved, home = Checkpoint(vae, "vae"), stage.path
         images = images_of(saved, settings)
         files = list_images(images, console)
         features = load_features(settings.weights, settings.features, device, ranks)
@@ -63,18 +70,16 @@ def run(settings: EvaluateSettings) -> Path:
         if settings.of != "unet":
             parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
         if unet:
-            parts["unet"] = lambda: evaluate_unet(
-                unet, vae, images, files, features, settings, stage.path, device, ranks
-            )
+            parts["unet"] = lambda: evaluate_unet(unet, vae, images, files, features, settings, home, device, ranks)
         for name, measure in parts.items():
             found = measure()
-            ranks.run_on_main(partial(store, stage.path / "metrics.json", name, found))
-            show(name, found)
-        return stage.path / "metrics.json"
+            ranks.run_on_main(partial(store_results, home / "metrics.json", name, found))
+            print_results(name, found)
+        return home / "metrics.json"
 
 
 def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
-    """The U-Net to measure; None where the VAE alone is asked for, or there is nothing else."""
+    """The U-Net to measure; None if only the VAE is to be measured, or there is nothing else."""
     if settings.of == "vae":
         return None
     try:
@@ -82,18 +87,18 @@ def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
     except UserError as error:
         if settings.of == "unet" or settings.unet or not here.vae.path.is_dir():
             raise
-        console.print(f"note: {error}; the VAE alone is measured", soft_wrap=True)
+        console.print(f"note: {error}; only the VAE is measured", soft_wrap=True)
         return None
 
 
 def images_of(vae: Checkpoint, settings: EvaluateSettings) -> ImageSettings:
-    """The images that a VAE learnt from, or others treated like them; their labels do not matter here."""
+    """The images that a VAE was trained on, or others framed in the same way; labels play no part here."""
     images = ImageSettings.model_validate(vae.metadata.settings["images"])
     return with_changes(images, labels=None, data=settings.data or images.data)
 
 
-def store(path: Path, part: str, found: Found) -> None:
-    """Put a part's results beside what other features have found of the same network and images, in one file."""
+def store_results(path: Path, part: str, found: Found) -> None:
+    """Add a part's results to those that other features gave for the same network and images, in one file."""
     everything = read_json(path) if path.is_file() else {}
     before = everything.get(part)
     if isinstance(before, dict) and all(before.get(name) == found.get(name) for name in BASIS):
@@ -102,7 +107,7 @@ def store(path: Path, part: str, found: Found) -> None:
     atomic_write_text(path, json.dumps(everything, indent=2) + "\n")
 
 
-def show(part: str, found: Found) -> None:
+def print_results(part: str, found: Found) -> None:
     """Print results as a table."""
     title = {"vae": "Reconstructions of the VAE", "unet": "Samples of the U-Net"}[part]
     table = Table(title=title, title_justify="left")
@@ -133,98 +138,73 @@ def evaluate_vae(
     device: torch.device,
     ranks: Processes,
 ) -> Found:
-    """Reconstructions of the held-out images (of training images, where none are held out), through mu."""
-    held_out = [file for file in files if file.split == "val"]
-    chosen = held_out or files
+    """Quality of reconstructions from mu, of the held-out images (of training images if none are held out)."""
+    chosen = held_out(files)
     vae, model = load_vae(saved, device)
     loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
     distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
-    dataset = ImageDataset(chosen, images, seed=0, train=False)
-    mine, size = ranks.share(len(chosen)), settings.batch_size
-    order = ([(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size))
-    side = images.resolution // model.factor
-    means, units, pairs = Means(), Units(model.latent_channels, side), Pairs(features, len(chosen))
-    with Reporter("reconstructions", len(mine)) as reporter:
-        done = 0
-        for batch in load_batches(dataset, order, pick_workers(settings.compute.workers, device)):
-            done += len(batch.x) + batch.missing
-            if not len(batch.x):
-                continue
-            x = to_float(batch.x.to(device))
-            posterior = vae.encoder(x)
-            x_hat = vae.decoder(posterior.mu)
-            pixels = to_uint8(x_hat)
-            found = {"PSNR (dB)": psnr(x, x_hat).mean(), "SSIM": ssim(batch.x, pixels.cpu())}
-            if distance:
-                found[f"LPIPS ({loss.lpips_net})"] = distance(x, x_hat.clamp(-1, 1), posterior)
-            means.add(found, len(x))
-            units.add(posterior)
-            pairs.add(batch.index, batch.x.to(device), pixels)
-            reporter.advance(done, {})
+    side, workers = images.resolution // model.factor, pick_workers(settings.compute.workers, device)
+    means, moments = Means(), LatentMoments(model.latent_channels, side, side)
+    pairs = PairedFeatures(features, len(chosen))
+
+    def measure(batch: ImageBatch) -> None:
+        x = to_float(batch.x.to(device))
+        posterior = vae.encoder(x)
+        x_hat = vae.decoder(posterior.mu)
+        pixels = to_uint8(x_hat)
+        found = {"PSNR (dB)": psnr(x, x_hat).mean(), "SSIM": ssim(batch.x, pixels.cpu())}
+        if distance:
+            found[f"LPIPS ({loss.lpips_net})"] = distance(x, x_hat.clamp(-1, 1), posterior)
+        means.add(found, len(x))
+        moments.add(posterior.mu[:, None].cpu(), posterior.logvar[:, None].cpu())
+        pairs.add(batch.index, batch.x.to(device), pixels)
+
+    process_images(measure, chosen, images, settings.batch_size, workers, ranks, "reconstructions")
     numbers = means.over(ranks)
-    originals, back = pairs.over(ranks)
+    moments.all_reduce(ranks)
+    originals, reconstructed = pairs.gather(ranks)
     if not len(originals):
-        raise UserError(f"none of the {len(chosen)} images can be read that reconstructions would be measured on")
-    which = "held out" if held_out else "trained on, as none are held out"
+        raise UserError(f"none of the {len(chosen)} images to measure reconstructions on can be read")
+    which = "held out" if chosen[0].split == "val" else "training images, as none are held out"
     result: Found = {NETWORK: saved.metadata.digest, "images": len(originals), "which are": which, **numbers}
-    result |= frechet(features, back, originals, ("reconstructions' Frechet distance", "rFID"))
-    kl, active = units.over(ranks)
-    return result | {"KL a channel (nats an element)": kl, "active units a channel (share)": active}
+    result |= frechet(features, reconstructed, originals, ("reconstructions' Frechet distance", "rFID"))
+    result["KL per channel (nats per element)"] = channel_kl(moments)
+    return result | {"active units per channel (share)": channel_active_share(moments)}
 
 
 def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Processes) -> VAELossSettings:
-    """The VAE's settings of LPIPS, with what was asked for; weight 0 where its network's weights are not at hand."""
+    """The VAE's LPIPS settings, overridden by the command's; gamma is 0 if the network's weights are not available."""
     net = settings.lpips_net or loss.lpips_net
     its_own = loss.lpips_weights if net == loss.lpips_net else None
     file = settings.lpips_weights or its_own
-    at_hand = file if file and (settings.lpips_weights or file.is_file()) else None
-    there = ranks.run_on_main(lambda: at_hand is not None or cached_weights(net).is_file())
-    if not there:
-        console.print(f"note: no LPIPS, as the weights of {net} are not at hand; --lpips-weights FILE names them")
-    chosen = {"lpips_net": net, "lpips_weights": at_hand, "lpips_gamma": float(there)}
+    weights = file if file and (settings.lpips_weights or file.is_file()) else None
+    available = ranks.run_on_main(lambda: weights is not None or cached_weights(net).is_file())
+    if not available:
+        console.print(f"note: no LPIPS, as there are no weights of {net}; pass them with --lpips-weights FILE")
+    chosen = {"lpips_net": net, "lpips_weights": weights, "lpips_gamma": float(available)}
     return loss.model_copy(update=chosen)
 
 
-class Units:
-    """What each latent unit does over images: its KL, and how much its mu varies."""
-
-    def __init__(self, channels: int, side: int) -> None:
-        """Start with nothing."""
-        self.sums = torch.zeros(4, channels, side, side, dtype=torch.float64)  # of 1, mu, mu^2 and the KL
-
-    def add(self, posterior: Posterior) -> None:
-        """Take in a batch."""
-        mu, kl = posterior.mu.double().cpu(), kl_per_element(posterior).double().cpu()
-        self.sums += torch.stack([part.sum(0) for part in (torch.ones_like(mu), mu, mu.square(), kl)])
-
-    def over(self, ranks: Processes) -> tuple[list[float], list[float]]:
-        """For each channel, the mean KL (nats an element) and the share of units that are active."""
-        count, first, second, kl = ranks.all_reduce_sum(self.sums)
-        variance = second / count - (first / count).square()
-        return (kl / count).mean((1, 2)).tolist(), (variance > ACTIVE).double().mean((1, 2)).tolist()
-
-
-class Pairs:
+class PairedFeatures:
     """Features of images and of their reconstructions."""
 
     def __init__(self, features: Features, count: int) -> None:
-        """Make room for `count` images."""
         self.features = features
         self.rows = torch.full((count, 2, features.width), torch.nan)
 
     def add(self, index: Tensor, x: Tensor, x_hat: Tensor) -> None:
-        """Take in a batch of bytes."""
+        """Add a batch of uint8 images."""
         self.rows[index] = torch.stack([self.features(x), self.features(x_hat)], 1).float().cpu()
 
-    def over(self, ranks: Processes) -> tuple[Tensor, Tensor]:
-        """Those of all processes, without images that could not be read."""
+    def gather(self, ranks: Processes) -> tuple[Tensor, Tensor]:
+        """The features from all processes, without images that could not be read, (n, d) each."""
         there = ranks.all_reduce_sum(self.rows.isfinite().all(2).all(1).float()) > 0
         rows = ranks.all_reduce_sum(self.rows.nan_to_num())[there]
         return rows[:, 0], rows[:, 1]
 
 
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean structural similarity of images of bytes (Wang et al. 2004), by scikit-image."""
+    """Mean structural similarity of uint8 images (Wang et al. 2004), by scikit-image."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
@@ -248,60 +228,64 @@ def evaluate_unet(
     device: torch.device,
     ranks: Processes,
 ) -> Found:
-    """Samples against the images trained on, and how near they lie to them."""
-    folder = settings.samples or drawn(unet, vae, settings, home)
-    drawn_images = images.model_copy(update={"data": (folder,), "labels": None})
+    """Samples compared with the training images as sets, and their nearest neighbours among them."""
+    folder = settings.samples or draw_samples(unet, vae, settings, home)
+    sample_images = images.model_copy(update={"data": (folder,), "labels": None})
     samples = samples_in(folder)
     if len(samples) < 2:
-        raise UserError(f"--samples: {folder} holds {len(samples)} images; some hundred are needed")
+        raise UserError(f"--samples: {folder} holds {len(samples)} images; a few hundred are needed")
     workers = pick_workers(settings.compute.workers, device)
 
     def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
-        return features_of(features, which, of, settings.batch_size, workers, ranks, what)
+        return compute_features(features, which, of, settings.batch_size, workers, ranks, what)
 
-    every = {split: [file for file in files if file.split == split] for split in ("train", "val")}
-    train, val = (at_most(some, settings.num_reference) for some in every.values())
-    if len(train) < len(every["train"]):
+    all_train, all_val = ([file for file in files if file.split == split] for split in ("train", "val"))
+    train, val = (subset(some, settings.num_reference) for some in (all_train, all_val))
+    if len(train) < len(all_train):
         console.print(
-            f"note: {len(train):,} of {len(every['train']):,} training images are compared with, and copies of the "
-            "others are not found: --num-reference 0 takes all"
+            f"note: the samples are compared with {len(train):,} of {len(all_train):,} training images; copies of the "
+            "others are not found: --num-reference 0 uses all"
         )
-    of_train = cached(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
+    of_train = cached_features(home, features, train, images, ranks, lambda: measured(train, images, "training images"))
     of_val = (
-        cached(home, features, val, images, ranks, lambda: measured(val, images, "images held out")) if val else None
+        cached_features(home, features, val, images, ranks, lambda: measured(val, images, "held-out images"))
+        if val
+        else None
     )
-    found, numbers = measured(samples, drawn_images, "samples")
+    found, numbers = measured(samples, sample_images, "samples")
     if not len(found) or not len(of_train[0]):
-        raise UserError(f"none of the {'images trained on' if len(found) else 'samples'} can be read")
-    if min(len(found), len(of_train[0])) < FEWEST:
-        console.print(f"note: fewer than {FEWEST} images say nothing as a set: only the nearest ones are looked for")
+        raise UserError(f"none of the {'training images' if len(found) else 'samples'} can be read")
+    if min(len(found), len(of_train[0])) < MIN_IMAGES:
+        console.print(
+            f"note: fewer than {MIN_IMAGES} images are no set to measure: only the nearest neighbours are computed"
+        )
     digest = Checkpoint(unet, "unet").metadata.digest
     result: Found = {NETWORK: digest, "samples": len(found), "samples in": str(folder)}
     result["training images"] = len(of_train[0])
     result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
     result |= kernel(features, found, of_train[0])
-    result |= features.naming(precision_recall(found, of_train[0]))
+    result |= features.name_measures(precision_recall(found, of_train[0]))
     distance, nearest = nearest_of(found, of_train[0])
     if of_val and len(of_val[0]):
         new = nearest_of(of_val[0], of_train[0])[0]
-        result |= features.naming(copies(distance[:, 0], new[:, 0]))
+        result |= features.name_measures(copies(distance[:, 0], new[:, 0]))
     picture = home / "nearest.png"
     most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
     rows = [(samples[numbers[i]], [train[of_train[1][j]] for j in nearest[i].tolist()]) for i in most_alike]
-    ranks.run_on_main(lambda: draw_nearest(picture, rows, drawn_images, images))
-    result["the samples most like training images, beside those"] = str(picture)
+    ranks.run_on_main(lambda: draw_nearest(picture, rows, sample_images, images))
+    result["samples nearest to training images, shown beside them"] = str(picture)
     return result
 
 
 def samples_in(folder: Path) -> list[ImageFile]:
-    """The images in a folder, without those that `generate` makes beside its samples."""
+    """The images in a folder, without those that `generate` writes beside its samples."""
     return [file for file in scan((folder,), 0) if not file.path.endswith(PICTURES)]
 
 
-def drawn(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path:
-    """The folder with this U-Net's samples, drawn as `generate` draws by default, as far as its levels suffice.
+def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path:
+    """Draw samples with `generate`'s default settings (fewer steps if the U-Net has fewer levels); return their folder.
 
-    A U-Net that was always told the class draws all of them in turn.
+    A U-Net trained without label dropout, which has no unconditional mode, draws all classes in turn.
     """
     saved = Checkpoint(unet, "unet")
     learnt, precision = saved.settings(TrainUNetSettings), settings.compute.precision
@@ -316,12 +300,12 @@ def drawn(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path
     return out
 
 
-def at_most(files: list[ImageFile], most: int) -> list[ImageFile]:
-    """At most so many of them, evenly spread; all for 0."""
-    return [files[i] for i in evenly(len(files), most or len(files))]
+def subset(files: list[ImageFile], maximum: int) -> list[ImageFile]:
+    """At most `maximum` of the files, evenly spread; all for 0."""
+    return [files[i] for i in evenly(len(files), maximum or len(files))]
 
 
-def cached(
+def cached_features(
     home: Path,
     features: Features,
     files: list[ImageFile],
@@ -329,10 +313,11 @@ def cached(
     ranks: Processes,
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
-    """Features of a set of images, kept for the next time."""
+    """Features of a set of images, computed once and cached in `home`."""
     sources = [str(place) for place in images.data if place.is_file()]  # whose images are no files
-    there = ranks.run_on_main(lambda: [stamp(path) for path in sources + full_paths(files, images.data)])
-    what = [features.digest, data_digest(files), there, images.resolution, images.background]
+    paths = sources + full_paths(files, images.data)
+    fingerprints = ranks.run_on_main(lambda: [fingerprint(path) for path in paths])
+    what = [features.digest, data_digest(files), fingerprints, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
     if ranks.run_on_main(path.is_file):
         tensors = safetensors.torch.load_file(path)
@@ -343,8 +328,8 @@ def cached(
     return found, numbers
 
 
-def stamp(path: str) -> list[int]:
-    """By which a file is known to be the same as before without being read: its size, and when it was written."""
+def fingerprint(path: str) -> list[int]:
+    """Size and modification time of a file, which show whether it has changed; empty if it is missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -353,12 +338,11 @@ def stamp(path: str) -> list[int]:
 
 
 def draw_nearest(
-    path: Path, rows: list[tuple[ImageFile, list[ImageFile]]], drawn_images: ImageSettings, images: ImageSettings
+    path: Path, rows: list[tuple[ImageFile, list[ImageFile]]], sample_images: ImageSettings, images: ImageSettings
 ) -> None:
-    """Save a picture: in each row a sample, then the training images nearest to it."""
+    """Save a grid: in each row a sample, then the training images nearest to it."""
     shown = []
     for sample, others in rows:
-        for files, of in (([sample], drawn_images), (others, images)):
-            dataset = ImageDataset(files, of, seed=0, train=False)
-            shown += [to_float(item.x) for item in (dataset[0, i] for i in range(len(files))) if item.x is not None]
+        for files, of in (([sample], sample_images), (others, images)):
+            shown += [to_float(x) for x in load_images(files, of)]
     save_grid(path, torch.stack(shown), 1 + len(rows[0][1]))

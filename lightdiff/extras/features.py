@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from lightdiff.data.files import ImageFile
-from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.errors import UserError, not_installed
 from lightdiff.models.lpips import fetched
 from lightdiff.runtime.processes import Processes
@@ -20,22 +21,22 @@ from lightdiff.runtime.progress import Reporter
 from lightdiff.settings import ImageSettings
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-PUBLISHED = "6726825d"  # what their digest begins with, as their name says
+PUBLISHED = "6726825d"  # the first digits of their SHA-256, as in their name
 EVAL = ("torch-fidelity", "scikit-image")  # the extra `eval`
-LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file has weights of
+LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file holds weights for
 
 
 @dataclass(frozen=True)
 class Features:
-    """A network that turns images into features, and what its numbers are called."""
+    """A network that computes features of images, and the name that marks measures based on it."""
 
-    name: str  # "" for the published ones, whose Frechet distance is the FID of papers
+    name: str  # "" for the published weights, whose Frechet distance is the FID of papers
     digest: str
     network: nn.Module
     device: torch.device
 
     def __call__(self, x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Features of images of bytes."""
+        """Features of uint8 images."""
         found: Tensor = self.network(x)[0]
         return found
 
@@ -44,29 +45,29 @@ class Features:
         """How many features an image has."""
         return int(self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=self.device)).shape[1])
 
-    def called(self, measure: str, published: str) -> str:
-        """A measure's name: that of papers for the published features alone."""
+    def name_measure(self, measure: str, published: str) -> str:
+        """A measure's name: that used in papers for the published weights only."""
         return published if not self.name else f"{measure} ({self.name})"
 
-    def naming(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Numbers that papers have no own name for, named after other features."""
-        return {self.called(name, name): value for name, value in found.items()}
+    def name_measures(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The same numbers, marked with the name of the features where these are not the published ones."""
+        return {self.name_measure(name, name): value for name, value in found.items()}
 
 
 def load_features(weights: Path | None, other: Path | None, device: torch.device, ranks: Processes) -> Features:
     """The network behind FID, with the published weights, or another file's.
 
     Args:
-        weights: A copy of the published weights (.pth), known by their digest; None: torch's cache, else fetched once.
-        other: Other weights of this network (.safetensors), up to Mixed_6e or all, instead.
+        weights: A copy of the published weights (.pth), checked by its digest; None: torch's cache, or downloaded once.
+        other: Other weights of this network (.safetensors) to use instead, up to Mixed_6e or complete.
         device: Where to compute.
-        ranks: One process fetches for all.
+        ranks: One process downloads for all.
 
     Raises:
-        UserError: If the extra is not installed, or there are no weights, or they do not fit.
+        UserError: If the extra is not installed, or the weights are missing or do not fit.
     """
     extractor = inception()
-    otherwise = "or name a copy with --weights FILE, or take other features with --features FILE"
+    otherwise = "or pass a copy with --weights FILE, or other features with --features FILE"
     file = (
         other
         or weights
@@ -76,18 +77,18 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         if weights and not digest.startswith(PUBLISHED):
             raise UserError(
-                f"--weights: {file} is no copy of Inception's published weights, whose sha256 begins with {PUBLISHED}: "
-                "other weights are named with --features, and the numbers after them"
+                f"--weights: {file} is no copy of Inception's published weights (SHA-256 {PUBLISHED}...); "
+                "pass other weights with --features, which marks the numbers with their name"
             )
         state = safetensors.torch.load_file(file) if other else torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what a damaged file raises can be nearly anything
+    except Exception as error:  # a damaged file can raise almost anything
         raise UserError(f"--{'features' if other else 'weights'}: {file} cannot be read: {error}") from None
     layer = next((layer for block, layer in LAYERS.items() if any(name.startswith(block) for name in state)), "")
     if not layer:
-        raise UserError(f"{file} holds no weights of the Inception network behind FID")
-    nothing = io.BytesIO()  # the library reads a file of weights when it builds the network: it gets an empty one
+        raise UserError(f"{file} holds no weights of the Inception network used for FID")
+    nothing = io.BytesIO()  # the library reads weights when it builds the network: give it an empty file
     torch.save({}, nothing)
     nothing.seek(0)
     kind = type("Inception", (extractor,), {"load_state_dict": lambda self, found: None})
@@ -95,12 +96,12 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
     missing = nn.Module.load_state_dict(network, state, strict=False).missing_keys
     needed = sorted(n for n in missing if layer == "2048" and "num_batches" not in n)
     if needed:
-        raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network behind FID")
+        raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network used for FID")
     return Features(other.stem if other else "", digest, network.to(device), device)
 
 
 def inception() -> Any:
-    """The library's network.
+    """The library's network class.
 
     Raises:
         UserError: If it is not installed.
@@ -112,8 +113,30 @@ def inception() -> Any:
     return FeatureExtractorInceptionV3
 
 
+def process_images(
+    work: Callable[[ImageBatch], None],
+    files: list[ImageFile],
+    images: ImageSettings,
+    batch_size: int,
+    workers: int,
+    ranks: Processes,
+    what: str,
+) -> None:
+    """Call `work` with batches of this process's share of the readable images; display progress as `what`."""
+    dataset = ImageDataset(files, images, seed=0, train=False)
+    mine = ranks.share(len(files))
+    order = ([(0, i) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size))
+    with Reporter(what, len(mine)) as reporter:
+        done = 0
+        for batch in load_batches(dataset, order, workers):
+            if len(batch.x):
+                work(batch)
+            done += len(batch.x) + batch.missing
+            reporter.advance(done, {})
+
+
 @torch.inference_mode()
-def features_of(
+def compute_features(
     features: Features,
     files: list[ImageFile],
     images: ImageSettings,
@@ -122,20 +145,15 @@ def features_of(
     ranks: Processes,
     what: str,
 ) -> tuple[Float[Tensor, "n d"], list[int]]:
-    """Features of the images that can be read, on the CPU, and their numbers; shared among all processes."""
-    dataset = ImageDataset(files, images, seed=0, train=False)
-    mine = ranks.share(len(files))
-    order = ([(0, i) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size))
+    """Features of the readable images, on the CPU, and their indices; the work is shared among all processes."""
     width = features.width
-    rows = torch.zeros(len(files), width + 1)  # the last column: whether it could be read
-    with Reporter(what, len(mine)) as reporter:
-        done = 0
-        for batch in load_batches(dataset, order, workers):
-            if len(batch.x):
-                rows[batch.index, :width] = features(batch.x.to(features.device)).float().cpu()
-                rows[batch.index, width] = 1
-            done += len(batch.x) + batch.missing
-            reporter.advance(done, {})
+    rows = torch.zeros(len(files), width + 1)  # the last column: whether the image could be read
+
+    def compute(batch: ImageBatch) -> None:
+        rows[batch.index, :width] = features(batch.x.to(features.device)).float().cpu()
+        rows[batch.index, width] = 1
+
+    process_images(compute, files, images, batch_size, workers, ranks, what)
     rows = ranks.all_reduce_sum(rows)
     there = rows[:, width].nonzero().flatten()
     return rows[there, :width], there.tolist()

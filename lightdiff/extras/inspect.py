@@ -1,9 +1,9 @@
-"""What is in these folders? Counts, sizes, formats, labels, duplicates, unreadable files: before any training."""
+"""inspect: counts, sizes, formats, labels, duplicates and unreadable files of image folders, before any training."""
 
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -31,7 +31,7 @@ class FolderReport(BaseModel):
 
 
 class Spread(BaseModel):
-    """Smallest, middle and largest of some lengths in pixels."""
+    """Minimum, median and maximum, in pixels."""
 
     min: int
     median: float
@@ -39,18 +39,18 @@ class Spread(BaseModel):
 
 
 class Sizes(BaseModel):
-    """How large the readable images are, upright."""
+    """Sizes of the readable images, in upright orientation."""
 
     width: Spread
     height: Spread
     shorter_side: Spread
-    smaller_than: dict[int, int]  # resolution: images whose shorter side would be enlarged
+    smaller_than: dict[int, int]  # resolution: images that would be upsampled to it
 
 
 class Duplicates(BaseModel):
     """Files with the same bytes."""
 
-    images: int  # that could go without losing a picture
+    images: int  # that can be removed without losing a picture
     leaks: int  # groups with files in both train and val
     groups: list[list[str]]
 
@@ -63,7 +63,7 @@ class BadFile(BaseModel):
 
 
 class Report(BaseModel):
-    """Everything found. Lists are complete; `max_shown` is how much of each is printed."""
+    """Everything found. Lists are complete; at most `max_shown` entries of each are printed."""
 
     folders: list[FolderReport]
     images: int
@@ -80,10 +80,9 @@ class Report(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What opening one file tells: a digest if its bytes can be had, a reason if its pixels cannot."""
+class _FileInfo:
+    """What was read from one file: its format, mode and size, or the reason why it cannot be decoded."""
 
-    digest: str = ""
     format: str = ""
     mode: str = ""
     size: tuple[int, int] = (0, 0)
@@ -93,52 +92,77 @@ class _Look:
 def inspect(
     folders: list[Path], val_share: float, max_shown: int = 10, progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """A report on all images below the folders, each of which is decoded in full, as training would.
+    """Report on all images in the folders; each is decoded in full, as in training.
 
     Args:
         folders: As given with --data.
         val_share: Share held out for validation.
-        max_shown: Files of a kind, or values of a label, that `print_report` shows.
-        progress: Called with the images done and all images.
+        max_shown: How many files of a kind, or values of a label, `print_report` prints.
+        progress: Called with the number of images done and of all images.
     """
     files = scan(folders, val_share)
-    names = [_printable(os.path.join(folders[file.root], file.path)) for file in files]
+    paths = [os.path.join(folders[file.root], file.path) for file in files]
     sources = [(folder, source_of(folder)) for folder in folders]
-    looks: list[_Look] = []
+    infos: list[_FileInfo] = []
     with ThreadPool(os.cpu_count()) as pool:
-        for look in pool.imap(_look, ((file.path, *sources[file.root]) for file in files), chunksize=16):
-            looks.append(look)
+        for info in pool.imap(_read_info, ((file.path, *sources[file.root]) for file in files), chunksize=16):
+            infos.append(info)
             if progress:
-                progress(len(looks), len(files))
-    readable = [look for look in looks if not look.reason]
+                progress(len(infos), len(files))
+    readable = [i for i, info in enumerate(infos) if not info.reason]
+    in_folders = [i for i in readable if sources[files[i].root][1] is FOLDER]
+    groups = [[in_folders[i] for i in group] for group in duplicate_groups([paths[i] for i in in_folders])]
     splits = Counter(file.split for file in files)
     return Report(
         folders=[_folder_report(folders, root, files) for root in range(len(folders))],
         images=len(files),
         train=splits["train"],
         val=splits["val"],
-        formats=_counts(look.format for look in readable),
-        modes=_counts(look.mode for look in readable),
-        sizes=_sizes([look.size for look in readable]) if readable else None,
+        formats=_counts(infos[i].format for i in readable),
+        modes=_counts(infos[i].mode for i in readable),
+        sizes=_sizes([infos[i].size for i in readable]) if readable else None,
         labels=_label_counts(files),
         unlabelled=sum(not file.labels for file in files),
-        duplicates=_duplicates(files, names, looks),
-        bad=[BadFile(name=n, reason=look.reason) for n, look in zip(names, looks, strict=True) if look.reason],
+        duplicates=Duplicates(
+            images=sum(len(group) - 1 for group in groups),
+            leaks=sum(len({files[i].split for i in group}) > 1 for group in groups),
+            groups=[[_printable(paths[i]) for i in group] for group in groups],
+        ),
+        bad=[
+            BadFile(name=_printable(path), reason=info.reason)
+            for path, info in zip(paths, infos, strict=True)
+            if info.reason
+        ],
         max_shown=max_shown,
     )
 
 
-def _look(image: tuple[str, Path, Source]) -> _Look:
-    name, folder, source = image
-    digest = ""
+def _read_info(where: tuple[str, Path, Source]) -> _FileInfo:
     try:
-        with opened(name, folder, source) as found:
-            data = (folder / name).read_bytes() if source is FOLDER else found.tobytes()
-            digest = hashlib.sha256(data).hexdigest()
-            kind, mode = found.format or "", found.mode
-            return _Look(digest, kind, mode, to_rgb(found, colour("white")).size)
+        with opened(*where) as image:
+            kind, mode = image.format or "", image.mode
+            return _FileInfo(kind, mode, to_rgb(image, colour("white")).size)
     except BadImage as error:
-        return _Look(digest, reason=str(error))
+        return _FileInfo(reason=str(error))
+
+
+def duplicate_groups(paths: Sequence[str], max_bytes: float = float("inf")) -> list[list[int]]:
+    """Groups of files with the same bytes, as indices into `paths`; none if that took reading more than `max_bytes`.
+
+    Only files that share their size with another are read.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for i, path in enumerate(paths):
+        by_size[os.stat(path).st_size].append(i)
+    candidates = [(size, i) for size, group in by_size.items() if len(group) > 1 for i in group]
+    if sum(size for size, _ in candidates) > max_bytes:
+        return []
+    by_digest: dict[bytes, list[int]] = defaultdict(list)
+    with ThreadPool(os.cpu_count()) as pool:
+        digests = pool.imap(lambda pair: hashlib.sha256(Path(paths[pair[1]]).read_bytes()).digest(), candidates, 16)
+        for (_, i), digest in zip(candidates, digests, strict=True):
+            by_digest[digest].append(i)
+    return sorted(group for group in by_digest.values() if len(group) > 1)
 
 
 def _folder_report(folders: list[Path], root: int, files: list[ImageFile]) -> FolderReport:
@@ -167,19 +191,6 @@ def _spread(lengths: list[int]) -> Spread:
     return Spread(min=min(lengths), median=median(lengths), max=max(lengths))
 
 
-def _duplicates(files: list[ImageFile], names: list[str], looks: list[_Look]) -> Duplicates:
-    same: dict[str, list[int]] = defaultdict(list)
-    for index, look in enumerate(looks):
-        if look.digest:
-            same[look.digest].append(index)
-    groups = [group for group in same.values() if len(group) > 1]
-    return Duplicates(
-        images=sum(len(group) - 1 for group in groups),
-        leaks=sum(len({files[index].split for index in group}) > 1 for group in groups),
-        groups=[[names[index] for index in group] for group in groups],
-    )
-
-
 def _label_counts(files: list[ImageFile]) -> dict[str, dict[str, int]]:
     values: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -194,15 +205,15 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _printable(name: str) -> str:
-    """The name in valid Unicode: file names may hold bytes that no terminal and no JSON takes."""
+    """The name in valid Unicode: file names may contain bytes that terminals and JSON reject."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-# --- on screen ----------------------------------------------------------------------------------------------------
+# --- printing -----------------------------------------------------------------------------------------------------
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print tables: folders, formats and sizes, labels; then duplicates and unreadable files by name."""
+    """Print tables of folders, formats, sizes and labels, then duplicates and unreadable files by name."""
     tables = [_folder_table(report), _counts_table("Format", report.formats), _counts_table("Mode", report.modes)]
     if report.sizes:
         tables += [_size_table(report.sizes), _smaller_table(report.sizes, report.images - len(report.bad))]
@@ -244,7 +255,7 @@ def _size_table(sizes: Sizes) -> Table:
 
 
 def _smaller_table(sizes: Sizes, readable: int) -> Table:
-    table = _table("Resolution", "Images it enlarges", "Share")
+    table = _table("Resolution", "Images upsampled", "Share")
     for resolution, count in sizes.smaller_than.items():
         table.add_row(str(resolution), f"{count:,}", f"{count / readable:.1%}")
     return table
@@ -257,7 +268,9 @@ def _print_duplicates(report: Report, console: Console) -> None:
         return
     console.print(f"Duplicates by content: {found.images:,} of {report.images:,} (groups: {len(found.groups):,})")
     if found.leaks:
-        console.print(f"  [yellow]in both train and val: {found.leaks:,} groups; validation sees training images[/]")
+        console.print(
+            f"  [yellow]in both train and val: {found.leaks:,} groups; validation includes training images[/]"
+        )
     for group in found.groups[:shown]:
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
         console.print("  " + escape(" = ".join(group[:3])) + more, soft_wrap=True)

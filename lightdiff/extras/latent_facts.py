@@ -1,6 +1,7 @@
-"""What a run's latents look like, channel by channel: moments, information, histogram. Reads a sample of them."""
+"""Statistics of a sample of a run's latents, channel by channel: moments, KL, information, histogram."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,33 +10,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Scaling, read_index
+from lightdiff.data.latents import LatentIndex, Scaling, read_finished_index
 from lightdiff.errors import Damaged, UserError
-from lightdiff.losses import kl_per_element
 from lightdiff.models.vae import Posterior
+from lightdiff.settings import ScaleSettings
+from lightdiff.stages.scale import LatentMoments, bits_per_element, statistics
 
 EDGES: tuple[float, ...] = tuple(round(0.2 * i - 4, 1) for i in range(41))
 ACTIVE = 0.01  # variance of mu over images above which a unit is active (Burda et al. 2016, arXiv:1509.00519, Eq. 8)
-SHARDS = 16  # that are opened at most
-NUMBERS = 1 << 24  # latent elements that are looked at, at most: about a second
-CHUNK = 1 << 20  # of them at a time
+MAX_SHARDS = 16
+MAX_ELEMENTS = 1 << 24  # latent elements read: about a second
+CHUNK = 1 << 20  # latent elements processed at a time
 
 
 class ChannelFacts(BaseModel):
-    """What one channel holds, over the images looked at, at every position of the latent.
+    """One channel, over the sampled images and all positions of the latent.
 
-    z is what the U-Net learns: mu, or, where `scale --no-only-mu` said so or has not run, mu + sigma noise.
-    `scaled_mean` and `scaled_std` are of (z - shift) scale, and equal to `mean` and `std` before `scale` has run.
+    z is what the U-Net learns: mu, or mu + sigma noise after `scale --no-only-mu` and before any `scale`.
+    `scaled_mean` and `scaled_std` are of (z - shift) * scale, and equal `mean` and `std` before `scale` has run.
     """
 
     mean: float  # of z
     std: float
     scaled_mean: float
     scaled_std: float
-    kl: float  # nats an element
+    kl: float  # nats per element
     posterior_std: float  # square root of the mean of sigma^2
-    active_share: float  # share of positions whose mu varies over the images by a variance above ACTIVE
-    histogram: list[float]  # density of scaled z between EDGES; what lies beyond is left out
+    bits: float  # per element; of mu, only what varies over the images at the same position counts
+    active_share: float  # share of positions where mu varies over the images by a variance above ACTIVE
+    histogram: list[float]  # density of scaled z between EDGES; values outside are left out
 
 
 class LatentFacts(BaseModel):
@@ -45,8 +48,8 @@ class LatentFacts(BaseModel):
     channels: list[ChannelFacts]
 
 
-def latent_facts(folder: Path, most: int = 1000) -> LatentFacts:
-    """Facts of at most `most` training images' latents (fewer of large ones), spread evenly over the set.
+def latent_facts(folder: Path, max_images: int = 1000) -> LatentFacts:
+    """Facts of at most `max_images` training images' latents (fewer of large ones), spread evenly over the set.
 
     Mirror images count where they were encoded. Digests of tensors are not verified: that would read all of them.
 
@@ -54,97 +57,87 @@ def latent_facts(folder: Path, most: int = 1000) -> LatentFacts:
         UserError: If encoding has not finished, a shard is missing or damaged, or there are no training images.
         RunError: If the index is damaged.
     """
-    index = read_index(folder)
-    if not index.complete:
-        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
-    sums = Sums(index)
-    most = min(most, max(2, NUMBERS // ((1 + index.mirrored) * math.prod(index.shape))))
-    for path, rows in chosen_rows(folder, index, most):
-        try:
-            with safe_open(path, framework="pt") as file:
-                both = [file.get_tensor(name) for name in ("mu", "logvar")]
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{path} is damaged: {error}") from None
-        size = max(1, CHUNK // both[0][0].numel())
-        for some in torch.split(torch.tensor(rows), size):
-            mu, logvar = (tensor[some].flatten(0, 1).float() for tensor in both)
-            sums.add(Posterior(mu, logvar))
-        sums.images += len(rows)
-    if not sums.images:
+    index = read_finished_index(folder)
+    scaled = index.statistics
+    only_mu = scaled is not None and scaled.only_mu
+    shift, scale = (torch.tensor(v) for v in ((scaled.shift, scaled.scale) if scaled else ([0.0], [1.0])))
+    moments, images = LatentMoments(*index.shape), 0
+    histogram = torch.zeros(index.shape[0], len(EDGES) - 1, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    for mu, logvar in sampled_latents(folder, index, max_images):
+        moments.add(mu, logvar)
+        images += len(mu)
+        posterior = Posterior(mu.flatten(0, 1), logvar.flatten(0, 1))
+        z = posterior.mu if only_mu else posterior.sample(torch.randn(posterior.mu.shape, generator=rng))
+        for c, x0 in enumerate(Scaling(shift, scale).to_x0(z).unbind(1)):
+            histogram[c] += torch.histc(x0, len(EDGES) - 1, EDGES[0], EDGES[-1])
+    if not images:
         raise UserError(f"{folder} has no latents in the training split; encode more images")
-    return sums.facts()
+    s = statistics(sum_positions(moments), ScaleSettings(only_mu=only_mu))
+    mean, std = torch.tensor([s.channel_mean, s.channel_std], dtype=torch.float64)
+    spread = variance_over_images(moments).mean((1, 2)).tolist()
+    columns: dict[str, list[float] | list[list[float]]] = {
+        "mean": s.channel_mean,
+        "std": s.channel_std,
+        "scaled_mean": ((mean - shift) * scale).tolist(),
+        "scaled_std": (std * scale).tolist(),
+        "kl": channel_kl(moments),
+        "posterior_std": s.channel_sigma,
+        "bits": [bits_per_element(v, sigma**2) for v, sigma in zip(spread, s.channel_sigma, strict=True)],
+        "active_share": channel_active_share(moments),
+        "histogram": (histogram / (s.count * (EDGES[1] - EDGES[0]))).tolist(),
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return LatentFacts(images=images, channels=[ChannelFacts.model_validate(row) for row in rows])
 
 
-def chosen_rows(folder: Path, index: LatentIndex, most: int) -> list[tuple[Path, list[int]]]:
-    """Shards, and which of their rows to look at: training images, evenly spread."""
-    paths = [index.shard_paths(folder)[n] for n in evenly(len(index.shards), SHARDS)]
-    there = [
+def sampled_latents(folder: Path, index: LatentIndex, max_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of mu and logvar (n, m, c, h, w) of training images, spread evenly over at most MAX_SHARDS shards."""
+    size = (1 + index.mirrored) * math.prod(index.shape)
+    paths = [index.shard_paths(folder)[n] for n in evenly(len(index.shards), MAX_SHARDS)]
+    train = [
         (path, row)
         for path in paths
         for row, position in enumerate(Checkpoint(path, "latents").metadata.extra["positions"])
         if index.splits[position] == "t"
     ]
-    found: dict[Path, list[int]] = {}
-    for i in evenly(len(there), most):
-        path, row = there[i]
-        found.setdefault(path, []).append(row)
-    return list(found.items())
+    rows: dict[Path, list[int]] = {}
+    for i in evenly(len(train), min(max_images, max(2, MAX_ELEMENTS // size))):
+        rows.setdefault(train[i][0], []).append(train[i][1])
+    for path in rows:
+        try:
+            with safe_open(path, framework="pt") as file:
+                mu, logvar = (file.get_tensor(name) for name in ("mu", "logvar"))
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{path} is damaged: {error}") from None
+        for chunk in torch.split(torch.tensor(rows[path]), max(1, CHUNK // size)):
+            yield mu[chunk].float(), logvar[chunk].float()
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most so many of the numbers below `count`, evenly spread."""
-    return [i * count // most for i in range(most)] if count > most else list(range(count))
+def evenly(count: int, maximum: int) -> list[int]:
+    """At most `maximum` of the numbers below `count`, evenly spread."""
+    return [i * count // maximum for i in range(maximum)] if count > maximum else list(range(count))
 
 
-class Sums:
-    """Sums over latents, in float64, from which the facts follow."""
+def sum_positions(moments: LatentMoments) -> LatentMoments:
+    """Moments per channel, from those per unit."""
+    channels = LatentMoments(len(moments.mu))
+    channels.count = moments.count * moments.mu[0].numel()
+    channels.sums += moments.sums.sum((2, 3))
+    return channels
 
-    def __init__(self, index: LatentIndex) -> None:
-        """Start with nothing."""
-        statistics, self.channels = index.statistics, index.shape[0]
-        unscaled = Scaling(torch.zeros(1), torch.ones(1))
-        self.only_mu = statistics is not None and statistics.only_mu
-        self.scaling = (
-            Scaling(torch.tensor(statistics.shift), torch.tensor(statistics.scale)) if statistics else unscaled
-        )
-        self.rng = torch.Generator().manual_seed(0)  # of the histogram's noise
-        self.images = self.sides = 0  # sides: images, and their mirror images
-        self.mu, self.mu_squared, self.variance, self.kl = torch.zeros(4, *index.shape, dtype=torch.float64)
-        self.counts = torch.zeros(self.channels, len(EDGES) - 1, dtype=torch.float64)
 
-    def add(self, posterior: Posterior) -> None:
-        """Take in some latents, (b, c, h, w)."""
-        mu, logvar = posterior
-        self.sides += len(mu)
-        self.mu += mu.sum(0, dtype=torch.float64)
-        self.mu_squared += mu.double().square().sum(0)
-        self.variance += logvar.exp().sum(0, dtype=torch.float64)
-        self.kl += kl_per_element(posterior).sum(0, dtype=torch.float64)
-        z = mu if self.only_mu else posterior.sample(torch.randn(mu.shape, generator=self.rng))
-        x0 = self.scaling.to_x0(z)
-        for c in range(self.channels):
-            self.counts[c] += torch.histc(x0[:, c], len(EDGES) - 1, EDGES[0], EDGES[-1])
+def variance_over_images(moments: LatentMoments) -> Tensor:
+    """Variance of each unit's mu over the images, (c, h, w)."""
+    return moments.mu_squared / moments.count - (moments.mu / moments.count).square()
 
-    def facts(self) -> LatentFacts:
-        """What follows from the sums."""
-        mu, mu_squared, variance, kl = (s / self.sides for s in (self.mu, self.mu_squared, self.variance, self.kl))
-        mean, noise = mu.mean((1, 2)), variance.mean((1, 2))  # (c,)
-        drawn = torch.zeros_like(noise) if self.only_mu else noise
-        std = (mu_squared.mean((1, 2)) + drawn - mean.square()).clamp(min=0).sqrt()  # law of total variance
-        shift, scale = (value.double().expand(self.channels) for value in (self.scaling.shift, self.scaling.scale))
-        density = self.counts / (self.sides * mu[0].numel() * (EDGES[1] - EDGES[0]))
-        columns: dict[str, Tensor] = {
-            "mean": mean,
-            "std": std,
-            "scaled_mean": (mean - shift) * scale,
-            "scaled_std": std * scale,
-            "kl": kl.mean((1, 2)),
-            "posterior_std": noise.sqrt(),
-            "active_share": (mu_squared - mu.square() > ACTIVE).double().mean((1, 2)),
-            "histogram": density,
-        }
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        return LatentFacts(
-            images=self.images,
-            channels=[ChannelFacts.model_validate(dict(zip(columns, row, strict=True))) for row in rows],
-        )
+
+def channel_kl(moments: LatentMoments) -> list[float]:
+    """KL(N(mu, sigma^2) || N(0, 1)) of each channel, in nats per element (see `losses.kl_per_element`)."""
+    kl = 0.5 * (moments.mu_squared + moments.variance - moments.logvar) / moments.count - 0.5
+    return kl.mean((1, 2)).tolist()
+
+
+def channel_active_share(moments: LatentMoments) -> list[float]:
+    """Share of each channel's units that are active: their mu varies over the images by more than ACTIVE."""
+    return (variance_over_images(moments) > ACTIVE).double().mean((1, 2)).tolist()

@@ -1,4 +1,4 @@
-"""Settings as people read them: flags with their values, what differs from the defaults first."""
+"""Settings and durations as tables show them: flags with their values, those that differ from the defaults first."""
 
 import json
 from functools import reduce
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from lightdiff.checkpoint import Metadata
 from lightdiff.options import default_of, flag, flag_fields, format_value
+from lightdiff.runtime.resume import flag_of
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
 MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}
@@ -22,14 +24,14 @@ class Row(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Whether somebody chose it."""
+        """Whether it is not the default."""
         return self.value != self.default
 
 
 def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]:
-    """Saved settings (JSON) of a model's kind: first what differs from the defaults, then the rest.
+    """Saved settings (JSON) of this model: first those that differ from the defaults, then the rest.
 
-    Settings of a single start, which are not saved, are left out, and so are those without a flag.
+    Settings that are not saved, because they hold for one start only, and those without a flag are left out.
     """
     rows = []
     for path in flag_fields(model):
@@ -38,10 +40,29 @@ def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]
         except KeyError:
             continue
         default = json.loads(json.dumps(default_of(model, path), default=str))
-        rows.append(Row(flag(model, path), words(value), words(default)))
+        rows.append(Row(flag(model, path), format_setting(value), format_setting(default)))
     return sorted(rows, key=lambda row: not row.differs)
 
 
-def words(value: Any) -> str:
-    """A setting's value as one types it."""
+def format_setting(value: Any) -> str:
+    """A setting's value as it is typed on the command line; "-" if empty."""
     return format_value(value) or "-"
+
+
+def settings_changes(metadata: Metadata) -> list[tuple[int, str]]:
+    """Changes of settings when the training was resumed: the step, and what changed, as text."""
+    return [
+        (
+            change["step"],
+            ", ".join(f"{flag_of(n) if '.' in n else n} {a} -> {b}" for n, (a, b) in change["changed"].items()),
+        )
+        for change in metadata.extra.get("history", [])
+    ]
+
+
+def format_duration(seconds: float) -> str:
+    """A duration with its unit."""
+    for limit, unit, name in ((120, 1, "seconds"), (7200, 60, "minutes"), (172_800, 3600, "hours")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"

@@ -1,4 +1,4 @@
-"""report: one self-contained page about a run, or about several side by side."""
+"""report: one self-contained HTML page about a run, or about several side by side."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,24 +15,24 @@ NEEDED = ("plotly", "jinja2")  # the extra `report`
 
 
 def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
-    """Write the page, and return where it is: RUN/report.html, or report.html here for several runs.
+    """Write the page and return its path: RUN/report.html, or ./report.html for several runs.
 
     Raises:
-        UserError: If the extra is not installed, a run holds nothing, or something else lies where the page is to go.
+        UserError: If the extra is not installed, a run is empty, or the path is taken by something else.
     """
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if target.is_dir():
         raise UserError(f"--out: {target} is a folder; name a file")
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise UserError(f"--out: {target} is no report of lightdiff, so it is left as it is: choose another name")
+        raise UserError(f"--out: {target} is no report of lightdiff and is not overwritten: choose another name")
     if not all(map(find_spec, NEEDED)):
         raise not_installed("report", *NEEDED)
     where = pick_device(device)
     found: list[RunFacts] = []
     for run in runs:
-        with console.status(f"looking at {run}"):
+        with console.status(f"reading {run}"):
             found.append(collect(run, where))
-    text = render(found).encode(errors="replace").decode()  # names of files need not be UTF-8
+    text = render(found).encode(errors="replace").decode()  # file names need not be UTF-8
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(target, text)
     console.print(f"{len(text.encode()) / 1e6:.1f} MB; open it in a browser", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What there is to tell of a run: settings, lineage, curves, pictures made while training, and what is measured now."""
+"""The contents of a report: settings, lineage, curves, pictures saved during training, and new measurements."""
 
 import math
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.evidence import evaluated, opened, rows_of
+from lightdiff.extras.evidence import first_readable, read_evaluation, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
-from lightdiff.extras.report.measure import Picture, encoded, nearest, reconstructions, trajectory_pictures
-from lightdiff.extras.settings_rows import MODELS, Row, settings_rows
+from lightdiff.extras.report.measure import Picture, encode_picture, nearest, reconstructions, trajectory_pictures
+from lightdiff.extras.settings_rows import MODELS, Row, settings_changes, settings_rows
 from lightdiff.pipeline import Pipeline, latents_behind
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
 
-MOST_FRAMES = 24  # of a slider through time
-MOST_POINTS = 1500  # of a curve
+MAX_FRAMES = 24  # of a slider over training steps
+MAX_POINTS = 1500  # of a curve
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number over optimizer steps."""
+    """A metric over optimizer steps."""
 
     steps: list[int]
     values: list[float]
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Training:
-    """What one of the two trainings left behind."""
+    """The results of one of the two trainings."""
 
     metadata: Metadata
     parameters: int
@@ -46,27 +46,22 @@ class Training:
 
     @property
     def lineage(self) -> dict[str, str]:
-        """What it came from, by the beginnings of digests."""
+        """What the training is based on: names with shortened digests."""
         return {name: digest[:12] for name, digest in self.metadata.lineage.items()}
 
     @property
     def history(self) -> list[str]:
-        """What was changed on the way, in words."""
-        changes = self.metadata.extra.get("history", [])
-        return [
-            f"from step {c['step']}: "
-            + ", ".join(f"{name} {old} -> {new}" for name, (old, new) in c["changed"].items())
-            for c in changes
-        ]
+        """Changes of settings during the training."""
+        return [f"from step {step}: {changes}" for step, changes in settings_changes(self.metadata)]
 
-    def middle(self, name: str) -> float | None:
-        """The median of a curve."""
+    def median_of(self, name: str) -> float | None:
+        """The median of a curve; None if there is no such curve."""
         return median(self.curves[name].values) if name in self.curves else None
 
 
 @dataclass
 class RunFacts:
-    """All that the page tells of one run. What is not there yet is None; `missing` says why."""
+    """Everything that the page shows about one run. What does not exist is None; `missing` gives the reasons."""
 
     path: Path
     vae: Training | None = None
@@ -83,32 +78,32 @@ class RunFacts:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """The name of the run folder."""
         return self.path.resolve().name
 
     def trainings(self) -> Iterator[tuple[str, Training]]:
-        """Those there are."""
+        """The trainings that exist, with their stage."""
         for stage, training in (("vae", self.vae), ("unet", self.unet)):
             if training is not None:
                 yield stage, training
 
 
 def collect(path: Path, device: torch.device) -> RunFacts:
-    """Look at a run. What is missing or damaged is left out, with the reason in `missing`.
+    """Read a run and measure it. What is missing or damaged is left out, with the reason in `missing`.
 
     Raises:
-        UserError: If there is nothing at all.
+        UserError: If the folder holds nothing of lightdiff.
     """
     run, found = RunFolder(path), RunFacts(path)
     if not path.is_dir():
         raise UserError(f"{path} is no run folder")
     for stage, folder in (("vae", run.vae), ("unet", run.unet)):
         if folder.last.is_file():
-            with noting(found, stage):
-                setattr(found, stage, training(stage, folder))
+            with record_failure(found, stage):
+                setattr(found, stage, read_training(stage, folder))
     latents: Path | None = run.latents
-    with noting(found, "latents"):
-        if unet := opened("unet", [run.unet.last]):
+    with record_failure(found, "latents"):
+        if unet := first_readable("unet", [run.unet.last]):
             latents = latents_behind(unet, run)
         if latents and (latents / INDEX).is_file():
             found.index = read_index(latents)
@@ -116,49 +111,49 @@ def collect(path: Path, device: torch.device) -> RunFacts:
     if not (found.vae or found.unet or found.index or found.missing):
         raise UserError(f"{path} holds no training and no latents of lightdiff")
     found.findings = examine(path)
-    with noting(found, "evaluation"):
-        found.evaluation = evaluated(run)
+    with record_failure(found, "evaluation"):
+        found.evaluation = read_evaluation(run)
         if not found.evaluation and (path / "evaluation" / "metrics.json").is_file():
-            raise UserError("what was evaluated is of other networks than these: lightdiff evaluate measures these")
+            raise UserError("the results of evaluate belong to other networks than these: run lightdiff evaluate again")
     if found.vae:
-        with noting(found, "reconstructions"):
+        with record_failure(found, "reconstructions"):
             found.reconstructions = reconstructions(run.vae, device)
     if found.unet:
-        with noting(found, "trajectory"):
+        with record_failure(found, "trajectory"):
             pipeline = Pipeline.load(path, device="cuda" if device.type == "cuda" else "cpu")
             found.trajectory = trajectory_pictures(pipeline)
             if found.index and latents:
                 found.nearest = nearest(pipeline, latents)
-    with noting(found, "samples"):
+    with record_failure(found, "samples"):
         grids = sorted(run.samples.glob("*/*grid.png"), key=lambda p: p.stat().st_mtime)
         if grids:
-            found.samples = encoded(grids[-1], f"New images, from {grids[-1].parent.name}")
+            found.samples = encode_picture(grids[-1], f"New images, from {grids[-1].parent.name}")
     return found
 
 
 @contextmanager
-def noting(found: RunFacts, part: str) -> Iterator[None]:
-    """What goes wrong in here is noted under this name instead of ending the report; memory may run out, too."""
+def record_failure(found: RunFacts, part: str) -> Iterator[None]:
+    """Record an error under this name instead of ending the report; running out of memory counts as one."""
     try:
         yield
     except (LightdiffError, OSError, ValueError, RuntimeError) as error:
         found.missing[part] = str(error)
 
 
-def training(stage: str, folder: StageFolder) -> Training:
-    """What a training left behind."""
+def read_training(stage: str, folder: StageFolder) -> Training:
+    """The results of a training, from its last checkpoint and metrics.jsonl."""
     saved = Checkpoint(folder.last, stage)
     return Training(
         saved.metadata,
         sum(map(math.prod, saved.shapes("model.").values())),
         settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save()),
-        curves_of(folder),
-        grids(folder, stage),
+        read_curves(folder),
+        read_grids(folder, stage),
     )
 
 
-def curves_of(folder: StageFolder) -> dict[str, Curve]:
-    """The columns of metrics.jsonl, thinned out where they are long."""
+def read_curves(folder: StageFolder) -> dict[str, Curve]:
+    """The columns of metrics.jsonl, long ones thinned out."""
     columns: dict[str, Curve] = {}
     for row in rows_of(folder):
         for name, value in row.items():
@@ -166,23 +161,23 @@ def curves_of(folder: StageFolder) -> dict[str, Curve]:
                 curve = columns.setdefault(name, Curve([], []))
                 curve.steps.append(int(row["step"]))
                 curve.values.append(float(value))
-    return {name: thinned(curve) for name, curve in columns.items()}
+    return {name: thin_out(curve) for name, curve in columns.items()}
 
 
-def thinned(curve: Curve) -> Curve:
-    """At most MOST_POINTS of a curve: means over stretches of equal length."""
+def thin_out(curve: Curve) -> Curve:
+    """At most MAX_POINTS points of a curve: means over intervals of equal length."""
     count = len(curve.steps)
-    if count <= MOST_POINTS:
+    if count <= MAX_POINTS:
         return curve
-    edges = [i * count // MOST_POINTS for i in range(MOST_POINTS + 1)]
+    edges = [i * count // MAX_POINTS for i in range(MAX_POINTS + 1)]
     spans = list(pairwise(edges))
     return Curve([curve.steps[b - 1] for _, b in spans], [sum(curve.values[a:b]) / (b - a) for a, b in spans])
 
 
-def grids(folder: StageFolder, stage: str) -> list[tuple[int, Picture]]:
-    """Pictures made at validations, at most MOST_FRAMES of them, the first and the last included."""
+def read_grids(folder: StageFolder, stage: str) -> list[tuple[int, Picture]]:
+    """Pictures saved at validation, at most MAX_FRAMES of them, the first and the last included."""
     steps = sorted((StageFolder.step_of(path), path) for path in folder.images.glob("step-*.png"))
-    if len(steps) > MOST_FRAMES:
-        steps = [steps[round(i * (len(steps) - 1) / (MOST_FRAMES - 1))] for i in range(MOST_FRAMES)]
-    what = "Originals above their reconstructions" if stage == "vae" else "Samples of the same noise"
-    return [(step, encoded(path, f"{what}, at step {step:,}")) for step, path in steps]
+    if len(steps) > MAX_FRAMES:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    what = "Originals above their reconstructions" if stage == "vae" else "Samples from the same noise"
+    return [(step, encode_picture(path, f"{what}, at step {step:,}")) for step, path in steps]

@@ -1,13 +1,13 @@
-"""What a sweep varies: names and values as they were typed, made out as settings of a stage."""
+"""What a sweep varies: names and values as typed, parsed into settings of a stage."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
-from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, plain, takes_commas
+from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, takes_commas
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -32,44 +32,44 @@ NOT_VARIED = {"run", "job", "restart", "from_step", "vae", "unet", "latents", "o
 class Axis:
     """A setting of a stage and the values it takes."""
 
-    name: str  # as it was typed
+    name: str  # as typed
     stage: str
     path: Where
     texts: tuple[str, ...]
     values: tuple[Any, ...]
 
     def layer(self, number: int) -> Layer:
-        """One of the values as a layer of its stage's settings."""
+        """One of the values, as a layer of its stage's settings."""
         return nest({self.path: self.values[number]})
 
 
-def axis(said: str, option: str = "--vary") -> Axis:
-    """`kl-beta=1e-4,1e-2` as an axis; for --set, one value.
+def parse_axis(argument: str, option: str = "--vary") -> Axis:
+    """The axis that `kl-beta=1e-4,1e-2` describes; for --set, with one value.
 
     Raises:
         UserError: If it is no such assignment, or there is no such setting.
     """
-    name, _, text = said.partition("=")
+    name, _, text = argument.partition("=")
     name = name.strip().removeprefix("--").replace("_", "-")
-    stage, path = find(name, option)
+    stage, path = find_setting(name, option)
     info = flag_fields(STAGES[stage])[path]
     texts = [text.strip()]
     if option == "--vary":
-        lists = is_list(info)
+        lists = takes_list(info)
         texts = [part.strip() for part in text.split(";" if lists or ";" in text else ",")]
         if len(texts) < 2:
             how = f"in quotes, with ';' between its lists: '{name}=32,64;64,128'" if lists else f"{name}=VALUE,VALUE"
-            raise UserError(f"--vary {said}: two values or more are needed, {how}")
+            raise UserError(f"--vary {argument}: two values or more are needed, {how}")
     if not all(texts):
-        raise UserError(f"{option} {said}: a value is missing")
-    return Axis(name, stage, path, tuple(texts), tuple(parsed(info, text) for text in texts))
+        raise UserError(f"{option} {argument}: a value is missing")
+    return Axis(name, stage, path, tuple(texts), tuple(parse_value(info, text) for text in texts))
 
 
-def find(name: str, option: str) -> tuple[str, Where]:
-    """The stage and the field that a name means, with the stage in front or without.
+def find_setting(name: str, option: str) -> tuple[str, Where]:
+    """The stage and the field that a name stands for, with or without the stage in front.
 
     Raises:
-        UserError: If there is none, or more than one.
+        UserError: If there is no such setting, or more than one.
     """
     first, _, rest = name.partition(".")
     wanted = {first: STAGES[first]} if first in STAGES else STAGES
@@ -85,7 +85,7 @@ def find(name: str, option: str) -> tuple[str, Where]:
         return found[0]
     if found:
         places = " or ".join(f"{stage}.{short}" for stage, _ in found)
-        raise UserError(f"{option} {name}: several stages have this setting; say which one is meant: {places}")
+        raise UserError(f"{option} {name}: several stages have this setting; choose one: {places}")
     names = sorted({name for _, name in known})
     near = get_close_matches(short, names, n=4) or [n for n in names if n.split(".")[-1].startswith(short[:3])]
     meant = [f"{stage}.{n}" if first in STAGES else n for n in near for stage, other in known if other == n]
@@ -94,17 +94,13 @@ def find(name: str, option: str) -> tuple[str, Where]:
     raise UserError(f"{option} {name}: {where} {'no such' if first in STAGES else 'such a'} setting to vary{hint}")
 
 
-def is_list(info: FieldInfo) -> bool:
+def takes_list(info: FieldInfo) -> bool:
     """Whether a setting takes a list."""
     return takes_commas(info) or bool(extra(info, "repeated"))
 
 
-def parsed(info: FieldInfo, text: str) -> Any:
-    """A value as pydantic takes it."""
+def parse_value(info: FieldInfo, text: str) -> Any:
+    """A value in the form that pydantic validates."""
     if extra(info, "repeated"):
         return [part.strip() for part in text.split(",")]
-    if takes_commas(info):
-        return parse_list(info, text)
-    kind = plain(info.annotation)
-    numbers = get_origin(kind) is Literal and not isinstance(get_args(kind)[0], str)
-    return int(text) if numbers and text.isdigit() else text
+    return parse_list(info, text)

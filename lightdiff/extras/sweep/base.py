@@ -1,4 +1,4 @@
-"""The run that a sweep begins with: its settings and results, which all cells share but for what is varied."""
+"""The run that a sweep is based on: its settings and results, which all cells share except for what is varied."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings,
 from lightdiff.stages.encode import VAE_COPY
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
-FILLED_IN: dict[type[StageSettings], dict[Where, Any]] = {  # what follows from other settings, unless it is given
+DERIVED: dict[type[StageSettings], dict[Where, Any]] = {  # settings that follow from others unless given
     TrainVAESettings: {("model", "encoder_channels"): (), ("model", "decoder_channels"): ()},
     TrainUNetSettings: {
         ("model", "channels"): (),
@@ -22,12 +22,12 @@ FILLED_IN: dict[type[StageSettings], dict[Where, Any]] = {  # what follows from 
         ("noise", "schedule"): "auto",
     },
 }
-ANEW: Layer = {"loop": {"compile": "auto"}}  # decided for the base's number of steps
+RESET: Layer = {"loop": {"compile": "auto"}}  # was decided for the base's number of steps
 
 
 @dataclass(frozen=True)
 class Base:
-    """The run whose settings and results all cells share, but for what is varied."""
+    """The run whose settings and results all cells share, except for what is varied."""
 
     run: RunFolder
     vae: Checkpoint
@@ -36,56 +36,54 @@ class Base:
     unet: Checkpoint | None
 
     @classmethod
-    def of(cls, run: RunFolder, anew: bool, whole: bool) -> "Base":
-        """Open what there is.
+    def open(cls, run: RunFolder, trains_vae: bool, whole: bool) -> "Base":
+        """Open what the run holds.
 
         Args:
             run: The run folder.
-            anew: Whether VAEs are trained; else the one behind the latents is used.
+            trains_vae: Whether the sweep trains VAEs; otherwise it uses the one behind the latents.
             whole: Whether the cells end in samples.
 
         Raises:
-            UserError: If something that is needed is missing.
+            UserError: If something required is missing.
         """
-        if not any(path.is_file() for path in (run.vae.best, run.vae.last)) and anew:
-            raise UserError(f"--run: {run.path} has no VAE whose settings the cells could have: train one first")
+        if not any(path.is_file() for path in (run.vae.best, run.vae.last)) and trains_vae:
+            raise UserError(f"--run: {run.path} has no VAE to take settings from: train one first")
         if whole and not any(path.is_file() for path in (run.unet.best, run.unet.last)):
-            hint = ", or end with the VAEs, --until vae" if anew else ""
-            raise UserError(
-                f"--run: {run.path} has no U-Net whose settings the cells could have: train one first{hint}"
-            )
+            hint = ", or stop at the VAEs with --until vae" if trains_vae else ""
+            raise UserError(f"--run: {run.path} has no U-Net to take settings from: train one first{hint}")
         unet = Checkpoint(find_unet(None, run), "unet") if whole else None
         its_own = run.latents if (run.latents / INDEX).is_file() else None
         latents = latents_behind(unet, run) if unet else its_own
-        vae = latents / VAE_COPY if latents and not anew else find_vae(None, run)
+        vae = latents / VAE_COPY if latents and not trains_vae else find_vae(None, run)
         return cls(run, Checkpoint(vae, "vae"), latents, read_index(latents) if latents else None, unet)
 
     @property
     def vae_settings(self) -> TrainVAESettings:
-        """What its VAE was trained with."""
-        settings: TrainVAESettings = build(TrainVAESettings, [self.vae.metadata.settings, ANEW])
-        return opened(settings)
+        """Settings its VAE was trained with."""
+        settings: TrainVAESettings = build(TrainVAESettings, [self.vae.metadata.settings, RESET])
+        return reset_derived(settings)
 
     @property
     def unet_settings(self) -> TrainUNetSettings:
-        """What its U-Net was trained with."""
+        """Settings its U-Net was trained with."""
         assert self.unet is not None
-        settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.metadata.settings, ANEW])
-        return opened(settings)
+        settings: TrainUNetSettings = build(TrainUNetSettings, [self.unet.metadata.settings, RESET])
+        return reset_derived(settings)
 
     def encode_layer(self, images: Layer) -> Layer:
-        """What its latents were encoded with, for images as a VAE saw them."""
+        """Settings its latents were encoded with, applied to these images."""
         loop = self.vae_settings.loop
         layer: Layer = {"images": images, "compute": {"device": loop.device, "precision": loop.precision}}
         if self.index is None:
             return layer
         its_own = self.vae_settings.images.model_dump(mode="json")
-        said = {name: value for name, value in self.index.images.items() if its_own.get(name) != value}
+        changed = {name: value for name, value in self.index.images.items() if its_own.get(name) != value}
         kept = {"dtype": self.index.dtype, "shard_size": self.index.shard_size}
-        return merge(EncodeSettings, layer, {**kept, "images": said, "compute": {"precision": self.index.precision}})
+        return merge(EncodeSettings, layer, {**kept, "images": changed, "compute": {"precision": self.index.precision}})
 
     def scale_layer(self) -> Layer:
-        """How its latents were scaled."""
+        """Settings its latents were scaled with."""
         found = self.index.statistics if self.index else None
         if found is None:
             return {}
@@ -95,12 +93,12 @@ class Base:
         return {"only_mu": found.only_mu, "normalize": normalize, "scaling_factor": found.scale[0] if by_hand else 0}
 
 
-def opened(settings: T) -> T:
-    """The settings with what was filled in from others left open, so that it follows when those are varied."""
+def reset_derived(settings: T) -> T:
+    """The settings with derived ones unset again, so that they follow when others are varied."""
     whole = settings.resolved()
-    for path, empty in FILLED_IN[type(settings)].items():
+    for path, empty in DERIVED[type(settings)].items():
         if path[0] == "model" and settings.model.architecture != "default":
-            continue  # other architectures fill in nothing
+            continue  # other architectures derive nothing
         trial = type(settings).model_validate(merge(type(settings), settings.model_dump(), nest({path: empty})))
         if trial.resolved() == whole:
             settings = trial
@@ -108,7 +106,7 @@ def opened(settings: T) -> T:
 
 
 def finished(saved: Checkpoint, steps: int) -> bool:
-    """Whether a checkpoint is what training so many steps with its settings, and never with others, makes."""
+    """Whether a checkpoint was trained for this number of steps, with the same settings throughout."""
     metadata = saved.metadata
     epochs = metadata.settings.get("loop", {}).get("epochs", 0)
     return metadata.step == steps and not epochs and not metadata.extra.get("history")

@@ -1,4 +1,4 @@
-"""What a sweep has found: numbers and sheets of all cells."""
+"""Results of a sweep: metrics and contact sheets of all cells."""
 
 import json
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from rich.table import Table
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.data.loading import ImageDataset
-from lightdiff.extras.evidence import question
+from lightdiff.extras.evidence import held_out, load_images, loss_definition
 from lightdiff.extras.sweep.axes import Axis
-from lightdiff.extras.sweep.plan import Cell, Plan, Result, essence
+from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
@@ -26,70 +25,67 @@ from lightdiff.settings import ImageSettings, with_changes
 
 SHEET, RECONSTRUCTIONS, RESULTS = "sheet.png", "sheet-reconstructions.png", "sweep.json"
 ACROSS = 4  # pictures side by side in a cell of a sheet with rows and columns
-SHOWN = {"vae": ("val_psnr", "val_mse", "val_lpips", "val_kl"), "unet": ("val_loss",)}  # others are not comparable
+SHOWN = {"vae": ("val_psnr", "val_mse", "val_lpips", "val_kl"), "unet": ("val_loss",)}  # others cannot be compared
 
 
-def conclude(plan: Plan) -> list[Path]:
-    """Write the numbers and draw the sheets, which are returned; those of another sweep of this name are kept."""
+def write_results(plan: Plan) -> list[Path]:
+    """Write the metrics, draw the sheets and return their paths; results of other values are moved aside."""
     folder, s = plan.folder, plan.settings
     about: dict[str, Any] = {"run": str(s.run), "vary": {axis.name: list(axis.texts) for axis in plan.axes}}
     about |= {"set": {axis.name: axis.texts[0] for axis in plan.fixed}, "num_images": s.num_images, "until": s.until}
-    about["cells"] = [told(plan, cell) for cell in plan.cells]
+    about["cells"] = [describe_cell(plan, cell) for cell in plan.cells]
     names = [name for name in (RESULTS, RECONSTRUCTIONS, SHEET) if (folder / name).is_file()]
     if RESULTS in names and read_json(folder / RESULTS) != json.loads(json.dumps(about)):
         aside = free_name(folder / "sheets")
         aside.mkdir()
         for name in names:
             (folder / name).rename(aside / name)
-        console.print(f"the sheets of other values are now in {aside}", soft_wrap=True)
+        console.print(f"the sheets of other values have been moved to {aside}", soft_wrap=True)
     atomic_write_text(folder / RESULTS, json.dumps(about, indent=2) + "\n")
-    show(plan, about["cells"])
+    print_metrics(plan, about["cells"])
     sheets = []
     vary_vae = [axis for axis in plan.axes if axis.stage == "train-vae"]
     if vary_vae:
-        originals, back = reconstructions(plan)
-        save_png(folder / RECONSTRUCTIONS, drawn(plan, "reconstructions", vary_vae, back, originals))
+        originals, reconstructed = reconstruct(plan)
+        save_png(folder / RECONSTRUCTIONS, draw_sheet(plan, "reconstructions", vary_vae, reconstructed, originals))
         sheets.append(folder / RECONSTRUCTIONS)
     if plan.whole:
         files = range(s.num_images)
         samples = [[opened(cell.end.place / f"{i:05d}.png") for i in files] for cell in plan.cells]
-        save_png(folder / SHEET, drawn(plan, "samples", plan.axes, samples))
+        save_png(folder / SHEET, draw_sheet(plan, "samples", plan.axes, samples))
         sheets.append(folder / SHEET)
     return sheets
 
 
-def told(plan: Plan, cell: Cell) -> dict[str, Any]:
-    """What sweep.json says of a cell."""
+def describe_cell(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """A cell's entry in sweep.json."""
     results = cell.results
     return {
         "values": dict(zip((axis.name for axis in plan.axes), cell.texts, strict=True)),
         "folders": {kind: str(result.place) for kind, result in results.items()},
-        "metrics": {kind: metrics(result) for kind, result in results.items() if kind in SHOWN},
-        "settings": {stage: essence(s) for result in results.values() for stage, s in result.settings.items()},
+        "metrics": {kind: trained_network(r).metadata.metrics for kind, r in results.items() if kind in SHOWN},
+        "settings": {stage: cache_key(s) for result in results.values() for stage, s in result.settings.items()},
     }
 
 
-def metrics(result: Result) -> dict[str, float]:
-    """What the last validation of a network found."""
-    return snapshot(result).metadata.metrics
-
-
-def snapshot(result: Result) -> Checkpoint:
-    """A trained network."""
+def trained_network(result: Result) -> Checkpoint:
+    """The checkpoint of a VAE or a U-Net."""
     run = RunFolder(result.place)
     return Checkpoint(find_vae(result.place, run) if result.kind == "vae" else find_unet(result.place, run))
 
 
-def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
-    """Print what can be compared between the cells."""
-    table = Table(title="What validation found", title_justify="left")
+def print_metrics(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
+    """Print the validation metrics that can be compared between cells."""
+    table = Table(title="Validation", title_justify="left")
     for axis in plan.axes:
         table.add_column(axis.name)
     made = {result.kind for result in plan.new_results()}
     pairs = [(kind, name) for kind, names in SHOWN.items() for name in names if kind in made]
     pairs = [(kind, name) for kind, name in pairs if any(name in cell["metrics"][kind] for cell in cells)]
-    asked = [question(snapshot(cell.results["unet"]).metadata) for cell in plan.cells] if plan.whole else []
-    if any(other != asked[0] for other in asked):
+    definitions = (
+        [loss_definition(trained_network(cell.results["unet"]).metadata) for cell in plan.cells] if plan.whole else []
+    )
+    if any(other != definitions[0] for other in definitions):
         pairs = [(kind, name) for kind, name in pairs if kind != "unet"]
         console.print("note: losses of different objectives, schedules or latents cannot be compared; see the sheet")
     for kind, name in pairs:
@@ -102,38 +98,35 @@ def show(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
 
 
 @torch.inference_mode()
-def reconstructions(plan: Plan) -> tuple[Pictures, list[Pictures]]:
-    """The first images held out (of training, where none are), and what each cell's VAE makes of them."""
+def reconstruct(plan: Plan) -> tuple[Pictures, list[Pictures]]:
+    """The first held-out images (training images if none are held out), and each cell's reconstructions of them."""
     its_own = plan.base.vae_settings
-    files = list_images(its_own.images, console)
-    chosen = ([file for file in files if file.split == "val"] or files)[: plan.settings.num_images]
+    chosen = held_out(list_images(its_own.images, console))[: plan.settings.num_images]
     device = pick_device(its_own.loop.device)
 
-    def loaded(framing: ImageSettings) -> torch.Tensor:
-        dataset = ImageDataset(chosen, with_changes(framing, data=its_own.images.data), seed=0, train=False)
-        found = [item.x for item in (dataset[0, i] for i in range(len(chosen))) if item.x is not None]
-        return torch.stack(found)
+    def load(framing: ImageSettings) -> torch.Tensor:
+        return torch.stack(load_images(chosen, with_changes(framing, data=its_own.images.data)))
 
     made: dict[Path, Pictures] = {}
     for cell in plan.cells:
         result = cell.results["vae"]
         if result.place not in made:
-            saved = Checkpoint(find_vae(result.place, RunFolder(result.place)), "vae")
+            saved = trained_network(result)
             vae, _ = load_vae(saved, device)
-            x = to_float(loaded(saved.settings(ImageSettings, "images")).to(device))
-            made[result.place] = pictures(to_uint8(vae.decoder(vae.encoder(x).mu).cpu()))
-    return pictures(loaded(its_own.images)), [made[cell.results["vae"].place] for cell in plan.cells]
+            x = to_float(load(saved.settings(ImageSettings, "images")).to(device))
+            made[result.place] = to_pictures(to_uint8(vae.decoder(vae.encoder(x).mu).cpu()))
+    return to_pictures(load(its_own.images)), [made[cell.results["vae"].place] for cell in plan.cells]
 
 
-def pictures(pixels: torch.Tensor) -> Pictures:
-    """Images of bytes as Pillow has them."""
+def to_pictures(pixels: torch.Tensor) -> Pictures:
+    """Pillow images of uint8 tensors."""
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 
 
-def drawn(
+def draw_sheet(
     plan: Plan, what: str, axes: Sequence[Axis], cells: Sequence[Pictures], originals: Pictures | None = None
 ) -> Image.Image:
-    """A sheet of these axes, on which cells that differ in others are the same; below originals if there are any."""
+    """A contact sheet over these axes, with a first row of originals if given; cells that differ elsewhere coincide."""
     first, *second = axes
     at = [plan.axes.index(axis) for axis in axes]
     found = {tuple(cell.texts[i] for i in at): shown for cell, shown in zip(plan.cells, cells, strict=True)}

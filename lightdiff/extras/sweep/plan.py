@@ -1,7 +1,7 @@
-"""What a sweep has to make: its cells, and the results that cells share.
+"""The plan of a sweep: its cells, and the results that cells share.
 
 A result is a VAE, a set of latents, a U-Net or a set of samples. It belongs to the base run, or lies in a folder of
-its own, named by a digest of what makes it: its settings, and the result that it comes from.
+its own, named by a digest of what it depends on: its settings, and the result it comes from.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import latents_settings
 from lightdiff.errors import UserError
 from lightdiff.extras.settings import SweepSettings
-from lightdiff.extras.sweep.axes import STAGES, Axis, axis
+from lightdiff.extras.sweep.axes import STAGES, Axis, parse_axis
 from lightdiff.extras.sweep.base import Base, finished
 from lightdiff.options import Layer, build, merge
 from lightdiff.pipeline import guidance_for, levels_for, vae_digest
@@ -33,52 +33,53 @@ from lightdiff.settings import (
 from lightdiff.stages.encode import VAE_COPY
 
 Kind = Literal["vae", "latents", "unet", "samples"]
-MACHINE_ONLY = {"run", "device", "workers", "compile", "vae", "unet", "latents", "out"}  # no result depends on them
+# Results do not depend on these.
+MACHINE_ONLY = {"run", "device", "workers", "compile", "vae", "unet", "latents", "out"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage makes of settings, and of the result of the stage before."""
+    """The output of a stage, for its settings and the result of the stage before."""
 
     kind: Kind
-    place: Path  # the base's file or folder; else a run folder of its own, or, for samples, a folder of images
-    token: str  # names it where others come from it
-    settings: dict[str, StageSettings] = field(default_factory=dict)  # by stage; empty: the base has it
+    place: Path  # the base's file or folder; otherwise a run folder of its own, or for samples a folder of images
+    token: str  # identifies it in results that depend on it
+    settings: dict[str, StageSettings] = field(default_factory=dict)  # by stage; empty if the base has it
     source: "Result | None" = None
-    twin: "Result | None" = None  # latents with the same shards
+    twin: "Result | None" = None  # latents with the same shards, scaled differently
 
     @property
     def new(self) -> bool:
-        """Whether it is the sweep's own."""
+        """Whether the sweep makes it, rather than the base run."""
         return bool(self.settings)
 
     @property
     def done(self) -> bool:
-        """Whether it needs no work."""
+        """Whether it is complete."""
         return not self.new or (self.place / "done").is_file()
 
-    def what(self) -> str:
-        """What makes it, as text; its folder is named by a digest of this."""
-        about = {stage: essence(settings) for stage, settings in self.settings.items()}
+    def describe(self) -> str:
+        """What it depends on, as JSON; its folder is named by a digest of this."""
+        about = {stage: cache_key(settings) for stage, settings in self.settings.items()}
         return json.dumps({"from": self.source.token if self.source else "", **about}, indent=2) + "\n"
 
 
-def essence(settings: StageSettings) -> dict[str, Any]:
-    """The settings that a result depends on, by name; those read from the stage before are told by its digest."""
+def cache_key(settings: StageSettings) -> dict[str, Any]:
+    """The settings that a result depends on, by flag, except those that the stage before determines."""
     rows = flat(settings.model_dump(mode="json", exclude={*settings.NOT_SAVED, "latent"}))
     return {name: value for name, value in sorted(rows.items()) if name.split(".")[-1] not in MACHINE_ONLY}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of values, and what it leads to."""
+    """One combination of values, and its results."""
 
     texts: tuple[str, ...]
     results: dict[Kind, Result]
 
     @property
     def end(self) -> Result:
-        """The last of the results, which all others lead to."""
+        """The last of the results."""
         return list(self.results.values())[-1]
 
 
@@ -86,41 +87,40 @@ class Plan:
     """All cells of a sweep, with every setting checked before any work starts."""
 
     def __init__(self, settings: SweepSettings) -> None:
-        """Plan it.
+        """Plan a sweep.
 
         Raises:
-            UserError: If a setting is wrong, or the base lacks something.
+            UserError: If a setting is invalid, or the base run lacks something.
         """
-        self.axes = [axis(said) for said in settings.vary]
-        self.fixed = [axis(said, "--set") for said in settings.set_]
+        self.axes = [parse_axis(argument) for argument in settings.vary]
+        self.fixed = [parse_axis(argument, "--set") for argument in settings.set_]
         for stage, steps in (("train-vae", settings.vae_steps), ("train-unet", settings.unet_steps)):
             if steps:
                 self.fixed.append(Axis(f"{stage}.steps", stage, ("loop", "steps"), (str(steps),), (steps,)))
         first, *others = self.axes
         if others and (others[0].stage, others[0].path) == (first.stage, first.path):
-            raise UserError(f"--vary {first.name}: it is varied twice; give all its values at once")
-        said = [*self.axes, *self.fixed]
-        self.touched = {axis.stage for axis in said}
-        for late in (one for one in said if one.stage != "train-vae" and settings.until == "vae"):
-            raise UserError(f"--until vae: {late.name} belongs to {late.stage}, which comes after that")
+            raise UserError(f"--vary {first.name}: it is varied twice; give all its values in one --vary")
+        changed = [*self.axes, *self.fixed]
+        self.touched = {axis.stage for axis in changed}
+        for late in (axis for axis in changed if axis.stage != "train-vae" and settings.until == "vae"):
+            raise UserError(f"--until vae: {late.name} belongs to {late.stage}, which comes later")
         self.settings, self.whole = settings, settings.until != "vae"
         self.name = "-by-".join(axis.name for axis in self.axes)
         self.folder = settings.run / "sweeps" / self.name
-        self.base = Base.of(RunFolder(settings.run), "train-vae" in self.touched, self.whole)
-        self._encoded: dict[str, Result] = {}  # latents by what their shards come from
+        self.base = Base.open(RunFolder(settings.run), "train-vae" in self.touched, self.whole)
+        self._encoded: dict[str, Result] = {}  # latents, by what their shards depend on
         numbers = itertools.product(*(range(len(axis.values)) for axis in self.axes))
         self.cells = [self._cell(chosen) for chosen in numbers]
 
     def new_results(self) -> list[Result]:
-        """Each result that is the sweep's own, once, in the order they are to be made."""
+        """Each result that the sweep makes, once, in the order of making them."""
         every = [result for cell in self.cells for result in cell.results.values() if result.new]
         return list({result.place: result for result in every}.values())
 
     def _cell(self, numbers: Sequence[int]) -> Cell:
         changes: dict[str, Layer] = {stage: {} for stage in STAGES}
-        said = [*((axis, 0) for axis in self.fixed), *zip(self.axes, numbers, strict=True)]
-        for one, number in said:
-            changes[one.stage] = merge(STAGES[one.stage], changes[one.stage], one.layer(number))
+        for axis, number in [*((axis, 0) for axis in self.fixed), *zip(self.axes, numbers, strict=True)]:
+            changes[axis.stage] = merge(STAGES[axis.stage], changes[axis.stage], axis.layer(number))
         vae = build(TrainVAESettings, [self.base.vae_settings.model_dump(), changes["train-vae"]]).resolved()
         results: dict[Kind, Result] = {"vae": self._vae(vae)}
         if self.whole:
@@ -136,42 +136,41 @@ class Plan:
     def _own(self, kind: Kind, settings: dict[str, StageSettings], source: Result | None) -> Result:
         """A result in a folder of its own."""
         draft = Result(kind, Path(), "", settings, source)
-        name = f"{kind}-{hashlib.sha256(draft.what().encode()).hexdigest()[:10]}"
+        name = f"{kind}-{hashlib.sha256(draft.describe().encode()).hexdigest()[:10]}"
         return replace(draft, place=self.folder / name, token=name)
 
     def _vae(self, settings: TrainVAESettings) -> Result:
-        """The base's VAE where its settings are not touched, or come to the same."""
+        """The base's VAE if its settings are not varied or come out equal; otherwise a new one."""
         base = self.base
         its_own = base.vae_settings.resolved()
         last = base.run.vae.last
-        same = (
-            essence(settings) == essence(its_own) and last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
-        )
+        done = last.is_file() and finished(Checkpoint(last), its_own.loop.steps)
+        same = done and cache_key(settings) == cache_key(its_own)
         if "train-vae" not in self.touched or same:
             return Result("vae", base.vae.path, base.vae.metadata.digest)
         return self._own("vae", {"train-vae": settings}, None)
 
     def _latents(self, vae: Result, encode: EncodeSettings, scale: ScaleSettings) -> Result:
-        """The base's latents where they come to the same; else new ones, with shards that are there if there are."""
+        """The base's latents if they come out equal; otherwise new ones, which reuse equal shards."""
         base = self.base
         if not vae.new and base.latents and base.index and base.index.vae_digest == vae_digest(base.vae):
             token = f"{base.index.digest} {base.index.statistics}"
             mine = Result("latents", base.latents, token, source=vae)
             plain = build(EncodeSettings, [base.encode_layer(base.vae_settings.images.model_dump(mode="json"))])
-            if essence(encode) == essence(plain):
-                if essence(scale) == essence(build(ScaleSettings, [base.scale_layer()])) and base.index.statistics:
+            if cache_key(encode) == cache_key(plain):
+                if cache_key(scale) == cache_key(build(ScaleSettings, [base.scale_layer()])) and base.index.statistics:
                     return mine
-                self._encoded.setdefault(vae.token + json.dumps(essence(encode)), mine)
+                self._encoded.setdefault(vae.token + json.dumps(cache_key(encode)), mine)
         elif not vae.new and not self.touched & {"train-vae", "encode", "scale", "train-unet"}:
             return Result("latents", base.vae.path, base.vae.metadata.digest, source=vae)  # none are needed
         made = self._own("latents", {"encode": encode, "scale": scale}, vae)
-        first = self._encoded.setdefault(vae.token + json.dumps(essence(encode)), made)
+        first = self._encoded.setdefault(vae.token + json.dumps(cache_key(encode)), made)
         return made if first.place == made.place else replace(made, twin=first)
 
     def _unet_settings(
         self, vae: TrainVAESettings, encode: EncodeSettings, scale: ScaleSettings, changes: Layer
     ) -> TrainUNetSettings:
-        """What the U-Net is trained with; its latents' scaling, not known yet, is not looked at before they are."""
+        """Settings of a U-Net's training; its latents' scaling is not known yet, and filled in when they are made."""
         settings = self.base.unet_settings
         side = encode.images.resolution // vae.model.factor
         shape = {"channels": vae.model.latent_channels, "height": side, "width": side, "only_mu": scale.only_mu}
@@ -189,13 +188,13 @@ class Plan:
             its_own = base.unet_settings.resolved()
             of_these = base.index is not None and base.unet.metadata.lineage.get("latents") == base.index.digest
             scaled = base.latents is not None and latents_settings(base.latents) == its_own.latent
-            if essence(settings) == essence(its_own) and of_these and scaled:
+            if cache_key(settings) == cache_key(its_own) and of_these and scaled:
                 if finished(base.unet, its_own.loop.steps):
                     return mine
         return self._own("unet", {"train-unet": settings}, latents)
 
     def _samples(self, unet: Result, trained_as: TrainUNetSettings, changes: Layer) -> Result:
-        """Samples, drawn in the precision that the U-Net was trained in, so that no cell is drawn in another."""
+        """Samples, drawn in the precision that the U-Net was trained in, the same for all cells."""
         loop = trained_as.loop
         layer = {"num_images": self.settings.num_images, "compute": {"device": loop.device}}
         if loop.precision != "auto":
@@ -207,7 +206,7 @@ class Plan:
 
 
 def vae_of(unet: Result) -> Path:
-    """The VAE that decodes what a U-Net draws: the copy kept with its latents, where there is one."""
+    """The VAE that decodes a U-Net's samples: the copy kept with its latents, if there is one."""
     latents = unet.source
     assert latents is not None
     assert latents.source is not None

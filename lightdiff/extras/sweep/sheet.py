@@ -1,4 +1,4 @@
-"""A contact sheet: rows and columns are values of settings, each cell shows the same pictures."""
+"""A contact sheet: rows and columns are values of settings, and each cell shows the same pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lightdiff.pictures import GAP
 
-LEAST_SIDE = 48  # of a picture; smaller ones are enlarged by whole numbers
+MIN_SIDE = 48  # of a picture; smaller ones are upsampled by an integer factor
 MARGIN, SPACE = 16, 14  # around the sheet, and between its cells
-TEXT, LINE = 16, 24  # size of letters, height of a line
+TEXT, LINE = 16, 24  # font size, line height
 
 Pictures = Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
 class Heading:
-    """What rows or columns are: a title, and a label for each."""
+    """Heading of the rows or the columns: a title, and a label for each."""
 
     title: str
     labels: Sequence[str]
@@ -25,21 +25,23 @@ class Heading:
 def contact_sheet(
     caption: str, rows: Heading, columns: Heading, cells: Sequence[Sequence[Pictures]], across: int
 ) -> Image.Image:
-    """The sheet; `cells[row][column]` are the pictures of a cell, `across` of them side by side."""
+    """The sheet, where `cells[row][column]` are the pictures of a cell, `across` of them side by side."""
     sides = [picture.width for line in cells for cell in line for picture in cell]
-    side = max(sides) * -(-LEAST_SIDE // max(sides))
+    side = max(sides) * -(-MIN_SIDE // max(sides))
     count = max(len(cell) for line in cells for cell in line)
     width = min(across, count) * (side + GAP) - GAP
     height = -(-count // across) * (side + GAP) - GAP
     font = ImageFont.load_default(TEXT)
 
-    def wide(text: str) -> int:
+    def text_width(text: str) -> int:
         return int(font.getlength(text)) + 1
 
-    left = MARGIN + max(map(wide, (rows.title, *rows.labels))) + SPACE
-    pitch = max([width, *map(wide, columns.labels)]) + SPACE
+    left = MARGIN + max(map(text_width, (rows.title, *rows.labels))) + SPACE
+    pitch = max([width, *map(text_width, columns.labels)]) + SPACE
     top = MARGIN + SPACE + LINE * (3 if columns.title else 2)
-    right = max(left + pitch * len(columns.labels) - SPACE, MARGIN + wide(caption), left + wide(columns.title))
+    right = max(
+        left + pitch * len(columns.labels) - SPACE, MARGIN + text_width(caption), left + text_width(columns.title)
+    )
     sheet = Image.new("RGB", (right + MARGIN, top + len(cells) * (height + SPACE) - SPACE + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), caption, "black", font)
@@ -53,10 +55,10 @@ def contact_sheet(
         for column, cell in enumerate(line):
             for i, picture in enumerate(cell):
                 place = left + column * pitch + i % across * (side + GAP), y + i // across * (side + GAP)
-                sheet.paste(enlarged(picture, side), place)
+                sheet.paste(upsample(picture, side), place)
     return sheet
 
 
-def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """A picture as large as whole numbers allow within a square of this side."""
+def upsample(picture: Image.Image, side: int) -> Image.Image:
+    """A picture upsampled by the largest integer factor that fits this side, without smoothing."""
     return picture.resize((picture.width * (side // picture.width),) * 2, Image.Resampling.NEAREST)
