@@ -85,8 +85,11 @@ def saved_layer(stage: str, said: Layer) -> Layer:
 
     if said.get("restart") and not restarted():
         return {}
-    saved = newest(getattr(RunFolder(run_of(said)), stage), stage, whole=False)  # the stage verifies the tensors
-    return {name: value for name, value in saved.metadata.settings.items() if name not in ONLY_NOW} if saved else {}
+    folder = getattr(RunFolder(run_of(said)), stage)
+    if not folder.resumable():
+        return {}
+    saved = newest(folder, stage, whole=False)  # the stage verifies the tensors
+    return {name: value for name, value in saved.metadata.settings.items() if name not in ONLY_NOW}
 
 
 def inherit_encode(said: Layer) -> Layer:

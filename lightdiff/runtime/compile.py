@@ -1,40 +1,30 @@
 """Faster or smaller networks: torch.compile, weights in bf16, activation checkpointing."""
 
-import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightdiff.runtime.progress import console
-from lightdiff.settings import Compile
 
 N = TypeVar("N", bound=nn.Module)
-COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 GRAPHED_PARAMETERS = 50e6
 
 
-def pick_compile(name: Compile, device: torch.device, calls: int, training: bool = True) -> Literal["on", "off"]:
-    """Whether to compile a network that will be called this often.
-
-    `auto` compiles where the minute or two that it takes is won back. On a CPU, training gains nothing: convolutions
-    take most of its time, and stay as they are. Where there is no compiler, a line says so and nothing is compiled.
-    """
-    enough = COMPILED_CALLS if device.type == "cuda" else math.inf if training else COMPILED_CALLS_CPU
-    if name == "off" or (name == "auto" and calls < enough):
-        return "off"
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile works here; if not, a line says why."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lightdiff" / "compiled"))
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unknown Python: any number of kinds
         reason = str(error).strip().splitlines()[0]
         console.print(f"torch.compile does not work here, so the network is not compiled ({reason})", soft_wrap=True)
-        return "off"
-    return "on"
+        return False
+    return True
 
 
 def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:

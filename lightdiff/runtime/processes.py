@@ -4,6 +4,7 @@ Between processes everything goes through torch.distributed: NCCL between GPUs, 
 """
 
 import ctypes
+import math
 import os
 import re
 import threading
@@ -22,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightdiff.errors import LightdiffError, RunError, UserError
-from lightdiff.settings import Device, Precision
+from lightdiff.settings import Compile, Device, Precision
 
 T = TypeVar("T")
+COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 PATIENT: list[Any] = []  # the group of all processes for waits without the usual time limit
 ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
@@ -105,6 +107,20 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
     products = [partial(torch.mm, a, a) for a in (torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16))]
     fp32, bf16 = (min(timeit.repeat(product, number=1, repeat=8)) for product in products)
     return "bf16" if bf16 < 0.8 * fp32 else "fp32"
+
+
+def pick_compile(name: Compile, device: torch.device, calls: int, training: bool = True) -> Literal["on", "off"]:
+    """Whether to compile a network that will be called this often.
+
+    `auto` compiles where the minute or two that it takes is won back. On a CPU, training gains nothing: convolutions
+    take most of its time, and stay as they are. Where there is no compiler, a line says so and nothing is compiled.
+    """
+    enough = COMPILED_CALLS if device.type == "cuda" else math.inf if training else COMPILED_CALLS_CPU
+    if name == "off" or (name == "auto" and calls < enough):
+        return "off"
+    from lightdiff.runtime.compile import compiler_works
+
+    return "on" if compiler_works(device) else "off"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

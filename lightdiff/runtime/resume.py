@@ -24,13 +24,30 @@ RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "imag
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay")  # of those
 
 
-def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint | None:
-    """The newest state that can be resumed and is not damaged; None if there is none at all.
+def find_saved(stage: "Stage[Any]") -> Checkpoint:
+    """The state to resume from, chosen and verified by the main process: of --from-step, or the newest.
+
+    Raises:
+        UserError: If there is none that is whole.
+    """
+    folder, step, verified = stage.folder, stage.settings.from_step, list[Checkpoint]()
+
+    def choose() -> Path:
+        verified.append(step_file(folder, step, stage.name) if step else newest(folder, stage.name))
+        return verified[0].path
+
+    path = stage.processes.run_on_main(choose)
+    stage.processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
+    return verified[0] if verified else Checkpoint(path, stage.name)
+
+
+def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint:
+    """The newest state that can be resumed and is not damaged, of a stage that has some.
 
     With `whole` its tensors are read too, and a note names damaged ones that it stands in for; else only metadata is.
 
     Raises:
-        Damaged: If there are some, but all are damaged.
+        Damaged: If all are damaged.
     """
     problems: list[Damaged] = []
     for path in folder.resumable():
@@ -44,9 +61,7 @@ def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint | N
             for problem in problems if whole else ():
                 console.print(f"{problem}; {path.name} is used instead", style="yellow")
             return found
-    if problems:
-        raise Damaged(f"{problems[0]}; there is no whole state to resume from: --restart starts over")
-    return None
+    raise Damaged(f"{problems[0]}; there is no whole state to resume from: --restart starts over")
 
 
 def step_file(folder: StageFolder, step: int, name: str) -> Checkpoint:

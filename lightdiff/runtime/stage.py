@@ -20,12 +20,11 @@ from torch import nn
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
-from lightdiff.runtime import may_restart_elsewhere, restarted, resume
-from lightdiff.runtime.compile import pick_compile
+from lightdiff.runtime import may_restart_elsewhere, rank, restarted, resume
 from lightdiff.runtime.processes import (
-    DistEnv,
     Processes,
     distributed,
+    pick_compile,
     pick_device,
     pick_precision,
     to_device,
@@ -65,9 +64,9 @@ class Stage(Generic[S]):
     saved: Checkpoint | None = None  # the snapshot to resume from
     metadata: Metadata = field(default_factory=lambda: Metadata(stage=""))  # what snapshots say of this run
     total_steps: int = 0
+    signals_wait: bool = False  # for `poll`; a second Ctrl-C still leaves at once
     _signal: int = 0
     _save: bool = False
-    _deferred: bool = False  # whether signals wait for `poll`
     _longest: float = 0.0
     _last: float = field(default_factory=time.monotonic)
 
@@ -79,26 +78,27 @@ class Stage(Generic[S]):
     @property
     def loop(self) -> LoopSettings:
         """How a training stage trains."""
-        loop: LoopSettings = self.settings.loop  # type: ignore[attr-defined]
-        return loop
+        return self.settings.loop  # type: ignore[attr-defined, no-any-return]
 
     @property
     def machine(self) -> str:
         """What computes, in words."""
-        size = self.processes.world_size
-        return self.device.type if size == 1 else f"{size} processes on {self.device.type}"
+        several = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
+        return several + self.device.type
+
+    def can_resume(self, settings: TrainingSettings) -> bool:
+        """Whether there is a state to resume from, and it is wanted; the same in all processes."""
+        wanted = not settings.restart and (settings.from_step > 0 or bool(self.folder.resumable()))
+        return self.processes.run_on_main(lambda: wanted)
 
     # --- settings and networks ------------------------------------------------------------------------------------
 
     def resolve_auto(self, name: Literal["precision", "compile"], pick: Callable[[Any], str]) -> None:
         """Decide an `auto` of the compute settings once: as the work was begun, else by `pick` in the main process."""
         part = self.settings.compute_section
-        compute = getattr(self.settings, part, None)
-        if compute is None:  # a stage that computes next to nothing
-            return
-        asked, before = getattr(compute, name), self.begun.get(f"{part}.{name}")
-        wanted = before if asked == "auto" and before in ("fp32", "bf16", "on", "off") else asked
-        chosen = self.processes.run_on_main(lambda: pick(wanted))
+        compute = getattr(self.settings, part)
+        asked, before = getattr(compute, name), self.begun.get(f"{part}.{name}", "auto")
+        chosen = self.processes.run_on_main(lambda: pick(before if asked == "auto" else asked))
         self.settings = with_changes(self.settings, **{part: with_changes(compute, **{name: chosen})})
 
     def check_begun(self, now: Mapping[str, Any], advice: str = RESUME_ADVICE) -> resume.Changes:
@@ -148,41 +148,10 @@ class Stage(Generic[S]):
         if getattr(self.settings, "restart", False):
             resume.start_over(self.path)
         ensure_writable(self.folder.checkpoints)
+        remove_temporaries(self.folder.checkpoints)
         atomic_write_text(self.folder.settings, json.dumps(self.settings.to_save(), indent=2) + "\n")
 
-    def find_saved(self, restart: bool, step: int) -> Checkpoint | None:
-        """The state to resume from, chosen by the main process: of a step, or the newest; None to start afresh.
-
-        Raises:
-            UserError: If there is a state but none that is whole.
-        """
-        verified: list[Checkpoint] = []
-
-        def choose() -> Path | None:
-            remove_temporaries(self.folder.checkpoints)
-            if not restart and (step or self.folder.resumable()):
-                newest = (
-                    resume.step_file(self.folder, step, self.name) if step else resume.newest(self.folder, self.name)
-                )
-                verified.extend([newest] if newest else [])
-            return verified[0].path if verified else None
-
-        path = self.processes.run_on_main(choose)
-        if path is None:
-            return None
-        self.processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
-        return verified[0] if verified else Checkpoint(path, self.name)
-
     # --- signals and the time limit -------------------------------------------------------------------------------
-
-    @contextmanager
-    def deferring_signals(self) -> Iterator[None]:
-        """Let signals wait until the loop polls; a second Ctrl-C still leaves at once."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
     def poll(self, reserve: float = 0.0) -> tuple[int, bool]:
         """The exit code to stop with after this step (0: none) and whether to save, agreed among all processes.
@@ -214,7 +183,7 @@ class Stage(Generic[S]):
         """Note a signal for `poll`, or leave at once where nothing polls."""
         if number == SAVE:
             self._save = True
-        elif self._deferred and not (self._signal and number == signal.SIGINT):
+        elif self.signals_wait and not (self._signal and number == signal.SIGINT):
             self._signal = number  # SIGTERM may come twice: a cluster sends it to each process, and so does a launcher
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -242,34 +211,31 @@ def open_stage(
         Stopped: At a signal.
         RunError: Instead of what torch raises when memory runs out or another process is gone.
     """
-    settings = for_this_start(settings).resolved()
-    compute, before = getattr(settings, settings.compute_section, ON_CPU), console.quiet
-    device = pick_device(compute.device)
-    choose = folder or (lambda: settings.run / name)
-    force = settings.job.force_unlock
-    try:
-        with explained(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
-            console.quiet = before or settings.job.quiet or not processes.is_main
-            path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
-            stage = Stage(name, settings, device, processes, path)
-            held.enter_context(handling(stage.on_signal))
-            if isinstance(settings, TrainingSettings):
-                stage.saved = stage.find_saved(settings.restart, settings.from_step)
-            stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(path)
+    settings = (for_this_start(settings) if "TORCHELASTIC_MAX_RESTARTS" in os.environ else settings).resolved()
+    device = pick_device(getattr(settings, settings.compute_section, ON_CPU).device)
+    choose, quiet = folder or (lambda: settings.run / name), console.quiet
+    with explained(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
+        held.callback(setattr, console, "quiet", quiet)
+        console.quiet = quiet or settings.job.quiet or not processes.is_main
+        lock = open_stage_dir(choose, settings.job.force_unlock)
+        stage = Stage(name, settings, device, processes, processes.run_on_main(lambda: held.enter_context(lock)))
+        held.enter_context(handling(stage.on_signal))
+        if isinstance(settings, TrainingSettings):
+            stage.saved = resume.find_saved(stage) if stage.can_resume(settings) else None
+        stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(stage.path)
+        if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
-            try:
-                yield stage
-            except KeyboardInterrupt:
-                raise Stopped(f"interrupted; what was saved is untouched: {stage.again}", 130) from None
-    finally:
-        console.quiet = before
+        try:
+            yield stage
+        except KeyboardInterrupt:  # here, as Typer would leave without a word
+            raise Stopped(f"interrupted; what was saved is untouched: {stage.again}", 130) from None
 
 
 def for_this_start(settings: S) -> S:
-    """The settings without what is meant for a run's first start alone, where an agent has started it again.
+    """What a process of an elastic agent runs: after a restart, without what is for a run's first start alone.
 
     Raises:
-        UserError: If agents on several machines may disagree on which start this is.
+        UserError: If agents on several machines may restart it: each counts for itself, so processes could disagree.
     """
     once = once_flags(settings)
     if once and may_restart_elsewhere():
@@ -283,7 +249,7 @@ def once_flags(settings: StageSettings) -> str:
 
 
 @contextmanager
-def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
+def open_stage_dir(choose: Callable[[], Path], force: bool) -> Iterator[Path]:
     """A folder that this process alone writes to, without half-written files; if it stays empty, it goes again.
 
     The operating system holds the lock until the process ends, however it ends. The file says who has it, for the
@@ -292,24 +258,23 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
     Raises:
         UserError: If another process has it, or the folder cannot be made.
     """
+    folder, here = choose(), socket.gethostname()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     ensure_writable(folder)
     file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"{folder} is in use by {' on '.join(owner(file)) or 'another process'}: "
-            "wait for it, stop it, or choose another --run"
-        ) from None
-    pid, *host = owner(file)
-    if host and host != [socket.gethostname()] and not force:
+        owner = " on ".join(reversed(lock_owner(file))) or "another process"
+        raise UserError(f"{folder} is in use by {owner}: wait for it, stop it, or choose another --run") from None
+    if lock_owner(file)[:1] not in ([], [here]) and not force:
         lock.release()
+        host, process = lock_owner(file)
         raise UserError(
-            f"{folder} was locked by {pid} on {host[0]}, which ended without a word or still runs: "
+            f"{folder} was locked by {process} on {host}, which ended without a word or still runs: "
             "if you are sure that it has ended, give --force-unlock"
         )
-    file.write_text(f"{socket.gethostname()} {os.getpid()}\n")
+    file.write_text(f"{here} {os.getpid()}\n")
     try:
         remove_temporaries(folder)
         yield folder
@@ -321,10 +286,10 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
         lock.release()
 
 
-def owner(file: Path) -> list[str]:
-    """Who has written a lock file: ["process PID", "HOST"]; [""] for nobody."""
+def lock_owner(file: Path) -> list[str]:
+    """Who has written a lock file, as ["HOST", "process PID"]; empty for nobody."""
     host, _, pid = file.read_text(errors="replace").strip().rpartition(" ")
-    return [f"process {pid}", host] if host else [""]
+    return [host, f"process {pid}"] if host else []
 
 
 @contextmanager
@@ -348,8 +313,8 @@ def explained(settings: StageSettings) -> Iterator[None]:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
     except LightdiffError as error:
-        rank = DistEnv.from_env(os.environ).rank
-        error.args = (f"process {rank}: {error}" if rank and not isinstance(error, LostContact) else str(error),)
+        if rank() and not isinstance(error, LostContact):
+            error.args = (f"process {rank()}: {error}",)
         raise
     except torch.OutOfMemoryError as error:
         flag, images = settings.images_at_once
@@ -362,6 +327,6 @@ def explained(settings: StageSettings) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise LostContact(
-            f"process {DistEnv.from_env(os.environ).rank} has lost contact with the others ({reason}); "
+            f"process {rank()} has lost contact with the others ({reason}); "
             "what was saved is untouched, and the same command resumes from there"
         ) from error

@@ -20,8 +20,8 @@ from lightdiff.pictures import save_grid_of_files, save_png
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, read_json
 from lightdiff.runtime import restarted
-from lightdiff.runtime.compile import compile_network, pick_compile
-from lightdiff.runtime.processes import usable_cores
+from lightdiff.runtime.compile import compile_network
+from lightdiff.runtime.processes import pick_compile, usable_cores
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GenerateSettings, flat

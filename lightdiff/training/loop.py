@@ -225,14 +225,16 @@ class Trainer:
 
 def make_optimizers(model: nn.Module, loop: LoopSettings) -> list[torch.optim.Optimizer]:
     """The optimizers of a network's parameters: with muon, one of matrices and one of the rest; else AdamW alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {id(p): p for p in muon_params(model, loop)}
-    rest = [p for p in trained if id(p) not in matrices]
-    shared: dict[str, Any] = {"lr": loop.lr, "weight_decay": loop.weight_decay}
-    dtype = torch.bfloat16 if loop.precision == "bf16" else trained[0].dtype
-    muon = [Muon(list(matrices.values()), {**shared, "dtype": dtype})] if matrices else []
-    fused = trained[0].device.type in MASKING
-    return [*muon, *([torch.optim.AdamW(rest, betas=(0.9, loop.beta2), fused=fused, **shared)] if rest else [])]
+    matrices = muon_params(model, loop)
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
+    lr, decay, found = loop.lr, loop.weight_decay, list[torch.optim.Optimizer]()
+    if matrices:
+        dtype = torch.bfloat16 if loop.precision == "bf16" else matrices[0].dtype
+        found.append(Muon(matrices, {"lr": lr, "weight_decay": decay, "dtype": dtype}))
+    if rest:
+        fused = rest[0].device.type in MASKING
+        found.append(torch.optim.AdamW(rest, lr, (0.9, loop.beta2), weight_decay=decay, fused=fused))
+    return found
 
 
 def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
@@ -292,7 +294,8 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     began, images_before = time.monotonic(), trainer.images_seen
     metrics_file = folder.metrics if processes.is_main else None
     reporter = Reporter(stage.name, total, trainer.step, metrics_file, flat(stage.metadata.settings))
-    with reporter, stage.deferring_signals():
+    stage.signals_wait = True
+    with reporter:
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == total
