@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,31 +14,29 @@ from lightdiff.run_folder import (
     free_name,
     set_aside,
 )
+from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
-
-if TYPE_CHECKING:
-    from lightdiff.runtime.stage import Stage
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
 RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay")  # of those
 
 
-def find_saved(stage: "Stage[Any]") -> Checkpoint:
-    """The state to resume from, chosen and verified by the main process: of --from-step, or the newest.
+def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) -> Checkpoint:
+    """The state to resume from, chosen and verified by the main process: of a step, or the newest for step 0.
 
     Raises:
         UserError: If there is none that is whole.
     """
-    folder, step, verified = stage.folder, stage.settings.from_step, list[Checkpoint]()
+    verified: list[Checkpoint] = []
 
     def choose() -> Path:
-        verified.append(step_file(folder, step, stage.name) if step else newest(folder, stage.name))
+        verified.append(step_file(folder, step, name) if step else newest(folder, name))
         return verified[0].path
 
-    path = stage.processes.run_on_main(choose)
-    stage.processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
-    return verified[0] if verified else Checkpoint(path, stage.name)
+    path = processes.run_on_main(choose)
+    processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
+    return verified[0] if verified else Checkpoint(path, name)
 
 
 def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint:
@@ -83,50 +81,18 @@ def start_over(folder: Path) -> None:
         console.print(f"the contents of {folder} are now in {aside}")
 
 
-def prepare(stage: "Stage[Any]", saved: Checkpoint) -> bool:
-    """Prepare to resume from a snapshot; False if the run has all its steps.
+def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that a run is trained on what it was begun with; a list of images (`data`) may grow or shrink.
 
     Raises:
-        UserError: If settings or data are not those of the run to resume.
+        UserError: If it was trained on something else.
     """
-    changed = stage.check_begun(stage.settings.to_save())
-    changed |= check_lineage(stage, saved, "images.data" in changed)
-    stage.metadata.extra = history(saved, changed)
-    step, total = saved.metadata.step, stage.total_steps
-    if step >= total:
-        there = f"has its {total}" if step == total else f"is past {total}: it has {step}"
-        console.print(f"{stage.path} {there} steps already; give more --steps to train on")
-        return False
-    if stage.settings.from_step:  # not before everything else has been checked
-        stage.processes.run_on_main(lambda: go_back(stage.folder, saved))
-    stage.processes.run_on_main(stage.write_settings)
-    console.print(f"resuming from step {step} of {total}")
-    return True
-
-
-def check_lineage(stage: "Stage[Any]", saved: Checkpoint, other_data: bool) -> Changes:
-    """The change of the list of images since the run began, if there is one; it may only grow or shrink.
-
-    Raises:
-        UserError: If the run was trained on something else.
-    """
-    now, before = stage.metadata.lineage, saved.metadata.lineage
-    if now == before:
-        return {}
-    if now.keys() != {"data"}:
-        name = next(name for name in reversed(now) if now[name] != before.get(name))
-        raise UserError(
-            f"{stage.path} was trained on {name} {before.get(name, '')[:8]}, but now there is {now[name][:8]}: "
-            "choose another --run, or --restart"
-        )
-    if other_data:
-        folders = ", ".join(map(str, stage.settings.images.data))
-        raise UserError(
-            f"--data: {folders} holds other images than {stage.path} was trained on: choose another --run, "
-            "or leave --data out"
-        )
-    console.print("note: the list of images is not the one this run began with")
-    return {"list of images": (before.get("data"), now["data"])}
+    for name in reversed(list(now)):
+        if now[name] != before.get(name) and name != "data":
+            raise UserError(
+                f"{folder} was trained on {name} {before.get(name, '')[:8]}, but now there is {now[name][:8]}: "
+                "choose another --run, or --restart"
+            )
 
 
 def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> Changes:

@@ -137,10 +137,38 @@ class Stage(Generic[S]):
         self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, self.total_steps))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
-            return resume.prepare(self, self.saved)
+            return self.resume(self.saved)
         if self.settings.init_from:  # type: ignore[attr-defined]
             resume.load_initial_weights(task.model, self.settings.init_from, self.name)  # type: ignore[attr-defined]
         self.processes.run_on_main(self.write_settings)
+        return True
+
+    def resume(self, saved: Checkpoint) -> bool:
+        """Prepare to resume a training from a snapshot; False if it has all its steps.
+
+        Raises:
+            UserError: If settings or data are not those that it was begun with.
+        """
+        changed, data = self.check_begun(self.settings.to_save()), self.metadata.lineage.get("data")
+        resume.check_lineage(self.path, saved.metadata.lineage, self.metadata.lineage)
+        if data != (before := saved.metadata.lineage.get("data")):
+            if "images.data" in changed:
+                raise UserError(
+                    f"--data: {', '.join(changed['images.data'][1])} holds other images than {self.path} was trained "
+                    "on: choose another --run, or leave --data out"
+                )
+            console.print("note: the list of images is not the one this run began with")
+            changed["list of images"] = (before, data)
+        self.metadata.extra = resume.history(saved, changed)
+        step, total = saved.metadata.step, self.total_steps
+        if step >= total:
+            has = f"has its {total}" if step == total else f"is past {total}: it has {step}"
+            console.print(f"{self.path} {has} steps already; give more --steps to train on")
+            return False
+        if self.settings.from_step:  # type: ignore[attr-defined]  # not before everything else has been checked
+            self.processes.run_on_main(lambda: resume.go_back(self.folder, saved))
+        self.processes.run_on_main(self.write_settings)
+        console.print(f"resuming from step {step} of {total}")
         return True
 
     def write_settings(self) -> None:
@@ -221,7 +249,11 @@ def open_stage(
         stage = Stage(name, settings, device, processes, processes.run_on_main(lambda: held.enter_context(lock)))
         held.enter_context(handling(stage.on_signal))
         if isinstance(settings, TrainingSettings):
-            stage.saved = resume.find_saved(stage) if stage.can_resume(settings) else None
+            stage.saved = (
+                resume.find_saved(stage.folder, name, settings.from_step, processes)
+                if stage.can_resume(settings)
+                else None
+            )
         stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(stage.path)
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))

@@ -26,7 +26,7 @@ from lightdiff.runtime.stage import OUT_OF_TIME, Stage
 from lightdiff.settings import LoopSettings, flat
 from lightdiff.training.ema import EMA
 from lightdiff.training.optimizers import Muon
-from lightdiff.training.saving import save
+from lightdiff.training.saving import write_snapshots
 
 Tensors = dict[str, Tensor]
 MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be made to change nothing
@@ -188,6 +188,26 @@ class Trainer:
             tensors |= {f"optimizer.{name}": value for name, value in self.optimizer_state().items()}
         return tensors
 
+    def save(self, metrics: dict[str, float], keep_step: bool, validated: bool) -> None:
+        """Write `last`, a step file if wanted, and `best` if the validation of this step found it to be that.
+
+        Raises:
+            RunError: If the disk is too full, or fails; what was saved before is untouched.
+        """
+        loss, folder = metrics.get("val_loss"), self.stage.folder
+        best = validated and (loss is None or loss < self.best)
+        self.best = loss if best and loss is not None else self.best
+        extra = self.stage.metadata.extra | ({"best": self.best} if math.isfinite(self.best) else {})
+        extra |= {"skipped": self.skipped} if self.skipped else {}
+        progress = {"step": self.step, "images_seen": self.images_seen, "metrics": metrics, "extra": extra}
+        metadata = self.stage.metadata.model_copy(update=progress)
+
+        def write() -> None:
+            check_disk_space(folder.checkpoints, self.disk_needed)
+            write_snapshots(folder, self.state, metadata, self.loop, keep_step, best)
+
+        self.processes.run_on_main(write)
+
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a snapshot.
 
@@ -325,14 +345,14 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
                 try:
                     processes.run_on_main(partial(task.picture, trainer.averaged, picture))
                 except Exception:
-                    save(trainer, metrics, keep_step=False, validated=True)
+                    trainer.save(metrics, keep_step=False, validated=True)
                     raise
                 reporter.picture(picture, step)
                 numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
                 reporter.note(f"{stage.name} step {step}: {numbers}  {picture}")
             if saving:  # last: what a kill cuts off before is done again
                 reporter.flush()
-                save(trainer, metrics, keep_step, validating)
+                trainer.save(metrics, keep_step, validating)
                 reporter.saved(folder.last)
             if exit_code and not last:
                 limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
