@@ -1,5 +1,6 @@
 """How every stage begins and ends: processes met, folder locked, `auto` resolved, signals heeded, errors explained."""
 
+import errno
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, Tra
 
 S = TypeVar("S", bound=StageSettings)
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of network file systems: there, the file's words must do
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGAIN = "run the same command again to resume"
@@ -292,7 +294,7 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     ensure_writable(folder)
-    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0)
+    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -300,6 +302,9 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
             f"{folder} is in use by {' on '.join(owner(file)) or 'another process'}: "
             "wait for it, stop it, or choose another --run"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     pid, *host = owner(file)
     if host and host != [socket.gethostname()] and not force:
         lock.release()
@@ -321,7 +326,7 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
 
 def owner(file: Path) -> list[str]:
     """Who has written a lock file: ["process PID", "HOST"]; [""] for nobody."""
-    host, _, pid = file.read_text(errors="replace").strip().rpartition(" ")
+    host, _, pid = (file.read_text(errors="replace") if file.is_file() else "").strip().rpartition(" ")
     return [f"process {pid}", host] if host else [""]
 
 
