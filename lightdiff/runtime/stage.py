@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
-from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
+from lightdiff.errors import LostContact, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
 from lightdiff.runtime import resume
 from lightdiff.runtime.compile import pick_compile
@@ -352,10 +352,6 @@ def explained(settings: StageSettings) -> Iterator[None]:
     except Stopped as stopped:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
-    except LightdiffError as error:
-        rank = DistEnv.from_env(os.environ).rank
-        error.args = (f"process {rank}: {error}" if rank and not isinstance(error, LostContact) else str(error),)
-        raise
     except torch.OutOfMemoryError as error:
         flag, images = settings.images_at_once
         size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0

@@ -20,22 +20,19 @@ from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.cli import PRESET_FOLDER
 from lightdiff.models.unet import UNet
 from lightdiff.options import read_settings
-from lightdiff.runtime.processes import pick_device, pick_precision, place
-from lightdiff.runtime.processes import Processes
-from lightdiff.settings import LoopSettings, UNetSettings
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision, to_device
+from lightdiff.runtime.stage import Stage
+from lightdiff.settings import LoopSettings, TrainUNetSettings, UNetSettings
 from lightdiff.training.loop import Trainer
 
 
 class Latents:
     """The part of train-unet's task that a step needs, on random latents."""
 
-    stage = "unet"
-    ranks = Processes()
-
     def __init__(self, model: UNetSettings, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
         self.model = UNet(model, 4)
-        place(self.model, device)
+        to_device(self.model, device)
 
     def prepare(self, batch: object, rng: torch.Generator) -> dict[str, torch.Tensor]:
         x, eps = (torch.randn(self.size, 4, 32, 32, generator=rng, device=self.device) for _ in range(2))
@@ -66,8 +63,9 @@ def main() -> None:
     settings = UNetSettings.model_validate(read_settings(PRESET_FOLDER / f"unet-{chosen.preset}.toml")["model"])
     precision = pick_precision("auto", device)
     loop = LoopSettings(batch_size=size, precision=precision)
-    trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]
-    step = min(seconds(lambda: trainer.train_step(None, 1000), device) for _ in range(chosen.steps))
+    stage = Stage("unet", TrainUNetSettings(loop=loop), device, Processes(), Path(), total_steps=1000)
+    trainer = Trainer(Latents(settings.resolved(32), device, size), stage)  # type: ignore[arg-type]
+    step = min(seconds(lambda: trainer.train_step(None), device) for _ in range(chosen.steps))
     with tempfile.TemporaryDirectory(dir=".", prefix=".saving-") as folder:
         path = Path(folder) / "last.safetensors"
         save = min(
