@@ -259,5 +259,6 @@ def fail(error: LightdiffError) -> None:
     from rich.markup import escape
 
     head = "stopped:" if isinstance(error, Stopped) else "error:"
-    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {escape(str(error))}", soft_wrap=True)
+    who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
+    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
     sys.exit(error.exit_code)

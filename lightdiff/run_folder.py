@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,8 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         why = error.strerror or error
         raise kind(f"{path} could not be written: {why}; what was saved before is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)  # also where renaming one link of a file onto another does nothing
+        with suppress(OSError):  # it is still there where renaming one link of a file onto another does nothing
+            temporary.unlink()
 
 
 def atomic_write_text(path: Path, text: str) -> None:

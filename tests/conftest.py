@@ -9,9 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
+
+if TYPE_CHECKING:  # nothing here imports torch before it is needed
+    from lightdiff.checkpoint import Checkpoint
+    from lightdiff.runtime.stage import Stage
+    from lightdiff.settings import JobSettings, LoopSettings, TrainVAESettings
+    from lightdiff.training.loop import Task, Trainer
 
 WIDE = {"COLUMNS": "400", "LINES": "100", "TERM": "xterm", "NO_COLOR": "1"}  # messages on one line, without colours
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -69,6 +76,37 @@ def succeed(*args: object) -> Result:
     result = call(*args)
     assert result.code == 0, result.stderr
     return result
+
+
+def training_stage(
+    folder: Path,
+    loop: "LoopSettings",
+    total_steps: int = 20,
+    saved: "Checkpoint | None" = None,
+    job: "JobSettings | None" = None,
+) -> "Stage[TrainVAESettings]":
+    """A training stage in this process alone, for a task that no command trains."""
+    import torch
+
+    from lightdiff.checkpoint import Metadata
+    from lightdiff.runtime.processes import Processes
+    from lightdiff.runtime.stage import Stage
+    from lightdiff.settings import JobSettings, TrainVAESettings
+
+    settings = TrainVAESettings(loop=loop, job=job or JobSettings())
+    metadata = Metadata(stage="vae")
+    cpu = torch.device("cpu")
+    return Stage("vae", settings, cpu, Processes(), folder, saved=saved, metadata=metadata, total_steps=total_steps)
+
+
+def train_in(stage: "Stage[TrainVAESettings]", task: "Task") -> "Trainer":
+    """Train a task in a stage, with signals and errors handled as `open_stage` does it."""
+    from lightdiff.runtime.stage import explained, handling
+    from lightdiff.training.loop import train
+
+    stage.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    with explained(stage.settings), handling(stage.on_signal):
+        return train(task, stage)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,14 @@
 """The trial of an adversarial loss: without weight it is the VAE's own training, with weight it moves the decoder."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from lightdiff.losses import VAELoss
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainVAESettings
-from lightdiff.stages.train_vae import VAETask, resolve
+from lightdiff.stages.train_vae import VAETask
 from lightdiff.training.loop import Trainer
 from tests.bench.adversarial import AdversarialTask, discriminator
 
@@ -20,8 +22,9 @@ def settings() -> TrainVAESettings:
         "loop": {"batch_size": 8, "lr": 1e-3, "warmup_steps": 0, "lr_schedule": "constant", "precision": "fp32"},
         "model": {"encoder_width": 16, "decoder_width": 16},
         "freeze_encoder": True,
+        "init_from": "vae.safetensors",  # whose weights are not needed here
     }
-    return resolve(TrainVAESettings.model_validate(layer))
+    return TrainVAESettings.model_validate(layer).resolved()
 
 
 class Prepared:
@@ -50,13 +53,17 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def stage(steps: int) -> Stage[TrainVAESettings]:
+    return Stage("vae", settings(), torch.device("cpu"), Processes(), Path(), total_steps=steps)
+
+
 def trained(kind, weight=0.0, starts_at=0, steps=3):
-    task = kind(settings(), [], torch.device("cpu"), VAELoss(settings().loss), None, Processes())
+    task = kind(stage(steps), [])
     if kind is Opposed:
         task.oppose(weight, 1e-3, starts_at)
-    trainer, said = Trainer(task, task.settings.loop, "fp32"), []
+    trainer, said = Trainer(task, task.stage), []
     for step in range(steps):
-        said.append(trainer.train_step(batch(step), steps))
+        said.append(trainer.train_step(batch(step)))
     return task.model.state_dict(), said
 
 
@@ -82,7 +89,7 @@ def test_with_weight_the_decoder_is_moved_and_the_frozen_encoder_is_not():
 
 def test_the_weight_is_adaptive():
     """The adversarial gradient at the last convolution is as long as the error's, times the weight."""
-    task = Opposed(settings(), [], torch.device("cpu"), VAELoss(settings().loss), None, Processes())
+    task = Opposed(stage(1), [])
     grown = []
     for weight in (0.0, 0.5):
         task.oppose(weight, 0.0, 0)

@@ -19,21 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightdiff import __version__, checkpoint
+from lightdiff import __version__, checkpoint, run_folder
 from lightdiff.checkpoint import (
     DTYPES,
     FORMAT,
     KEY,
     Checkpoint,
     Metadata,
-    atomic_link,
-    atomic_write,
-    atomic_write_text,
-    remove_temporaries,
     save,
     tensor_digest,
 )
-from lightdiff.errors import RunError, UserError
+from lightdiff.errors import NoRoom, RunError, UserError
+from lightdiff.run_folder import atomic_link, atomic_write, atomic_write_text, remove_temporaries
 from lightdiff.settings import ScheduleSettings
 
 PROPERTY = settings(
@@ -143,7 +140,7 @@ def test_the_document_comes_back(tmp_path: Path) -> None:
     metadata = save(tmp_path / "deep" / "er" / "a", some_tensors(), Metadata(stage="vae", extra={"ä": [1, None, "\n"]}))
     read = Checkpoint(tmp_path / "deep" / "er" / "a").metadata
     assert read == metadata
-    assert (read.format, read.lightdiff, read.facts) == (FORMAT, __version__, {"ä": [1, None, "\n"]})
+    assert (read.format, read.lightdiff, read.extra) == (FORMAT, __version__, {"ä": [1, None, "\n"]})
     assert read.digests == {name: tensor_digest(tensor) for name, tensor in some_tensors().items()}
 
 
@@ -159,7 +156,7 @@ def test_any_document_comes_back(tmp_path: Path, facts: dict[str, Any]) -> None:
 def test_metrics_of_any_value_come_back(tmp_path: Path, number: float) -> None:
     save(tmp_path / "a", {}, Metadata(stage="vae", metrics={"psnr": number}, extra={"best": number}))
     read = Checkpoint(tmp_path / "a").metadata
-    assert str(read.metrics["psnr"]) == str(read.facts["best"]) == str(number)
+    assert str(read.metrics["psnr"]) == str(read.extra["best"]) == str(number)
 
 
 def test_paths_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
@@ -167,7 +164,7 @@ def test_paths_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
     save(tmp_path / "a", {}, Metadata(stage="vae", settings={"data": [folder]}, extra={"ä": "☃"}))
     read = Checkpoint(tmp_path / "a").metadata
     assert read.settings == {"data": [folder]}
-    assert read.facts == {"ä": "☃"}
+    assert read.extra == {"ä": "☃"}
 
 
 def test_names_prefixes_and_weights(tmp_path: Path) -> None:
@@ -211,9 +208,6 @@ def test_the_weights_digest_depends_on_the_weights_alone(tmp_path: Path) -> None
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError("odd"), "odd"),
-        (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), "No space left on device"),
-        (SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "full" })'), "No space left on device"),
-        (SafetensorError("something else"), "something else"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     ],
 )
@@ -226,6 +220,31 @@ def test_a_failing_writer_leaves_everything_as_it_was(tmp_path: Path, error: Exc
             atomic_write(path, fail_with(error))
         assert str(caught.value) == f"{path} could not be written: {text}{UNTOUCHED}"
         assert caught.value.__cause__ is error
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), "No space left on device"),
+        (SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "full" })'), "No space left on device"),
+        (SafetensorError("something else"), "something else"),
+    ],
+)
+def test_a_failing_save_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, metadata: fail_with(error)(path))
+    path = tmp_path / "a"
+    for before in (None, b"old"):
+        if before:
+            path.write_bytes(before)
+        with pytest.raises(RunError) as caught:
+            saved(path)
+        assert str(caught.value) == f"{path} could not be written: {text}{UNTOUCHED}"
+        assert isinstance(caught.value, NoRoom) == (text == "No space left on device")
+        assert error in (caught.value.__cause__, caught.value.__cause__.__cause__)
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
 
 
@@ -269,7 +288,7 @@ def test_a_failure_at_each_step_of_publishing(tmp_path: Path, monkeypatch: pytes
     def broken(*arguments: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.os, step, broken)
+    monkeypatch.setattr(run_folder.os, step, broken)
     with pytest.raises(RunError, match="could not be written: Input/output error"):
         atomic_write_text(tmp_path / "a", "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
@@ -292,7 +311,6 @@ def test_the_mode_follows_the_umask(tmp_path: Path, umask: int, mode: int) -> No
     try:
         saved(tmp_path / "a")
         atomic_write_text(tmp_path / "b", "text")
-        assert checkpoint.current_umask() == umask
     finally:
         assert os.umask(before) == umask
     assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {mode}
@@ -320,7 +338,7 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> 
         raise OSError(errno.EPERM, "Operation not permitted")
 
     if not links:  # as on exFAT
-        monkeypatch.setattr(checkpoint.os, "link", refuse)
+        monkeypatch.setattr(run_folder.os, "link", refuse)
     one, two, last = saved(tmp_path / "1", step=1), saved(tmp_path / "2", step=2), tmp_path / "last"
     for source in (one, two, two, one):
         atomic_link(last, source)
@@ -433,7 +451,7 @@ def test_exchanged_tensors_are_found(tmp_path: Path) -> None:
     "change",
     [
         {"step": 4}, {"stage": "unet"}, {"settings": {}}, {"metrics": {}}, {"digest": ""}, {"digests": {}},
-        {"lightdiff": "0.0"}, {"facts": {"a": 1}}, {"lineage": {"a": "b"}}, {"novel": 1}, {"step": "x"}, {"format": 0},
+        {"lightdiff": "0.0"}, {"extra": {"a": 1}}, {"lineage": {"a": "b"}}, {"novel": 1}, {"step": "x"}, {"format": 0},
     ],
 )  # fmt: skip
 def test_a_changed_document_is_found(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -530,11 +548,11 @@ def test_garbage_for_a_document(tmp_path: Path, text: str) -> None:
         "[" * 100_000,
         "null",
         '{"format": 1e400, "stage": "vae"}',
-        '{"stage": "vae", "facts": {"a": "\\ud800"}}',
-        '{"stage": "vae", "facts": {"\\ud800": 1}}',
+        '{"stage": "vae", "extra": {"a": "\\ud800"}}',
+        '{"stage": "vae", "extra": {"\\ud800": 1}}',
         '{"stage": "\\ud800"}',
-        '{"stage": "vae", "facts": {"a": NaN}}',
-        '{"stage": "vae", "facts": {"a": ' + "[" * 400 + "]" * 400 + "}}",
+        '{"stage": "vae", "extra": {"a": NaN}}',
+        '{"stage": "vae", "extra": {"a": ' + "[" * 400 + "]" * 400 + "}}",
         '{"stage": "vae", "step": ' + "9" * 5000 + "}",
     ],
 )

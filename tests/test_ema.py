@@ -1,13 +1,20 @@
 """Averaged weights against their geometric sum."""
 
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from conftest import training_stage
 from torch import nn
 
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
-from lightdiff.settings import UNetSettings, VAESettings
+from lightdiff.settings import LoopSettings, UNetSettings, VAESettings
 from lightdiff.training.ema import EMA
+from lightdiff.training.loop import Trainer
 
 
 def filled(value: float) -> nn.Module:
@@ -39,11 +46,11 @@ def test_an_average_is_its_geometric_sum(decay: float) -> None:
 
 def test_the_decay_warms_up_and_is_capped() -> None:
     ema = EMA(filled(0), 0.99)
-    rates = [ema.rate(step) for step in range(1, 3000)]
+    rates = [ema.decay_at(step) for step in range(1, 3000)]
     assert rates[:3] == pytest.approx([2 / 11, 3 / 12, 4 / 13])
     assert rates == sorted(rates)
     assert max(rates) == 0.99
-    assert ema.rate(889) < 0.99 == ema.rate(891)  # (1 + n) / (10 + n) = 0.99 at n = 890
+    assert ema.decay_at(889) < 0.99 == ema.decay_at(891)  # (1 + n) / (10 + n) = 0.99 at n = 890
 
 
 def test_the_start_is_soon_forgotten() -> None:
@@ -56,7 +63,7 @@ def test_the_start_is_soon_forgotten() -> None:
 
 def test_the_average_of_constant_weights_is_constant() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.GroupNorm(5, 5), nn.Linear(4, 4))
-    ema = EMA(model, 0.999)
+    ema = EMA(copy.deepcopy(model), 0.999)
     for step in range(1, 200):
         ema.update(model, step)
     for name, parameter in model.named_parameters():
@@ -69,9 +76,12 @@ def test_decay_0_is_a_copy() -> None:
     assert values(ema.model) == [7.0]
 
 
-def test_it_is_a_frozen_copy_of_its_own() -> None:
+def test_a_trainer_averages_in_a_frozen_copy_of_its_own(tmp_path: Path) -> None:
     model = filled(1.0).train()
-    ema = EMA(model, 0.9)
+    task: Any = SimpleNamespace(model=model)
+    ema = Trainer(task, training_stage(tmp_path, LoopSettings(precision="fp32", compile="off", ema_decay=0.9))).ema
+    assert ema is not None
+    assert ema.decay == 0.9
     assert ema.model.state_dict().keys() == model.state_dict().keys()
     assert not ema.model.training
     assert model.training
@@ -91,7 +101,7 @@ def test_each_weight_follows_its_own() -> None:
     with torch.no_grad():
         for parameter in end.parameters():
             parameter.normal_()
-    ema = EMA(start, 0.9)
+    ema = EMA(copy.deepcopy(start), 0.9)
     ema.update(end, 5)  # 6 / 15
     for name, parameter in end.named_parameters():
         expected = 0.4 * start.get_parameter(name) + 0.6 * parameter

@@ -13,17 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from lightdiff.stages.start import resumed
 
-from lightdiff import checkpoint
+from lightdiff import checkpoint, run_folder
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import load_vae
-from lightdiff.run_folder import Lock, RunFolder
-from lightdiff.runtime.processes import Processes
-from lightdiff.settings import TrainVAESettings, VAESettings
-from lightdiff.stages.train_vae import network
+from lightdiff.run_folder import RunFolder
+from lightdiff.settings import ImageSettings, LoopSettings, TrainVAESettings, VAELossSettings, VAESettings, with_changes
+from lightdiff.stages import train_vae
+from lightdiff.training.loop import memory_in_use
 
 HOME = Path(__file__).parent.parent
 
@@ -72,10 +72,10 @@ def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypa
 
     patches = {
         "write": (checkpoint, "save_file", half_written),
-        "chmod": (checkpoint.os, "chmod", fail),
-        "fsync": (checkpoint.os, "fsync", fail),
-        "replace": (checkpoint.os, "replace", fail),
-        "fsync of the folder": (checkpoint.os, "fsync", folders_fail),
+        "chmod": (run_folder.os, "chmod", fail),
+        "fsync": (run_folder.os, "fsync", fail),
+        "replace": (run_folder.os, "replace", fail),
+        "fsync of the folder": (run_folder.os, "fsync", folders_fail),
     }
     with monkeypatch.context() as patched:
         patched.setattr(*patches[where])
@@ -194,22 +194,29 @@ def test_no_settings_make_loading_allocate_what_the_file_does_not_hold(tmp_path,
 
 def test_a_state_whose_settings_are_not_those_of_its_tensors_is_not_resumed(tmp_path):
     """Each process looks before it builds the network; 2 TB are asked for here."""
-    folder = RunFolder(tmp_path).vae
-    folder.checkpoints.mkdir(parents=True)
+    run = RunFolder(tmp_path / "run")
+    draw_dataset(tmp_path / "faces", 4, 0, 16)
+    run.vae.checkpoints.mkdir(parents=True)
     model = VAESettings(encoder_channels=(2**14,) * 8, decoder_channels=(2**14,) * 8, mid_blocks=64)
-    hostile = TrainVAESettings(model=model, images={"data": [tmp_path]}).model_dump(mode="json")
+    settings = TrainVAESettings(
+        run=run.path,
+        images=ImageSettings(data=(tmp_path / "faces",), resolution=4096),
+        loss=VAELossSettings(lpips_gamma=0),
+        model=model,
+        loop=LoopSettings(precision="fp32"),
+    ).resolved()
     tensors = {"model.a": ("F32", [2], bytes(8)), "optimizer.exp_avg.a": ("F32", [2], bytes(8))}
-    folder.last.write_bytes(sealed(tensors, hostile))
+    run.vae.last.write_bytes(sealed(tensors, settings.to_save()))
     before = checkpoint_memory()
-    with Lock() as lock, pytest.raises(UserError, match="does not fit this architecture"):
-        resumed(folder, "vae", TrainVAESettings(images={"data": [tmp_path]}), lock, Processes(), network)
+    with pytest.raises(UserError, match="does not fit this architecture"):
+        train_vae.run(settings)
+    with pytest.raises(UserError, match=r"was begun with --model\.\S+ .*: choose another --run, or leave that setting"):
+        train_vae.run(with_changes(settings, model=VAESettings()))
     assert checkpoint_memory() - before < 300e6
 
 
 def checkpoint_memory() -> float:
     """Peak memory of this process, in bytes."""
-    from lightdiff.runtime.processes import memory_in_use
-
     return memory_in_use(torch.device("cpu"))
 
 

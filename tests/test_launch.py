@@ -94,7 +94,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, cod
     assert time.monotonic() - started < 20
     step = saved_step(command)
     assert f"stopped: stopped after step {step} of 100000, saved to" in said
-    assert said.count("run the same command again to go on") == 1
+    assert said.count("run the same command again to resume") == 1
 
 
 def test_sigusr1_saves_and_everything_goes_on(faces, tmp_path):
@@ -136,12 +136,12 @@ def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(faces, tmp_pat
     code, said = command.end()
     assert code == 1
     assert f"process 1 (pid {workers[1]}) was ended by SIGKILL" in said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert all(map(gone, workers))
     step = saved_step(command)
     code, said = Command(faces, tmp_path, steps=step + 5).end()
     assert code == 0, said
-    assert f"going on from step {step} of {step + 5}" in said
+    assert f"resuming from step {step} of {step + 5}" in said
     assert saved_step(command) == step + 5
 
 
@@ -169,7 +169,7 @@ def test_max_restarts_starts_again_by_itself(faces, tmp_path):
     assert not set(first) & set(command.workers())
     code, said = command.send(signal.SIGTERM).end()
     assert code == 143
-    assert "going on from step" in said  # --restart meant the first start
+    assert "resuming from step" in said  # --restart meant the first start
     assert not list(tmp_path.glob("vae.old*"))
 
 

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from lightdiff.pictures import save_grid, save_grid_of_files
 from lightdiff.runtime import progress
-from lightdiff.runtime.display import BLOCKS, Display, number, sparkline
-from lightdiff.runtime.progress import Reporter, cut_metrics
+from lightdiff.runtime.progress import BLOCKS, Display, Reporter, cut_metrics, number, sparkline
 
 
 def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:
@@ -53,8 +52,8 @@ def test_the_display_shows_progress_losses_and_files(tmp_path):
     display.done = 200
     for loss in (3.0, 2.0, 1.0):
         display.remember({"loss": loss})
-    display.show({"img/s": 68.25})
-    display.file("last checkpoint", tmp_path / "last.safetensors")
+    display.now |= {"img/s": 68.25}
+    display.files["last checkpoint"] = tmp_path / "last.safetensors"
     text = drawn(display, width=200)
     assert "200/300" in text
     assert "img/s 68.2" in text
@@ -73,7 +72,7 @@ def test_the_display_of_a_terminal_without_unicode_has_no_trends():
 def test_the_time_left_follows_from_what_was_done_since_the_start(monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    display = Display("unet", 300, 100)
+    display = Display("unet", 300, 100, _began=now)
     assert display.remaining() == "-:--:--"
     now, display.done = 160.0, 150
     assert display.remaining() == "0:03:00"  # 50 steps took a minute, and 150 are left
@@ -123,8 +122,9 @@ def test_tensorboard_gets_scalars_pictures_and_settings(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     save_grid(tmp_path / "grid.png", torch.zeros(1, 3, 4, 4), columns=1)
-    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl") as reporter:
-        reporter.settings({"loop.lr": 0.5, "model.channels": [1, 2], "model.width": None})
+    settings = {"loop.lr": 0.5, "model.channels": [1, 2], "model.width": None}
+    with Reporter("title", 3, 0, tmp_path / "metrics.jsonl", settings) as reporter:
+        assert not (tmp_path / "tensorboard").exists()  # importing it takes seconds
         reporter.record({"step": 1, "loss": 0.5})
         reporter.picture(tmp_path / "grid.png", 1)
     seen = EventAccumulator(str(tmp_path / "tensorboard"))

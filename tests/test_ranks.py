@@ -22,7 +22,9 @@ from lightdiff.data.latents import LatentSet, read_index
 from lightdiff.errors import LostContact
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import DistEnv, Processes, explain_lost_contact, first_host
+from lightdiff.runtime.processes import DistEnv, Processes, first_host
+from lightdiff.runtime.stage import explained
+from lightdiff.settings import StageSettings
 
 HOME = Path(__file__).parent.parent
 
@@ -184,7 +186,7 @@ def test_shares_cover_everything_once_and_evenly(count, size):
 def test_alone_nothing_travels():
     alone = Processes()
     value = torch.ones(2)
-    assert alone.sum(value) is value
+    assert alone.all_reduce_sum(value) is value
     assert alone.all_true(value) is value
     assert alone.all_reduce_max(3, 4) == [3, 4]
     assert alone.run_on_main(lambda: 5) == 5
@@ -210,9 +212,11 @@ def test_the_first_of_slurms_hosts(hosts, first):
     assert first_host(hosts) == first
 
 
-def test_errors_of_lost_contact_are_explained_and_others_left_alone():
+def test_errors_of_lost_contact_are_explained_and_others_left_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
-        with explain_lost_contact(1):
+        with explained(StageSettings()):
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nmore")
-    with pytest.raises(RuntimeError, match="shape mismatch"), explain_lost_contact(1):
+    with pytest.raises(RuntimeError, match="shape mismatch"), explained(StageSettings()):
         raise RuntimeError("shape mismatch")

@@ -146,7 +146,7 @@ def test_latents_are_found(tmp_path: Path) -> None:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def test_claim_makes_the_folder_and_leaves_what_is_there(tmp_path: Path) -> None:
+def test_ensure_writable_makes_the_folder_and_leaves_what_is_there(tmp_path: Path) -> None:
     ensure_writable(tmp_path / "a" / "b")
     file = touched(tmp_path / "a" / "b" / "c")
     ensure_writable(tmp_path / "a" / "b")
@@ -154,13 +154,13 @@ def test_claim_makes_the_folder_and_leaves_what_is_there(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("below", ["", "deep", "deep/er"])
-def test_claim_where_a_file_is_in_the_way(tmp_path: Path, below: str) -> None:
+def test_ensure_writable_where_a_file_is_in_the_way(tmp_path: Path, below: str) -> None:
     place = touched(tmp_path / "a") / below
     with pytest.raises(UserError, match=f"^{re.escape(str(place))} cannot be made: a file of that name is in the way$"):
         ensure_writable(place)
 
 
-def test_claim_where_nothing_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensure_writable_where_nothing_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, int]] = []
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: asked.append((path, mode)))
     with pytest.raises(UserError, match=r"cannot be written to: check its owner and permissions$"):
@@ -168,7 +168,7 @@ def test_claim_where_nothing_may_be_written(tmp_path: Path, monkeypatch: pytest.
     assert asked == [(tmp_path / "a", os.W_OK | os.X_OK)]
 
 
-def test_claim_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensure_writable_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **more: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -179,20 +179,23 @@ def test_claim_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.M
 
 def test_set_aside_counts_on(tmp_path: Path) -> None:
     folder = tmp_path / "vae"
+    touched(folder / ".lock")  # hidden files stay
     assert set_aside(folder) is None
     for number in (1, 2, 3):
         touched(folder / "file").write_text(str(number))
+        touched(folder / "checkpoints" / "last.safetensors")
         assert set_aside(folder) == tmp_path / f"vae.old-{number}"
-        assert not folder.exists()
+        assert [path.name for path in folder.iterdir()] == [".lock"]
     assert [(tmp_path / f"vae.old-{n}" / "file").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
+    assert all((tmp_path / f"vae.old-{n}" / "checkpoints" / "last.safetensors").is_file() for n in (1, 2, 3))
     (tmp_path / "vae.old-2").rename(tmp_path / "gone")
-    folder.mkdir()
+    touched(folder / "file")
     assert set_aside(folder) == tmp_path / "vae.old-2"
 
 
 def test_set_aside_spares_a_file_of_that_name(tmp_path: Path) -> None:
     touched(tmp_path / "a.b.old-1")
-    (tmp_path / "a.b").mkdir()
+    touched(tmp_path / "a.b" / "file")
     assert set_aside(tmp_path / "a.b") == tmp_path / "a.b.old-2"
 
 

@@ -1,5 +1,6 @@
 """The loop: accumulation, resume, learning rate, checkpoints, failures. On a small task, and on both real ones."""
 
+import errno
 import itertools
 import json
 import math
@@ -9,22 +10,23 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from lightdiff.runtime.signals import Request, SignalMonitor, TimeLimit
+from conftest import train_in, training_stage
 from torch import nn
 
-from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff import checkpoint, run_folder
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.order import generator
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
-from lightdiff.runtime import stage as stopping
-from lightdiff.runtime.processes import Processes
+from lightdiff.runtime import stage as stage_module
+from lightdiff.runtime.stage import explained, handling, open_stage, open_stage_dir
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
@@ -39,7 +41,7 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, scale, train_unet, train_vae
-from lightdiff.training.loop import Trainer, learning_rate, train
+from lightdiff.training.loop import Trainer, learning_rate
 
 TIMING = ("time", "images_per_s", "memory_mb")
 
@@ -47,16 +49,14 @@ TIMING = ("time", "images_per_s", "memory_mb")
 class Regression:
     """Fit y = x @ target with noise on x: a task whose every number can be checked."""
 
-    stage = "vae"
+    train_items = 10
 
     def __init__(self, dtype=torch.float64):
         torch.manual_seed(0)
-        self.device = torch.device("cpu")
         self.model = nn.Linear(5, 3).to(dtype)
         self.target = torch.randn(5, 3, dtype=dtype)
         self.validations = 0
         self.poison = ()
-        self.ranks = Processes()
 
     def batches(self, start, steps):
         for i in range(steps):
@@ -100,11 +100,9 @@ def loop(**changes):
     return LoopSettings(**(base | {"precision": "fp32"} | changes))
 
 
-def fit(folder, steps=20, task=None, resume=None, **changes):
-    task = task or Regression()
-    stage = StageFolder(folder)
-    stage.checkpoints.mkdir(parents=True, exist_ok=True)
-    return train(task, loop(**changes), stage, Metadata(stage="vae"), steps, "fp32", resume), stage
+def fit(folder, steps=20, task=None, saved=None, job=None, **changes):
+    stage = training_stage(folder, loop(**changes), steps, saved, job)
+    return train_in(stage, task or Regression()), stage.folder
 
 
 def lines(path: Path) -> list[dict]:
@@ -151,13 +149,13 @@ def test_learning_rate_follows_its_formula():
 
 
 def test_clipping_limits_the_gradient(tmp_path):
-    trainer = Trainer(Regression(), loop(clip=1e-3), "fp32")
-    losses = trainer.train_step(0, 20)
+    trainer = Trainer(Regression(), training_stage(tmp_path, loop(clip=1e-3)))
+    losses = trainer.train_step(0)
     norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
     assert losses["grad_norm"] > 1e-3
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
-    free = Trainer(Regression(), loop(clip=0), "fp32")
-    grad_norm = free.train_step(0, 20)["grad_norm"]
+    free = Trainer(Regression(), training_stage(tmp_path, loop(clip=0)))
+    grad_norm = free.train_step(0)["grad_norm"]
     norm = torch.cat([p.grad.flatten() for p in free.model.parameters()]).norm()
     torch.testing.assert_close(norm, grad_norm)
 
@@ -202,8 +200,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
     fit(tmp_path / "straight", micro_batch=4)
     step = Trainer.train_step
 
-    def stopping(self, batch, total):
-        losses = step(self, batch, total)
+    def stopping(self, batch):
+        losses = step(self, batch)
         if self.step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
@@ -215,7 +213,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
     assert stopped.value.exit_code == 143
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
     assert saved.metadata.step == stop_at
-    fit(tmp_path / "stopped", micro_batch=4, resume=saved)
+    fit(tmp_path / "stopped", micro_batch=4, saved=saved)
     straight, again = StageFolder(tmp_path / "straight"), StageFolder(tmp_path / "stopped")
     assert_same_files(straight.last, again.last)
     assert_same_files(straight.best, again.best)
@@ -224,14 +222,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
 
 def test_it_goes_on_from_a_step_file(tmp_path):
     _, straight = fit(tmp_path / "a", steps=20, keep=10)
-    fit(tmp_path / "b", steps=20, resume=Checkpoint(straight.step(10)))
+    fit(tmp_path / "b", steps=20, saved=Checkpoint(straight.step(10)))
     assert_same_files(straight.last, StageFolder(tmp_path / "b").last)
 
 
 def test_best_cannot_be_resumed(tmp_path):
     _, stage = fit(tmp_path)
     with pytest.raises(UserError, match="holds no optimizer state; use last or step"):
-        fit(tmp_path, resume=Checkpoint(stage.best))
+        fit(tmp_path, saved=Checkpoint(stage.best))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
@@ -252,10 +250,10 @@ def test_steps_that_are_not_finite_change_nothing_and_may_be_tolerated(tmp_path)
     assert skipping.skipped == 2
     assert [row.get("skipped") for row in lines(stage.metrics)] == [2, 2]
     assert all(torch.isfinite(t).all() for t in tensors(stage.last).values())
-    by_hand = Trainer(Regression(), loop(lr_schedule="constant"), "fp32")
+    by_hand = Trainer(Regression(), training_stage(tmp_path, loop(lr_schedule="constant"), 6))
     for step in (0, 1, 4, 5):
         by_hand.step = step  # as the learning rate and the noise are functions of it
-        by_hand.train_step(10 * step, 6)
+        by_hand.train_step(10 * step)
     torch.testing.assert_close(skipping.model.state_dict(), by_hand.model.state_dict(), rtol=0, atol=0)
     (adamw,) = skipping.optimizers
     assert {float(state["step"]) for state in adamw.state.values()} == {4.0}
@@ -271,7 +269,7 @@ def test_a_run_with_skipped_steps_goes_on_bit_for_bit(tmp_path, kind):
         return task
 
     _, straight = fit(tmp_path / "a", steps=20, task=poisoned(), skip_nonfinite=2)
-    fit(tmp_path / "b", steps=20, task=poisoned(), skip_nonfinite=2, resume=Checkpoint(straight.step(15)))
+    fit(tmp_path / "b", steps=20, task=poisoned(), skip_nonfinite=2, saved=Checkpoint(straight.step(15)))
     assert_same_files(straight.last, StageFolder(tmp_path / "b").last)
 
 
@@ -281,7 +279,7 @@ def test_muon_keeps_one_average_a_matrix_and_adamw_two(tmp_path):
     kept = {name for name in tensors(stage.last) if "exp_avg_sq" in name}
     assert "optimizer.exp_avg_sq.2.bias" in kept
     assert "optimizer.exp_avg_sq.2.weight" not in kept
-    assert trainer.nbytes == sum(t.nbytes for t in tensors(stage.last).values())
+    assert trainer.snapshot_bytes == sum(t.nbytes for t in tensors(stage.last).values())
 
 
 def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
@@ -293,31 +291,64 @@ def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(RunError, match="No space left on device; what was saved before is untouched"):
-        fit(tmp_path, steps=20, resume=Checkpoint(StageFolder(tmp_path).last))
+        fit(tmp_path, steps=20, saved=Checkpoint(StageFolder(tmp_path).last))
     after = tensors(StageFolder(tmp_path).last)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(StageFolder(tmp_path).checkpoints.glob(".*"))
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_second_signal_leaves_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    with SignalMonitor(Processes(), TimeLimit(0)) as watch:
-        assert watch.poll() == Request(0, False)
+    stage = training_stage(tmp_path, loop())
+    with handling(stage.on_signal), stage.deferring_signals():
+        assert stage.poll() == (0, False)
         os.kill(os.getpid(), signal.SIGINT)
-        assert watch.poll() == Request(130, False)
+        assert stage.poll() == (130, False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_sigterm_changes_nothing(tmp_path):
+    """A cluster sends it to each process, and so does a launcher."""
+    stage = training_stage(tmp_path, loop())
+    with handling(stage.on_signal), stage.deferring_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stage.poll() == (143, False)
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "code"),
+    [
+        (signal.SIGINT, "interrupted; what was saved is untouched: run the same command again to resume", 130),
+        (signal.SIGTERM, "stopped; what was saved is untouched: run the same command again to resume", 143),
+    ],
+)
+def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):
+    before = signal.getsignal(number)
+    stage = training_stage(tmp_path, loop())
+    with pytest.raises(Stopped) as stopped, explained(stage.settings), handling(stage.on_signal):
+        os.kill(os.getpid(), number)
+    assert (str(stopped.value), stopped.value.exit_code) == (said, code)
+    assert signal.getsignal(number) is before
+
+
+def test_sigusr1_outside_the_loop_waits_for_it(tmp_path):
+    stage = training_stage(tmp_path, loop())
+    with handling(stage.on_signal):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert [stage.poll(), stage.poll()] == [(0, True), (0, False)]
 
 
 def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
     step = Trainer.train_step
     saved = []
 
-    def asking(self, batch, total):
+    def asking(self, batch):
         if self.step == 7:
             saved.append(Checkpoint(StageFolder(tmp_path).last).metadata.step)
-        losses = step(self, batch, total)
+        losses = step(self, batch)
         if self.step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
         return losses
@@ -329,30 +360,29 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(stopping, "STARTED", 1000.0)
-    monkeypatch.setattr(stopping.time, "time", lambda: clock[0])
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    limit = TimeLimit(minutes=1, reserve=10)
+    clock = [float(int(time.monotonic()))]  # about when the stages below are made
+    monkeypatch.setattr(stage_module, "STARTED", clock[0])
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    unlimited, stage = (training_stage(tmp_path, loop(), job=JobSettings(max_time=minutes)) for minutes in (0, 1))
     for _ in range(8):  # steps of 5 s; after 40 s, two more of them and the reserve would reach 60 s
         clock[0] += 5
-        assert not limit.spent()
+        assert not stage.out_of_time(reserve=10)
     clock[0] += 5
-    assert limit.spent()
-    assert not TimeLimit(minutes=0).spent()
-    limit.conclude(False, Processes())
+    assert stage.out_of_time(reserve=10)
+    assert stage.poll(reserve=10) == (75, False)
+    assert not unlimited.out_of_time()
+    stage.finish_together(False)
     with pytest.raises(Stopped, match=r"--max-time 1 minutes: what is done is saved; run the same") as stopped:
-        limit.conclude(True, Processes())
+        stage.finish_together(True)
     assert stopped.value.exit_code == 75
 
 
 def test_max_time_ends_a_training_that_can_go_on(tmp_path):
-    stage = StageFolder(tmp_path)
-    stage.checkpoints.mkdir(parents=True)
     with pytest.raises(Stopped, match="--max-time 1e-06 minutes: stopped after step 1 of 20, saved to") as stopped:
-        train(Regression(), loop(), stage, Metadata(stage="vae"), 20, "fp32", job=JobSettings(max_time=1e-6))
+        fit(tmp_path, job=JobSettings(max_time=1e-6))
     assert stopped.value.exit_code == 75
-    assert Checkpoint(stage.last).metadata.step == 1
+    assert Checkpoint(StageFolder(tmp_path).last).metadata.step == 1
 
 
 def test_keep_every_keeps_for_good(tmp_path):
@@ -384,26 +414,10 @@ def test_a_picture_that_fails_costs_no_steps(tmp_path):
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(RunError, match=r"has 0.00 GB left, but the next checkpoint needs 0.01 GB"):
         fit(tmp_path)
     assert not StageFolder(tmp_path).last.exists()
-
-
-def test_old_step_files_are_not_removed_to_make_room(tmp_path, monkeypatch):
-    fit(tmp_path, steps=10, keep=5)
-    write = checkpoint.save_file
-
-    def nearly_full(tensors, path, metadata):  # there is room for two step files
-        if len(StageFolder(path.parent.parent).steps()) >= 2:
-            raise OSError(28, "No space left on device")
-        write(tensors, path, metadata=metadata)
-
-    monkeypatch.setattr(checkpoint, "save_file", nearly_full)
-    stage = StageFolder(tmp_path)
-    with pytest.raises(RunError, match="No space left"):
-        fit(tmp_path, steps=15, keep=5, resume=Checkpoint(stage.last))
-    assert [StageFolder.step_of(path) for path in stage.steps()] == [5, 10]
 
 
 # --- both trainings -------------------------------------------------------------------------------------------------
@@ -442,8 +456,8 @@ def unet_settings(run, **changes):
 def stopped_at(monkeypatch, step_number, run, settings):
     step = Trainer.train_step
 
-    def stopping(self, batch, total):
-        losses = step(self, batch, total)
+    def stopping(self, batch):
+        losses = step(self, batch)
         if self.step == step_number:
             os.kill(os.getpid(), signal.SIGINT)
         return losses
@@ -506,7 +520,7 @@ def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path,
 
 def test_automatic_precision_stays_what_it_was(tmp_path, faces, monkeypatch):
     train_vae.run(vae_settings(tmp_path, faces, precision="bf16"))
-    monkeypatch.setattr("lightdiff.stages.start.pick_precision", lambda name, _: "fp32" if name == "auto" else name)
+    monkeypatch.setattr(stage_module, "pick_precision", lambda name, _: "fp32" if name == "auto" else name)
     train_vae.run(vae_settings(tmp_path, faces, precision="auto", steps=10))
     saved = Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").metadata.settings
     assert (saved["loop"]["precision"], saved["loop"]["steps"]) == ("bf16", 10)
@@ -522,12 +536,12 @@ def test_a_damaged_state_is_told_and_an_older_one_taken(tmp_path, faces, capsys)
     train_vae.run(vae_settings(tmp_path / "damaged", faces))
     said = " ".join(capsys.readouterr().err.split())
     assert "last.safetensors is damaged" in said
-    assert "step-00000004.safetensors is taken instead" in said
-    assert "going on from step 4 of 8" in said
+    assert "step-00000004.safetensors is used instead" in said
+    assert "resuming from step 4 of 8" in said
     assert_same_files(RunFolder(tmp_path / "whole").vae.last, stage.last)
     for path in stage.resumable():
         flip_bit(path, 20)
-    with pytest.raises(UserError, match="there is no whole state to go on from: --restart begins anew"):
+    with pytest.raises(UserError, match="there is no whole state to resume from: --restart starts over"):
         train_vae.run(vae_settings(tmp_path / "damaged", faces))
 
 
@@ -544,7 +558,7 @@ def test_from_step_goes_back_and_keeps_what_was_newer_aside(tmp_path, faces, cap
     stage = RunFolder(tmp_path / "back").vae
     back = with_changes(vae_settings(tmp_path / "back", faces), from_step=4)
     train_vae.run(back)
-    assert "going on from step 4 of 8" in " ".join(capsys.readouterr().err.split())
+    assert "resuming from step 4 of 8" in " ".join(capsys.readouterr().err.split())
     aside = stage.checkpoints / "after-step-4.old-1"
     assert (aside / "step-00000008.safetensors").is_file()
     assert Checkpoint(aside / "last.safetensors").metadata.step == 8
@@ -571,19 +585,68 @@ def test_two_at_once_in_one_run_folder(tmp_path, faces, monkeypatch):
     train_vae.run(with_changes(settings, job=JobSettings(force_unlock=True)))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_where_there_are_no_locks_hosts_are_told_apart_by_the_files_words(tmp_path, monkeypatch, code):
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with open_stage_dir(tmp_path / "run" / "vae", force=False) as folder:
+        assert (folder / ".lock").read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    assert not (tmp_path / "run").exists()
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("elsewhere 17\n")
+    with pytest.raises(UserError, match="was locked by process 17 on elsewhere"), open_stage_dir(folder, force=False):
+        pass
+
+
+def test_a_refused_start_leaves_no_empty_folder(tmp_path, faces):
+    settings = vae_settings(tmp_path / "new" / "run", faces)
+    refused = (
+        with_changes(settings, images=with_changes(settings.images, data=(tmp_path / "none",))),
+        with_changes(settings, freeze_encoder=True),
+        with_changes(settings, init_from=tmp_path / "none.safetensors"),
+        with_changes(settings, from_step=3),
+    )
+    for wrong in refused:
+        with pytest.raises(UserError):
+            train_vae.run(wrong)
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError):
+        encode.run(EncodeSettings(run=tmp_path / "new" / "run"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_stage_within_another_ones(tmp_path, faces):
+    """Each has its own folder, and gives signals back to the outer one."""
+    outer_settings = vae_settings(tmp_path / "outer", faces)
+    before = signal.getsignal(signal.SIGTERM)
+    with open_stage(outer_settings, "vae") as outer:
+        train_vae.run(vae_settings(tmp_path / "inner", faces, steps=1))
+        assert signal.getsignal(signal.SIGTERM) == outer.on_signal
+        assert (outer.path / ".lock").is_file()
+        with pytest.raises(UserError, match=f"outer/vae is in use by process {os.getpid()} on"):
+            train_vae.run(outer_settings)
+        with outer.deferring_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert outer.poll() == (143, False)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "outer").exists()
+    assert not (tmp_path / "inner/vae/.lock").exists()
+
+
 HOLD_LOCK = """
 import os, sys, time
 from pathlib import Path
-from lightdiff.run_folder import Lock, ensure_writable
-folder = Path(sys.argv[1])
-ensure_writable(folder)
-Lock().take(folder)
-if os.fork() == 0:
-    os.close(1)
+from lightdiff.runtime.stage import open_stage_dir
+with open_stage_dir(Path(sys.argv[1]), force=False):
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(30)
+        os._exit(0)
+    print("held", flush=True)
     time.sleep(30)
-    os._exit(0)
-print("held", flush=True)
-time.sleep(30)
 """
 
 
@@ -622,12 +685,12 @@ def test_images_that_vanish_or_break_in_mid_run(tmp_path, faces, monkeypatch):
     def harming(folder):
         files = sorted(folder.rglob("*.png"))
 
-        def stepping(self, batch, total):
+        def stepping(self, batch):
             if self.step == 2:
                 files[0].unlink()
                 files[1].write_bytes(b"no picture any more")
                 files[2].write_bytes(files[3].read_bytes())  # changed, but an image
-            return step(self, batch, total)
+            return step(self, batch)
 
         return stepping
 

@@ -170,7 +170,7 @@ class Launch:
             raise Stopped(reports[0].message, reports[0].exit_code)
         dead = deaths(self.failure, {report.rank for report in reports})
         if own:
-            error = RunError(own[0].message)
+            error = RunError(f"process {own[0].rank}: {own[0].message}" if own[0].rank else own[0].message)
             error.exit_code = own[0].exit_code
             raise error
         if dead:

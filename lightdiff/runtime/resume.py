@@ -106,7 +106,7 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
         if name in RESUME_MUST_MATCH or not {name, name.split(".")[0]} & set(RESUME_MAY_CHANGE):
             flag = flag_of(name)
             what = f"without {flag} {new}" if old in ("", None) else f"with {flag} {old}, not {new}"
-            raise UserError(f"{folder} was begun {what}: choose another --run, or {advice}")
+            raise UserError(f"{folder} was begun {what}: {advice}")
     return changed
 
 

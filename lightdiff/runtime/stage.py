@@ -1,5 +1,6 @@
 """How every stage begins and ends: processes met, folder locked, `auto` resolved, signals heeded, errors explained."""
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
-from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped, UserError
+from lightdiff.errors import LostContact, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
 from lightdiff.runtime import may_restart_elsewhere, rank, restarted, resume
 from lightdiff.runtime.processes import (
@@ -34,6 +35,7 @@ from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, Tra
 
 S = TypeVar("S", bound=StageSettings)
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of network file systems: there, the file's words must do
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGAIN = "run the same command again to resume"
@@ -293,12 +295,15 @@ def open_stage_dir(choose: Callable[[], Path], force: bool) -> Iterator[Path]:
     folder, here = choose(), socket.gethostname()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     ensure_writable(folder)
-    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0)
+    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         owner = " on ".join(reversed(lock_owner(file))) or "another process"
         raise UserError(f"{folder} is in use by {owner}: wait for it, stop it, or choose another --run") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     if lock_owner(file)[:1] not in ([], [here]) and not force:
         lock.release()
         host, process = lock_owner(file)
@@ -320,7 +325,7 @@ def open_stage_dir(choose: Callable[[], Path], force: bool) -> Iterator[Path]:
 
 def lock_owner(file: Path) -> list[str]:
     """Who has written a lock file, as ["HOST", "process PID"]; empty for nobody."""
-    host, _, pid = file.read_text(errors="replace").strip().rpartition(" ")
+    host, _, pid = (file.read_text(errors="replace") if file.is_file() else "").strip().rpartition(" ")
     return [host, f"process {pid}"] if host else []
 
 
@@ -344,10 +349,6 @@ def explained(settings: StageSettings) -> Iterator[None]:
     except Stopped as stopped:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
-    except LightdiffError as error:
-        if rank() and not isinstance(error, LostContact):
-            error.args = (f"process {rank()}: {error}",)
-        raise
     except torch.OutOfMemoryError as error:
         flag, images = settings.images_at_once
         size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0

@@ -20,23 +20,21 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from lightdiff.runtime.device import pick_device, pick_precision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightdiff.checkpoint import Checkpoint, load_weights
-from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images
 from lightdiff.data.images import frame, load_image, to_float, to_uint8
-from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.pictures import save_grid, save_png
 from lightdiff.pipeline import Pipeline, load_vae
-from lightdiff.runtime.processes import init_distributed
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision
 from lightdiff.runtime.progress import console
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainVAESettings, with_changes
 from lightdiff.stages.train_vae import VAETask
-from lightdiff.training.loop import Batch, Trainer
+from lightdiff.training.loop import Tensors, Trainer
 from tests.bench.recipe import Work, left_out
 
 WIDTHS = (3, 32, 64, 128)
@@ -65,8 +63,8 @@ class AdversarialTask(VAETask):
         self.judge = discriminator()
         self.judge_optimizer = torch.optim.AdamW(self.judge.parameters(), lr, (0.5, 0.9), weight_decay=0)
 
-    def loss(self, model: nn.Module, part: Batch) -> dict[str, Tensor]:
-        """The VAE's loss, plus the discriminator's opinion; and one step of the discriminator."""
+    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
+        """The VAE's loss plus the adversarial term; trains the discriminator by one step."""
         x = part["x"]
         x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
         losses = self.vae_loss(x, x_hat, posterior)
@@ -94,29 +92,28 @@ class Contest:
     """One trained VAE, and what becomes of its decoder."""
 
     def __init__(self, saved: Checkpoint, lr: float, scratch: Path) -> None:
-        """Read settings, images and LPIPS once for all."""
-        self.saved, self.device = saved, pick_device("cpu")
-        self.ranks = init_distributed(self.device, 600)
+        """Read settings and images once for all."""
+        self.saved, self.device, self.scratch = saved, pick_device("cpu"), scratch
         settings = saved.settings(TrainVAESettings)
         precision = pick_precision("auto", self.device)
         loop = with_changes(settings.loop, lr=lr, workers=0, compile="off", precision=precision)
-        self.settings = with_changes(settings, loop=loop, freeze_encoder=True)
+        images = with_changes(settings.images, max_bad=0.0)
+        self.settings = with_changes(settings, loop=loop, images=images, init_from=saved.path, freeze_encoder=True)
         self.files = list_images(settings.images, console)
-        self.vae_loss = VAELoss(settings.loss, self.device, self.ranks.fetch)
-        self.bad = BadFiles(scratch / "bad.txt", self.files, settings.images.data, 0.0)
 
     def task(self, kind: type[T]) -> T:
-        """A task that begins with the trained weights."""
-        task = kind(self.settings, self.files, self.device, self.vae_loss, self.bad, self.ranks)
+        """A task that starts from the trained weights."""
+        task = kind(Stage("vae", self.settings, self.device, Processes(), self.scratch), self.files)
         load_weights(task.model, self.saved, self.saved.weights_prefix())
         return task
 
     def train(self, task: VAETask, steps: int) -> tuple[VAE, float]:
-        """The averaged network after so many steps, and the processor time they took."""
-        trainer = Trainer(task, self.settings.loop, self.settings.loop.precision)
+        """The averaged network after `steps` steps, and the processor time they took."""
+        task.stage.total_steps = steps
+        trainer = Trainer(task, task.stage)
         began = time.process_time()
         for batch in task.batches(0, steps):
-            losses = trainer.train_step(batch, steps)
+            losses = trainer.train_step(batch)
             if trainer.step % 100 == 0:
                 said = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
                 print(f"step {trainer.step}: {said}", flush=True)

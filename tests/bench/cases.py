@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightdiff.runtime.device import compile_network, keep_memory, pick_compile, pick_precision, place
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,7 +28,9 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.options import read_settings
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.compile import compile_network
+from lightdiff.runtime.processes import Processes, keep_memory, pick_compile, pick_precision, to_device
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (
     ImageSettings,
     JobSettings,
@@ -84,7 +85,7 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
         mu, logvar = noise[:, : len(positions)]
         metadata = Metadata(stage="latents", extra={"positions": positions, "bad": []})
         digests.append(checkpoint.save(shard_path(folder, number), {"mu": mu, "logvar": logvar - 6}, metadata).digest)
-    index.digest = index.seal(digests)
+    index.digest = index.compute_digest(digests)
     index.write(folder)
     return folder
 
@@ -111,11 +112,12 @@ def train_unet_step(
         latents.to(device)
     latent = LatentsSettings(height=side, width=side)
     whole = TrainUNetSettings(model=settings, latent=latent, loop=chosen).resolved()
-    task = UNetTask(whole, latents, device, Processes())
+    stage = Stage("unet", whole, device, Processes(), room(), total_steps=STEPS)
+    task = UNetTask(stage, latents)
     keep_memory()
-    trainer = Trainer(task, chosen, chosen.precision)
+    trainer = Trainer(task, stage)
     order = task.batches(0, 10**9)
-    return trainer, lambda: trainer.train_step(next(order), STEPS)
+    return trainer, lambda: trainer.train_step(next(order))
 
 
 def defaults(device: torch.device, **changes: Any) -> LoopSettings:
@@ -135,7 +137,7 @@ def unet_step(
         network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         trainer, step = train_unet_step(model, side, batch, device)
-        return several(step, steps, batch, flops, network, trainer.precision)
+        return several(step, steps, batch, flops, network, trainer.loop.precision)
     bf16 = contender.endswith("bf16")
     if contender == "original":
         network = UNet(UNetSettings.model_validate(model).resolved(side), 4)
@@ -168,14 +170,11 @@ def random_squeezenet(folder: Path) -> Path:
 class VAEStepTask:
     """As much of train-vae's task as a step needs; its images lie in memory."""
 
-    stage = "vae"
-    ranks = Processes()
-
     def __init__(self, settings: TrainVAESettings, device: torch.device):
         self.settings, self.device = settings, device
         self.vae_loss = VAELoss(settings.loss, device)
         self.model = VAE(settings.model)
-        place(self.model, device)
+        to_device(self.model, device)
         side = settings.images.resolution // settings.model.factor
         self.latent_shape = (settings.model.latent_channels, side, side)
 
@@ -200,9 +199,10 @@ def train_vae_step(
         images=ImageSettings(resolution=side),
     )
     keep_memory()
-    trainer = Trainer(VAEStepTask(settings, device), chosen, chosen.precision)  # type: ignore[arg-type]
+    stage = Stage("vae", settings, device, Processes(), room(), total_steps=STEPS)
+    trainer = Trainer(VAEStepTask(settings, device), stage)  # type: ignore[arg-type]
     loaded = ImageBatch(torch.randint(256, (batch, 3, side, side), dtype=torch.uint8), torch.arange(batch), [], 0)
-    return trainer, lambda: trainer.train_step(loaded, STEPS)
+    return trainer, lambda: trainer.train_step(loaded)
 
 
 def vae_step(
@@ -222,7 +222,7 @@ def vae_step(
         distance.to(device)
     if contender == "lightdiff":
         trainer, step = train_vae_step(SMALL_VAE, side, batch, device, weights)
-        return several(step, steps, batch, flops, own, trainer.precision)
+        return several(step, steps, batch, flops, own, trainer.loop.precision)
     x = (pixels.float() / 127.5 - 1).to(device)
     if contender == "original":
 

@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
-from lightdiff.losses import VAELoss
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes, init_distributed, shutdown
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -102,25 +101,22 @@ class DoubleUNet(train_unet.UNetTask):
         return {}
 
 
-def float64(folder: Path, ranks: Processes) -> None:
+def float64(folder: Path, processes: Processes) -> None:
     """20 steps of both trainings in float64, with micro-batches and a batch that 3 processes share unevenly."""
     torch.set_num_threads(1)
     settings = vae_settings(folder, batch_size=7, micro_batch=2)
     files = scan(settings.images.data, 0.2)
-    run = RunFolder(folder / f"double-{ranks.world_size}")
-    bad = BadFiles(run.vae.bad_files, files, settings.images.data, 0.01)
+    run = RunFolder(folder / f"double-{processes.world_size}")
     latents = LatentSet(RunFolder(folder / "run").latents)
     unet = unet_settings(folder / "run", batch_size=7, micro_batch=2)
-    tasks = (
-        (DoubleVAE(settings, files, CPU, VAELoss(settings.loss), bad, ranks), run.vae, settings),
-        (DoubleUNet(unet, latents, CPU, ranks), run.unet, unet),
-    )
-    for task, stage, chosen in tasks:
-        ranks.run_on_main(lambda stage=stage: stage.checkpoints.mkdir(parents=True))
-        train(task, chosen.loop, stage, Metadata(stage=task.stage), 20, "fp32")
+    vae_stage = Stage("vae", settings, CPU, processes, run.vae.path, total_steps=20, metadata=Metadata(stage="vae"))
+    unet_stage = Stage("unet", unet, CPU, processes, run.unet.path, total_steps=20, metadata=Metadata(stage="unet"))
+    for task, stage in ((DoubleVAE(vae_stage, files), vae_stage), (DoubleUNet(unet_stage, latents), unet_stage)):
+        processes.run_on_main(lambda stage=stage: stage.folder.checkpoints.mkdir(parents=True))
+        train(task, stage)
 
 
-def pipeline(folder: Path, ranks: Processes) -> None:
+def pipeline(folder: Path, processes: Processes) -> None:
     """All five stages, as the command line calls them."""
     torch.set_num_threads(1)
     run = folder / "run"
@@ -135,39 +131,39 @@ def pipeline(folder: Path, ranks: Processes) -> None:
     )
 
 
-def corners(folder: Path, ranks: Processes) -> None:
+def corners(folder: Path, processes: Processes) -> None:
     """More processes than items in a batch, no validation images, other settings on resuming."""
     torch.set_num_threads(1)
     train_vae.run(vae_settings(folder, val_share=0.0, batch_size=2, steps=3))
     assert Checkpoint(RunFolder(folder / "run").vae.best).metadata.step == 3
     train_vae.run(vae_settings(folder, val_share=0.0, batch_size=4, steps=5))
-    assert ranks.run_on_main(lambda: ranks.rank) == 0
+    assert processes.run_on_main(lambda: processes.rank) == 0
 
 
-def refused(folder: Path, ranks: Processes) -> None:
+def refused(folder: Path, processes: Processes) -> None:
     """A mistake that only the first process can see is reported by all of them."""
     (folder / "run/vae").mkdir(parents=True, exist_ok=True)
     (folder / "run/vae/.lock").write_text("elsewhere 17\n")
     try:
         train_vae.run(vae_settings(folder, steps=3))
     except LightdiffError as error:
-        (folder / f"refused-{ranks.rank}").write_text(str(error))
+        (folder / f"refused-{processes.rank}").write_text(str(error))
     (folder / "run/vae/.lock").unlink(missing_ok=True)
     settings = vae_settings(folder, steps=3)
-    if ranks.rank:  # as on a machine with other files
+    if processes.rank:  # as on a machine with other files
         other = settings.images.model_copy(update={"data": (folder / "other",)})
         settings = settings.model_copy(update={"images": other})
     try:
         train_vae.run(settings)
     except LightdiffError as error:
-        (folder / f"differs-{ranks.rank}").write_text(str(error))
+        (folder / f"differs-{processes.rank}").write_text(str(error))
 
 
 def main() -> None:
     job, folder = sys.argv[1:]
-    ranks = init_distributed(CPU, 30)
-    assert ranks.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
-    {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused}[job](Path(folder), ranks)
+    processes = init_distributed(CPU, 30)
+    assert processes.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
+    {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused}[job](Path(folder), processes)
     shutdown()
 
 

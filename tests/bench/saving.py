@@ -19,21 +19,19 @@ from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.models.unet import build_unet
 from lightdiff.options import preset_layer
-from lightdiff.runtime.processes import Processes, pick_device, pick_precision
-from lightdiff.settings import LoopSettings, UNetArchitecture
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision, to_device
+from lightdiff.runtime.stage import Stage
+from lightdiff.settings import LoopSettings, TrainUNetSettings, UNetArchitecture
 from lightdiff.training.loop import Trainer
 
 
 class Latents:
     """The part of train-unet's task that a step needs, on random latents."""
 
-    stage = "unet"
-    ranks = Processes()
-
     def __init__(self, model: UNetArchitecture, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
         self.model = build_unet(model, 4)
-        place(self.model, device)
+        to_device(self.model, device)
 
     def prepare(self, batch: object, rng: torch.Generator) -> dict[str, torch.Tensor]:
         x, eps = (torch.randn(self.size, 4, 32, 32, generator=rng, device=self.device) for _ in range(2))
@@ -64,8 +62,9 @@ def main() -> None:
     settings = UNetArchitecture.model_validate(preset_layer("unet", chosen.preset)["model"])
     precision = pick_precision("auto", device)
     loop = LoopSettings(batch_size=size, precision=precision)
-    trainer = Trainer(Latents(settings.resolved(32), device, size), loop, precision)  # type: ignore[arg-type]
-    step = min(seconds(lambda: trainer.train_step(None, 1000), device) for _ in range(chosen.steps))
+    stage = Stage("unet", TrainUNetSettings(loop=loop), device, Processes(), Path(), total_steps=1000)
+    trainer = Trainer(Latents(settings.resolved(32), device, size), stage)  # type: ignore[arg-type]
+    step = min(seconds(lambda: trainer.train_step(None), device) for _ in range(chosen.steps))
     with tempfile.TemporaryDirectory(dir=".", prefix=".saving-") as folder:
         path = Path(folder) / "last.safetensors"
         save = min(

@@ -166,7 +166,7 @@ def main() -> None:
             wait_for_step(home / "killed", 20, machines)
             machines[1].kill_worker()
             finished(machines)
-            assert "going on from step" in machines[0].said, machines[0].said
+            assert "resuming from step" in machines[0].said, machines[0].said
             apart = difference(home / "alone", home / "killed")
             print("process of machine 1 killed: torch's agents restarted both; ", end="")
             print(f"both ended with 0, weights differ from one process's by {apart:.1e} at most")
@@ -190,8 +190,8 @@ def main() -> None:
             cut(down=False)
             machines = start(home, "cut", reached + steps, 29613)
             finished(machines)
-            assert any(f"going on from step {reached} of {reached + steps}" in machine.said for machine in machines)
-            print(f"link up again: went on from step {reached} to {step_of(home / 'cut')}")
+            assert any(f"resuming from step {reached} of {reached + steps}" in machine.said for machine in machines)
+            print(f"link up again: resumed from step {reached} to {step_of(home / 'cut')}")
         finally:
             demolish()
 
