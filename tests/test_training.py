@@ -26,7 +26,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
 from lightdiff.runtime import stage as stage_module
-from lightdiff.runtime.stage import explained, handling, open_stage, open_stage_dir
+from lightdiff.runtime.stage import handling, open_stage, open_stage_dir
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
@@ -300,7 +300,8 @@ def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
 def test_a_second_signal_leaves_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     stage = training_stage(tmp_path, loop())
-    with handling(stage.on_signal), stage.deferring_signals():
+    stage.signals_wait = True
+    with handling(stage.on_signal):
         assert stage.poll() == (0, False)
         os.kill(os.getpid(), signal.SIGINT)
         assert stage.poll() == (130, False)
@@ -312,7 +313,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 def test_a_second_sigterm_changes_nothing(tmp_path):
     """A cluster sends it to each process, and so does a launcher."""
     stage = training_stage(tmp_path, loop())
-    with handling(stage.on_signal), stage.deferring_signals():
+    stage.signals_wait = True
+    with handling(stage.on_signal):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stage.poll() == (143, False)
@@ -327,8 +329,7 @@ def test_a_second_sigterm_changes_nothing(tmp_path):
 )
 def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):
     before = signal.getsignal(number)
-    stage = training_stage(tmp_path, loop())
-    with pytest.raises(Stopped) as stopped, explained(stage.settings), handling(stage.on_signal):
+    with pytest.raises(Stopped) as stopped, open_stage(ScaleSettings(run=tmp_path), "latents"):
         os.kill(os.getpid(), number)
     assert (str(stopped.value), stopped.value.exit_code) == (said, code)
     assert signal.getsignal(number) is before
@@ -628,9 +629,9 @@ def test_a_stage_within_another_ones(tmp_path, faces):
         assert (outer.path / ".lock").is_file()
         with pytest.raises(UserError, match=f"outer/vae is in use by process {os.getpid()} on"):
             train_vae.run(outer_settings)
-        with outer.deferring_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert outer.poll() == (143, False)
+        outer.signals_wait = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer.poll() == (143, False)
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "outer").exists()
     assert not (tmp_path / "inner/vae/.lock").exists()

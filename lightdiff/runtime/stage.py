@@ -247,15 +247,12 @@ def open_stage(
     with explained(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
-        lock = open_stage_dir(choose, settings.job.force_unlock)
-        stage = Stage(name, settings, device, processes, processes.run_on_main(lambda: held.enter_context(lock)))
+        force = settings.job.force_unlock
+        path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
+        stage = Stage(name, settings, device, processes, path)
         held.enter_context(handling(stage.on_signal))
-        if isinstance(settings, TrainingSettings):
-            stage.saved = (
-                resume.find_saved(stage.folder, name, settings.from_step, processes)
-                if stage.can_resume(settings)
-                else None
-            )
+        if isinstance(settings, TrainingSettings) and stage.can_resume(settings):
+            stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
         stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(stage.path)
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
@@ -283,7 +280,7 @@ def once_flags(settings: StageSettings) -> str:
 
 
 @contextmanager
-def open_stage_dir(choose: Callable[[], Path], force: bool) -> Iterator[Path]:
+def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
     """A folder that this process alone writes to, without half-written files; if it stays empty, it goes again.
 
     The operating system holds the lock until the process ends, however it ends. The file says who has it, for the
@@ -292,7 +289,7 @@ def open_stage_dir(choose: Callable[[], Path], force: bool) -> Iterator[Path]:
     Raises:
         UserError: If another process has it, or the folder cannot be made.
     """
-    folder, here = choose(), socket.gethostname()
+    here = socket.gethostname()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     ensure_writable(folder)
     file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
