@@ -80,10 +80,12 @@ def pick_device(name: Device) -> torch.device:
     """
     env = DistEnv.from_env(os.environ)
     mps = torch.backends.mps.is_available() and env.world_size == 1  # gloo knows no tensors of MPS
-    available = [n for n, there in (("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)) if there]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     chosen = available[0] if name == "auto" else name
     if chosen not in available:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device here; try --device cpu")
+    if chosen == "cpu":
+        keep_memory()
     if chosen == "cuda":
         number, count = env.local_rank, torch.cuda.device_count()
         if count == 1 and "SLURM_PROCID" in os.environ:
@@ -91,8 +93,6 @@ def pick_device(name: Device) -> torch.device:
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)
-    elif chosen == "cpu":
-        keep_memory()
     return torch.device(chosen)
 
 

@@ -311,15 +311,15 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
         trainer.restore(stage.saved)
     processes.run_on_main(lambda: check_disk_space(folder.checkpoints, trainer.disk_needed))
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
+    reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
     began, images_before = time.monotonic(), trainer.images_seen
-    metrics_file = folder.metrics if processes.is_main else None
-    reporter = Reporter(stage.name, total, trainer.step, metrics_file, flat(stage.metadata.settings))
+    settings, metrics_file = flat(stage.metadata.settings), folder.metrics if processes.is_main else None
     stage.signals_wait = True
-    with reporter:
+    with Reporter(stage.name, total, trainer.step, metrics_file, settings) as reporter:
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == total
-            exit_code, save_wanted = stage.poll(reserve=2 * trainer.snapshot_bytes / SLOW_DISK)
+            exit_code, save_wanted = stage.poll(reserve)
             validating = last or (loop.val_every > 0 and step % loop.val_every == 0)
             keep_step = step % loop.save_every == 0
             saving = validating or keep_step or exit_code or save_wanted
