@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -347,13 +348,15 @@ def explained(settings: StageSettings) -> Iterator[None]:
     """Turns what torch raises when memory runs out or another process is gone, and Ctrl-C, into sentences."""
     try:
         yield
-    except KeyboardInterrupt:  # here, as Typer would leave without a word
-        raise Stopped(f"interrupted; what was saved is untouched: {AGAIN}", 128 + signal.SIGINT) from None
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:  # for Ctrl-C, Typer would leave without a word
+        text = str(stopped) or f"interrupted; what was saved is untouched: {AGAIN}"
+        code = stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
         once = once_flags(settings)
-        raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
+        raise Stopped(f"{text}{f', without {once}' if once else ''}", code) from None
     except torch.OutOfMemoryError as error:
         flag, images = settings.images_at_once
+        if isinstance(settings, TrainingSettings):  # of which each process has its share
+            images = min(images, math.ceil(settings.loop.batch_size / DistEnv.from_env(os.environ).world_size))
         size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
         advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
         what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"
