@@ -16,13 +16,22 @@ from hypothesis import strategies as st
 
 from lightdiff import checkpoint, run_folder
 from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff.data.latents import read_index
 from lightdiff.errors import LightdiffError, RunError, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder
-from lightdiff.settings import ImageSettings, LoopSettings, TrainVAESettings, VAELossSettings, VAESettings, with_changes
-from lightdiff.stages import train_vae
+from lightdiff.settings import (
+    EncodeSettings,
+    ImageSettings,
+    LoopSettings,
+    TrainVAESettings,
+    VAELossSettings,
+    VAESettings,
+    with_changes,
+)
+from lightdiff.stages import encode, train_vae
 from lightdiff.training.loop import memory_in_use
 
 HOME = Path(__file__).parent.parent
@@ -91,6 +100,36 @@ def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
     checkpoint.save(path, new, Metadata(stage="vae", step=3))
     assert Checkpoint(path).verify().metadata.step == 3
+
+
+def test_a_shard_that_cannot_be_written_ends_encoding_and_the_next_start_resumes(tmp_path, monkeypatch):
+    """Shards are written in the background while the next one is encoded."""
+    draw_dataset(tmp_path / "faces", 12, 0, 16)
+    images = ImageSettings(data=(tmp_path / "faces",), resolution=16)
+    model = VAESettings(encoder_width=4, decoder_width=4, encoder_blocks=(1,), decoder_blocks=(1,)).resolved(16)
+    weights = {f"model.{name}": value for name, value in VAE(model).state_dict().items()}
+    settings = TrainVAESettings(images=images, model=model).to_save()
+    run = RunFolder(tmp_path / "run")
+    checkpoint.save(run.vae.best, weights, Metadata(stage="vae", settings=settings))
+    encoding = EncodeSettings(run=run.path, images=images, shard_size=2, batch_size=2)
+    write = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if "shard-00002" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(RunError, match=r"shard-00002\.safetensors could not be written: No space left on device"):
+            encode.run(encoding)
+    written = sorted(path.name for path in run.latents.glob("shard-*"))
+    assert written[:2] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert len(written) < 5  # it did not go on to the end
+    kept = {name: (run.latents / name).stat().st_mtime_ns for name in written}
+    encode.run(encoding)
+    assert read_index(run.latents).complete
+    assert {name: (run.latents / name).stat().st_mtime_ns for name in written} == kept
 
 
 # --- hostile files --------------------------------------------------------------------------------------------------

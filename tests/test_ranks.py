@@ -169,6 +169,15 @@ def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
         assert words in said[0]
 
 
+def test_stages_in_turn_meet_again_under_torchs_agent(tmp_path):
+    draw_dataset(tmp_path / "faces", 12, 0, 16)
+    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, "-m", *agent, "-m", "tests.bench.many", "in_turn", str(tmp_path)]
+    done = subprocess.run(words, cwd=HOME, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Checkpoint(RunFolder(tmp_path / "run").vae.last).metadata.step == 3
+
+
 # --- who is who -----------------------------------------------------------------------------------------------------
 
 

@@ -333,6 +333,10 @@ def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):
         os.kill(os.getpid(), number)
     assert (str(stopped.value), stopped.value.exit_code) == (said, code)
     assert signal.getsignal(number) is before
+    stage.settings = with_changes(stage.settings, restart=True, from_step=5)  # would start over, or go back, again
+    with pytest.raises(Stopped) as stopped, explained(stage.settings), handling(stage.on_signal):
+        os.kill(os.getpid(), number)
+    assert str(stopped.value) == f"{said}, without --restart and --from-step"
 
 
 def test_sigusr1_outside_the_loop_waits_for_it(tmp_path):
@@ -400,6 +404,12 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
         fit(tmp_path)
     with pytest.raises(RunError, match="for 1 images at a time: a smaller network"):
         fit(tmp_path, micro_batch=1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")  # and a batch of 10: a share of 4 at most
+    with pytest.raises(RunError, match="for 4 images at a time: try --micro-batch 2"):
+        fit(tmp_path)
+    with pytest.raises(RunError, match="for 2 images at a time: try --micro-batch 1"):
+        fit(tmp_path, micro_batch=2)
 
 
 def test_a_picture_that_fails_costs_no_steps(tmp_path):

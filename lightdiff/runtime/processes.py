@@ -4,6 +4,7 @@ Between processes everything goes through torch.distributed: NCCL between GPUs, 
 """
 
 import ctypes
+import itertools
 import math
 import os
 import re
@@ -29,6 +30,7 @@ T = TypeVar("T")
 COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 PATIENT: list[Any] = []  # the group of all processes for waits without the usual time limit
+MEETINGS = itertools.count()  # of this process with the others
 ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
 
 
@@ -314,9 +316,8 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
         wait = timedelta(seconds=timeout)
         try:
             store, _, _ = next(rendezvous(method, env.rank, env.world_size, timeout=wait))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # After a restart the agent's store still has the addresses of processes that are dead.
-                store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # The agent's store still has addresses of before a restart, and of this process's last stage.
+            store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(MEETINGS)}", store)
             dist.init_process_group(backend, timeout=wait, world_size=env.world_size, rank=env.rank, store=store)
             PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:

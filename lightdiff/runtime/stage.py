@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -348,6 +349,8 @@ def explained(settings: StageSettings) -> Iterator[None]:
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
     except torch.OutOfMemoryError as error:
         flag, images = settings.images_at_once
+        if isinstance(settings, TrainingSettings):  # of which each process has its share
+            images = min(images, math.ceil(settings.loop.batch_size / DistEnv.from_env(os.environ).world_size))
         size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
         advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
         what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"

@@ -159,11 +159,20 @@ def refused(folder: Path, processes: Processes) -> None:
         (folder / f"differs-{processes.rank}").write_text(str(error))
 
 
+def in_turn(folder: Path, processes: Processes) -> None:
+    """One stage after the other, each of which meets the other processes anew."""
+    torch.set_num_threads(1)
+    shutdown()
+    for steps in (2, 3):
+        train_vae.run(vae_settings(folder, steps=steps))
+
+
 def main() -> None:
     job, folder = sys.argv[1:]
     processes = init_distributed(CPU, 30)
     assert processes.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
-    {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused}[job](Path(folder), processes)
+    jobs = {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused, "in_turn": in_turn}
+    jobs[job](Path(folder), processes)
     shutdown()
 
 
