@@ -24,6 +24,7 @@ from lightdiff.errors import LostContact, RunError, Stopped, UserError
 from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
 from lightdiff.runtime import may_restart_elsewhere, rank, restarted, resume
 from lightdiff.runtime.processes import (
+    DistEnv,
     Processes,
     distributed,
     pick_compile,
