@@ -221,7 +221,7 @@ class OriginalUNet(nn.Module):
         self.mid_attn = OriginalAttention(channels[-1])
         self.mid_block2 = OriginalResBlock(channels[-1], channels[-1], dim)
         for b, a in pairwise(channels[::-1]):
-            self.up.append(named(double=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(b, b, 3, padding=1)))
+            self.up.append(named(upsample=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(b, b, 3, padding=1)))
             self.up.extend(OriginalResBlock(i + b, o, dim) for i, o in pairwise([b] + [a] * blocks))
         self.final_norm = group_norm(channels[0])
         self.final_conv = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
