@@ -102,7 +102,7 @@ class LatentIndex(BaseModel):
 
     def compute_checksum(self) -> str:
         """A digest of all fields but the one that holds it."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}))
+        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
