@@ -20,8 +20,7 @@ Fetch = Callable[[Callable[[], Path]], Path]
 
 def kl_per_element(posterior: Posterior) -> Float[Tensor, "b c h w"]:
     """KL(N(mu, sigma^2) || N(0, 1)) of each latent element, in nats (Kingma & Welling 2013, appendix B)."""
-    mu, logvar = posterior
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+    return 0.5 * (posterior.mu.square() + posterior.logvar.exp() - 1 - posterior.logvar)
 
 
 def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> Measure:
@@ -53,24 +52,20 @@ class VAELoss:
     """The VAE's loss, (x, x_hat, posterior) -> {"loss": ..., and each of its parts}."""
 
     def __init__(
-        self,
-        settings: VAELossSettings,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
-        fetch: Fetch = lambda find: find(),
+        self, settings: VAELossSettings, device: torch.device | None = None, fetch: Fetch = lambda find: find()
     ) -> None:
         """Make every term that has a weight.
 
         Args:
             settings: Weights and kind of reconstruction error.
-            device: Where images will be.
+            device: Where images will be; on the CPU if not given.
             fetch: Finds a file of weights, where several processes need it in the right order.
 
         Raises:
             UserError: If a term's weights cannot be found or fetched.
         """
-        self.settings = settings
-        made = [name for name, term in TERMS.items() if getattr(settings, term.weight)]
-        self.terms = {name: TERMS[name].make(settings, device, fetch) for name in made}
+        self.settings, device = settings, device or torch.device("cpu")
+        self.terms = {n: t.make(settings, device, fetch) for n, t in TERMS.items() if getattr(settings, t.weight)}
 
     def __call__(self, x: Images, x_hat: Images, posterior: Posterior) -> dict[str, Tensor]:
         """The weighted sum and its parts, each a mean over the batch.

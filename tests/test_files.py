@@ -68,13 +68,18 @@ def test_the_order_does_not_depend_on_how_the_file_system_lists(
     class Backwards:
         def __init__(self, path: Path) -> None:
             with listed(path) as entries:
-                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+                self.entries = sorted(entries, key=lambda entry: entry.name)
 
-        def __enter__(self) -> list[os.DirEntry[str]]:
-            return self.entries
+        def __enter__(self) -> "Backwards":
+            return self
 
         def __exit__(self, *_: object) -> None:
             pass
+
+        def __next__(self) -> os.DirEntry[str]:
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
 
     monkeypatch.setattr(os, "scandir", Backwards)
     assert scan([tmp_path], 0.5) == expected
@@ -121,9 +126,9 @@ def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytes
     fill(tmp_path, ["1.png", "secret/2.png"])
     listed = os.scandir
 
-    def refuse(path: Path) -> object:
-        if path.name == "secret":
-            raise PermissionError(13, "Permission denied")
+    def refuse(path: str) -> object:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", path)
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", refuse)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import UserError
 from lightdiff.extras.import_original import import_checkpoint
-from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, group_norm, zero_init
+from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, group_norm
 from lightdiff.models.original import OriginalDecoder, OriginalUNetSettings, OriginalVAESettings, block_norm
 from lightdiff.models.unet import UNet, UNetBlock, build_unet
 from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, build_vae, soft_bound
@@ -277,7 +277,8 @@ def test_a_residual_block_adds_to_its_input() -> None:
     x = normal(2, 8, 5, 6, dtype=torch.float32)
     same, wider = ResBlock(8, 8, norm), ResBlock(8, 12, norm)
     for block in (same, wider):
-        zero_init(block.conv2)
+        for parameter in block.conv2.parameters():
+            nn.init.zeros_(parameter)
     assert torch.equal(same(x), x)
     assert torch.equal(wider(x), wider.skip(x))
 

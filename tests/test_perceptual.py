@@ -20,8 +20,9 @@ from lightdiff.models.lpips import TRUNKS, Net, PerceptualLoss, find_weights, lo
 from lightdiff.models.vae import build_vae
 from lightdiff.options import build
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainVAESettings, VAELossSettings
-from lightdiff.stages.train_vae import VAETask, resolve
+from lightdiff.stages.train_vae import VAETask
 from lightdiff.training.loop import Trainer
 
 MODELS: dict[Net, Callable[[], nn.Module]] = {
@@ -167,12 +168,16 @@ def test_it_is_frozen(loss: PerceptualLoss) -> None:
     assert not any(module.training for module in loss.modules())
 
 
-def test_neither_optimizer_nor_average_nor_checkpoint_sees_it(loss: PerceptualLoss) -> None:
+def test_neither_optimizer_nor_average_nor_checkpoint_sees_it(
+    loss: PerceptualLoss, weights: Path, tmp_path: Path
+) -> None:
     """It stands beside the network that is trained, and gets no gradient of its own."""
     layer = {"images": {"resolution": 16}, "model": {"encoder_width": 16, "decoder_width": 16}}
-    settings = resolve(build(TrainVAESettings, [layer, {"loss": {"lpips_gamma": 1}}]))
-    task = VAETask(settings, [], torch.device("cpu"), loss, None, Processes())
-    trainer = Trainer(task, settings.loop, "fp32")
+    weighted = {"lpips_gamma": 1, "lpips_net": "squeeze", "lpips_weights": str(weights)}
+    settings = build(TrainVAESettings, [layer, {"loss": weighted, "loop": {"precision": "fp32"}}]).resolved()
+    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), [])
+    task.vae_loss.terms["lpips"] = lambda x, x_hat, posterior: loss(x_hat, x).mean()
+    trainer = Trainer(task, task.stage)
     part = {"x": images(2, 3, 16, 16), "noise": images(2, 4, 8, 8), "change": torch.tensor([[4, 0], [4, 0]])}
     task.loss(task.model, part)["loss"].backward()
     assert all(parameter.grad is None for parameter in loss.parameters())

@@ -16,8 +16,9 @@ from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.options import build
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainVAESettings, VAELossSettings, VAESettings
-from lightdiff.stages.train_vae import VAETask, resolve, sample_transform
+from lightdiff.stages.train_vae import VAETask, sample_transform
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 changes = st.builds(LatentTransform, st.integers(1, 4), st.integers(0, 3))
@@ -88,14 +89,14 @@ def test_the_loss_of_a_changed_step_is_that_of_changed_images():
 @pytest.mark.parametrize(
     "change", [LatentTransform(4, 0), LatentTransform(4, 3), LatentTransform(2, 0), LatentTransform(3, 2)]
 )
-def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change):
+def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change, tmp_path):
     layer = {
         "images": {"resolution": 32},
         "loss": {"lpips_gamma": 0, "kl_beta": 0.1, "equivariance": 1.0},
         "model": {"encoder_width": 8, "decoder_width": 8},
     }
-    settings = resolve(build(TrainVAESettings, [layer]))
-    task = VAETask(settings, [], torch.device("cpu"), VAELoss(settings.loss), None, Processes())
+    settings = build(TrainVAESettings, [layer]).resolved()
+    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), [])
     x, noise = normal(2, 3, 32, 32).float().tanh(), normal(2, 4, 8, 8, seed=1).float()
     part = {"x": x, "noise": noise, "change": torch.tensor([change]).expand(2, -1)}
     found = task.loss(task.model, part)

@@ -33,41 +33,30 @@ class BadFiles:
         Raises:
             RunError: If the share of bad files is larger than tolerated.
         """
-        new = {index: reason for index, reason in bad if index not in self._seen}
+        new = [(index, reason) for index, reason in bad if index not in self._seen]
         if not new:
             return
-        self._seen.update(new)
+        self._seen.update(index for index, _ in new)
         listed = self._read()  # again, for what other processes have found
-        names = full_paths([self.files[index] for index in new], self.folders)
-        lines = {_on_one_line(n): _on_one_line(reason) for n, reason in zip(names, new.values(), strict=True)}
-        lines = {name: reason for name, reason in lines.items() if name not in listed}
+        names = full_paths([self.files[index] for index, _ in new], self.folders)
+        lines = {_on_one_line(n): _on_one_line(reason) for n, (_, reason) in zip(names, new, strict=True)}
         self.report.parent.mkdir(parents=True, exist_ok=True)
         with self.report.open("a", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-            stream.write("".join(f"{name}\t{reason}\n" for name, reason in lines.items()))
-        listed.update(lines)
-        # 0.29 * 100 is a little less than 29.
-        if len(listed) > self.max_bad * len(self.files) + 1e-6:
-            raise RunError(self._too_many(listed))
+            stream.writelines(f"{name}\t{lines[name]}\n" for name in lines if name not in listed)
+        listed |= lines
+        if len(listed) > self.max_bad * len(self.files) + 1e-6:  # 0.29 * 100 is a little less than 29
+            some = "".join(f"  {name}: {reason}\n" for name, reason in list(listed.items())[:3])
+            raise RunError(
+                f"{len(listed)} of {len(self.files)} images ({len(listed) / len(self.files):.2%}) cannot be read, "
+                f"more than --max-bad {self.max_bad:g}:\n{some}"
+                f"All are listed in {self.report}. Repair or remove them and delete that list, or raise --max-bad."
+            )
 
     def _read(self) -> dict[str, str]:
         if not self.report.exists():
             return {}
         text = self.report.read_text(encoding="utf-8", errors="surrogateescape")
-        pairs = (line.partition("\t") for line in text.split("\n") if line)
-        return {name: reason for name, _, reason in pairs}
-
-    def _too_many(self, listed: dict[str, str]) -> str:
-        count, total = len(listed), len(self.files)
-        first = [f"  {name}: {reason}" for name, reason in list(listed.items())[:3]]
-        return "\n".join(
-            [
-                f"{count} of {total} images ({count / max(total, 1):.2%}) cannot be read, "
-                f"more than --max-bad {self.max_bad:g}:",
-                *first,
-                f"All of them are listed in {self.report}. Repair or remove them and delete that list, "
-                "or raise --max-bad.",
-            ]
-        )
+        return dict(line.partition("\t")[::2] for line in text.split("\n") if line)
 
 
 def _on_one_line(text: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 from PIL import Image
 from rich.console import Console
@@ -28,9 +28,7 @@ Split = Literal["train", "val"]
 Layout = Literal["FairFace", "class folders", "plain"]
 Labels = dict[str, str]
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .gif".split()
-)  # fmt: skip
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .gif".split())
 # Tried by content, whatever the suffix says. No others: some of Pillow's readers start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -69,27 +67,22 @@ def names_in_folder(folder: Path) -> Iterator[str]:
 
     Links to folders are followed after all real folders, and no folder is entered twice, so a loop does no harm.
     """
-    todo, links, seen = [""], list[str](), set[tuple[int, ...]]()
-    while todo or links:
-        below = todo.pop() if todo else links.pop(links.index(min(links)))
-        try:
-            if (identity := os.stat(folder / below)[1:3]) in seen:  # inode and device
+    starts, seen = [os.fspath(folder)], set[tuple[int, ...]]()
+    while starts:
+        for path, folders, files in os.walk(starts.pop(starts.index(min(starts))), onerror=_unreadable):
+            if (identity := os.stat(path)[1:3]) in seen:  # inode and device
+                folders.clear()
                 continue
             seen.add(identity)
-            with os.scandir(folder / below) as entries:
-                for entry in entries:
-                    path = f"{below}/{entry.name}" if below else entry.name
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(path)
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        links.append(path)
-                    # A broken link has an image's name too: it is to be named as unreadable, not passed over.
-                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                        yield path
-        except OSError as error:
-            raise UserError(f"--data: the folder {folder / below} cannot be read: {error.strerror}") from error
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
+            # A broken link has an image's name too: it is to be named as unreadable, not passed over.
+            yield from (below + name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"--data: the folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -145,17 +138,11 @@ def scan(
     files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
     and should every image be held out, as happens with two or three, the one with the largest hash is trained on.
     """
-    sources = _checked(folders)
     files: list[ImageFile] = []
-    for root, (folder, source) in enumerate(zip(folders, sources, strict=True)):
-        names: list[str] = []
-        for count, name in enumerate(source.names(folder), len(files) + 1):
-            names.append(name)
-            if count % REPORT_EVERY == 0:
-                report(count)
+    for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
+        names = sorted(_counted(source.names(folder), len(files), report))
         if not names:
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))})")
-        names.sort()
         recognised = layout(folder, names)
         labels = LABELS[recognised](folder, names)
         own = FAIRFACE_SPLITS if recognised == "FairFace" and any(name.startswith("train/") for name in names) else {}
@@ -170,18 +157,25 @@ def scan(
     return files
 
 
-def _checked(folders: Sequence[Path]) -> list[Source]:
+def _counted(names: Iterable[str], before: int, report: Callable[[int], object]) -> Iterator[str]:
+    """The names; now and then their number and the one before is reported."""
+    for count, name in enumerate(names, before + 1):
+        if count % REPORT_EVERY == 0:
+            report(count)
+        yield name
+
+
+def _sources(folders: Sequence[Path]) -> list[Source]:
     """The sources that --data names, none of which holds another."""
     if not folders:
         raise UserError("--data: name a folder of images")
-    sources = [source_of(folder) for folder in folders]
     for (i, inner), (j, outer) in itertools.permutations(enumerate(folder.resolve() for folder in folders), 2):
         # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
         if i > j and inner == outer:
             raise UserError(f"--data: {folders[i]} is given twice")
         if outer in inner.parents:
             raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
-    return sources
+    return [source_of(folder) for folder in folders]
 
 
 def _position(name: str) -> float:
@@ -192,8 +186,7 @@ def _position(name: str) -> float:
 
 def data_digest(files: Sequence[ImageFile]) -> str:
     """A digest of the list of images: names, labels and split, not pixels."""
-    text = json.dumps([(f.root, f.path, f.split, f.labels) for f in files])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(f.root, f.path, f.split, f.labels) for f in files]).encode()).hexdigest()
 
 
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
@@ -206,8 +199,7 @@ def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]
 
 def layout(folder: Path, names: Sequence[str]) -> Layout:
     """What the images of this source look like: a known data set, one folder a class, or neither."""
-    known = any((folder / table).is_file() for table in FAIRFACE_TABLES)
-    if known and any(name.startswith(("train/", "val/")) for name in names):
+    if any(name.startswith(("train/", "val/")) for name in names) and _fairface_tables(folder):
         return "FairFace"
     # Folders such as 00000 and 01000 number the images; they say nothing about them.
     return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in _classes(names)) else "class folders"
@@ -225,9 +217,12 @@ def _class_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
     return {name: {"class": found} for name, found in zip(names, _classes(names), strict=True)}
 
 
+def _fairface_tables(folder: Path) -> list[Path]:
+    return [folder / table for table in FAIRFACE_TABLES if (folder / table).is_file()]
+
+
 def _fairface_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
-    tables = [folder / table for table in FAIRFACE_TABLES if (folder / table).is_file()]
-    rows = [row for table in tables for row in _read_table(table, "--data", FAIRFACE_LABELS)]
+    rows = [row for table in _fairface_tables(folder) for row in _read_table(table, "--data", FAIRFACE_LABELS)]
     return {row["file"]: {name: row[name] for name in FAIRFACE_LABELS if row[name]} for row in rows}
 
 

@@ -104,9 +104,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise BadImage(f"pixel values from {low:g} to {high:g}; 0 to 65535 can be read")
     white = next(w for w in (1, 255, 65535) if high <= w) if image.mode == "F" else 65535
     grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
     return grey
 
 
@@ -115,11 +114,9 @@ def _reason(error: Exception, path: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.isfile(path) and not os.path.getsize(path)
         return "the file is empty" if empty else "no image, or too damaged to be recognised"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError):
         return f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS} (MAX_IMAGE_PIXELS)"
-    text = " ".join(str(error).replace(path, os.path.basename(path)).split())
+    text = getattr(error, "strerror", None) or " ".join(str(error).replace(path, os.path.basename(path)).split())
     return text or type(error).__name__
 
 
@@ -141,17 +138,16 @@ def random_frame(
     """
     whole = min(image.size)
     side = rng.randint(math.ceil(whole * smallest), whole)
-    left = (image.width - whole) // 2 + rng.randint(0, whole - side)
-    top = (image.height - whole) // 2 + rng.randint(0, whole - side)
+    left, top = ((length - whole) // 2 + rng.randint(0, whole - side) for length in image.size)
     x = _square(image, left, top, side, resolution)
     return x.flip(2) if flip and rng.random() < 0.5 else x
 
 
 def _square(image: Image.Image, left: int, top: int, side: int, resolution: int) -> UInt8[Tensor, "3 r r"]:
     """Cut out a square and resize it as Pillow does, bicubic with antialiasing; torch does that four times as fast."""
-    square = np.array(image.crop((left, top, left + side, top + side)))
-    x = torch.from_numpy(square).permute(2, 0, 1)[None]
-    return F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)[0].contiguous()
+    square = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side))))  # (side, side, 3)
+    x = F.interpolate(square.permute(2, 0, 1)[None], (resolution, resolution), mode="bicubic", antialias=True)
+    return x[0].contiguous()
 
 
 def to_float(x: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:

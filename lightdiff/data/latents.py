@@ -26,6 +26,7 @@ from lightdiff.run_folder import INDEX, atomic_write_text, read_json
 from lightdiff.settings import LatentsSettings, Precision
 
 T = TypeVar("T")
+SIZE = ("channels", "height", "width")  # fields of LatentsSettings
 
 
 class Statistics(BaseModel):
@@ -83,8 +84,8 @@ class LatentIndex(BaseModel):
     @property
     def shards(self) -> list[range]:
         """The positions of each shard, unreadable images included."""
-        count, size = len(self.files), self.shard_size
-        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+        positions = range(len(self.files))
+        return [positions[first : first + self.shard_size] for first in positions[:: self.shard_size]]
 
     def shard_paths(self, folder: Path) -> list[Path]:
         """Where the shards lie."""
@@ -96,15 +97,13 @@ class LatentIndex(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
-        raw = self.model_dump(mode="json")
-        raw["checksum"] = self.checksum = checksum_of(raw)
-        atomic_write_text(folder / INDEX, json.dumps(raw))  # in ASCII: names may not be UTF-8
+        self.checksum = self.compute_checksum()
+        atomic_write_text(folder / INDEX, json.dumps(self.model_dump(mode="json")))  # in ASCII: names may not be UTF-8
 
-
-def checksum_of(index: dict[str, Any]) -> str:
-    """A digest of an index's metadata, but for the field that holds it."""
-    text = json.dumps({name: value for name, value in index.items() if name != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    def compute_checksum(self) -> str:
+        """A digest of all fields but the one that holds it."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -112,23 +111,24 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def read_index(folder: Path) -> LatentIndex:
-    """A folder's index.
+def read_index(folder: Path, finished: bool = False) -> LatentIndex:
+    """A folder's index; of finished latents, if so wanted.
 
     Raises:
         RunError: If it is damaged.
-        UserError: If a newer lightdiff wrote it.
+        UserError: If a newer lightdiff wrote it, or encoding has not finished.
     """
-    path = folder / INDEX
-    raw = read_json(path)
+    path, raw = folder / INDEX, read_json(folder / INDEX)
     if isinstance(raw.get("format"), int) and raw["format"] > 1:
         raise UserError(f"{path} has format {raw['format']}, written by a newer lightdiff: upgrade this one")
     try:
         index = LatentIndex.model_validate(raw)
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
-    if index.checksum != checksum_of(raw):
+    if index.checksum != index.compute_checksum():
         raise RunError(f"{path} is damaged: it does not match its checksum; run 'lightdiff encode --restart'")
+    if finished and not index.complete:
+        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")
     return index
 
 
@@ -166,19 +166,17 @@ class LatentSet:
         Raises:
             UserError: If encoding has not finished, or a shard is missing or damaged.
         """
-        self.folder, self.index = folder, read_index(folder)
-        if not self.index.complete:
-            raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it continues")
+        self.folder, self.index = folder, read_index(folder, finished=True)
         shards = [Checkpoint(path, "latents") for path in self.index.shard_paths(folder)]
         if self.index.compute_digest([shard.metadata.digest for shard in shards]) != self.index.digest:
             raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
         self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
-        there = torch.ones(len(self.index.files), dtype=torch.bool)
-        there[self.index.bad] = False
-        self._row = there.cumsum(0) - 1  # of each position, counted over all shards; (n,)
-        self._ends = torch.tensor([len(mu) for mu in self._mu]).cumsum(0)  # the row after each shard's last
-        splits = [split if found else "" for split, found in zip(self.index.splits, there.tolist(), strict=True)]
-        self.train, self.val = (array("q", (p for p, s in enumerate(splits) if s == split)) for split in "tv")
+        bad = set(self.index.bad)
+        # The row of each position, counted over all shards, (n,), and the row after each shard's last.
+        self._row = torch.tensor([position not in bad for position in range(len(self.index.files))]).cumsum(0) - 1
+        self._ends = torch.tensor([len(mu) for mu in self._mu]).cumsum(0)
+        splits = [(i, split) for i, split in enumerate(self.index.splits) if i not in bad]
+        self.train, self.val = (array("q", (i for i, split in splits if split == which)) for which in "tv")
 
     @property
     def nbytes(self) -> int:
@@ -187,9 +185,7 @@ class LatentSet:
 
     def to(self, device: torch.device) -> "LatentSet":
         """Put all latents on a device, as one tensor."""
-        self._mu, self._logvar = (
-            [torch.cat([part.to(device) for part in parts])] for parts in (self._mu, self._logvar)
-        )
+        self._mu, self._logvar = ([torch.cat([x.to(device) for x in parts])] for parts in (self._mu, self._logvar))
         self._ends = self._ends[-1:]
         return self
 
@@ -236,28 +232,14 @@ def latents_settings(found: Path | LatentIndex) -> LatentsSettings:
         UserError: If `scale` has not run.
     """
     index = read_index(found) if isinstance(found, Path) else found
-    statistics = index.statistics
-    if statistics is None:
+    if index.statistics is None:
         raise UserError(f"{found}: the latents have no scaling factor yet: run 'lightdiff scale' first")
+    scaling = index.statistics.model_dump(include={"shift", "scale", "only_mu"})
     labels = label_values(labels for labels, split in zip(index.labels, index.splits, strict=True) if split == "t")
-    size = dict(zip(("channels", "height", "width"), index.shape, strict=True))
-    return LatentsSettings(**size, **statistics.model_dump(include={"shift", "scale", "only_mu"}), labels=labels)
+    return LatentsSettings(**dict(zip(SIZE, index.shape, strict=True)), **scaling, labels=labels)
 
 
 def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
     """Each label's name with the sorted values it takes, from the labels of each image."""
     pairs = sorted({pair for found in labels for pair in found.items()})
     return {name: tuple(value for _, value in of) for name, of in itertools.groupby(pairs, key=lambda pair: pair[0])}
-
-
-def read_finished_index(folder: Path) -> LatentIndex:
-    """A folder's index, of finished latents.
-
-    Raises:
-        RunError: If it is damaged.
-        UserError: If encoding has not finished.
-    """
-    index = read_index(folder)
-    if not index.complete:
-        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")
-    return index

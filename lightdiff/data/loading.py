@@ -126,41 +126,29 @@ def load_batches(
     Raises:
         RunError: There are too many bad files, none to stand in for one of them, or a worker died.
     """
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=dataset.collate,
-        worker_init_fn=_start_worker,
-        pin_memory=pin,
-        generator=torch.Generator(),  # by default a loader draws a seed from torch's global one
-    )
+    # By default a loader draws a seed from torch's global generator.
+    own: dict[str, Any] = {"worker_init_fn": _start_worker, "generator": torch.Generator(), "pin_memory": pin}
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=dataset.collate, **own)
     try:
-        for batch in _started(loader):
-            if batch.bad:
-                _report(batch, dataset, on_bad)
+        for batch in _iterate(loader):
+            if batch.bad and on_bad:
+                on_bad(batch.bad)
+            if batch.missing and dataset.train:
+                (index, reason), others = batch.bad[0], dataset.tries - 1
+                raise RunError(f"{dataset.path(index)} cannot be read ({reason}), nor can the {others} images after it")
             yield batch
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"loading images failed: {reason} (fewer --workers need less memory)") from error
 
 
-def _report(batch: ImageBatch, dataset: ImageDataset, on_bad: OnBad | None) -> None:
-    if on_bad:
-        on_bad(batch.bad)
-    if dataset.train and batch.missing:
-        index, reason = batch.bad[0]
-        others = dataset.tries - 1
-        raise RunError(f"{dataset.path(index)} cannot be read ({reason}), nor can the {others} images after it")
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
+def _iterate(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
     """The loader's batches, without its handler of SIGCHLD.
 
     It would raise an error wherever the main process is when a worker dies, perhaps in the middle of saving. The loader
     finds out by itself, some seconds after the next batch is due.
     """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+    if not loader.num_workers or sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
@@ -172,8 +160,8 @@ def _start_worker(_: int) -> None:
     """Leave stopping to the main process, which finishes its step when a signal is sent to all processes."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main = multiprocessing.parent_process()  # which a fork server is not
     if sys.platform == "linux":
+        main = multiprocessing.parent_process()  # which a fork server is not
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_on_sigterm_of, args=(main.pid if main else os.getppid(),), daemon=True).start()

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Scaling, read_finished_index
+from lightdiff.data.latents import LatentIndex, Scaling, read_index
 from lightdiff.errors import Damaged, UserError
 from lightdiff.models.vae import Posterior
 from lightdiff.settings import ScaleSettings
@@ -57,7 +57,7 @@ def latent_facts(folder: Path, max_images: int = 1000) -> LatentFacts:
         UserError: If encoding has not finished, a shard is missing or damaged, or there are no training images.
         RunError: If the index is damaged.
     """
-    index = read_finished_index(folder)
+    index = read_index(folder, finished=True)
     scaled = index.statistics
     only_mu = scaled is not None and scaled.only_mu
     shift, scale = (torch.tensor(v) for v in ((scaled.shift, scaled.scale) if scaled else ([0.0], [1.0])))

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-Norm = Callable[[int], nn.Module]
-"""Width -> its normalisation layer."""
+Norm = Callable[[int], nn.Module]  # width -> its normalisation layer
+Time = Float[Tensor, "b t"]  # the time embedding
 
 
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
@@ -48,17 +49,14 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b t"] | None = None
-    ) -> Float[Tensor, "b out h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], time: Time | None = None) -> Float[Tensor, "b out h w"]:
         """Map x, and the time embedding if the block is conditioned on it."""
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out, h, w)
         if self.time is not None:
             assert time is not None, "a conditioned block needs the time embedding"
             scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # each (b, out, 1, 1)
             h = h * (1 + scale) + shift
-        out: Tensor = self.conv2(F.silu(h)) + self.skip(x)
-        return out
+        return torch.add(self.conv2(F.silu(h)), self.skip(x))
 
 
 class Attention(nn.Module):
@@ -81,8 +79,7 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, h*w, c/heads)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        added: Tensor = self.proj(mixed).transpose(1, 2).reshape(b, c, h, w)
-        return x + added
+        return torch.add(x, self.proj(mixed).transpose(1, 2).reshape(b, c, h, w))
 
 
 class Downsample(nn.Conv2d):
@@ -134,7 +131,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def zero_init(module: nn.Module) -> None:
-    """Set a module's weights and bias to zero, so that the branch it ends adds nothing at first."""
-    for parameter in module.parameters(recurse=False):
-        nn.init.zeros_(parameter)
+def level_plan(channels: tuple[int, ...], counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """What each level leads from and to, and its number of blocks; a short list of counts repeats its last number."""
+    return [(a, b, counts[min(level, len(counts) - 1)]) for level, (a, b) in enumerate(pairwise(channels))]

@@ -50,11 +50,8 @@ def find_weights(net: Net, file: Path | None = None) -> Path:
         if not file.is_file():
             raise UserError(f"--lpips-weights: there is no file {file}")
         return file
-    return fetched(
-        TRUNKS[net].url,
-        f"LPIPS needs the ImageNet weights of its {net} network",
-        "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0",
-    )
+    otherwise = "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0"
+    return fetched(TRUNKS[net].url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
 
 
 def cached(url: str) -> Path:
@@ -85,9 +82,8 @@ def fetched(url: str, need: str, otherwise: str) -> Path:
         torch.hub.download_url_to_file(url, str(file), hash_prefix, progress=False)
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash differs
         why = getattr(error, "reason", error)
-        raise UserError(
-            f"{need}, and the download failed ({why}): fetch {url} elsewhere and put it at {file}, {otherwise}"
-        ) from error
+        advice = f"fetch {url} elsewhere and put it at {file}, {otherwise}"
+        raise UserError(f"{need}, and the download failed ({why}): {advice}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return file

@@ -1,6 +1,7 @@
 """The original scripts' two networks, exactly, with the names that their tensors have there."""
 
 import math
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -10,13 +11,17 @@ from jaxtyping import Float, Int, Real
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lightdiff.models.layers import at_least_float32, group_norm
+from lightdiff.models.layers import Time, at_least_float32, group_norm, level_plan
 from lightdiff.models.vae import OUTPUTS, VAE, Posterior, soft_bound
 from lightdiff.settings import Counts, UNetArchitecture, VAEArchitecture, Width
 
 Channels = Annotated[tuple[Width, ...], Field(min_length=2, max_length=10)]
-Conditioned = Float[Tensor, "b t"]
 LOGVAR_BOUNDS = (-30.0, 20.0)
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Layers, one after the other, by their names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 # --- VAE ----------------------------------------------------------------------------------------------------------
@@ -52,11 +57,11 @@ class ConvBlock(nn.Module):
 
     checkpointable = True
 
-    def __init__(self, in_channels: int, out_channels: int, counts: tuple[int, ...], level: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, count: int) -> None:
         super().__init__()
-        widths = pairwise([in_channels] + [out_channels] * counts[min(level, len(counts) - 1)])
-        layers = [(nn.Conv2d(a, b, 3, padding=1), group_norm(b, 8), nn.SiLU()) for a, b in widths]
-        self.block = nn.Sequential(*(layer for row in layers for layer in row))
+        self.block = nn.Sequential()
+        for a, b in pairwise([in_channels] + [out_channels] * count):
+            self.block.extend([nn.Conv2d(a, b, 3, padding=1), group_norm(b, 8), nn.SiLU()])
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
         """Apply all."""
@@ -69,14 +74,12 @@ class OriginalEncoder(nn.Module):
 
     def __init__(self, settings: OriginalVAESettings) -> None:
         super().__init__()
-        channels, counts = settings.encoder_channels, settings.encoder_blocks
+        channels = settings.encoder_channels
         self.img_to_feat = nn.Conv2d(3, channels[0], 3, padding=1)
         self.encoder_layers = nn.Sequential()
-        for level, (a, b) in enumerate(pairwise(channels)):
-            layer = nn.Sequential()
-            layer.add_module("conv", ConvBlock(a, b, counts, level))
-            layer.add_module("downsample", nn.Conv2d(b, b, 4, stride=2, padding=1))
-            self.encoder_layers.append(layer)
+        for a, b, count in level_plan(channels, settings.encoder_blocks):
+            blocks = ConvBlock(a, b, count)  # before the layer that halves: a seed gives each its initial weights
+            self.encoder_layers.append(named(conv=blocks, downsample=nn.Conv2d(b, b, 4, stride=2, padding=1)))
         heads = {name: nn.Conv2d(channels[-1], settings.latent_channels, 1) for name in ("mu", "logvar")}
         self.feat_to_latent = nn.ModuleDict(heads)
 
@@ -92,14 +95,12 @@ class OriginalDecoder(nn.Module):
 
     def __init__(self, settings: OriginalVAESettings) -> None:
         super().__init__()
-        channels, counts = settings.decoder_channels, settings.decoder_blocks
+        channels = settings.decoder_channels
         self.latent_to_feat = nn.ModuleDict({"proj": nn.Conv2d(settings.latent_channels, channels[0], 1)})
         self.decoder_layers = nn.Sequential()
-        for level, (a, b) in enumerate(pairwise(channels)):
-            layer = nn.Sequential()
-            layer.add_module("upsample", nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))
-            layer.add_module("conv", ConvBlock(b, b, counts, level))
-            self.decoder_layers.append(layer)
+        for a, b, count in level_plan(channels, settings.decoder_blocks):
+            double = nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
+            self.decoder_layers.append(named(upsample=double, conv=ConvBlock(b, b, count)))
         self.feat_to_img = nn.Conv2d(channels[-1], 3, 3, padding=1)
         self.output = settings.output
 
@@ -163,12 +164,11 @@ class OriginalResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.time_proj = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, 2 * out_channels))
 
-    def forward(self, x: Float[Tensor, "b c h w"], time: Conditioned) -> Float[Tensor, "b out h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], time: Time) -> Float[Tensor, "b out h w"]:
         """Map a feature map to one of the block's width."""
         scale, shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # each (b, out, 1, 1)
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        out: Tensor = self.conv2(F.silu(h)) + self.skip(x)
-        return out
+        return torch.add(self.conv2(F.silu(h)), self.skip(x))
 
 
 class OriginalAttention(nn.Module):
@@ -188,32 +188,6 @@ class OriginalAttention(nn.Module):
         return x + mixed.transpose(1, 2).reshape(x.shape)
 
 
-class Halve(nn.Module):
-    """A strided 4 x 4 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 4, stride=2, padding=1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
-        """Halve height and width."""
-        out: Tensor = self.conv(x)
-        return out
-
-
-class Double(nn.Module):
-    """Nearest neighbour, then a 3 x 3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
-        """Double height and width."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
-
-
 class Waves(nn.Module):
     """A level's number as sines and cosines of frequencies from 1 to 1e-4 radians a level."""
 
@@ -223,7 +197,7 @@ class Waves(nn.Module):
         super().__init__()
         self.register_buffer("freq", torch.logspace(0, -4, dim // 2, dtype=torch.float64).float())
 
-    def forward(self, t: Real[Tensor, " b"]) -> Conditioned:
+    def forward(self, t: Real[Tensor, " b"]) -> Time:
         """Map levels to (b, dim)."""
         angles = t[:, None].float() * self.freq
         return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -242,12 +216,12 @@ class OriginalUNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for a, b in pairwise(channels):
             self.down.extend(OriginalResBlock(i, o, dim) for i, o in pairwise([a] + [b] * blocks))
-            self.down.append(Halve(b))
+            self.down.append(named(conv=nn.Conv2d(b, b, 4, stride=2, padding=1)))
         self.mid_block1 = OriginalResBlock(channels[-1], channels[-1], dim)
         self.mid_attn = OriginalAttention(channels[-1])
         self.mid_block2 = OriginalResBlock(channels[-1], channels[-1], dim)
         for b, a in pairwise(channels[::-1]):
-            self.up.append(Double(b))
+            self.up.append(named(upsample=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(b, b, 3, padding=1)))
             self.up.extend(OriginalResBlock(i + b, o, dim) for i, o in pairwise([b] + [a] * blocks))
         self.final_norm = group_norm(channels[0])
         self.final_conv = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
@@ -265,15 +239,15 @@ class OriginalUNet(nn.Module):
         h = self.latent_to_unet_input(x)  # (b, channels[0], h, w)
         kept: list[Tensor] = []
         for layer in self.down:
-            if isinstance(layer, Halve):
-                h = layer(h)  # (b, channels[i], h/2, w/2)
-            else:
+            if isinstance(layer, OriginalResBlock):
                 h = layer(h, time)  # (b, channels[i], ...)
                 kept.append(h)
+            else:
+                h = layer(h)  # (b, channels[i], h/2, w/2)
         h = self.mid_block2(self.mid_attn(self.mid_block1(h, time)), time)
         for layer in self.up:
-            if isinstance(layer, Double):
-                h = layer(h)  # (b, channels[i], 2h, 2w)
-            else:
+            if isinstance(layer, OriginalResBlock):
                 h = layer(torch.cat([h, kept.pop()], dim=1), time)  # (b, channels[i-1], ...)
+            else:
+                h = layer(h)  # (b, channels[i], 2h, 2w)
         return at_least_float32(self.final_conv(F.silu(self.final_norm(h))))  # (b, c, h, w)

@@ -13,11 +13,11 @@ from lightdiff.models.layers import (
     Attention,
     Downsample,
     ResBlock,
+    Time,
     TimeEmbedding,
     Upsample,
     at_least_float32,
     group_norm,
-    zero_init,
 )
 from lightdiff.settings import UNetArchitecture, UNetSettings
 
@@ -30,7 +30,7 @@ class UNetBlock(nn.Module):
         self.block = ResBlock(in_channels, out_channels, group_norm, settings.time_dim)
         self.attention = Attention(out_channels, settings.heads, group_norm) if attend else None
 
-    def forward(self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b t"]) -> Float[Tensor, "b out h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], time: Time) -> Float[Tensor, "b out h w"]:
         """Apply block and attention."""
         h: Tensor = self.block(x, time)
         return h if self.attention is None else self.attention(h)
@@ -66,15 +66,10 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList([*blocks, Upsample(b, b)]))
         self.norm = group_norm(channels[0])
         self.out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
-        if s.zero_init:
-            self._zero_init()
-
-    def _zero_init(self) -> None:
-        """Make every residual branch, and the output, start at zero (Ho et al. 2020's code; Goyal et al. 2017)."""
-        zero_init(self.out)
-        for module in self.modules():
-            if isinstance(module, ResBlock | Attention):
-                zero_init(module.proj if isinstance(module, Attention) else module.conv2)
+        for name, parameter in self.named_parameters():
+            # Residual branches and the output start at zero (Ho et al. 2020's code; Goyal et al. 2017).
+            if s.zero_init and name.split(".")[-2] in ("conv2", "proj", "out"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], t: Real[Tensor, " b"], label: Int[Tensor, " b"] | None = None

@@ -19,6 +19,7 @@ from lightdiff.models.layers import (
     Upsample,
     at_least_float32,
     group_norm,
+    level_plan,
 )
 from lightdiff.settings import VAEArchitecture, VAESettings
 
@@ -58,19 +59,14 @@ class LatentTransform(NamedTuple):
         return torch.rot90(x, self.turns, (2, 3))
 
 
-def res_blocks(settings: VAESettings, widths: list[int]) -> list[nn.Module]:
-    """Residual blocks from each width to the next."""
-    return [ResBlock(a, b, NORMS[settings.norm]) for a, b in pairwise(widths)]
-
-
-def level_widths(counts: tuple[int, ...], level: int, in_channels: int, out_channels: int) -> list[int]:
-    """What a level's blocks lead from and to; of their counts, a short list repeats its last number."""
-    return [in_channels] + [out_channels] * counts[min(level, len(counts) - 1)]
+def res_blocks(settings: VAESettings, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+    """Residual blocks, the first of which changes the width."""
+    return [ResBlock(a, b, NORMS[settings.norm]) for a, b in pairwise([in_channels] + [out_channels] * count)]
 
 
 def middle(settings: VAESettings, channels: int) -> list[nn.Module]:
     """Residual blocks and, if chosen, attention at the latent's size."""
-    blocks = res_blocks(settings, [channels] * (settings.mid_blocks + 1))
+    blocks = res_blocks(settings, channels, channels, settings.mid_blocks)
     if settings.attention:
         blocks.insert(1, Attention(channels, heads=1, norm=NORMS[settings.norm]))
     return blocks
@@ -84,12 +80,10 @@ class Encoder(nn.Module):
         super().__init__()
         s, (stem, *_, last) = settings, settings.encoder_channels
         layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1)]  # (b, stem, h, w)
-        for level, (a, b) in enumerate(pairwise(s.encoder_channels)):
-            blocks = res_blocks(s, level_widths(s.encoder_blocks, level, a, b))
-            layers += [*blocks, Downsample(b)]  # (b, channels[i], h/2, w/2)
+        for a, b, count in level_plan(s.encoder_channels, s.encoder_blocks):
+            layers += [*res_blocks(s, a, b, count), Downsample(b)]  # (b, channels[i], h/2, w/2)
         self.body = nn.Sequential(*layers, *middle(s, last), NORMS[s.norm](last), nn.SiLU())
-        self.mu = nn.Conv2d(last, s.latent_channels, 1)
-        self.logvar = nn.Conv2d(last, s.latent_channels, 1)
+        self.mu, self.logvar = (nn.Conv2d(last, s.latent_channels, 1) for _ in range(2))
         self.bounds = (s.logvar_min, s.logvar_max)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Posterior:
@@ -107,9 +101,8 @@ class Decoder(nn.Module):
         super().__init__()
         s, (first, *_, last) = settings, settings.decoder_channels
         layers: list[nn.Module] = [nn.Conv2d(s.latent_channels, first, 1), *middle(s, first)]  # (b, first, h/f, w/f)
-        for level, (a, b) in enumerate(pairwise(s.decoder_channels)):
-            layers += [Upsample(a, b)]  # (b, channels[i], 2h, 2w)
-            layers += res_blocks(s, level_widths(s.decoder_blocks, level, b, b))
+        for a, b, count in level_plan(s.decoder_channels, s.decoder_blocks):
+            layers += [Upsample(a, b), *res_blocks(s, b, b, count)]  # (b, channels[i], 2h, 2w)
         self.body = nn.Sequential(*layers, NORMS[s.norm](last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
         self.output = s.output
 
@@ -149,5 +142,4 @@ def build_vae(settings: VAEArchitecture) -> VAE:
 
 def soft_bound(x: Tensor, low: float, high: float) -> Tensor:
     """Push x smoothly into (low, high): the identity well inside, and, unlike a clamp, a gradient beyond the bounds."""
-    x = high - F.softplus(high - x)
-    return low + F.softplus(x - low)
+    return low + F.softplus(high - F.softplus(high - x) - low)

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_finished_index
+from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index
 from lightdiff.errors import UserError
 from lightdiff.run_folder import INDEX, RunFolder, find_latents
 from lightdiff.runtime.processes import Processes
@@ -24,7 +24,7 @@ DEAD_BITS = 0.05  # per latent element: a channel with less carries no informati
 def run(settings: ScaleSettings) -> Path:
     """Compute the statistics of the training latents, store them in the index, and return its path."""
     with open_stage(settings, "latents", lambda: find_latents(settings.latents, RunFolder(settings.run))) as stage:
-        index = read_finished_index(stage.path)
+        index = read_index(stage.path, finished=True)
         moments = LatentMoments(index.shape[0])
         paths = stage.processes.strided(index.shard_paths(stage.path))
         for mu, logvar in prefetch(partial(read_train_latents, path, index) for path in paths):
