@@ -52,6 +52,7 @@ class Trainable(Protocol):
 
     model: nn.Module
     train_items: int  # in the training split
+    summary: str  # what is trained on what
 
 
 @dataclass
@@ -83,12 +84,6 @@ class Stage(Generic[S]):
     def loop(self) -> LoopSettings:
         """How a training stage trains."""
         return self.settings.loop  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def machine(self) -> str:
-        """What computes, in words."""
-        several = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
-        return several + self.device.type
 
     def can_resume(self, settings: TrainingSettings) -> bool:
         """Whether there is a state to resume from, and it is wanted; the same in all processes."""
@@ -141,13 +136,20 @@ class Stage(Generic[S]):
         self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, self.total_steps))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
-            return self.resume(self.saved)
+            return self.resume(self.saved, task.summary)
         if self.settings.init_from:  # type: ignore[attr-defined]
             resume.load_initial_weights(task.model, self.settings.init_from, self.name)  # type: ignore[attr-defined]
         self.processes.run_on_main(self.write_settings)
+        self.announce(task.summary)
         return True
 
-    def resume(self, saved: Checkpoint) -> bool:
+    def announce(self, summary: str) -> None:
+        """Print what is about to be trained, and how."""
+        on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
+        steps = f"{self.total_steps} steps of {self.loop.batch_size} on {on}{self.device.type} in {self.loop.precision}"
+        console.print(f"{summary}; {steps}")
+
+    def resume(self, saved: Checkpoint, summary: str) -> bool:
         """Prepare to resume a training from a snapshot; False if it has all its steps.
 
         Raises:
@@ -173,6 +175,7 @@ class Stage(Generic[S]):
             self.processes.run_on_main(lambda: resume.go_back(self.folder, saved))
         self.processes.run_on_main(self.write_settings)
         console.print(f"resuming from step {step} of {total}")
+        self.announce(summary)
         return True
 
     def write_settings(self) -> None:

@@ -32,13 +32,6 @@ def run(settings: TrainVAESettings) -> Path:
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
         if stage.start_or_resume(task, {"data": digest}):
-            loop = stage.settings.loop
-            console.print(
-                f"VAE: {sum(p.numel() for p in task.model.parameters()) / 1e6:.2f} M parameters, "
-                f"{stage.settings.images.resolution} px -> {shape_words(task.latent_shape)}; "
-                f"{len(task.train)} training and {len(task.val)} validation images; "
-                f"{stage.total_steps} steps of {loop.batch_size} on {stage.machine} in {loop.precision}"
-            )
             train(task, stage)
             if task.bad.count:
                 console.print(f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}")
@@ -63,6 +56,13 @@ class VAETask:
         self.bad = BadFiles(stage.folder.bad_files, files, s.images.data, s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
+
+    @property
+    def summary(self) -> str:
+        """What is trained on what."""
+        size, side = sum(p.numel() for p in self.model.parameters()) / 1e6, self.settings.images.resolution
+        networks = f"VAE: {size:.2f} M parameters, {side} px -> {shape_words(self.latent_shape)}"
+        return f"{networks}; {len(self.train)} training and {len(self.val)} validation images"
 
     def _data_set(self, split: Split) -> ImageDataset:
         files, s = [file for file in self.files if file.split == split], self.settings
