@@ -15,7 +15,7 @@ from lightdiff.data.files import list_images, scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, sample_latents
+from lightdiff.pipeline import Pipeline
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
@@ -268,7 +268,7 @@ def test_guidance_is_used_in_its_share_of_the_levels_of_noise():
         return x_t
 
     asked = SamplingSettings(num_steps=10, class_=("orange", "blue"), guidance=2.0, guidance_interval=(0.15, 0.55))
-    sample_latents(network, settings, range(3), 0, torch.device("cpu"), asked)
+    Pipeline(None, None, network, settings, torch.device("cpu")).sample(3, 0, asked)
     assert list(calls) == list(range(999, 0, -100))  # sigma is (t + 1) / 1000
     within = {t for t, labels in calls.items() if labels == [1, 0, 1, 2, 2, 2]}
     assert within == {499, 399, 299, 199}

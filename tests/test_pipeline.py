@@ -19,12 +19,13 @@ from lightdiff.data.order import item_noise
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.extras import demo
+from lightdiff.extras.evidence import latents_behind
 from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, latents_behind, sample_latents, vae_behind
+from lightdiff.pipeline import Pipeline, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import pick_compile
+from lightdiff.runtime.compile import pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -555,7 +556,7 @@ class Perfect:
 def test_what_is_drawn_is_the_data_whatever_the_network_predicts(objective, noise):
     settings = TrainUNetSettings.model_validate({"target": {"objective": objective}, "noise": noise, "latent": LATENT})
     network = Perfect(settings)
-    z = sample_latents(network, settings, [3, 5], 7, CPU, SamplingSettings(num_steps=100, sampler="heun"))
+    z = Pipeline(None, None, network, settings, CPU).sample([3, 5], 7, SamplingSettings(num_steps=100, sampler="heun"))
     start = network.asked[0]
     left_out = network.schedule.signal()[start.t + 1 :]
     if objective == "eps":
@@ -589,7 +590,8 @@ def test_the_network_is_asked_about_the_levels_of_the_spacing(spacing, levels):
         asked.append(float(t[0]))
         return x_t
 
-    sample_latents(network, TrainUNetSettings(), [0], 0, CPU, SamplingSettings(num_steps=5, spacing=spacing))
+    pipeline = Pipeline(None, None, network, TrainUNetSettings(), CPU)
+    pipeline.sample(1, 0, SamplingSettings(num_steps=5, spacing=spacing))
     assert asked == pytest.approx(levels, abs=0.51)  # whole levels are rounded to, and karras interpolates
 
 

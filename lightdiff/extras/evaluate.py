@@ -21,7 +21,7 @@ from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.distances import MIN_IMAGES, Found, copies, frechet, kernel, nearest_of, precision_recall
 from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
-from lightdiff.extras.latent_facts import channel_active_share, channel_kl, evenly
+from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import cached_weights
@@ -40,7 +40,6 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import generate
-from lightdiff.stages.scale import LatentMoments
 
 SHOWN = 8
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # written beside samples
@@ -144,7 +143,7 @@ def evaluate_vae(
     loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
     distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
     side, workers = images.resolution // model.factor, pick_workers(settings.compute.workers, device)
-    means, moments = Means(), LatentMoments(model.latent_channels, side, side)
+    means, moments = Means(), UnitMoments(model.latent_channels, side, side)
     pairs = PairedFeatures(features, len(chosen))
 
     def measure(batch: ImageBatch) -> None:

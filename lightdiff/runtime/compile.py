@@ -1,10 +1,10 @@
-"""Faster or smaller networks: torch.compile, weights in bf16, activation checkpointing."""
+"""Faster or smaller networks: torch.compile, activation checkpointing."""
 
 import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from lightdiff.runtime.progress import console
 from lightdiff.settings import Compile
 
-N = TypeVar("N", bound=nn.Module)
 COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 GRAPHED_PARAMETERS = 50e6
 
@@ -50,15 +49,6 @@ def compile_network(network: nn.Module, device: torch.device, training: bool = T
 
         config.freezing = True  # as an option of this network alone it would not reach all places
     network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
-
-
-def cast_weights(network: N, precision: str) -> N:
-    """A network for inference under autocast, with the weights cast once that every call would cast."""
-    if precision == "bf16":
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                module.bfloat16()
-    return network
 
 
 def enable_activation_checkpointing(network: nn.Module) -> None:

@@ -46,10 +46,7 @@ def read_train_latents(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
 
 
 class LatentMoments:
-    """Sums of mu, mu^2, sigma^2 and logvar over latents, in float64 and constant memory; all statistics follow.
-
-    Of shape (c,), they are summed over images and positions; of shape (c, h, w), over images only.
-    """
+    """Sums of mu, mu^2, sigma^2 and logvar per channel, in float64 and constant memory; all statistics follow."""
 
     def __init__(self, *shape: int) -> None:
         self.count = 0  # latent elements in each sum
@@ -60,13 +57,14 @@ class LatentMoments:
         """Add latents (n, m, c, h, w), where m counts an image and its mirror image."""
         rows = max(1, CHUNK * mu.shape[0] // max(1, mu.numel()))
         for chunk in zip(torch.split(mu, rows), torch.split(logvar, rows), strict=True):
-            if self.mu.ndim == 1:
-                m, v = (x.float().transpose(0, 2).flatten(1) for x in chunk)  # (c, elements)
-            else:
-                m, v = (x.float().flatten(0, 1).flatten(1).T for x in chunk)  # (c h w, images)
+            m, v = (self.rows(x.float()) for x in chunk)
             self.count += m.shape[1]
             sums = [x.sum(1, dtype=torch.float64) for x in (m, m.square(), v.exp(), v)]
             self.sums += torch.stack(sums).view_as(self.sums)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What is summed to one number each: all of a channel, (n, m, c, h, w) -> (c, elements)."""
+        return x.transpose(0, 2).flatten(1)
 
     def all_reduce(self, processes: Processes) -> None:
         """Sum over all processes."""
@@ -116,8 +114,9 @@ def print_statistics(s: Statistics, settings: ScaleSettings) -> None:
     table = Table(
         title=f"Latents of the training split: {what}, {s.count:,} elements per channel", title_justify="left"
     )
-    for heading in ("channel", "mean", "std", "posterior sigma", "carries", "shift", "scale"):
-        table.add_column(heading, justify="left" if heading == "channel" else "right")
+    table.add_column("channel")
+    for heading in ("mean", "std", "posterior sigma", "carries", "shift", "scale"):
+        table.add_column(heading, justify="right")
     for c, bits in enumerate(channel_bits(s)):
         shift, scale = s.shift[c % len(s.shift)], s.scale[c % len(s.scale)]
         numbers = (s.channel_mean[c], s.channel_std[c], s.channel_sigma[c])
