@@ -158,9 +158,8 @@ class Pipeline:
         Raises:
             UserError: If the networks cannot make images of this size.
         """
-        latent = self.settings.latent
         if not resolution:
-            return latent.height, latent.width
+            return self.settings.latent.height, self.settings.latent.width
         step = self.vae_settings.factor * self.settings.model.factor
         if resolution % step:
             raise not_divisible(resolution, step)
@@ -271,6 +270,5 @@ def vae_behind(unet: Checkpoint, given: Path | None, run: RunFolder) -> Path:
 
 def latents_candidates(unet: Checkpoint, run: RunFolder) -> list[Path]:
     """Where the latents of a U-Net may be: where its settings say, in its run, and in this one."""
-    saved = unet.metadata.settings.get("latents")
-    named = named_latents(Path(saved)) if isinstance(saved, str) else []
+    named = named_latents(Path(saved)) if isinstance(saved := unet.metadata.settings.get("latents"), str) else []
     return [*named, RunFolder(unet.path.parent.parent.parent).latents, run.latents]

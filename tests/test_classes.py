@@ -18,6 +18,7 @@ from lightdiff.options import build
 from lightdiff.pipeline import Pipeline
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 
@@ -133,7 +134,8 @@ def task_of(run: Path, **changes) -> train_unet.UNetTask:
     settings = build(
         TrainUNetSettings, [train_unet.inherited(run, None), {"model": {"width": 16, "zero_init": False}}, layer]
     ).resolved()
-    return train_unet.UNetTask(settings, LatentSet(run / "latents"), torch.device("cpu"), Processes())
+    stage = Stage("unet", settings, torch.device("cpu"), Processes(), run / "unet")
+    return train_unet.UNetTask(stage, LatentSet(run / "latents"))
 
 
 def test_labels_are_forgotten_as_often_as_asked_for(encoded):

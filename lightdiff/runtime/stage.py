@@ -255,7 +255,8 @@ def open_stage(
             held.enter_context(handling(stage.on_signal))
             if isinstance(settings, TrainingSettings):
                 stage.saved = stage.find_saved(settings.restart, settings.from_step)
-            stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(path)
+            restart = getattr(settings, "restart", False)
+            stage.begun = flat(stage.saved.metadata.settings) if stage.saved else {} if restart else begun(path)
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
             try:
                 yield stage

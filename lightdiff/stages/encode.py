@@ -24,7 +24,7 @@ from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-ADVICE = "'lightdiff encode --restart' replaces these latents, another --run keeps them"
+ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --restart'"
 
 
 def run(settings: EncodeSettings) -> Path:

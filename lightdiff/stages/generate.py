@@ -42,11 +42,12 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
     """Samples to draw, in a folder that nobody else writes to; where they were begun, they are resumed."""
 
     def begun(folder: Path) -> dict[str, Any]:
-        file = folder / named(settings, "settings.json")
-        return flat(read_json(file)) if file.is_file() else {}
+        return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
 
-    with open_stage(settings, "samples", lambda: settings.out or new_folder(settings.run), begun) as stage:
-        stage.again = f"run the same command again{'' if settings.out else f' with --out {stage.path}'} to resume"
+    samples = RunFolder(settings.run).samples
+    with open_stage(settings, "samples", lambda: settings.out or new_folder(samples), begun) as stage:
+        named_so = "" if settings.out else f" with --out {stage.path}"
+        stage.again = f"what is drawn is in {stage.path}; run the same command again{named_so} to resume"
         yield Samples(stage)
 
 
@@ -55,9 +56,9 @@ class Samples:
 
     def __init__(self, stage: Stage[GenerateSettings]) -> None:
         """Load the networks."""
-        s, self.stage = stage.settings, stage
-        self.settings, compute = s, s.compute
-        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, compute.device, compute.precision, s.ema)
+        s = self.settings = stage.settings
+        self.stage = stage
+        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, s.compute.device, s.compute.precision, s.ema)
         stage.processes.check_same("U-Net or VAE", self.pipeline.digests)
         self.size = self.pipeline.latent_size(s.resolution)
         self.paths = [self.path(f"{i:05d}.png") for i in range(s.num_images)]
@@ -161,9 +162,8 @@ def check(settings: TrainUNetSettings, sampling: SamplingSettings, strength: flo
         )
 
 
-def new_folder(run: Path) -> Path:
+def new_folder(samples: Path) -> Path:
     """The next free folder below samples/: 0001, 0002, ...; after an automatic restart, the last one, to resume it."""
-    samples = RunFolder(run).samples
     number = max((int(p.name) for p in samples.glob("[0-9]*") if p.name.isdigit()), default=0)
     return samples / f"{number if number and restarted() else number + 1:04d}"
 
