@@ -198,6 +198,10 @@ def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy
         encode_all(copy, shard_size=16)
     with pytest.raises(UserError, match="begun with --flip True, not False"):
         encode_all(copy, shard_size=16, dtype="float32", images={"flip": False})
+    latents = LatentSet(copy / "latents")
+    with pytest.raises(UserError, match=r"another list of images: .*encode --restart"):
+        encode_all(copy, shard_size=16, dtype="float32", images={"val_share": 0.4})
+    assert LatentSet(copy / "latents").index == latents.index
     encode_all(copy, restart=True, images={"flip": False})
     assert (copy / "latents.old-1/index.json").is_file()
     assert LatentSet(copy / "latents").gather([0])[0].shape == (1, 4, 8, 8)
@@ -468,7 +472,7 @@ def test_generate_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
 
     save_png = generate.save_png
     monkeypatch.setattr(generate, "save_png", stopping)
-    with pytest.raises(Stopped, match=r"what is drawn is in .*out; run the same command again to resume"):
+    with pytest.raises(Stopped, match=r"run the same command again with --out .*out to resume"):
         draw(finished, tmp_path / "out", num_images=5, batch_size=2)
     monkeypatch.undo()
     first = (tmp_path / "out/00000.png").stat().st_mtime_ns

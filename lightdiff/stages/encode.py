@@ -61,16 +61,15 @@ def begun(folder: Path) -> Mapping[str, Any]:
 
 
 def depends_on(index: LatentIndex) -> dict[str, Any]:
-    """What latents depend on, named as settings are; lists of images by their digest."""
-    images = {f"images.{name}": index.images.get(name) for name in ("resolution", "background")}
+    """What latents depend on, named as settings are; `files` is a digest of the list of images."""
     return {
         "vae": index.vae_digest[:8],
         "dtype": index.dtype,
         "compute.precision": index.precision,
         "images.flip": index.mirrored,
         "shard_size": index.shard_size,
-        **images,
-        "images.data": index.files_digest,
+        **{f"images.{name}": index.images.get(name) for name in ("resolution", "background")},
+        "files": index.files_digest,
     }
 
 
@@ -83,6 +82,8 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint)
     if stage.settings.restart:
         start_over(stage.path)
     elif stage.begun:
+        if stage.begun["files"] != index.files_digest:
+            raise UserError(f"{stage.path} has latents of another list of images: {ADVICE}")
         stage.check_begun(depends_on(index), ADVICE)
         if read_index(stage.path).complete:
             return True

@@ -46,8 +46,7 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
 
     samples = RunFolder(settings.run).samples
     with open_stage(settings, "samples", lambda: settings.out or new_folder(samples), begun) as stage:
-        named_so = "" if settings.out else f" with --out {stage.path}"
-        stage.again = f"what is drawn is in {stage.path}; run the same command again{named_so} to resume"
+        stage.again = f"run the same command again with --out {stage.path} to resume"
         yield Samples(stage)
 
 
