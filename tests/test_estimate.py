@@ -124,7 +124,7 @@ def test_epochs_are_estimated_where_the_images_are_known(cli, faces, run, tmp_pa
 def test_a_training_takes_as_long_as_its_steps(run, cli, faces, monkeypatch, command, steps, words):
     now = [0.0]
 
-    def half_a_second_an_image(trainer, batch, total_steps):
+    def half_a_second_an_image(trainer, batch):
         now[0] += 0.5 * trainer.loop.batch_size
         return {}
 

@@ -253,7 +253,7 @@ def test_other_weights_are_not_taken_for_the_published_ones(trained, weights, tm
     result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy)
     assert (result.code, "is no copy of Inception's published weights" in " ".join(result.err.split())) == (2, True)
     result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy, "--features", weights)
-    assert (result.code, "--features stands in place of --weights" in " ".join(result.err.split())) == (2, True)
+    assert (result.code, "--features replaces --weights" in " ".join(result.err.split())) == (2, True)
 
 
 def test_grids_that_generate_writes_are_no_samples(run):

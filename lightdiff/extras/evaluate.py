@@ -56,7 +56,8 @@ BASIS = (
 def run(settings: EvaluateSettings) -> Path:
     """Measure, print the results, and return the file they are stored in."""
     with open_stage(settings, "evaluation") as stage:
-        settings, here, device, ranks = stage.settings, RunFolder(settings.run), stage.device, stage.processes
+        # The settings as given: samples are found by the precision asked for, and generate resolves `auto`
+        here, device, ranks = RunFolder(settings.run), stage.device, stage.processes
         unet = unet_of(settings, here)
         if settings.samples and not settings.samples.is_dir():
             raise UserError(f"--samples: there is no folder {settings.samples}")
