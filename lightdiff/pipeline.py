@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint, check_own, load_weights
+from lightdiff.checkpoint import Checkpoint, check_own
 from lightdiff.data.latents import Scaling
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, denoiser
@@ -241,7 +241,7 @@ def load_network(
     """
     check_own(build, saved, saved.weights_prefix(ema))
     network = build().requires_grad_(False).eval()
-    load_weights(network, saved, saved.weights_prefix(ema))
+    network.load_state_dict(saved.weights(ema))
     to_device(network, device)
     return cast_weights(network, precision)
 

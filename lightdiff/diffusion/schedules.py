@@ -137,8 +137,8 @@ def sampling_levels(
     Raises:
         ValueError: If fewer levels than steps are left.
     """
-    usable = int((schedule.signal() >= min_alpha_bar).sum())  # signal falls, so these are the first ones
-    usable = min(usable, max(1, round(strength * len(schedule))))
+    # Signal falls, so the usable levels are the first ones
+    usable = min(int((schedule.signal() >= min_alpha_bar).sum()), max(1, round(strength * len(schedule))))
     if spacing == "karras":
         usable = min(usable, int((schedule.alpha > 0).sum()))
     if not 1 <= num_steps <= usable:

@@ -161,7 +161,7 @@ def evaluate_vae(
 
     process_images(measure, chosen, images, settings.batch_size, workers, ranks, "reconstructions")
     numbers = means.over(ranks)
-    moments.all_reduce(ranks)
+    ranks.all_reduce_sum(moments.sums)
     originals, reconstructed = pairs.gather(ranks)
     if not len(originals):
         raise UserError(f"none of the {len(chosen)} images to measure reconstructions on can be read")

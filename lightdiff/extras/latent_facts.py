@@ -130,7 +130,6 @@ def evenly(count: int, maximum: int) -> list[int]:
 def sum_positions(moments: UnitMoments) -> LatentMoments:
     """Moments per channel, from those per unit."""
     channels = LatentMoments(len(moments.mu))
-    channels.count = moments.count * moments.mu[0].numel()
     channels.sums += moments.sums.sum((2, 3))
     return channels
 

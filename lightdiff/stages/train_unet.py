@@ -80,8 +80,7 @@ class UNetTask:
         self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
-        self.schedule = Schedule.of(s.noise).to(self.device)
-        self.scaling = Scaling.of(s.latent, self.device)
+        self.schedule, self.scaling = Schedule.of(s.noise).to(self.device), Scaling.of(s.latent, self.device)
         self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)
 
     def batches(self, start: int, steps: int) -> Iterator[tuple[Posterior, Tensor]]:
