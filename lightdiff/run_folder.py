@@ -19,6 +19,7 @@ from lightdiff.errors import NoRoom, RunError, UserError
 TEMPORARY = ".tmp"
 
 INDEX = "index.json"  # of a folder of latents
+VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
 
 
 @dataclass(frozen=True)

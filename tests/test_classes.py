@@ -15,9 +15,10 @@ from lightdiff.data.files import list_images, scan
 from lightdiff.data.latents import LatentSet, latents_settings, read_index
 from lightdiff.errors import UserError
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, sample_latents
+from lightdiff.pipeline import Pipeline
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 
@@ -133,7 +134,8 @@ def task_of(run: Path, **changes) -> train_unet.UNetTask:
     settings = build(
         TrainUNetSettings, [train_unet.inherited(run, None), {"model": {"width": 16, "zero_init": False}}, layer]
     ).resolved()
-    return train_unet.UNetTask(settings, LatentSet(run / "latents"), torch.device("cpu"), Processes())
+    stage = Stage("unet", settings, torch.device("cpu"), Processes(), run / "unet")
+    return train_unet.UNetTask(stage, LatentSet(run / "latents"))
 
 
 def test_labels_are_forgotten_as_often_as_asked_for(encoded):
@@ -268,7 +270,7 @@ def test_guidance_is_used_in_its_share_of_the_levels_of_noise():
         return x_t
 
     asked = SamplingSettings(num_steps=10, class_=("orange", "blue"), guidance=2.0, guidance_interval=(0.15, 0.55))
-    sample_latents(network, settings, range(3), 0, torch.device("cpu"), asked)
+    Pipeline(None, None, network, settings, torch.device("cpu")).sample(3, 0, asked)
     assert list(calls) == list(range(999, 0, -100))  # sigma is (t + 1) / 1000
     within = {t for t, labels in calls.items() if labels == [1, 0, 1, 2, 2, 2]}
     assert within == {499, 399, 299, 199}

@@ -17,7 +17,7 @@ from lightdiff.data.order import item_noise
 from lightdiff.extras.edit import from_latent
 from lightdiff.extras.trajectory import trajectory, with_callback
 from lightdiff.extras.walk import noise_between, save_walk
-from lightdiff.pipeline import Pipeline, sample_latents
+from lightdiff.pipeline import Pipeline
 from lightdiff.settings import LatentsSettings, SamplingSettings, TrainUNetSettings
 
 FAST = ["--device", "cpu", "--precision", "fp32", "--num-steps", 4]
@@ -100,12 +100,10 @@ def test_outside_of_a_mask_latents_are_the_source_and_its_noise_all_the_way(samp
     settings = TrainUNetSettings(latent=LatentsSettings(shift=(0.5,), scale=(2.0,)))
     z, mask, seen = normal(1, 4, 16, 16, dtype=torch.float32), torch.zeros(1, 1, 16, 16), []
     mask[..., :8] = 1
-    drawn = sample_latents(
-        lambda x_t, t: torch.sin(3 * x_t),
-        settings,
+    pipeline = Pipeline(None, None, lambda x_t, t: torch.sin(3 * x_t), settings, torch.device("cpu"))
+    drawn = pipeline.sample(
         [2, 9],
         0,
-        torch.device("cpu"),
         SamplingSettings(num_steps=6, sampler=sampler),
         strength=strength,
         start=with_callback(lambda *step: seen.append(step), from_latent(2 * (z - 0.5), mask)),
@@ -252,4 +250,4 @@ def test_edits_are_not_mixed_with_those_of_another_image(trained, faces, tmp_pat
     result = cli(*flags, second)
     assert (result.code, "was begun with --from" in result.err) == (2, True), result.err
     result = cli("generate", "--run", trained, *FAST, "--num-images", 1, "--out", tmp_path / "out")
-    assert (result.code, "was begun with --from" in result.err) == (2, True), result.err
+    assert (result.code, "begun with lightdiff edit, not generate" in result.err) == (2, True), result.err

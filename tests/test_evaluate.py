@@ -20,13 +20,12 @@ from lightdiff.data.files import ImageFile
 from lightdiff.extras import distances, evaluate
 from lightdiff.extras.evidence import read_evaluation
 from lightdiff.extras.features import Features
-from lightdiff.extras.latent_facts import channel_active_share, channel_kl
+from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.models.lpips import cached_weights
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import ImageSettings, VAELossSettings
-from lightdiff.stages.scale import LatentMoments
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("skimage")
@@ -93,7 +92,7 @@ def test_copies_are_distinguished_from_new_images():
 
 
 def test_active_units_are_those_whose_mean_varies():
-    moments = LatentMoments(2, 4, 4)
+    moments = UnitMoments(2, 4, 4)
     mu = torch.zeros(50, 2, 4, 4)
     mu[:, 0] = normal(50, 4, 4, dtype=torch.float32)
     mu[:, 1, :2] = normal(50, 2, 4, dtype=torch.float32)
@@ -254,7 +253,7 @@ def test_other_weights_are_not_taken_for_the_published_ones(trained, weights, tm
     result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy)
     assert (result.code, "is no copy of Inception's published weights" in " ".join(result.err.split())) == (2, True)
     result = cli("evaluate", "--run", trained, "--device", "cpu", "--weights", copy, "--features", weights)
-    assert (result.code, "--features stands in place of --weights" in " ".join(result.err.split())) == (2, True)
+    assert (result.code, "--features replaces --weights" in " ".join(result.err.split())) == (2, True)
 
 
 def test_grids_that_generate_writes_are_no_samples(run):

@@ -390,7 +390,7 @@ def test_rules_of_the_schedule(objective: str, noise: dict[str, object], wanted:
 def test_the_age_of_ema_weights_is_that_of_the_loop(decay: float, steps: int) -> None:
     ema, age = EMA(nn.Linear(1, 1), decay), 0.0
     for step in range(1, steps + 1):
-        age = ema.rate(step) * (age + 1)  # a step older, but for the share that is new
+        age = ema.decay_at(step) * (age + 1)  # a step older, but for the share that is new
     assert health.average_age(decay, steps) == pytest.approx(age, rel=0.02)
 
 

@@ -7,7 +7,7 @@ import torch
 from oracles import normal
 
 from lightdiff.data.latents import Scaling
-from lightdiff.extras.latent_facts import sum_positions
+from lightdiff.extras.latent_facts import UnitMoments, sum_positions
 from lightdiff.settings import LatentsSettings, ScaleSettings
 from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
 
@@ -87,7 +87,7 @@ def test_statistics_are_those_of_all_latents_whatever_the_batches(only_mu: bool)
 
 def test_moments_of_units_sum_to_those_of_channels() -> None:
     mu, logvar = normal(20, 2, 3, 4, 5, seed=1), normal(20, 2, 3, 4, 5, seed=2)
-    channels, units = LatentMoments(3), LatentMoments(3, 4, 5)
+    channels, units = LatentMoments(3), UnitMoments(3, 4, 5)
     channels.add(mu, logvar)
     units.add(mu, logvar)
     assert units.count == 40

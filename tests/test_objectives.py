@@ -1,6 +1,8 @@
 """Objectives there and back, weights by their formulas, guidance and inpainting against closed forms."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,6 +24,7 @@ from lightdiff.diffusion.objectives import (
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.stage import Stage
 from lightdiff.settings import NOISY, Objective, ScheduleSettings, TrainUNetSettings
 from lightdiff.stages.train_unet import UNetTask
 
@@ -129,9 +132,9 @@ def test_the_training_loss_is_the_weighed_error(objective: Objective, kind: str)
         "latent": {"height": 8, "width": 8},
         "model": {"width": 8, "time_dim": 8},
     }
-    task = UNetTask(
-        TrainUNetSettings.model_validate(layer).resolved(), cast(Any, None), torch.device("cpu"), Processes()
-    )
+    whole = TrainUNetSettings.model_validate(layer).resolved()
+    stage = Stage("unet", whole, torch.device("cpu"), Processes(), Path())
+    task = UNetTask(stage, cast(Any, SimpleNamespace(train=[])))
     x0, eps = (normal(3, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t = torch.tensor([150, 500, 850])
 

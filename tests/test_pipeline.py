@@ -19,12 +19,13 @@ from lightdiff.data.order import item_noise
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.extras import demo
+from lightdiff.extras.evidence import latents_behind
 from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, latents_behind, sample_latents, vae_behind
+from lightdiff.pipeline import Pipeline, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import pick_compile
+from lightdiff.runtime.compile import pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -170,15 +171,16 @@ def test_automatic_precision_stays_what_it_was_begun_in(copy, tmp_path, monkeypa
     index = read_index(copy / "latents")
     index.digest = ""
     index.write(copy / "latents")
-    monkeypatch.setattr("lightdiff.stages.encode.pick_precision", faster_by_now)
+    monkeypatch.setattr("lightdiff.runtime.stage.pick_precision", faster_by_now)
     encode_all(copy, shard_size=16, dtype="float32", compute={"workers": 0})
     assert read_index(copy / "latents").precision == "fp32"
     draw(copy, tmp_path / "out")
     (tmp_path / "out/00004.png").unlink()
-    monkeypatch.setattr("lightdiff.stages.generate.pick_precision", faster_by_now)
     draw(copy, tmp_path / "out", compute={})
     draw(copy, tmp_path / "new", compute={})
-    kept = [json.loads((tmp_path / name / "settings.json").read_text())["precision"] for name in ("out", "new")]
+    kept = [
+        json.loads((tmp_path / name / "settings.json").read_text())["compute"]["precision"] for name in ("out", "new")
+    ]
     assert kept == ["fp32", "bf16"]
 
 
@@ -192,10 +194,14 @@ def test_restart_replaces_latents_whose_index_is_damaged(copy):
 
 
 def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy):
-    with pytest.raises(UserError, match=r"latents of another --dtype \(float32, now float16\).*encode --restart"):
+    with pytest.raises(UserError, match=r"latents was begun with --dtype float32, not float16.*encode --restart"):
         encode_all(copy, shard_size=16)
-    with pytest.raises(UserError, match="another --flip"):
+    with pytest.raises(UserError, match="begun with --flip True, not False"):
         encode_all(copy, shard_size=16, dtype="float32", images={"flip": False})
+    latents = LatentSet(copy / "latents")
+    with pytest.raises(UserError, match=r"another list of images: .*encode --restart"):
+        encode_all(copy, shard_size=16, dtype="float32", images={"val_share": 0.4})
+    assert LatentSet(copy / "latents").index == latents.index
     encode_all(copy, restart=True, images={"flip": False})
     assert (copy / "latents.old-1/index.json").is_file()
     assert LatentSet(copy / "latents").gather([0])[0].shape == (1, 4, 8, 8)
@@ -287,7 +293,9 @@ def test_a_channel_that_carries_nothing_is_warned_of(finished):
     dead = statistics.model_copy(
         update={"only_mu": False, "channel_std": [1.0, 1, 1, 1], "channel_sigma": [0.1, 1.0, 0.1, 0.1]}
     )
-    assert [w.split(":")[0] for w in scale.warnings(dead)] == ["channel 1 carries nothing (std of mu far below sigma)"]
+    assert [w.split(":")[0] for w in scale.channel_warnings(dead)] == [
+        "channel 1 carries nothing (std of mu far below sigma)"
+    ]
 
 
 # --- train-unet -----------------------------------------------------------------------------------------------------
@@ -427,7 +435,7 @@ def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypa
 
 def test_nothing_is_overwritten(finished, tmp_path):
     draw(finished, tmp_path / "out")
-    with pytest.raises(UserError, match="was begun with --seed 0, now 1: choose another --out, or a --name"):
+    with pytest.raises(UserError, match="was begun with --seed 0, not 1: choose another --out, or a --name"):
         draw(finished, tmp_path / "out", seed=1)
     (tmp_path / "out/settings.json").unlink()
     with pytest.raises(UserError, match=r"holds 00000\.png already: choose another --out, or a --name"):
@@ -464,7 +472,7 @@ def test_generate_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
 
     save_png = generate.save_png
     monkeypatch.setattr(generate, "save_png", stopping)
-    with pytest.raises(Stopped, match=r"what is drawn is in .*out: run the same command again to go on"):
+    with pytest.raises(Stopped, match=r"run the same command again with --out .*out to resume"):
         draw(finished, tmp_path / "out", num_images=5, batch_size=2)
     monkeypatch.undo()
     first = (tmp_path / "out/00000.png").stat().st_mtime_ns
@@ -555,7 +563,7 @@ class Perfect:
 def test_what_is_drawn_is_the_data_whatever_the_network_predicts(objective, noise):
     settings = TrainUNetSettings.model_validate({"target": {"objective": objective}, "noise": noise, "latent": LATENT})
     network = Perfect(settings)
-    z = sample_latents(network, settings, [3, 5], 7, CPU, SamplingSettings(num_steps=100, sampler="heun"))
+    z = Pipeline(None, None, network, settings, CPU).sample([3, 5], 7, SamplingSettings(num_steps=100, sampler="heun"))
     start = network.asked[0]
     left_out = network.schedule.signal()[start.t + 1 :]
     if objective == "eps":
@@ -589,7 +597,8 @@ def test_the_network_is_asked_about_the_levels_of_the_spacing(spacing, levels):
         asked.append(float(t[0]))
         return x_t
 
-    sample_latents(network, TrainUNetSettings(), [0], 0, CPU, SamplingSettings(num_steps=5, spacing=spacing))
+    pipeline = Pipeline(None, None, network, TrainUNetSettings(), CPU)
+    pipeline.sample(1, 0, SamplingSettings(num_steps=5, spacing=spacing))
     assert asked == pytest.approx(levels, abs=0.51)  # whole levels are rounded to, and karras interpolates
 
 

@@ -5,7 +5,6 @@ rectified flow draws straight lines instead: alpha = 1 - sigma.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,11 +117,7 @@ def random_levels(u: Float[Tensor, " b"], settings: LevelSettings, timesteps: in
 
 
 def sampling_levels(
-    schedule: Schedule,
-    num_steps: int,
-    min_alpha_bar: float = 0.0,
-    spacing: Spacing = "trailing",
-    strength: float = 1.0,
+    schedule: Schedule, num_steps: int, min_alpha_bar: float = 0.0, spacing: Spacing = "trailing", strength: float = 1.0
 ) -> list[Level]:
     """The num_steps levels that sampling visits, noisiest first, and CLEAN: num_steps + 1 in all.
 
@@ -142,30 +137,24 @@ def sampling_levels(
     Raises:
         ValueError: If fewer levels than steps are left.
     """
-    usable = int((schedule.signal() >= min_alpha_bar).sum())  # signal falls, so these are the first ones
-    usable = min(usable, max(1, round(strength * len(schedule))))
+    # Signal falls, so the usable levels are the first ones
+    usable = min(int((schedule.signal() >= min_alpha_bar).sum()), max(1, round(strength * len(schedule))))
     if spacing == "karras":
         usable = min(usable, int((schedule.alpha > 0).sum()))
     if not 1 <= num_steps <= usable:
         raise ValueError(f"{num_steps} steps asked for, but the schedule has {usable} usable levels")
-    if spacing == "trailing":
-        return whole_levels(schedule, [round(usable - i * usable / num_steps) - 1 for i in range(num_steps)])
     shares = np.linspace(1, 0, num_steps) if num_steps > 1 else np.ones(1)
-    if spacing == "uniform":
-        return whole_levels(schedule, [round(share * (usable - 1)) for share in shares])
-    if spacing == "quadratic":
-        steps = [round(share**2 * (usable - 1)) for share in shares]
+    if spacing == "karras":
+        ratio = (schedule.sigma / schedule.alpha)[:usable].numpy()
+        low, high = ratio[0] ** (1 / KARRAS_RHO), ratio[-1] ** (1 / KARRAS_RHO)
+        times = np.interp(np.log((low + shares * (high - low)) ** KARRAS_RHO), np.log(ratio), np.arange(usable))
+        return [*(between(schedule, float(t)) for t in times), CLEAN]
+    if spacing == "trailing":
+        steps = [round(usable - i * usable / num_steps) - 1 for i in range(num_steps)]
+    else:
+        steps = [round((share**2 if spacing == "quadratic" else share) * (usable - 1)) for share in shares]
         for i in range(num_steps - 2, -1, -1):  # where they lie closer than one level, they move apart
             steps[i] = max(steps[i], steps[i + 1] + 1)
-        return whole_levels(schedule, steps)
-    ratio = (schedule.sigma / schedule.alpha)[:usable].numpy()
-    low, high = ratio[0] ** (1 / KARRAS_RHO), ratio[-1] ** (1 / KARRAS_RHO)
-    times = np.interp(np.log((low + shares * (high - low)) ** KARRAS_RHO), np.log(ratio), np.arange(usable))
-    return [*(between(schedule, float(t)) for t in times), CLEAN]
-
-
-def whole_levels(schedule: Schedule, steps: Sequence[int]) -> list[Level]:
-    """Levels of the table, and CLEAN."""
     return [*(Level(t, float(schedule.alpha[t]), float(schedule.sigma[t])) for t in steps), CLEAN]
 
 

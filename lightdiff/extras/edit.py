@@ -58,7 +58,7 @@ class Source:
         """
         assert settings.from_ is not None
         resolution = size[0] * pipeline.vae_settings.factor
-        images = pipeline.vae_checkpoint.metadata.settings.get("images", {})
+        images = pipeline.checkpoints["vae"].metadata.settings.get("images", {})
         pixels = framed(settings.from_, resolution, "--from", images.get("background", "white"))
         digest, mask = hashlib.sha256(pixels.numpy().tobytes()), None
         if settings.mask:

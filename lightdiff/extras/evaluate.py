@@ -21,7 +21,7 @@ from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.distances import MIN_IMAGES, Found, copies, frechet, kernel, nearest_of, precision_recall
 from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
-from lightdiff.extras.latent_facts import channel_active_share, channel_kl, evenly
+from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import cached_weights
@@ -40,7 +40,6 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import generate
-from lightdiff.stages.scale import LatentMoments
 
 SHOWN = 8
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # written beside samples
@@ -57,7 +56,8 @@ BASIS = (
 def run(settings: EvaluateSettings) -> Path:
     """Measure, print the results, and return the file they are stored in."""
     with open_stage(settings, "evaluation") as stage:
-        settings, here, device, ranks = stage.settings, RunFolder(settings.run), stage.device, stage.processes
+        # The settings as given: samples are found by the precision asked for, and generate resolves `auto`
+        here, device, ranks = RunFolder(settings.run), stage.device, stage.processes
         unet = unet_of(settings, here)
         if settings.samples and not settings.samples.is_dir():
             raise UserError(f"--samples: there is no folder {settings.samples}")
@@ -144,7 +144,7 @@ def evaluate_vae(
     loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
     distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
     side, workers = images.resolution // model.factor, pick_workers(settings.compute.workers, device)
-    means, moments = Means(), LatentMoments(model.latent_channels, side, side)
+    means, moments = Means(), UnitMoments(model.latent_channels, side, side)
     pairs = PairedFeatures(features, len(chosen))
 
     def measure(batch: ImageBatch) -> None:
@@ -161,7 +161,7 @@ def evaluate_vae(
 
     process_images(measure, chosen, images, settings.batch_size, workers, ranks, "reconstructions")
     numbers = means.over(ranks)
-    moments.all_reduce(ranks)
+    ranks.all_reduce_sum(moments.sums)
     originals, reconstructed = pairs.gather(ranks)
     if not len(originals):
         raise UserError(f"none of the {len(chosen)} images to measure reconstructions on can be read")

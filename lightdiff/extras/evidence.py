@@ -14,8 +14,8 @@ from lightdiff.data.files import ImageFile
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.data.loading import ImageDataset
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
-from lightdiff.pipeline import latents_behind, vae_digest
-from lightdiff.run_folder import RunFolder, StageFolder, find_latents, read_json
+from lightdiff.pipeline import latents_candidates, vae_digest
+from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, StageFolder, find_latents, read_json
 from lightdiff.runtime.progress import Row, read_metrics
 from lightdiff.settings import ImageSettings, TrainUNetSettings, TrainVAESettings
 
@@ -57,7 +57,7 @@ def gather(run: RunFolder) -> Evidence:
         found.own_latents = latents.absolute() == run.latents.absolute()
         found.index = try_read(lambda: read_index(latents))
         found.facts = try_read(lambda: latent_facts(latents))
-    copy = [latents / "vae.safetensors"] if latents else []
+    copy = [latents / VAE_COPY] if latents else []
     vae = first_readable(
         "vae", [run.vae.best, run.vae.last, *reversed(run.vae.steps()), *copy]
     )  # encode takes the best
@@ -69,6 +69,16 @@ def gather(run: RunFolder) -> Evidence:
     return found
 
 
+def latents_behind(unet: Checkpoint, run: RunFolder) -> Path | None:
+    """The folder of latents that a U-Net was trained on, where it still is; else others of its run, or of this one."""
+    found = [home for home in latents_candidates(unet, run) if (home / INDEX).is_file()]
+    homes = list({home.absolute(): home for home in found}.values())
+    if len(homes) > 1:  # one without rivals is not looked into: it may be damaged
+        wanted = unet.metadata.lineage.get("latents")
+        return next((home for home in homes if read_index(home).digest == wanted), homes[0])
+    return homes[0] if homes else None
+
+
 def read_evaluation(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Results of `evaluate` for the run's present checkpoints; those of checkpoints that are gone are left out.
 
@@ -78,7 +88,7 @@ def read_evaluation(run: RunFolder) -> dict[str, dict[str, Any]]:
     path = run.path / "evaluation" / "metrics.json"
     parts = read_json(path) if path.is_file() else {}
     known = {}
-    for stage, folder, others in (("vae", run.vae, [run.latents / "vae.safetensors"]), ("unet", run.unet, [])):
+    for stage, folder, others in (("vae", run.vae, [run.latents / VAE_COPY]), ("unet", run.unet, [])):
         files = [folder.last, folder.best, *folder.steps(), *others]
         checkpoints = [try_read(partial(Checkpoint, file, stage)) for file in files]
         known[stage] = {saved.metadata.digest for saved in checkpoints if saved}

@@ -23,6 +23,14 @@ MAX_ELEMENTS = 1 << 24  # latent elements read: about a second
 CHUNK = 1 << 20  # latent elements processed at a time
 
 
+class UnitMoments(LatentMoments):
+    """The same sums for each unit (c, h, w) of a latent: over images only."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """All of a unit, (n, m, c, h, w) -> (c h w, images)."""
+        return x.flatten(0, 1).flatten(1).T
+
+
 class ChannelFacts(BaseModel):
     """One channel, over the sampled images and all positions of the latent.
 
@@ -61,7 +69,7 @@ def latent_facts(folder: Path, max_images: int = 1000) -> LatentFacts:
     scaled = index.statistics
     only_mu = scaled is not None and scaled.only_mu
     shift, scale = (torch.tensor(v) for v in ((scaled.shift, scaled.scale) if scaled else ([0.0], [1.0])))
-    moments, images = LatentMoments(*index.shape), 0
+    moments, images = UnitMoments(*index.shape), 0
     histogram = torch.zeros(index.shape[0], len(EDGES) - 1, dtype=torch.float64)
     rng = torch.Generator().manual_seed(0)
     for mu, logvar in sampled_latents(folder, index, max_images):
@@ -119,25 +127,24 @@ def evenly(count: int, maximum: int) -> list[int]:
     return [i * count // maximum for i in range(maximum)] if count > maximum else list(range(count))
 
 
-def sum_positions(moments: LatentMoments) -> LatentMoments:
+def sum_positions(moments: UnitMoments) -> LatentMoments:
     """Moments per channel, from those per unit."""
     channels = LatentMoments(len(moments.mu))
-    channels.count = moments.count * moments.mu[0].numel()
     channels.sums += moments.sums.sum((2, 3))
     return channels
 
 
-def variance_over_images(moments: LatentMoments) -> Tensor:
+def variance_over_images(moments: UnitMoments) -> Tensor:
     """Variance of each unit's mu over the images, (c, h, w)."""
     return moments.mu_squared / moments.count - (moments.mu / moments.count).square()
 
 
-def channel_kl(moments: LatentMoments) -> list[float]:
+def channel_kl(moments: UnitMoments) -> list[float]:
     """KL(N(mu, sigma^2) || N(0, 1)) of each channel, in nats per element (see `losses.kl_per_element`)."""
     kl = 0.5 * (moments.mu_squared + moments.variance - moments.logvar) / moments.count - 0.5
     return kl.mean((1, 2)).tolist()
 
 
-def channel_active_share(moments: LatentMoments) -> list[float]:
+def channel_active_share(moments: UnitMoments) -> list[float]:
     """Share of each channel's units that are active: their mu varies over the images by more than ACTIVE."""
     return (variance_over_images(moments) > ACTIVE).double().mean((1, 2)).tolist()

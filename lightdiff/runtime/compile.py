@@ -1,9 +1,8 @@
-"""Faster or smaller networks: torch.compile, weights in bf16, activation checkpointing."""
+"""Faster or smaller networks: torch.compile, activation checkpointing."""
 
 import os
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightdiff.runtime.progress import console
 
-N = TypeVar("N", bound=nn.Module)
 GRAPHED_PARAMETERS = 50e6
 
 
@@ -40,15 +38,6 @@ def compile_network(network: nn.Module, device: torch.device, training: bool = T
 
         config.freezing = True  # as an option of this network alone it would not reach all places
     network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
-
-
-def cast_weights(network: N, precision: str) -> N:
-    """A network for inference under autocast, with the weights cast once that every call would cast."""
-    if precision == "bf16":
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                module.bfloat16()
-    return network
 
 
 def enable_activation_checkpointing(network: nn.Module) -> None:

@@ -104,7 +104,9 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
     changed = {name: (begun[name], value) for name, value in now.items() if name in begun and begun[name] != value}
     for name, (old, new) in changed.items():
         if name in RESUME_MUST_MATCH or not {name, name.split(".")[0]} & set(RESUME_MAY_CHANGE):
-            flag = flag_of(name)
+            if name.startswith("latent."):
+                raise UserError(f"{folder} was trained on other latents ({name}): choose another --run, or --restart")
+            flag = flag_of(name) if name != "command" else "lightdiff"
             what = f"without {flag} {new}" if old in ("", None) else f"with {flag} {old}, not {new}"
             raise UserError(f"{folder} was begun {what}: {advice}")
     return changed

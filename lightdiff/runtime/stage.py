@@ -52,7 +52,10 @@ class Trainable(Protocol):
 
     model: nn.Module
     train_items: int  # in the training split
-    summary: str  # what is trained on what
+
+    @property
+    def summary(self) -> str:
+        """What is trained on what."""
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Stage(Generic[S]):
         Raises:
             UserError: If one differs that shapes the result.
         """
-        return resume.compare(self.begun, flat(now), self.path, advice)
+        return resume.compare(self.begun, flat(now), self.path, advice) if self.begun else {}
 
     def new_network(self, build: Callable[[], nn.Module]) -> nn.Module:
         """A network with the initial weights of the training's seed, on the device.
@@ -258,7 +261,8 @@ def open_stage(
         held.enter_context(handling(stage.on_signal))
         if isinstance(settings, TrainingSettings) and stage.can_resume(settings):
             stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
-        stage.begun = flat(stage.saved.metadata.settings) if stage.saved else begun(stage.path)
+        restart = getattr(settings, "restart", False)
+        stage.begun = flat(stage.saved.metadata.settings) if stage.saved else {} if restart else begun(path)
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
         try:

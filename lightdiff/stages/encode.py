@@ -1,25 +1,22 @@
 """encode: images + VAE -> cached mu and logvar of every image and of its mirror image."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
-from lightdiff.data.latents import LatentIndex, read_index, shard_path
+from lightdiff.data.latents import LatentIndex, prefetch, read_index, shard_path
 from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import RunError, UserError, not_divisible
-from lightdiff.models.vae import Posterior
 from lightdiff.pipeline import load_vae, vae_digest
-from lightdiff.run_folder import INDEX, RunFolder, atomic_link, find_vae
+from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console, shape_words
 from lightdiff.runtime.resume import start_over
@@ -27,43 +24,28 @@ from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-VAE_COPY = "vae.safetensors"
-ADVICE = "'lightdiff encode --restart' replaces these latents, another --run keeps them"
+ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --restart'"
 
 
 def run(settings: EncodeSettings) -> Path:
     """Encode all images and return the folder of latents."""
     with open_stage(settings, "latents", begun=begun) as stage:
-        settings = stage.settings
+        settings, processes = stage.settings, stage.processes
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
         files = list_images(settings.images, console)
         index = plan(settings, saved, model, files)
-        stage.processes.check_same("list of images or VAE", (index.files, index.vae_digest))
-        if stage.processes.run_on_main(lambda: prepare(stage, index, saved)):
+        processes.check_same("list of images or VAE", (index.files, index.vae_digest))
+        if processes.run_on_main(lambda: prepare(stage, index, saved)):
             console.print(f"{stage.path} has the latents of all {len(files)} images already")
             return stage.path
         bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.data, settings.images.max_bad)
-        missing = stage.processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad))
-        mine = stage.processes.strided(missing)
-        empty = torch.empty(0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])
-        unfinished = False
-        with (
-            Reporter("encode", sum(len(index.shards[n]) for n in mine)) as reporter,
-            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            writing: Future[None] | None = None  # of one shard, while the next one is encoded
-            for number, shard in encoded(vae.encoder, mine, index, files, stage, bad, reporter.advance):
-                if writing:
-                    writing.result()
-                writing = pool.submit(shard.save, shard_path(stage.path, number), empty)
-                unfinished = number != mine[-1]
-                if stage.out_of_time() and unfinished:
-                    break
-            if writing:
-                writing.result()
-        stage.finish_together(unfinished)
-        stage.processes.run_on_main(lambda: finish(stage.path, index))
+        mine = processes.strided(processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad)))
+        with Reporter("encode", sum(len(index.shards[n]) for n in mine)) as reporter:
+            shards = encoded(vae.encoder, mine, index, files, stage, bad, reporter.advance)
+            written = sum(1 for _ in prefetch(shards))  # one is written while the next is encoded
+        stage.finish_together(written < len(mine))
+        processes.run_on_main(lambda: finish(stage.path, index))
         return stage.path
 
 
@@ -79,16 +61,15 @@ def begun(folder: Path) -> Mapping[str, Any]:
 
 
 def depends_on(index: LatentIndex) -> dict[str, Any]:
-    """What latents depend on, named as settings are; lists of images by their digest."""
-    images = {f"images.{name}": index.images.get(name) for name in ("resolution", "background")}
+    """What latents depend on, named as settings are; `files` is a digest of the list of images."""
     return {
         "vae": index.vae_digest[:8],
         "dtype": index.dtype,
         "compute.precision": index.precision,
         "images.flip": index.mirrored,
         "shard_size": index.shard_size,
-        **images,
-        "images.data": index.files_digest,
+        **{f"images.{name}": index.images.get(name) for name in ("resolution", "background")},
+        "files": index.files_digest,
     }
 
 
@@ -101,6 +82,8 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint)
     if stage.settings.restart:
         start_over(stage.path)
     elif stage.begun:
+        if stage.begun["files"] != index.files_digest:
+            raise UserError(f"{stage.path} has latents of another list of images: {ADVICE}")
         stage.check_begun(depends_on(index), ADVICE)
         if read_index(stage.path).complete:
             return True
@@ -115,11 +98,15 @@ def missing_shards(paths: Sequence[Path], bad: BadFiles) -> list[int]:
     """The numbers of shards that are missing or damaged; unreadable images named in the others are listed."""
     missing = []
     for number, path in enumerate(paths):
-        metadata = shard_metadata(path)
-        if metadata is None:
-            missing.append(number)
+        try:
+            shard = Checkpoint(path, "latents").verify() if path.is_file() else None
+        except UserError as error:
+            console.print(f"{error}; it will be encoded again")
+            shard = None
+        if shard:
+            bad.add([(position, why) for position, why in shard.metadata.extra["bad"]])
         else:
-            bad.add([(position, why) for position, why in metadata.extra["bad"]])
+            missing.append(number)
     return missing
 
 
@@ -157,38 +144,6 @@ def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, fi
     )
 
 
-def shard_metadata(path: Path) -> Metadata | None:
-    """The metadata of a shard that is there and whole."""
-    if not path.is_file():
-        return None
-    try:
-        return Checkpoint(path, "latents").verify().metadata
-    except UserError as error:
-        console.print(f"{error}; it will be encoded again")
-        return None
-
-
-@dataclass
-class Shard:
-    """The latents of some images, as they come in."""
-
-    mu: list[Tensor] = field(default_factory=list)
-    logvar: list[Tensor] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    bad: list[tuple[int, str]] = field(default_factory=list)
-
-    def add(self, posterior: Posterior, sides: int, positions: list[int], dtype: torch.dtype) -> None:
-        """Take in a batch: each image, followed, behind all of them, by its mirror image."""
-        for store, value in ((self.mu, posterior.mu), (self.logvar, posterior.logvar)):
-            store.append(torch.stack(value.chunk(sides), dim=1).to("cpu", dtype))  # (b, m, c, h, w)
-        self.kept += positions
-
-    def save(self, path: Path, empty: Tensor) -> None:
-        """Write its file; `empty` stands for latents where no image was readable."""
-        tensors = {"mu": torch.cat([empty, *self.mu]), "logvar": torch.cat([empty, *self.logvar])}
-        checkpoint.save(path, tensors, Metadata(stage="latents", extra={"positions": self.kept, "bad": self.bad}))
-
-
 def encoded(
     encoder: torch.nn.Module,
     numbers: Sequence[int],
@@ -197,31 +152,35 @@ def encoded(
     stage: Stage[EncodeSettings],
     bad: BadFiles,
     advance: Callable[[int], None],
-) -> Iterator[tuple[int, Shard]]:
-    """The shards of these numbers, each when it is full; `advance` is called with the number of images done.
+) -> Iterator[Callable[[], Metadata]]:
+    """Encode the shards of these numbers, as far as time allows; each comes, when it is full, as a call that writes it.
 
-    One set of worker processes loads the images of all shards, ahead of the encoder.
+    One set of worker processes loads the images of all shards, ahead of the encoder. `advance` is called with the
+    number of images done.
     """
-    settings, images, device = stage.settings, stage.settings.images, stage.device
-    dataset = ImageDataset(files, images, seed=0, train=False)
-    size = settings.batch_size
-    parts = [
-        (n, whole[k : k + size]) for n in numbers for whole in [index.shards[n]] for k in range(0, len(whole), size)
-    ]
+    settings, images, device, shards = stage.settings, stage.settings.images, stage.device, index.shards
+    dataset, size = ImageDataset(files, images, seed=0, train=False), settings.batch_size
+    parts = [(n, shards[n][k : k + size]) for n in numbers for k in range(0, len(shards[n]), size)]
     order = ([(0, position) for position in part] for _, part in parts)
-    workers, on_gpu = pick_workers(settings.compute.workers, device), device.type == "cuda"
-    done, shard, shards = 0, Shard(), index.shards
-    for (number, part), batch in zip(parts, load_batches(dataset, order, workers, bad.add, on_gpu), strict=True):
-        if part.start == shards[number].start:
-            shard = Shard()
-        shard.bad += batch.bad
+    workers = pick_workers(settings.compute.workers, device)
+    batches = load_batches(dataset, order, workers, bad.add, pin=device.type == "cuda")
+    latents = [torch.empty(2, 0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])]
+    done, rows, positions, unreadable = 0, latents[:], list[int](), list[tuple[int, str]]()
+    for (number, part), batch in zip(parts, batches, strict=True):
+        unreadable += batch.bad
+        positions += batch.index.tolist()
         if len(batch.x):
             x = to_float(batch.x.to(device, non_blocking=True))
             sides = [x, x.flip(-1)] if images.flip else [x]
             with torch.inference_mode(), autocast(device, settings.compute.precision):
-                posterior = encoder(torch.cat(sides))
-            shard.add(posterior, len(sides), batch.index.tolist(), DTYPES[settings.dtype])
+                posterior = torch.stack(encoder(torch.cat(sides)))  # mu and logvar: (2, m*b, c, h, w)
+            rows.append(torch.stack(posterior.chunk(len(sides), dim=1), dim=2).to("cpu", rows[0].dtype))
         done += len(part)
         advance(done)
         if part.stop == shards[number].stop:
-            yield number, shard
+            mu, logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
+            metadata = Metadata(stage="latents", extra={"positions": positions, "bad": unreadable})
+            yield partial(checkpoint.save, shard_path(stage.path, number), {"mu": mu, "logvar": logvar}, metadata)
+            rows, positions, unreadable = latents[:], [], []
+            if stage.out_of_time():
+                return

@@ -12,7 +12,6 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index
 from lightdiff.errors import UserError
 from lightdiff.run_folder import INDEX, RunFolder, find_latents
-from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import ScaleSettings
@@ -29,7 +28,7 @@ def run(settings: ScaleSettings) -> Path:
         paths = stage.processes.strided(index.shard_paths(stage.path))
         for mu, logvar in prefetch(partial(read_train_latents, path, index) for path in paths):
             moments.add(mu, logvar)
-        moments.all_reduce(stage.processes)
+        stage.processes.all_reduce_sum(moments.sums)
         if not moments.count:
             raise UserError(f"{stage.path} has no latents in the training split; encode more images")
         index.statistics = statistics(moments, settings)
@@ -46,33 +45,29 @@ def read_train_latents(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
 
 
 class LatentMoments:
-    """Sums of mu, mu^2, sigma^2 and logvar over latents, in float64 and constant memory; all statistics follow.
-
-    Of shape (c,), they are summed over images and positions; of shape (c, h, w), over images only.
-    """
+    """Sums of mu, mu^2, sigma^2 and logvar per channel, in float64 and constant memory; all statistics follow."""
 
     def __init__(self, *shape: int) -> None:
-        self.count = 0  # latent elements in each sum
-        self.sums = torch.zeros(4, *shape, dtype=torch.float64)
-        self.mu, self.mu_squared, self.variance, self.logvar = self.sums.unbind()  # views
+        self.sums = torch.zeros(5, *shape, dtype=torch.float64)
+        self.mu, self.mu_squared, self.variance, self.logvar, self.counts = self.sums.unbind()  # views
+
+    @property
+    def count(self) -> int:
+        """Latent elements in each sum."""
+        return int(self.counts.flatten()[0])
 
     def add(self, mu: Tensor, logvar: Tensor) -> None:
         """Add latents (n, m, c, h, w), where m counts an image and its mirror image."""
         rows = max(1, CHUNK * mu.shape[0] // max(1, mu.numel()))
         for chunk in zip(torch.split(mu, rows), torch.split(logvar, rows), strict=True):
-            if self.mu.ndim == 1:
-                m, v = (x.float().transpose(0, 2).flatten(1) for x in chunk)  # (c, elements)
-            else:
-                m, v = (x.float().flatten(0, 1).flatten(1).T for x in chunk)  # (c h w, images)
-            self.count += m.shape[1]
+            m, v = (self.rows(x.float()) for x in chunk)
             sums = [x.sum(1, dtype=torch.float64) for x in (m, m.square(), v.exp(), v)]
-            self.sums += torch.stack(sums).view_as(self.sums)
+            self.sums[:4] += torch.stack(sums).view_as(self.sums[:4])
+            self.counts += m.shape[1]
 
-    def all_reduce(self, processes: Processes) -> None:
-        """Sum over all processes."""
-        numbers = processes.all_reduce_sum(torch.cat([torch.tensor([self.count]).double(), self.sums.flatten()]))
-        self.count = int(numbers[0])
-        self.sums.copy_(numbers[1:].view_as(self.sums))
+    def rows(self, x: Tensor) -> Tensor:
+        """What is summed to one number each: all of a channel, (n, m, c, h, w) -> (c, elements)."""
+        return x.transpose(0, 2).flatten(1)
 
 
 def statistics(moments: LatentMoments, settings: ScaleSettings) -> Statistics:
@@ -113,11 +108,10 @@ def statistics(moments: LatentMoments, settings: ScaleSettings) -> Statistics:
 def print_statistics(s: Statistics, settings: ScaleSettings) -> None:
     """Print the statistics as a table, with warnings about unusual channels."""
     what = "mu" if s.only_mu else "z = mu + sigma eps"
-    table = Table(
-        title=f"Latents of the training split: {what}, {s.count:,} elements per channel", title_justify="left"
-    )
-    for heading in ("channel", "mean", "std", "posterior sigma", "carries", "shift", "scale"):
-        table.add_column(heading, justify="left" if heading == "channel" else "right")
+    title = f"Latents of the training split: {what}, {s.count:,} elements per channel"
+    table = Table("channel", title=title, title_justify="left")
+    for heading in ("mean", "std", "posterior sigma", "carries", "shift", "scale"):
+        table.add_column(heading, justify="right")
     for c, bits in enumerate(channel_bits(s)):
         shift, scale = s.shift[c % len(s.shift)], s.scale[c % len(s.scale)]
         numbers = (s.channel_mean[c], s.channel_std[c], s.channel_sigma[c])

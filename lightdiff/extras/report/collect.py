@@ -14,12 +14,12 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.evidence import first_readable, read_evaluation, rows_of
+from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encode_picture, nearest, reconstructions, trajectory_pictures
 from lightdiff.extras.settings_rows import MODELS, Row, settings_changes, settings_rows
-from lightdiff.pipeline import Pipeline, latents_behind
+from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
 
 MAX_FRAMES = 24  # of a slider over training steps

@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
+from lightdiff.extras.evidence import latents_behind
 from lightdiff.options import Layer, Where, build, merge, nest
-from lightdiff.pipeline import latents_behind
-from lightdiff.run_folder import INDEX, RunFolder, find_unet, find_vae
+from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_unet, find_vae
 from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings, TrainVAESettings
-from lightdiff.stages.encode import VAE_COPY
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
 DERIVED: dict[type[StageSettings], dict[Where, Any]] = {  # settings that follow from others unless given

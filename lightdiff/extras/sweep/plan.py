@@ -20,7 +20,7 @@ from lightdiff.extras.sweep.axes import STAGES, Axis, parse_axis
 from lightdiff.extras.sweep.base import Base, finished
 from lightdiff.options import Layer, build, merge
 from lightdiff.pipeline import guidance_for, levels_for, vae_digest
-from lightdiff.run_folder import RunFolder
+from lightdiff.run_folder import VAE_COPY, RunFolder
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -30,7 +30,6 @@ from lightdiff.settings import (
     TrainVAESettings,
     flat,
 )
-from lightdiff.stages.encode import VAE_COPY
 
 Kind = Literal["vae", "latents", "unet", "samples"]
 # Results do not depend on these.
