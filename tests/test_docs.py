@@ -218,7 +218,7 @@ def smaller(words: list[str]) -> list[str]:
     return [*shlex.split(line), *few]
 
 
-def begun_anew(page: list[list[str]]) -> set[str]:
+def folders_made(page: list[list[str]]) -> set[str]:
     """The folders that a page's commands make from the start, so that none may be there before."""
     found: dict[str, str] = {}
     for words in page:
@@ -234,7 +234,7 @@ def begun_anew(page: list[list[str]]) -> set[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, trained: Path, faces: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages speak of: images, finished runs, old checkpoints; it is the home folder, too."""
+    """A folder with what the pages mention: images, finished runs, old checkpoints; it is the home folder, too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("faces", "photos", "pets"):
@@ -261,7 +261,7 @@ def run_commands(page: list[list[str]], trained: Path) -> None:
     for run in {word for words in page for word in words if re.fullmatch(r"runs/[\w-]+", word)} - made:
         if not Path(run).exists():
             shutil.copytree(trained, run)
-    for folder in begun_anew(page):
+    for folder in folders_made(page):
         shutil.rmtree(Path(folder).expanduser(), ignore_errors=True)
     for words in page:
         succeed(*smaller(words))
@@ -303,10 +303,10 @@ def test_the_library_as_the_readme_shows_it(place: Path) -> None:
     assert names["images"].shape[0] == 16  # type: ignore[attr-defined]
 
 
-def test_commands_are_made_small_and_folders_made_anew() -> None:
+def test_commands_are_made_small() -> None:
     page = [shlex.split(line) for line in ("train-vae --run a --data b", "train-unet --run a", "train-unet --run c")]
-    assert begun_anew(page) == {"a", "c/unet"}
-    assert begun_anew([["generate", "--run", "a"], ["train-unet", "--run", "a"]]) == set()
+    assert folders_made(page) == {"a", "c/unet"}
+    assert folders_made([["generate", "--run", "a"], ["train-unet", "--run", "a"]]) == set()
     assert smaller(["train-vae", "--from-step", "10000"])[:3] == ["train-vae", "--from-step", "2"]
     assert launched("```sh\nsrun -n 2 lightdiff scale --run a\ncd b && lightdiff show a > c\n```") == [
         ("srun -n 2 ", ["scale", "--run", "a"]),
@@ -314,7 +314,7 @@ def test_commands_are_made_small_and_folders_made_anew() -> None:
     ]
 
 
-# --- what how-lightdiff-is-built.md tells to write ----------------------------------------------------------------
+# --- the lines to write of how-lightdiff-is-built.md ----------------------------------------------------------------
 
 BUILT = ROOT / "docs/how-lightdiff-is-built.md"
 
@@ -369,12 +369,12 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
         compile(after, file, "exec")
         words = [set(re.findall(r'"([^"\n]+)"', text)) for text in (before, after)]
         assert words[0] <= words[1]
-        told = {
+        texts = {
             w
             for w in words[1]
             if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", " array", ".patches:"))
         }
-        assert words[1] - words[0] <= new | {"-"} | told
+        assert words[1] - words[0] <= new | {"-"} | texts
 
 
 @pytest.mark.slow
