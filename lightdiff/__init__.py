@@ -1,19 +1,21 @@
 """lightdiff: from a folder of images to a latent diffusion model of one's own.
 
-A map of the package, in the order in which pixels travel:
+A map of the package, in the order in which images travel:
 
-    settings.py            every knob, on one page
-    data/                  folder -> tensors, order of items, cached latents, drawn toy faces
-    models/                VAE, U-Net, LPIPS: tensors in, tensors out
+    cli.py, options.py     commands; settings -> options
+    settings.py            every setting of the core, on one page
+    stages/                one file per command: train_vae, encode, scale, train_unet, generate
+    runtime/               how every stage runs: opening it, processes, devices, signals, resuming, progress
+    data/                  folder -> tensors, order of items, cached latents
+    models/                VAE, U-Net, LPIPS: tensors in, tensors out; one architecture a file
     losses.py              reconstruction, KL, LPIPS and other terms
     diffusion/             noise schedules, what the network predicts, samplers
     training/              the one loop: accumulate, clip, step, average, validate, save
-    stages/                one file per command: train_vae, encode, scale, train_unet, generate, demo
     checkpoint.py          one .safetensors file = one snapshot
     run_folder.py          where each stage's files lie
-    options.py, cli.py     settings -> command line
     pipeline.py            the library in four calls: load, encode, sample, decode
-    extras/                looks, inspects, imports; built on the core, never imported by it
+    pictures.py            grids and animations
+    extras/                edit, walk, evaluate, sweep, report, show, demo and more; never imported by the core
 
 Nothing here imports torch, so that `lightdiff --help` answers at once.
 """

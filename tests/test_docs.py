@@ -1,6 +1,7 @@
 """The pages: generated ones are current, links lead somewhere, commands have the options shown."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -51,6 +52,8 @@ WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are wri
     "generate --run runs/back",
     "train-vae --data faces.npy --run runs/array --tv-weight 0.1",
     "encode --run runs/array",
+    "train-vae --run runs/patches --data photos --settings patches.toml",
+    "encode --run runs/patches",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -162,6 +165,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @each_page
+def test_names_in_links_are_those_of_the_code(page: Path) -> None:
+    """A link such as [`EMA.decay_at`](ema.py) leads to a file that defines each of these names."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    missing = []
+    for names, file in re.findall(r"\[`([\w.]+)`\]\(([^)#]+\.py)\)", text):
+        code = (page.parent / file).read_text(encoding="utf-8")
+        missing += [n for n in names.split(".") if not re.search(rf"^ *(?:(?:def|class) )?{n}\b *[(:=\[]", code, re.M)]
+    assert not missing
+
+
+@each_page
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     wrong = []
@@ -199,12 +213,12 @@ def smaller(words: list[str]) -> list[str]:
     for said, instead in INSTEAD.items():
         line = line.replace(said, instead)
     few = SMALL.get(words[0], [])
-    if "--interpolate" in words:  # --frames says how many
-        few = few[few.index("--num-steps") :]
+    if "--settings" in words:  # of an architecture that has no preset
+        few = [word for word in few if word not in ("--preset", "tiny")]
     return [*shlex.split(line), *few]
 
 
-def begun_anew(page: list[list[str]]) -> set[str]:
+def folders_made(page: list[list[str]]) -> set[str]:
     """The folders that a page's commands make from the start, so that none may be there before."""
     found: dict[str, str] = {}
     for words in page:
@@ -220,7 +234,7 @@ def begun_anew(page: list[list[str]]) -> set[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, trained: Path, faces: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages speak of: images, finished runs, old checkpoints; it is the home folder, too."""
+    """A folder with what the pages mention: images, finished runs, old checkpoints; it is the home folder, too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("faces", "photos", "pets"):
@@ -247,7 +261,7 @@ def run_commands(page: list[list[str]], trained: Path) -> None:
     for run in {word for words in page for word in words if re.fullmatch(r"runs/[\w-]+", word)} - made:
         if not Path(run).exists():
             shutil.copytree(trained, run)
-    for folder in begun_anew(page):
+    for folder in folders_made(page):
         shutil.rmtree(Path(folder).expanduser(), ignore_errors=True)
     for words in page:
         succeed(*smaller(words))
@@ -289,10 +303,10 @@ def test_the_library_as_the_readme_shows_it(place: Path) -> None:
     assert names["images"].shape[0] == 16  # type: ignore[attr-defined]
 
 
-def test_commands_are_made_small_and_folders_made_anew() -> None:
+def test_commands_are_made_small() -> None:
     page = [shlex.split(line) for line in ("train-vae --run a --data b", "train-unet --run a", "train-unet --run c")]
-    assert begun_anew(page) == {"a", "c/unet"}
-    assert begun_anew([["generate", "--run", "a"], ["train-unet", "--run", "a"]]) == set()
+    assert folders_made(page) == {"a", "c/unet"}
+    assert folders_made([["generate", "--run", "a"], ["train-unet", "--run", "a"]]) == set()
     assert smaller(["train-vae", "--from-step", "10000"])[:3] == ["train-vae", "--from-step", "2"]
     assert launched("```sh\nsrun -n 2 lightdiff scale --run a\ncd b && lightdiff show a > c\n```") == [
         ("srun -n 2 ", ["scale", "--run", "a"]),
@@ -300,49 +314,48 @@ def test_commands_are_made_small_and_folders_made_anew() -> None:
     ]
 
 
-# --- what how-lightdiff-is-built.md tells to write ----------------------------------------------------------------
+# --- the lines to write of how-lightdiff-is-built.md ----------------------------------------------------------------
 
 BUILT = ROOT / "docs/how-lightdiff-is-built.md"
 
 
 def put(file: Path, old: str, new: str) -> None:
-    """Replace a line that is there once."""
+    """Replace a line that is there once; `\\g<0>` stands for the line itself."""
     text = file.read_text(encoding="utf-8")
     found = re.findall(old, text, re.MULTILINE)
     assert len(found) == 1, (old, found)
-    file.write_text(text.replace(found[0], new), encoding="utf-8")
+    file.write_text(text.replace(found[0], new.replace(r"\g<0>", found[0])), encoding="utf-8")
 
 
 def edited(package: Path) -> None:
     """Write the page's lines into a copy of the package, at the places that the page names."""
     blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
-    sampler, table, name, row, objective, schedule, betas, *others = blocks
-    term, term_row, weight, layout, recognised, labels, source = others
-    put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n{table}")
+    sampler, sampler_row, name, row, objective, schedule, betas, *others = blocks
+    term, term_row, weight, layout, recognised, labels, source, architecture, architecture_row = others
+    put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n\\g<0>{sampler_row}")
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
-    put(package / "settings.py", r"^    schedule: Literal.*\n", schedule)
+    put(package / "settings.py", r"^ScheduleName = .*\n", schedule)
     put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
     files = package / "data/files.py"
     put(files, r"^Layout = .*\n", layout)
     put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
     put(files, r"^SOURCES: .*\n", source)
-    last = r"^    # Folders such as .*\n"
-    put(files, last, recognised + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
-    last = r"^    \"plain\": .*\n"
-    put(files, last, labels + re.findall(last, files.read_text(encoding="utf-8"), re.MULTILINE)[0])
-    put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\nTERMS: dict[str, Term] = {{\n{term_row}")
-    gamma = r"^    lpips_gamma: .*\n"
-    text = (package / "settings.py").read_text(encoding="utf-8")
-    put(package / "settings.py", gamma, re.findall(gamma, text, re.MULTILINE)[0] + weight)
+    put(files, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
+    put(files, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
+    put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\n\\g<0>{term_row}")
+    put(package / "settings.py", r"^    lpips_gamma: .*\n", rf"\g<0>{weight}")
+    (package / "models/patches.py").write_text(architecture, encoding="utf-8")
+    original = r"^        \"original\": \"lightdiff.models.original:OriginalVAESettings\",\n"
+    put(package / "settings.py", original, rf"\g<0>{architecture_row}")
 
 
 def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
     package = tmp_path / "lightdiff"
     shutil.copytree(ROOT / "lightdiff", package, ignore=shutil.ignore_patterns("__pycache__"))
     edited(package)
-    new = {"mine", "back", "sine", "class-number", "tv", "tv_weight", ".npy", "r", "{i:06d}"}
+    new = {"mine", "back", "sine", "class-number", "tv", "tv_weight", ".npy", "r", "{i:06d}", "patches"}
     changed = (
         "diffusion/samplers.py",
         "diffusion/objectives.py",
@@ -356,23 +369,26 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
         compile(after, file, "exec")
         words = [set(re.findall(r'"([^"\n]+)"', text)) for text in (before, after)]
         assert words[0] <= words[1]
-        told = {
+        texts = {
             w
             for w in words[1]
-            if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", " array"))
+            if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", " array", ".patches:"))
         }
-        assert words[1] - words[0] <= new | {"-"} | told
+        assert words[1] - words[0] <= new | {"-"} | texts
 
 
 @pytest.mark.slow
-def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: Path) -> None:
+def test_everything_of_ones_own_runs_as_written(place: Path, faces: Path) -> None:
     shutil.copytree(ROOT / "lightdiff", "lightdiff", ignore=shutil.ignore_patterns("__pycache__"))
     edited(Path("lightdiff"))
     Path("animals").mkdir()
     for number, image in enumerate(sorted(faces.rglob("*.png"))):
         shutil.copy(image, f"animals/{('cat', 'dog')[number % 2]}-{number:04d}.png")
     np.save("faces.npy", np.stack([np.asarray(Image.open(image)) for image in sorted(faces.rglob("*.png"))]))
-    page = [words for words in commands(BUILT.read_text(encoding="utf-8")) if shlex.join(words) in WITH_EDITS]
+    text = BUILT.read_text(encoding="utf-8")
+    (toml,) = [code for _, _, language, code in FENCE.findall(text) if language == "toml"]
+    Path("patches.toml").write_text(toml, encoding="utf-8")
+    page = [words for words in commands(text) if shlex.join(words) in WITH_EDITS]
     assert len(page) == len(WITH_EDITS)
     code = (
         "import shlex, sys\nfrom lightdiff.cli import app\n"
@@ -392,5 +408,7 @@ def test_a_sampler_an_objective_and_a_data_set_of_ones_own(place: Path, faces: P
     assert "class-number" in result.stdout
     assert '"tv": ' in Path("runs/array/vae/metrics.jsonl").read_text()
     assert len(LatentSet(Path("runs/array/latents")).index.files) == 24
+    assert json.loads(Path("runs/patches/vae/settings.json").read_text())["model"]["patch"] == 2
+    assert LatentSet(Path("runs/patches/latents")).index.shape == (4, 8, 8)
     assert Path("runs/back/samples/0001/00001.png").is_file()
     assert Path("runs/sine/unet/checkpoints/last.safetensors").is_file()
