@@ -10,7 +10,6 @@ import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +21,18 @@ INDEX = "index.json"  # of a folder of latents
 VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
 
 
-@dataclass(frozen=True)
 class StageFolder:
     """One stage's sub-folder of a run."""
 
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        """The settings the stage ran with, all filled in."""
-        return self.path / "settings.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line, in the order of steps."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def images(self) -> Path:
-        """Grids drawn at validations."""
-        return self.path / "images"
-
-    @property
-    def bad_files(self) -> Path:
-        """Unreadable images and why."""
-        return self.path / "bad-files.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        """The newest state; can be resumed."""
-        return self.checkpoints / "last.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """The weights with the lowest validation loss; without optimizer state."""
-        return self.checkpoints / "best.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"  # the settings the stage ran with, all filled in
+        self.metrics = path / "metrics.jsonl"  # one JSON object a line, in the order of steps
+        self.images = path / "images"  # grids drawn at validations
+        self.bad_files = path / "bad-files.txt"  # unreadable images and why
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.safetensors"  # the newest state; can be resumed
+        self.best = self.checkpoints / "best.safetensors"  # lowest validation loss; without optimizer state
 
     def step(self, step: int) -> Path:
         """The state after a number of optimizer steps; can be resumed."""
@@ -78,35 +49,19 @@ class StageFolder:
         return int(number) if number.isdecimal() else -1
 
     def resumable(self) -> list[Path]:
-        """All states that a run could go on from, `last` first, then the newest."""
+        """All states that a run could resume from, `last` first, then the newest."""
         return [path for path in (self.last, *reversed(self.steps())) if path.is_file()]
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """A run: everything that one model came from and made."""
 
-    path: Path
-
-    @property
-    def vae(self) -> StageFolder:
-        """What train-vae writes."""
-        return StageFolder(self.path / "vae")
-
-    @property
-    def unet(self) -> StageFolder:
-        """What train-unet writes."""
-        return StageFolder(self.path / "unet")
-
-    @property
-    def latents(self) -> Path:
-        """What encode writes, and scale adds its result to."""
-        return self.path / "latents"
-
-    @property
-    def samples(self) -> Path:
-        """What generate writes, a folder a call."""
-        return self.path / "samples"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.vae = StageFolder(path / "vae")  # what train-vae writes
+        self.unet = StageFolder(path / "unet")  # what train-unet writes
+        self.latents = path / "latents"  # what encode writes, and scale adds its result to
+        self.samples = path / "samples"  # what generate writes, a folder a call
 
 
 def find_vae(given: Path | None, run: RunFolder) -> Path:

@@ -58,7 +58,7 @@ class Reporter:
         self._printed, self._settings = time.monotonic(), settings or {}
         self._display = Display(title, total, start)
         self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
-        if metrics is not None:
+        if metrics is not None and metrics.is_file():
             for row in cut_metrics(metrics, start):
                 self._display.remember(trending(row))
 
@@ -155,8 +155,7 @@ def read_metrics(path: Path) -> list[Row]:
 def cut_metrics(path: Path, last_step: int) -> list[Row]:
     """Drop lines of steps after `last_step`, which a resumed run will write again, and return the others."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-    if path.exists():
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -247,14 +247,11 @@ def make_optimizers(model: nn.Module, loop: LoopSettings) -> list[torch.optim.Op
     """The optimizers of a network's parameters: with muon, one of matrices and one of the rest; else AdamW alone."""
     matrices = muon_params(model, loop)
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
-    lr, decay, found = loop.lr, loop.weight_decay, list[torch.optim.Optimizer]()
-    if matrices:
-        dtype = torch.bfloat16 if loop.precision == "bf16" else matrices[0].dtype
-        found.append(Muon(matrices, {"lr": lr, "weight_decay": decay, "dtype": dtype}))
-    if rest:
-        fused = rest[0].device.type in MASKING
-        found.append(torch.optim.AdamW(rest, lr, (0.9, loop.beta2), weight_decay=decay, fused=fused))
-    return found
+    lr, decay, fused = loop.lr, loop.weight_decay, next(model.parameters()).device.type in MASKING
+    dtype = torch.bfloat16 if loop.precision == "bf16" else next(model.parameters()).dtype
+    muon = [Muon(matrices, {"lr": lr, "weight_decay": decay, "dtype": dtype})] if matrices else []
+    betas = (0.9, loop.beta2)
+    return muon + ([torch.optim.AdamW(rest, lr, betas, weight_decay=decay, fused=fused)] if rest else [])
 
 
 def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
