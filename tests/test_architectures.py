@@ -158,10 +158,10 @@ def test_the_originals_attention_has_4_heads() -> None:
 def test_a_layer_of_another_architecture_leaves_nothing_of_the_layers_below() -> None:
     below = {"loop": {"lr": 1.0}, "model": {"architecture": "default", "mid_blocks": 3}}
     above = {"model": {"architecture": "original"}}
-    assert merge(below, above) == {"loop": {"lr": 1.0}, "model": {"architecture": "original"}}
+    assert merge(TrainVAESettings, below, above) == {"loop": {"lr": 1.0}, "model": {"architecture": "original"}}
     same = {"model": {"architecture": "default", "attention": True}}
-    assert merge(below, same)["model"] == {"architecture": "default", "mid_blocks": 3, "attention": True}
-    assert merge(below, {"model": {"attention": True}})["model"]["architecture"] == "default"
+    assert merge(TrainVAESettings, below, same)["model"] == {"architecture": "default", "mid_blocks": 3, "attention": True}
+    assert merge(TrainVAESettings, below, {"model": {"attention": True}})["model"]["architecture"] == "default"
 
 
 def test_a_preset_of_another_architecture_does_not_change_a_run(run: Path) -> None:

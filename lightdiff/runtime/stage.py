@@ -36,7 +36,7 @@ from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, Tra
 S = TypeVar("S", bound=StageSettings)
 LOCK = ".lock"
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
-RESUME_ADVICE = "choose another --run, or leave that setting as it was"
+RESUME_ADVICE = "leave that setting as it was"
 AGAIN = "run the same command again to resume"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none

@@ -15,7 +15,6 @@ from lightdiff.settings import (
     StageSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    parse_list,
 )
 
 STAGES: dict[str, type[StageSettings]] = {
@@ -101,6 +100,4 @@ def takes_list(info: FieldInfo) -> bool:
 
 def parse_value(info: FieldInfo, text: str) -> Any:
     """A value in the form that pydantic validates."""
-    if extra(info, "repeated"):
-        return [part.strip() for part in text.split(",")]
-    return parse_list(info, text)
+    return [part.strip() for part in text.split(",")] if extra(info, "repeated") else text
