@@ -146,9 +146,9 @@ class UNetArchitecture(Architecture):
     }
 
 
-def widths(width: int, multipliers: Sequence[int], levels: int) -> tuple[int, ...]:
-    """Stem and level widths: width times each multiplier, the last one repeated, `levels` + 1 of them."""
-    return tuple(width * multipliers[min(i, len(multipliers) - 1)] for i in range(levels + 1))
+def widths(width: int, multipliers: Sequence[int], count: int) -> tuple[int, ...]:
+    """Widths of the stem and each level, `count` of them: width times each multiplier, the last one repeated."""
+    return tuple(width * multipliers[min(i, len(multipliers) - 1)] for i in range(count))
 
 
 class VAESettings(VAEArchitecture):
@@ -172,19 +172,18 @@ class VAESettings(VAEArchitecture):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        encoder, decoder = len(self.encoder_channels), len(self.decoder_channels)
-        if encoder and decoder and encoder != decoder:
-            raise ValueError(f"{encoder} encoder_channels but {decoder} decoder_channels; both need the same count")
+        if self.encoder_channels and len(self.decoder_channels) not in (0, len(self.encoder_channels)):
+            counts = f"{len(self.encoder_channels)} encoder_channels but {len(self.decoder_channels)} decoder_channels"
+            raise ValueError(f"{counts}; both need the same count")
         if self.logvar_min >= self.logvar_max:
             raise ValueError(f"logvar_min {self.logvar_min} is not below logvar_max {self.logvar_max}")
         return self
 
     def resolved(self, size: int) -> Self:
         """The same settings with empty widths filled in for images of this size (px)."""
-        given = len(self.encoder_channels or self.decoder_channels)
-        levels = given - 1 if given else 1 if size < 32 else 2 if size < 192 else 3
-        encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), levels)
-        decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), levels)[::-1]
+        count = len(self.encoder_channels or self.decoder_channels) or 2 + (size >= 32) + (size >= 192)
+        encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), count)
+        decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), count)[::-1]
         return with_changes(self, encoder_channels=encoder, decoder_channels=decoder)
 
     @property
@@ -223,7 +222,7 @@ class UNetSettings(UNetArchitecture):
     def resolved(self, size: int) -> Self:
         """The same settings with empty widths and attention levels filled in for latents of this size."""
         halvings = (n for n in (3, 2, 1) if (size % 2**n == 0 and size >= 4 * 2**n) or n == 1)
-        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings))
+        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings) + 1)
         small = tuple(i for i in range(len(channels) - 1) if 4 <= size // 2**i <= 8)
         attended = small if self.attend_levels is None else self.attend_levels
         return with_changes(self, channels=channels, attend_levels=attended)

@@ -20,6 +20,7 @@ from lightdiff.cli import COMMANDS
 from lightdiff.errors import UserError
 from lightdiff.extras import settings as extras_settings
 from lightdiff.extras.settings import DemoSettings
+from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.options import (
     PRESETS,
     Layer,
@@ -207,10 +208,12 @@ def test_defaults_alone_build_the_model(model: type[Settings]) -> None:
     json.dumps(defaults(model))
 
 
-@pytest.mark.parametrize("model", [row.model for row in COMMANDS.values()])
+@pytest.mark.parametrize(
+    "model", [*(row.model for row in COMMANDS.values()), OriginalVAESettings, OriginalUNetSettings]
+)
 def test_every_list_can_be_given_as_one_text(model: type[Settings]) -> None:
     lists = [path for path, field in leaves(model) if options.takes_commas(field)]
-    complaints = [complaint for path in lists for complaint in complaints_about(model, nest({path: "1,2,3"}))]
+    complaints = [line for path in lists for line in complaints_about(model, nest({path: "1,2,3"}))]
     assert not [complaint for complaint in complaints if "valid tuple" in complaint]
 
 

@@ -23,7 +23,7 @@ from lightdiff.runtime.compile import compile_network, enable_activation_checkpo
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage
-from lightdiff.settings import LoopSettings, flat
+from lightdiff.settings import LoopSettings
 from lightdiff.training.ema import EMA
 from lightdiff.training.optimizers import Muon
 from lightdiff.training.saving import save
@@ -291,7 +291,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     began, images_before = time.monotonic(), trainer.images_seen
     metrics_file = folder.metrics if processes.is_main else None
-    reporter = Reporter(stage.name, total, trainer.step, metrics_file, flat(stage.metadata.settings))
+    reporter = Reporter(stage.name, total, trainer.step, metrics_file, stage.metadata.settings)
     with reporter, stage.deferring_signals():
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
