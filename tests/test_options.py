@@ -410,7 +410,7 @@ class Round(Thing):
 
     kind: Literal["round"] = Field("round", description="kind of thing")
     radius: int = Field(1, description="half of its width")
-    blocks: settings.Counts = Field((1,), description="some numbers")
+    blocks: settings.Numbers = Field((1,), description="some numbers")
 
 
 class Square(Thing):
@@ -418,7 +418,7 @@ class Square(Thing):
 
     kind: Literal["square"] = Field("square", description="kind of thing")
     side: int = Field(2, ge=1, description="length of a side")
-    blocks: settings.Counts = Field((2,), description="some numbers")
+    blocks: settings.Numbers = Field((2,), description="some numbers")
 
 
 class Drawing(Settings):
