@@ -46,7 +46,11 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
     def begun(folder: Path) -> dict[str, Any]:
         return flat(read_json(folder / kept)) if (folder / kept).is_file() else {}
 
-    with open_stage(settings, "samples", lambda: settings.out or new_folder(here.samples), begun) as stage:
+    def folder() -> Path:
+        find_unet(settings.unet, here)  # names a misspelled run before its folder is made
+        return settings.out or new_folder(here.samples)
+
+    with open_stage(settings, "samples", folder, begun) as stage:
         stage.again = f"run the same command again{'' if settings.out else f' with --out {stage.path}'} to resume"
         yield Samples(stage)
 
