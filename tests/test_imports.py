@@ -12,13 +12,21 @@ import pytest
 import lightdiff
 
 ROOT = Path(lightdiff.__file__).parent
-LIGHT = ["lightdiff", "lightdiff.settings", "lightdiff.options", "lightdiff.errors", "lightdiff.run_folder"]
+LIGHT = [
+    "lightdiff",
+    "lightdiff.architectures",
+    "lightdiff.settings",
+    "lightdiff.options",
+    "lightdiff.errors",
+    "lightdiff.run_folder",
+]
 LIGHT_EXTRAS = ["lightdiff.extras.settings", "lightdiff.extras.commands"]
 LIGHT += LIGHT_EXTRAS
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
     ["errors"],
-    ["settings", "options"],
+    ["architectures", "options"],
+    ["settings"],
     ["run_folder"],
     ["checkpoint"],
     ["models", "diffusion", "losses", "runtime"],
