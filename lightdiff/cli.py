@@ -51,7 +51,10 @@ def run_stage(module: str, chosen: settings.Settings) -> None:
         from lightdiff.runtime.launcher import launch
 
         return launch(chosen.job, sys.argv[1:])  # type: ignore[attr-defined]
-    made = import_module(f"lightdiff.{module}").run(chosen)
+    try:
+        made = import_module(f"lightdiff.{module}").run(chosen)
+    except KeyboardInterrupt:  # here, as Typer would leave without a word
+        raise Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT) from None
     if rank() == 0:
         typer.echo(made)
 
@@ -148,8 +151,6 @@ def main() -> None:
         register_worker()
     try:
         app()
-    except KeyboardInterrupt:  # here, as Typer would leave without a word
-        fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
     except Exception as error:
         if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise

@@ -28,7 +28,7 @@ from lightdiff.architectures import (
 from lightdiff.errors import UserError, not_divisible
 
 __all__ = ["Architecture", "Counts", "Settings", "UNetArchitecture", "UNetSettings"]
-__all__ += ["VAEArchitecture", "VAESettings", "Width", "parse_numbers", "with_changes"]
+__all__ += ["VAEArchitecture", "VAESettings", "Width", "parse_names", "parse_numbers", "with_changes"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]

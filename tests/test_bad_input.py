@@ -514,7 +514,7 @@ def test_ctrl_c_says_that_nothing_is_lost(cli, run, monkeypatch):
     monkeypatch.setattr("lightdiff.stages.scale.run", interrupted)
     result = cli("scale", "--run", run)
     assert result.code == 130
-    assert "interrupted; what was saved before is untouched" in result.err
+    assert "interrupted; what was saved is untouched" in result.err
 
 
 def test_brackets_in_the_name_of_a_run(cli, run):

@@ -65,6 +65,7 @@ class SweepSettings(StageSettings):
     run: Path = Field(Path("runs/default"), description="run folder whose settings are used, except what is varied")
     vary: tuple[str, ...] = Field(
         (),
+        validate_default=True,
         json_schema_extra={"repeated": "NAME=..."},
         description="a flag of any stage and its values: kl-beta=1e-4,1e-2; once, or twice for rows and columns",
     )
