@@ -121,9 +121,13 @@ class VAESettings(VAEArchitecture):
     decoder_width: Width = Field(32, description="decoder-channels, if empty, are this x 4, 2, 1, as the size asks")
     encoder_blocks: Counts = Field((1,), description="blocks a level; a short list repeats its last number")
     decoder_blocks: Counts = Field((2,), description="blocks a level; a short list repeats its last number")
-    mid_blocks: int = Field(1, ge=0, le=64, description="residual blocks at the latent's size, in each half")
+    mid_blocks: int = Field(
+        1, ge=0, le=64, description="residual blocks at the latent's size, in encoder and decoder each"
+    )
     attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
-    norm: Literal["pixel", "group"] = Field("pixel", description="LayerNorm of each pixel's channels, or GroupNorm")
+    norm: Literal["pixel", "group"] = Field(
+        "pixel", description="LayerNorm of each pixel's channels, or GroupNorm, which can leave droplets in images"
+    )
     output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
     logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
     logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
@@ -159,7 +163,9 @@ class UNetSettings(UNetArchitecture):
     channels: Widths = Field((), description="widths: stem, then each level; empty: by width")
     width: Width = Field(64, description="channels, if empty, are this x 1, 1, 2, 3, 4, as the latent's size asks")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
-    attend_levels: Levels = Field(None, description="levels with self-attention, 0 the finest; default: of 4 to 8 px")
+    attend_levels: Levels = Field(
+        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
+    )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
     time_dim: int = Field(256, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")

@@ -111,13 +111,18 @@ class SamplingSettings(Settings):
     spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
     class_: Names = Field((), description="classes to draw, the images taking turns; empty: any")
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none, more: more typical images")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
+    )
     guidance_interval: Numbers = Field(
         (0.0, 1.0), json_schema_extra=CLASS, description="share of noise levels to guide at: from, to; 0 is clean"
     )
     clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
     min_alpha_bar: float | None = Field(
-        None, ge=0, lt=1, description="least alpha_bar to start at; default: 0.003 for eps, else 0"
+        None,
+        ge=0,
+        lt=1,
+        description="start at the noisiest level with at least this much signal; default: 0.003 for eps, else 0",
     )
 
     @model_validator(mode="after")
@@ -179,8 +184,12 @@ class LoopSettings(ComputeSettings):
     epochs: float = Field(0.0, ge=0, json_schema_extra=STEPS, description="passes over the images; 0: off")
     batch_size: int = Field(16, ge=1, description="images per optimizer step")
     micro_batch: int = Field(0, ge=0, json_schema_extra=MEMORY, description="images per forward pass; 0: batch-size")
-    checkpoint_activations: bool = Field(False, json_schema_extra=MEMORY, description="save memory: a third slower")
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="Muon for matrices and kernels, or AdamW alone")
+    checkpoint_activations: bool = Field(
+        False, json_schema_extra=MEMORY, description="recompute activations: a third slower"
+    )
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="Muon, with AdamW for what is no matrix or kernel; or AdamW alone"
+    )
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
