@@ -322,7 +322,7 @@ def edited(package: Path) -> None:
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
-    put(package / "settings.py", r"^    schedule: Literal.*\n", schedule)
+    put(package / "settings.py", r"^ScheduleName = .*\n", schedule)
     put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
     files = package / "data/files.py"
     put(files, r"^Layout = .*\n", layout)
