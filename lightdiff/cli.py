@@ -1,5 +1,6 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,28 +13,16 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped
-from lightdiff.extras.settings import (
-    DemoSettings,
-    EditSettings,
-    EvaluateSettings,
-    SweepSettings,
-    TrajectorySettings,
-    WalkSettings,
-)
+from lightdiff.extras.commands import EXTRAS, add_commands
 from lightdiff.options import Layer, command
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import is_worker, rank, restarted
+from lightdiff.runtime import WORKER_FOLDER, rank, restarted
 
 STAGES = "The five stages"
-DRAWING = "More to draw"
-EVALUATION = "Evaluating and comparing"
-LOOKING = "Looking at images and runs"
-STARTING = "Starting points"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
 
 app = typer.Typer(
     name="lightdiff",
-    help="From a folder of images to a latent diffusion model of your own.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -56,24 +45,24 @@ def options(
     """From a folder of images to a latent diffusion model of your own."""
 
 
-# --- running a command --------------------------------------------------------------------------------------------
-
-
 def run_stage(module: str, chosen: settings.Settings) -> None:
     """Run what a command stands for, and print the path of what it made to stdout."""
-    job = getattr(chosen, "job", settings.JobSettings())
-    if job.nproc_per_node > 1 and not is_worker():
+    if WORKER_FOLDER not in os.environ and getattr(chosen, "job", settings.JobSettings()).nproc_per_node > 1:
         from lightdiff.runtime.launcher import launch
 
-        return launch(job, sys.argv[1:])
-    made = import_module(f"lightdiff.{module}").run(chosen)
+        return launch(chosen.job, sys.argv[1:])  # type: ignore[attr-defined]
+    try:
+        made = import_module(f"lightdiff.{module}").run(chosen)
+    except KeyboardInterrupt:  # here, as Typer would leave without a word
+        raise Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT) from None
     if rank() == 0:
         typer.echo(made)
 
 
 def estimate(module: str, chosen: settings.Settings) -> None:
     """Print what a training, or the trainings of a sweep, will take."""
-    import_module(f"lightdiff.{module}").estimate(chosen)
+    if module:
+        import_module(f"lightdiff.{module}").estimate(chosen)
 
 
 # --- what a stage inherits ----------------------------------------------------------------------------------------
@@ -81,33 +70,32 @@ def estimate(module: str, chosen: settings.Settings) -> None:
 
 def saved_layer(stage: str, said: Layer) -> Layer:
     """What a stopped run of this stage saved, so that the same command resumes it."""
-    from lightdiff.runtime.resume import newest
-
-    if said.get("restart") and not restarted():
-        return {}
     folder = getattr(RunFolder(run_of(said)), stage)
-    if not folder.resumable():
+    if not folder.resumable() or (said.get("restart") and not restarted()):
         return {}
-    saved = newest(folder, stage, whole=False)  # the stage verifies the tensors
-    return {name: value for name, value in saved.metadata.settings.items() if name not in ONLY_NOW}
+    newest = import_module("lightdiff.runtime.resume").newest
+    saved = newest(folder, stage, whole=False).metadata.settings  # the stage verifies the tensors
+    return {name: value for name, value in saved.items() if name not in ONLY_NOW}
 
 
 def inherit_encode(said: Layer) -> Layer:
     """Encode takes the image settings from the VAE."""
-    from lightdiff.stages.encode import inherited
-
-    return inherited(run_of(said), as_path(said.get("vae")))
+    return inherited("encode", said, said.get("vae"))
 
 
 def inherit_unet(said: Layer) -> Layer:
     """train-unet takes shape and scale from the latents, the rest from its own checkpoint."""
-    from lightdiff.stages.train_unet import inherited
-
     saved = saved_layer("unet", said)
     objective = group(said, "target").get("objective")
     if objective and objective != group(saved, "target").get("objective"):
         group(saved, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
-    return saved | inherited(run_of(said), as_path(said.get("latents") or saved.get("latents")))
+    return saved | inherited("train_unet", said, said.get("latents") or saved.get("latents"))
+
+
+def inherited(stage: str, said: Layer, source: Any) -> Layer:
+    """What a stage takes from what an earlier one made: in the run that file and flags say, or in another place."""
+    layer: Layer = import_module(f"lightdiff.stages.{stage}").inherited(run_of(said), as_path(source))
+    return layer
 
 
 def group(layer: Layer, name: str) -> Layer:
@@ -134,111 +122,35 @@ class Command(NamedTuple):
 
     model: type[settings.Settings]
     module: str  # its `run(settings)` does the work and returns what to print
-    panel: str
-    inherit: Callable[[Layer], Layer] | None = None
+    panel: str = STAGES
+    estimate: str = ""  # the module whose `estimate(settings)` a --dry-run calls
     presets: str = ""  # the family of presets to choose from
-    estimate: str = ""  # module whose `estimate(settings)` a --dry-run calls
+    inherit: Callable[[Layer], Layer] = lambda said: {}
 
 
+VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"))
+UNET = ("extras.estimate", "unet", inherit_unet)
 COMMANDS = {
-    "train-vae": Command(
-        settings.TrainVAESettings, "stages.train_vae", STAGES, partial(saved_layer, "vae"), "vae", "extras.estimate"
-    ),
-    "encode": Command(settings.EncodeSettings, "stages.encode", STAGES, inherit_encode),
-    "scale": Command(settings.ScaleSettings, "stages.scale", STAGES),
-    "train-unet": Command(
-        settings.TrainUNetSettings, "stages.train_unet", STAGES, inherit_unet, "unet", "extras.estimate"
-    ),
-    "generate": Command(settings.GenerateSettings, "stages.generate", STAGES),
-    "edit": Command(EditSettings, "extras.edit", DRAWING),
-    "walk": Command(WalkSettings, "extras.walk", DRAWING),
-    "trajectory": Command(TrajectorySettings, "extras.trajectory", DRAWING),
-    "evaluate": Command(EvaluateSettings, "extras.evaluate", EVALUATION),
-    "sweep": Command(SweepSettings, "extras.sweep", EVALUATION, estimate="extras.sweep"),
-    "demo": Command(DemoSettings, "extras.demo", STARTING),
-}
+    "train-vae": Command(settings.TrainVAESettings, "stages.train_vae", STAGES, *VAE),
+    "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode),
+    "scale": Command(settings.ScaleSettings, "stages.scale"),
+    "train-unet": Command(settings.TrainUNetSettings, "stages.train_unet", STAGES, *UNET),
+    "generate": Command(settings.GenerateSettings, "stages.generate"),
+} | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
-    rehearse = partial(estimate, row.estimate) if row.estimate else None
-    run = partial(run_stage, row.module)
-    app.command(name, rich_help_panel=row.panel)(command(row.model, run, row.inherit, row.presets, rehearse))
-
-
-@app.command(rich_help_panel=LOOKING)
-def inspect(
-    data: Annotated[list[Path], typer.Argument(help="folders of images")],
-    val_share: Annotated[float, typer.Option(help="share of images held out for validation")] = 0.05,
-    json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-) -> None:
-    """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
-    from lightdiff.extras.inspect import inspect as look
-    from lightdiff.extras.inspect import print_report
-
-    report = look(data, val_share)
-    if json:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        from rich.console import Console
-
-        print_report(report, Console())
-
-
-@app.command(rich_help_panel=LOOKING)
-def show(
-    place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
-    json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
-) -> None:
-    """Show a checkpoint's or a run's settings, lineage and metrics."""
-    from lightdiff.extras.show import show as look
-
-    look(place, as_json=json)
-
-
-@app.command(rich_help_panel=LOOKING)
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are shown side by side")],
-    out: Annotated[
-        Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
-    ] = None,
-    device: Annotated[settings.Device, typer.Option(help="where to compute the pictures")] = "auto",
-) -> None:
-    """Write one self-contained HTML page about a run, or about several side by side."""
-    from lightdiff.extras.report import report as write
-
-    typer.echo(write(runs, out, device))
-
-
-@app.command(rich_help_panel=STARTING)
-def presets(
-    resolution: Annotated[int, typer.Option(min=8, help="side of the images, in pixels")] = 64,
-) -> None:
-    """List the presets with parameters and memory, for images of a size."""
-    from lightdiff.extras.presets import show_presets
-
-    show_presets(resolution)
-
-
-@app.command("import", rich_help_panel=STARTING)
-def import_original(
-    file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
-    run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
-    resolution: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 256,
-) -> None:
-    """Convert a checkpoint of the original scripts."""
-    from lightdiff.extras.import_original import import_checkpoint
-
-    typer.echo(import_checkpoint(file, run, resolution))
+    run, outlook = partial(run_stage, row.module), partial(estimate, row.estimate)
+    app.command(name, rich_help_panel=row.panel)(command(row.model, run, row.inherit, row.presets, outlook))
+add_commands(app)
 
 
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
-    if is_worker():
+    if WORKER_FOLDER in os.environ:
         from lightdiff.runtime.launcher import register_worker
 
         register_worker()
     try:
         app()
-    except KeyboardInterrupt:  # here, as Typer would leave without a word
-        fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
     except Exception as error:
         if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise
@@ -250,7 +162,7 @@ def main() -> None:
 
 def fail(error: LightdiffError) -> None:
     """Report an error and exit: on stderr, or to the process that started this one, which reports it once for all."""
-    if is_worker():
+    if WORKER_FOLDER in os.environ:
         from lightdiff.runtime.launcher import send_report
 
         send_report(error)

@@ -22,7 +22,14 @@ from lightdiff.errors import UserError
 
 Layer = dict[str, Any]
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
-PRESETS = ("tiny", "small", "base", "original")
+Preset = Literal["tiny", "small", "base", "original"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+PRESETS_SHOWN = "set of architecture settings; 'lightdiff presets' lists them"
+PRINTED = "print the settings as JSON (and, of a training, what it will take) and stop"
+SettingsFile = Annotated[Path | None, typer.Option(help="settings file, TOML or JSON; flags override it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help=PRINTED)]
+PresetName = Annotated[Preset | None, typer.Option(help=PRESETS_SHOWN)]
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
@@ -36,20 +43,16 @@ def plain(annotation: Any) -> Any:
     return annotation
 
 
-def nested_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds, if it holds one: where there are several kinds, that of its default."""
-    kind = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+def nested_model(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The model that a field holds, if it holds one: that of its default."""
+    return type(field.default) if field and isinstance(field.default, BaseModel) else None
 
 
 def leaves(model: type[BaseModel], path: Where = ()) -> Iterator[tuple[Where, FieldInfo]]:
     """Every field that is no model itself, depth first, with its path."""
     for name, field in model.model_fields.items():
         nested = nested_model(field)
-        if nested is None:
-            yield (*path, name), field
-        else:
-            yield from leaves(nested, (*path, name))
+        yield from leaves(nested, (*path, name)) if nested else [((*path, name), field)]
 
 
 def flag_fields(model: type[BaseModel]) -> dict[Where, FieldInfo]:
@@ -58,31 +61,33 @@ def flag_fields(model: type[BaseModel]) -> dict[Where, FieldInfo]:
     return {path: f for path, f in leaves(model) if not {path[0], ".".join(path)} & no_flag}
 
 
-def fields_along(model: type[BaseModel], path: Where) -> list[FieldInfo]:
-    """The fields that a path leads through, the last one its own."""
-    fields = []
-    for name in path:
-        fields.append(model.model_fields[name])
-        model = nested_model(fields[-1]) or model
-    return fields
+def lookup(model: type[BaseModel], path: Where) -> tuple[FieldInfo | None, FieldInfo]:
+    """The group that a field is in, if it is in one, and the field."""
+    group = model.model_fields[path[0]] if path[1:] else None
+    return group, (nested_model(group) or model).model_fields[path[-1]]
 
 
 def extra(field: FieldInfo | None, name: str) -> str:
-    """What a field says of itself (`needs`, `replaces`, `prefix`, `kind`, `repeated`, `panel`), or ""."""
+    """What a field's `json_schema_extra` says of it, or "".
+
+    `needs`: the field beside it without which it does nothing, `name`, or `name=this|that`. `replaces`: the field
+    beside it that it stands for. `prefix`: that its name is part of its fields' flags. `kind`: the field that tells
+    which of several models it holds. `repeated`: what each of its values is, if its flag is given several times.
+    `panel`: its panel of the help.
+    """
     return str(field.json_schema_extra.get(name, "")) if field and isinstance(field.json_schema_extra, dict) else ""
 
 
 def flag(model: type[BaseModel], path: Where) -> str:
     """A field's flag, without dashes: `lr`, `model.channels`."""
-    groups = zip(path[:-1], fields_along(model, path[:-1]), strict=True)
-    prefix = "".join(f"{name}." for name, field in groups if extra(field, "prefix"))
+    prefix = f"{path[0]}." if extra(lookup(model, path)[0], "prefix") else ""
     return prefix + path[-1].rstrip("_").replace("_", "-")  # class_ and from_ are words of Python
 
 
 def panel(model: type[BaseModel], path: Where) -> str:
     """The help panel of a field: its own, else the title of the group it belongs to."""
-    *groups, field = fields_along(model, path)
-    return extra(field, "panel") or (groups[-1].title or path[-2] if groups else "Options")
+    group, field = lookup(model, path)
+    return extra(field, "panel") or (group and group.title) or "Options"
 
 
 def default_of(model: type[BaseModel], path: Where) -> Any:
@@ -92,13 +97,11 @@ def default_of(model: type[BaseModel], path: Where) -> Any:
 
 def format_value(value: Any) -> str:
     """A value as help shows it and as one types it; nothing for none."""
-    if value is None or value == "":
-        return ""
     if isinstance(value, (tuple, list)):
         return ",".join(map(format_value, value))
     if isinstance(value, bool):
         return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def takes_commas(field: FieldInfo) -> bool:
@@ -106,39 +109,29 @@ def takes_commas(field: FieldInfo) -> bool:
     return get_origin(plain(field.annotation)) is tuple and not extra(field, "repeated")
 
 
-def typed_as(model: type[BaseModel], path: Where) -> Any:
-    """The type that Typer parses a field as."""
-    *groups, field = fields_along(model, path)
-    kind = plain(field.annotation)
-    if get_origin(kind) is tuple:
-        return str if takes_commas(field) else list[plain(get_args(kind)[0])]  # type: ignore[misc]
-    if kind is bool and extra(groups[-1] if groups else None, "prefix"):
-        return Literal["on", "off"]  # a second flag --model.no-... would squeeze the help of all others
-    if get_origin(kind) is Literal and any(not isinstance(choice, str) for choice in get_args(kind)):
-        return type(get_args(kind)[0])  # Typer's choices are strings; pydantic judges the number
-    return kind
+def bounds(field: FieldInfo) -> list[str]:
+    """The bounds of a number, each as in `>= 1`."""
+    return [f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
 
 
 def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Parameter:
-    """One field as a parameter that Typer makes an option of."""
-    shown = format_value(default_of(model, path))
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [(sign, getattr(m, name)) for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
-    bounds = ", ".join(f"{sign} {limit:g}" for sign, limit in limits)
-    note = "; ".join(part for part in (f"default: {shown}" if shown else "", bounds) if part)
+    """One field as a parameter that Typer makes an option of; what it is not given is None."""
+    kind, name, metavar = plain(field.annotation), flag(model, path), extra(field, "repeated") or None
+    shown, limits = format_value(default_of(model, path)), ", ".join(bounds(field))
+    note = "; ".join([f"default: {shown}"] * bool(shown) + [limits] * bool(limits))
     text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
-    kind, name = typed_as(model, path), flag(model, path)
-    metavar = "A,B,..." if takes_commas(field) else extra(field, "repeated") or None
+    declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
+    if takes_commas(field):
+        kind, metavar = str, "A,B,..."
+    elif get_origin(kind) is tuple:
+        kind = list[plain(get_args(kind)[0])]  # type: ignore[misc]
+    elif kind is bool and "." in name:
+        kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
-    declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
-    return parameter("__".join(path), kind | None, info)
-
-
-def parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
-    """A parameter as Typer reads it."""
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+    annotation: Any = Annotated[kind | None, info]
+    return inspect.Parameter("__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 # --- layers -------------------------------------------------------------------------------------------------------
@@ -152,26 +145,32 @@ def nest(flat: Mapping[Where, Any]) -> Layer:
     return result
 
 
-def merge(model: type[BaseModel], below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """Two layers of a model's settings as one; where both speak, `above` wins.
+def merge(model: type[BaseModel], *layers: Layer) -> Layer:
+    """Layers of a model's settings as one, the later ones on top; none of them is changed.
 
     A setting that `replaces` another is dropped when a later layer sets that other one. Of a group that may hold
     several models, settings for one replace those for another, instead of adding to them.
     """
-    fields = model.model_fields
-    result = {name: value for name, value in below.items() if extra(fields.get(name), "replaces") not in above}
+    return reduce(partial(merge_two, model), [layer for layer in layers if layer] or [{}])
+
+
+def merge_two(model: type[BaseModel], below: Layer, above: Layer) -> Layer:
+    """Two layers as one."""
+    field = model.model_fields.get
+    result = {name: value for name, value in below.items() if extra(field(name), "replaces") not in above}
     for name, value in above.items():
-        nested = group_model(fields.get(name), result.get(name), value)
-        result[name] = merge(nested, result[name], value) if nested else value
+        group = group_model(field(name), result.get(name), value)
+        result[name] = merge_two(group, result[name], value) if group else value
     return result
 
 
 def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] | None:
     """The model that two values of a field are both layers of; None where the new one replaces the old one."""
-    if field is None or not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+    if not (field and isinstance(old, Mapping) and isinstance(new, Mapping)):
         return None
-    kinds = {layer[key] for layer in (old, new) if (key := extra(field, "kind")) in layer}
-    return nested_model(field) if len(kinds) < 2 else None
+    kind = extra(field, "kind")
+    held = old.get(kind, getattr(field.default, kind, None))  # a layer that names none is of the default's kind
+    return nested_model(field) if new.get(kind, held) == held else None
 
 
 def read_settings(path: Path, leave_out: Collection[str] = ()) -> Layer:
@@ -199,9 +198,23 @@ def preset_layer(family: str, name: str) -> Layer:
     return read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
 
 
+def checked_preset(model: type[BaseModel], family: str, name: str, saved: Layer) -> Layer:
+    """A preset that goes with what a stopped run saved.
+
+    Raises:
+        UserError: If that run holds another network.
+    """
+    chosen = preset_layer(family, name)
+    for group in chosen.keys() & saved.keys():
+        if extra(model.model_fields[group], "prefix") and merge(model, saved, chosen)[group] != saved[group]:
+            raise UserError(f"--preset {name}: this run holds another architecture: --restart, or choose another --run")
+    return chosen
+
+
 def defaults(model: type[BaseModel]) -> Layer:
-    """A model's own defaults as a layer."""
-    return model.model_construct().model_dump(mode="json")
+    """The fields that a model sets in its groups otherwise than these do themselves, as a layer."""
+    groups = [(name, group) for name, group in model.model_construct() if isinstance(group, BaseModel)]
+    return {name: group.model_dump(exclude_unset=True) for name, group in groups if group.model_fields_set}
 
 
 def build(model: type[BaseModel], layers: list[Layer]) -> Any:
@@ -211,7 +224,7 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
         UserError: For a wrong value, naming each setting as the user types it.
     """
     try:
-        return model.model_validate(reduce(partial(merge, model), layers, defaults(model)))
+        return model.model_validate(merge(model, defaults(model), *layers))
     except ValidationError as error:
         raise UserError("\n".join(explain(model, row) for row in error.errors())) from None
 
@@ -219,8 +232,7 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
 def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
     """One of pydantic's complaints as a sentence about a flag."""
     path = tuple(part for part in row["loc"] if isinstance(part, str))
-    known = [leaf for leaf, _ in leaves(model)]
-    message = str(row["msg"]).removeprefix("Value error, ")
+    known, message = [leaf for leaf, _ in leaves(model)], str(row["msg"]).removeprefix("Value error, ")
     if row["type"] == "extra_forbidden" and path in known:
         return f"--{flag(model, path)}: a {path[-2]} of the kind that is chosen has no such setting"
     if row["type"] == "extra_forbidden":  # only a file can be wrong here: named as files do
@@ -228,16 +240,11 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
         return f"unknown setting {'.'.join(path)}" + (f"; similar ones: {', '.join(near)}" if near else "")
     if message.startswith("--"):  # it names what it is about
         return message
-    if path not in known:
-        return f"{f'--{path[-1]}.*' if path else 'settings'}: {message}"
+    if path not in known:  # a group, or a field without a flag
+        return f"--{'.'.join(path)}{'.*' * (len(path) == 1)}: {message}" if path else f"settings: {message}"
     found = row.get("input")
     shown = ",".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)
     return f"--{flag(model, path)}: {message}" + (f" (found {shown})" if shown not in message else "")
-
-
-def rules(fields: Mapping[Where, FieldInfo]) -> dict[Where, FieldInfo]:
-    """The fields that say of another one that they `replaces` it, or `needs` it: `name`, or `name=this|that`."""
-    return {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
 
 
 def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
@@ -261,8 +268,7 @@ def check_effect(path: Where, field: FieldInfo, typed: Collection[Where], built:
     other = (*path[:-1], needed)
     value: Any = reduce(getattr, other, built) if needed else True
     if value not in values.split("|") if values else not value:
-        wanted = f"--{name(other)} {values.replace('|', ' or ')}".rstrip()
-        raise UserError(f"--{name(path)} does nothing without {wanted}")
+        raise UserError(f"--{name(path)} does nothing without --{name(other)} {values.replace('|', ' or ')}".rstrip())
 
 
 def stated(layer: Any, path: Where) -> bool:
@@ -276,9 +282,9 @@ def stated(layer: Any, path: Where) -> bool:
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
-    inherit: Callable[[Layer], Layer] | None = None,
+    inherit: Callable[[Layer], Layer] = lambda said: {},
     presets: str = "",
-    estimate: Callable[[Any], object] | None = None,
+    estimate: Callable[[Any], object] = lambda built: None,
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field, that builds the model and calls `run`.
 
@@ -289,39 +295,26 @@ def command(
         presets: The family of presets to choose from, if any.
         estimate: What --dry-run does with the settings, after it has printed them.
     """
+    fields = flag_fields(model)
+    ruled = {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
 
-    def call(settings: Path | None = None, preset: str = "", dry_run: bool = False, **values: Any) -> None:
+    def call(
+        *, settings: SettingsFile = None, dry_run: DryRun = False, preset: PresetName = None, **values: Any
+    ) -> None:
         typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        flags, file = nest(typed), read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
-        saved = inherit(merge(model, file, flags)) if inherit else {}
-        chosen = checked_preset(preset, saved) if preset else {}
-        built = build(model, [chosen, saved, file, flags])
+        file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
+        said = merge(model, file, nest(typed))
+        saved = inherit(said)
+        chosen = checked_preset(model, presets, preset, saved) if preset else {}
+        built = build(model, [chosen, saved, said])
         check_effects(ruled, typed, file, built)
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
-            if estimate:
-                estimate(built)
-        else:
-            run(built)
+        (estimate if dry_run else run)(built)
 
-    def checked_preset(name: str, saved: Layer) -> Layer:
-        chosen = preset_layer(presets, name)
-        of_network = {group for group, field in model.model_fields.items() if extra(field, "prefix")}
-        over = merge(model, saved, chosen)
-        if any(over[group] != saved[group] for group in chosen.keys() & saved.keys() & of_network):
-            raise UserError(f"--preset {name}: this run holds another architecture: choose another --run, or --restart")
-        return chosen
-
-    fields = flag_fields(model)
-    ruled = rules(fields)
-    rehearsed = " and what they will take," if estimate else ""
+    own = ("settings", "dry_run", "preset") if presets else ("settings", "dry_run")
     parameters = [option(model, path, field) for path, field in fields.items()]
-    file_option = typer.Option("--settings", help="settings file, TOML or JSON; flags override it")
-    dry_option = typer.Option("--dry-run", help=f"print the settings as JSON{rehearsed} and stop")
-    parameters += [parameter("settings", Path | None, file_option), parameter("dry_run", bool, dry_option, False)]
-    if presets:
-        preset_option = typer.Option("--preset", help="set of architecture settings; 'lightdiff presets' lists them")
-        parameters.append(parameter("preset", Literal[PRESETS] | None, preset_option))
+    parameters += [inspect.signature(call).parameters[name] for name in own]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = model.__doc__

@@ -168,8 +168,7 @@ def test_a_layer_of_another_architecture_leaves_nothing_of_the_layers_below() ->
         "mid_blocks": 3,
         "attention": True,
     }
-    flags = {"model": {"attention": True}}
-    assert merge(TrainVAESettings, below, flags)["model"]["architecture"] == "default"
+    assert merge(TrainVAESettings, below, {"model": {"attention": True}})["model"]["architecture"] == "default"
 
 
 def test_a_preset_of_another_architecture_does_not_change_a_run(run: Path) -> None:

@@ -5,14 +5,14 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import typer
 from hypothesis import given as arbitrary
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 from typer.testing import CliRunner
 
 from lightdiff import options, settings
@@ -20,6 +20,7 @@ from lightdiff.cli import COMMANDS
 from lightdiff.errors import UserError
 from lightdiff.extras import settings as extras_settings
 from lightdiff.extras.settings import DemoSettings
+from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.options import (
     PRESETS,
     Layer,
@@ -53,24 +54,41 @@ from lightdiff.settings import (
 PRESET_FOLDER = Path(options.__file__).parent / "presets"
 PROPERTY = profile(deadline=None, max_examples=150, derandomize=True, database=None)
 STAGES = [TrainVAESettings, EncodeSettings, ScaleSettings, TrainUNetSettings, GenerateSettings, DemoSettings]
-LAYERS = st.recursive(
-    st.fixed_dictionaries({}, optional={name: st.integers(0, 9) for name in ("lr", "seed", "steps", "epochs")}),
-    lambda inner: st.tuples(inner, st.dictionaries(st.sampled_from(["loop", "model"]), inner)).map(
-        lambda pair: {**pair[0], **pair[1]}
-    ),
-    max_leaves=6,
-)  # as in real layers, a name holds always a value or always a nested layer
 
 
-class Node(Settings):
-    """Settings that hold settings of the same kind."""
+class Leaf(Settings):
+    """Settings that hold no other ones."""
 
     lr: int = 0
     seed: int = 0
     steps: int = 0
     epochs: int = Field(0, json_schema_extra={"replaces": "steps"})
-    loop: "Node | None" = None
-    model: "Node | None" = None
+
+
+class Twig(Leaf):
+    """Settings that hold such."""
+
+    loop: Leaf = Leaf()
+    model: Leaf = Leaf()
+
+
+class Node(Leaf):
+    """Settings that hold settings that hold settings."""
+
+    loop: Twig = Twig()
+    model: Twig = Twig()
+
+
+def layers_of(depth: int) -> st.SearchStrategy[Layer]:
+    """Layers of settings with this many groups inside one another."""
+    values = st.fixed_dictionaries({}, optional=dict.fromkeys(("lr", "seed", "steps", "epochs"), st.integers(0, 9)))
+    if depth == 0:
+        return values
+    groups = st.dictionaries(st.sampled_from(["loop", "model"]), layers_of(depth - 1))
+    return st.tuples(values, groups).map(lambda pair: {**pair[0], **pair[1]})
+
+
+LAYERS = layers_of(2)
 
 
 def flat(layer: Layer, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -106,6 +124,15 @@ def refused(model: type[Settings], layer: Layer) -> list[str]:
     with pytest.raises(UserError) as caught:
         build(model, [defaults(model), layer])
     return str(caught.value).splitlines()
+
+
+def complaints_about(model: type[Settings], layer: Layer) -> list[str]:
+    """The lines of the message that a layer is refused with; none if it is fine."""
+    try:
+        build(model, [layer])
+    except UserError as error:
+        return str(error).splitlines()
+    return []
 
 
 # --- layers -------------------------------------------------------------------------------------------------------
@@ -179,6 +206,15 @@ def test_nest_of_few() -> None:
 def test_defaults_alone_build_the_model(model: type[Settings]) -> None:
     assert build(model, []) == build(model, [defaults(model)]) == model()
     json.dumps(defaults(model))
+
+
+@pytest.mark.parametrize(
+    "model", [*(row.model for row in COMMANDS.values()), OriginalVAESettings, OriginalUNetSettings]
+)
+def test_every_list_can_be_given_as_one_text(model: type[Settings]) -> None:
+    lists = [path for path, field in leaves(model) if options.takes_commas(field)]
+    complaints = [line for path in lists for line in complaints_about(model, nest({path: "1,2,3"}))]
+    assert not [complaint for complaint in complaints if "valid tuple" in complaint]
 
 
 def test_a_partial_layer_keeps_the_stages_own_defaults() -> None:
@@ -295,16 +331,6 @@ def test_typer_refuses_what_cannot_be_parsed(arguments: list[str]) -> None:
     assert not seen
 
 
-def test_a_choice_of_numbers() -> None:
-    class Made(Settings):
-        """Settings with a choice of numbers."""
-
-        kernel: Literal[3, 4] = Field(3, description="size")
-
-    assert parsed(Made, "--kernel", "4").kernel == 4
-    assert said_wrong(Made, "--kernel", "5") == ["--kernel: Input should be 3 or 4 (found 5)"]
-
-
 @pytest.mark.parametrize(
     ("file", "arguments", "steps", "epochs"),
     [
@@ -363,36 +389,54 @@ def test_what_a_dry_run_prints_can_be_read_back(model: type[Settings], suffix: s
 # --- groups that may hold several models -----------------------------------------------------------------------------
 
 
-class Round(Settings):
+class Thing(Settings):
+    """Base of the kinds: validated as such, settings become what they name."""
+
+    kind: str = "round"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _kind(cls, value: Any, handler: Any) -> Any:
+        kinds = {"round": Round, "square": Square}
+        if cls is not Thing or not isinstance(value, dict):
+            return handler(value)
+        if value.get("kind", "round") not in kinds:
+            raise ValueError("no such kind")
+        return kinds[value.get("kind", "round")].model_validate(value)
+
+
+class Round(Thing):
     """One kind."""
 
     kind: Literal["round"] = Field("round", description="kind of thing")
     radius: int = Field(1, description="half of its width")
-    blocks: tuple[int, ...] = Field((1,), description="some numbers")
+    blocks: settings.Numbers = Field((1,), description="some numbers")
 
 
-class Square(Settings):
+class Square(Thing):
     """Another kind."""
 
     kind: Literal["square"] = Field("square", description="kind of thing")
     side: int = Field(2, ge=1, description="length of a side")
-    blocks: tuple[int, ...] = Field((2,), description="some numbers")
+    blocks: settings.Numbers = Field((2,), description="some numbers")
 
 
 class Drawing(Settings):
     """A thing of one of two kinds."""
 
-    model: Annotated[Round | Square, Field(discriminator="kind")] = Field(
-        Round(), title="Thing", json_schema_extra={"prefix": True}
-    )
+    NO_FLAG: ClassVar = frozenset({"model.kind"})
+
+    model: Thing = Field(Round(), title="Thing", json_schema_extra={"prefix": True, "kind": "kind"})
 
 
-def test_the_first_model_has_the_flags_and_all_can_be_chosen() -> None:
-    assert [flag(Drawing, path) for path in flag_fields(Drawing)] == ["model.kind", "model.radius", "model.blocks"]
+def test_the_default_has_the_flags_and_a_file_can_choose_another(tmp_path: Path) -> None:
+    square = tmp_path / "square.toml"
+    square.write_text('[model]\nkind = "square"\n')
+    assert [flag(Drawing, path) for path in flag_fields(Drawing)] == ["model.radius", "model.blocks"]
     assert parsed(Drawing) == Drawing()
     assert parsed(Drawing, "--model.radius", "3").model == Round(radius=3)
-    assert parsed(Drawing, "--model.kind", "square", "--model.blocks", "7,8").model == Square(blocks=(7, 8))
-    assert said_wrong(Drawing, "--model.kind", "square", "--model.radius", "3") == [
+    assert parsed(Drawing, "--settings", str(square), "--model.blocks", "7,8").model == Square(blocks=(7, 8))
+    assert said_wrong(Drawing, "--settings", str(square), "--model.radius", "3") == [
         "--model.radius: a model of the kind that is chosen has no such setting"
     ]
 
@@ -646,7 +690,7 @@ def test_several_mistakes_are_told_at_once() -> None:
 
 def test_mistakes_on_the_command_line_are_told_by_flag() -> None:
     lines = said_wrong(TrainVAESettings, "--lr", "0", "--model.encoder-channels", "64,wide", "--val-share", "2")
-    assert [line.split(":")[0] for line in lines] == ["--val-share", "--lr", "--model.encoder-channels"]
+    assert [line.split(":")[0] for line in lines] == ["--lr", "--val-share", "--model.encoder-channels"]
     assert lines[2].endswith("(found wide)")
     assert said_wrong(GenerateSettings, "--name", "a/b")[0].startswith("--name: ")
     assert said_wrong(DemoSettings, "--resolution", "20")[0].startswith("--resolution: ")

@@ -1,6 +1,6 @@
 """Write settings.md, the page of every setting, from the settings' models. `--check` only says whether it is current.
 
-Run it after a change of `lightdiff/settings.py`; it imports no torch.
+Run it after a change of settings; it imports no torch.
 """
 
 import sys
@@ -12,14 +12,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lightdiff.cli import COMMANDS
-from lightdiff.options import default_of, extra, flag, flag_fields, format_value, panel, plain
+from lightdiff.options import bounds, default_of, extra, flag, flag_fields, format_value, panel, plain
 
 PAGE = Path(__file__).with_name("settings.md")
-SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
 # Every setting
 
-<!-- Written by make_settings.py from lightdiff/settings.py: change it there, then run that script. -->
+<!-- Written by make_settings.py from the settings in lightdiff/: change them there, then run that script. -->
 
 One section a command, one table a panel of its `--help`. Each setting has one name in three places: as a flag
 (`--kl-beta 1e-3`), in a settings file (`kl_beta = 1e-3` in its group, here `[loss]`), and in the `settings.json`
@@ -61,9 +60,7 @@ def row(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> str:
 
 def values(field: FieldInfo) -> str:
     """What a setting may be: its choices, its kind where that is not plain, its bounds."""
-    pairs = [(sign, getattr(m, name, None)) for m in field.metadata for name, sign in SIGNS.items()]
-    limits = [f"{sign} {bound:g}" for sign, bound in pairs if bound is not None]
-    return ", ".join([*kind(field), *limits])
+    return ", ".join([*kind(field), *bounds(field)])
 
 
 def kind(field: FieldInfo) -> list[str]:

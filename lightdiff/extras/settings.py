@@ -1,11 +1,22 @@
 """Settings of the extras' commands. Nothing here imports torch, so that `--help` does not either."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lightdiff.settings import NOISY, ComputeSettings, Device, GenerateSettings, LPIPSNet, Settings, StageSettings
+from lightdiff.settings import (
+    NOISY,
+    ComputeSettings,
+    Device,
+    GenerateSettings,
+    LPIPSNet,
+    Settings,
+    StageSettings,
+    parse_numbers,
+)
+
+Integers = Annotated[tuple[int, ...], BeforeValidator(parse_numbers)]
 
 
 class DemoSettings(Settings):
@@ -54,6 +65,7 @@ class SweepSettings(StageSettings):
     run: Path = Field(Path("runs/default"), description="run folder whose settings are used, except what is varied")
     vary: tuple[str, ...] = Field(
         (),
+        validate_default=True,
         json_schema_extra={"repeated": "NAME=..."},
         description="a flag of any stage and its values: kl-beta=1e-4,1e-2; once, or twice for rows and columns",
     )
@@ -102,7 +114,7 @@ class WalkSettings(GenerateSettings):
 
     NO_FLAG: ClassVar = GenerateSettings.NO_FLAG | {"num_images"}  # it follows from the two below
 
-    between: tuple[int, ...] = Field((), description="numbers of images of this seed to walk between; required")
+    between: Integers = Field((), description="numbers of images of this seed to walk between; required")
     frames: int = Field(24, ge=2, description="images from one of these to the next")
 
     @model_validator(mode="after")

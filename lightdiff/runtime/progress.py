@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightdiff.run_folder import atomic_write_text
+from lightdiff.settings import flat
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -52,7 +53,7 @@ class Reporter:
             total: Steps in all.
             start: Steps done before.
             metrics: The metrics.jsonl to write, if this process writes one; TensorBoard's files lie beside it.
-            settings: Flat settings, by which TensorBoard's table of runs can be sorted.
+            settings: Settings by which TensorBoard's table of runs can be sorted.
         """
         self.title, self.total, self._metrics = title, total, metrics
         self._printed, self._settings = time.monotonic(), settings or {}
@@ -169,7 +170,8 @@ def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> A
         return None
     board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
     plain = {
-        n: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for n, value in settings.items()
+        n: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for n, value in flat(settings).items()
     }
     for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
         board.file_writer.add_summary(summary)

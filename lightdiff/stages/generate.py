@@ -17,7 +17,7 @@ from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
 from lightdiff.pictures import save_grid_of_files, save_png
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for
-from lightdiff.run_folder import RunFolder, atomic_write_text, read_json
+from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, read_json
 from lightdiff.runtime import restarted
 from lightdiff.runtime.compile import compile_network
 from lightdiff.runtime.processes import pick_compile, usable_cores
@@ -44,8 +44,13 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
     def begun(folder: Path) -> dict[str, Any]:
         return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
 
-    samples = RunFolder(settings.run).samples
-    with open_stage(settings, "samples", lambda: settings.out or new_folder(samples), begun) as stage:
+    here = RunFolder(settings.run)
+
+    def folder() -> Path:
+        find_unet(settings.unet, here)  # names a misspelled run before its folder is made
+        return settings.out or new_folder(here.samples)
+
+    with open_stage(settings, "samples", folder, begun) as stage:
         stage.again = f"run the same command again with --out {stage.path} to resume"
         yield Samples(stage)
 

@@ -23,7 +23,7 @@ from lightdiff.runtime.compile import compile_network, enable_activation_checkpo
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage
-from lightdiff.settings import LoopSettings, flat
+from lightdiff.settings import LoopSettings
 from lightdiff.training.ema import EMA
 from lightdiff.training.optimizers import Muon
 from lightdiff.training.saving import write_snapshots
@@ -310,9 +310,9 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
     began, images_before = time.monotonic(), trainer.images_seen
-    settings, metrics_file = flat(stage.metadata.settings), folder.metrics if processes.is_main else None
+    metrics_file = folder.metrics if processes.is_main else None
     stage.signals_wait = True
-    with Reporter(stage.name, total, trainer.step, metrics_file, settings) as reporter:
+    with Reporter(stage.name, total, trainer.step, metrics_file, stage.metadata.settings) as reporter:
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == total

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
-from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, takes_commas
+from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, plain, takes_commas
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -15,7 +15,8 @@ from lightdiff.settings import (
     StageSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    parse_list,
+    parse_names,
+    parse_numbers,
 )
 
 STAGES: dict[str, type[StageSettings]] = {
@@ -103,4 +104,6 @@ def parse_value(info: FieldInfo, text: str) -> Any:
     """A value in the form that pydantic validates."""
     if extra(info, "repeated"):
         return [part.strip() for part in text.split(",")]
-    return parse_list(info, text)
+    if not takes_commas(info):
+        return text
+    return parse_names(text) if str in get_args(plain(info.annotation)) else parse_numbers(text)

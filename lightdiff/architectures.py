@@ -1,0 +1,192 @@
+"""Settings of the networks. Which architecture a checkpoint holds stands in them. Nothing here imports torch.
+
+An architecture is a file of `models/` and a row in a table here. The fields describe themselves, as all settings do:
+see `settings.py`.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def with_changes(settings: S, **changes: Any) -> S:
+    """The same settings with some top-level fields replaced, validated again."""
+    return type(settings).model_validate({**settings.model_dump(), **changes})
+
+
+def parse_names(value: Any) -> Any:
+    """A list that may be given as one text, `cat,dog`, as its items; one with a comma in it is quoted, as in CSV."""
+    if not isinstance(value, str):
+        return value
+    return [item.strip() for item in next(csv.reader([value.strip()], skipinitialspace=True))]
+
+
+def parse_numbers(value: Any) -> Any:
+    """The same for numbers: `64,128`, or `none` for an empty list (a name may be called that)."""
+    return [] if isinstance(value, str) and value.strip() == "none" else parse_names(value)
+
+
+def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse a single width."""
+    if len(channels) == 1:
+        raise ValueError("needs a stem and at least one level: two numbers or more")
+    return channels
+
+
+Width = Annotated[int, Field(ge=1, le=1 << 14)]  # bounds that no real network comes near: a file cannot ask for more
+Widths = Annotated[
+    tuple[Width, ...], Field(max_length=10), AfterValidator(stem_and_level), BeforeValidator(parse_numbers)
+]
+Count = Annotated[int, Field(ge=1, le=64)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=10), BeforeValidator(parse_numbers)]
+Levels = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(parse_numbers)]
+
+
+class Architecture(Settings):
+    """Base of a network's settings. Which architecture they are of stands in them, and so in every checkpoint.
+
+    The two bases below have a table of architectures; validated as one of them, settings become what the table names.
+    """
+
+    ARCHITECTURES: ClassVar[Mapping[str, str]]  # name -> "module:settings class", imported when it is asked for
+    NETWORK: ClassVar[str]  # "module:network class"
+
+    architecture: str = "default"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _dispatch(cls, value: Any, handler: Any) -> Any:
+        if "ARCHITECTURES" not in vars(cls) or not isinstance(value, Mapping):
+            return handler(value)
+        name = value.get("architecture", "default")
+        if name not in list(cls.ARCHITECTURES):
+            raise ValueError(f"architecture: there is no {name}; there are {', '.join(cls.ARCHITECTURES)}")
+        return resolve_name(cls.ARCHITECTURES[name]).model_validate(value)
+
+    def resolved(self, size: int) -> Self:
+        """The same settings with all that follows from the size of images (px), or of latents, filled in."""
+        return self
+
+    @property
+    def factor(self) -> int:
+        """What the input's sides must be divisible by; a VAE's latents are so many times smaller."""
+        return 1
+
+
+class VAEArchitecture(Architecture):
+    """What all VAEs' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.architectures:VAESettings",
+        "original": "lightdiff.models.original:OriginalVAESettings",
+    }
+
+    latent_channels: Width = Field(4, description="channels of a latent")
+
+
+class UNetArchitecture(Architecture):
+    """What all U-Nets' settings have."""
+
+    ARCHITECTURES: ClassVar = {
+        "default": "lightdiff.architectures:UNetSettings",
+        "original": "lightdiff.models.original:OriginalUNetSettings",
+    }
+
+
+def widths(width: int, multipliers: Sequence[int], count: int) -> tuple[int, ...]:
+    """Widths of the stem and each level, `count` of them: width times each multiplier, the last one repeated."""
+    return tuple(width * multipliers[min(i, len(multipliers) - 1)] for i in range(count))
+
+
+class VAESettings(VAEArchitecture):
+    """Architecture of the VAE. Level i works at 1/2^i of the image's size and ends with a halving."""
+
+    NETWORK: ClassVar = "lightdiff.models.vae:VAE"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
+    encoder_channels: Widths = Field((), description="encoder widths: stem, then each level; empty: by encoder-width")
+    decoder_channels: Widths = Field((), description="decoder widths, latent outwards; empty: by decoder-width")
+    encoder_width: Width = Field(32, description="encoder-channels, if empty, are this x 1, 1, 2, 4, as the size asks")
+    decoder_width: Width = Field(32, description="decoder-channels, if empty, are this x 4, 2, 1, as the size asks")
+    encoder_blocks: Counts = Field((1,), description="blocks a level; a short list repeats its last number")
+    decoder_blocks: Counts = Field((2,), description="blocks a level; a short list repeats its last number")
+    mid_blocks: int = Field(
+        1, ge=0, le=64, description="residual blocks at the latent's size, in encoder and decoder each"
+    )
+    attention: bool = Field(False, description="self-attention at the latent's size, in encoder and decoder")
+    norm: Literal["pixel", "group"] = Field(
+        "pixel", description="LayerNorm of each pixel's channels, or GroupNorm, which can leave droplets in images"
+    )
+    output: Literal["tanh", "sigmoid", "none"] = Field("tanh", description="output activation")
+    logvar_min: float = Field(-30.0, description="soft lower bound of the posterior's log variance")
+    logvar_max: float = Field(20.0, description="soft upper bound of the posterior's log variance")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.encoder_channels and len(self.decoder_channels) not in (0, len(self.encoder_channels)):
+            counts = f"{len(self.encoder_channels)} encoder_channels but {len(self.decoder_channels)} decoder_channels"
+            raise ValueError(f"{counts}; both need the same count")
+        if self.logvar_min >= self.logvar_max:
+            raise ValueError(f"logvar_min {self.logvar_min} is not below logvar_max {self.logvar_max}")
+        return self
+
+    def resolved(self, size: int) -> Self:
+        """The same settings with empty widths filled in for images of this size (px)."""
+        count = len(self.encoder_channels or self.decoder_channels) or 2 + (size >= 32) + (size >= 192)
+        encoder = self.encoder_channels or widths(self.encoder_width, (1, 1, 2, 4), count)
+        decoder = self.decoder_channels or widths(self.decoder_width, (1, 2, 4), count)[::-1]
+        return with_changes(self, encoder_channels=encoder, decoder_channels=decoder)
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the image a latent is, along each side."""
+        return int(2 ** (len(self.encoder_channels) - 1))
+
+
+class UNetSettings(UNetArchitecture):
+    """Architecture of the U-Net. Level i works at 1/2^i of the latent's size and ends with a halving."""
+
+    NETWORK: ClassVar = "lightdiff.models.unet:UNet"
+
+    architecture: Literal["default"] = Field("default", description="architecture that these settings are of")
+    channels: Widths = Field((), description="widths: stem, then each level; empty: by width")
+    width: Width = Field(64, description="channels, if empty, are this x 1, 1, 2, 3, 4, as the latent's size asks")
+    blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
+    attend_levels: Levels = Field(
+        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
+    )
+    mid_attention: bool = Field(True, description="self-attention in the middle")
+    heads: int = Field(4, ge=1, description="heads of each self-attention")
+    time_dim: int = Field(256, ge=4, le=1 << 14, multiple_of=2, description="width of the time embedding")
+    zero_init: bool = Field(True, description="residual branches and output start at zero")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if not self.channels:
+            return self
+        attended = self.attend_levels or ()
+        if (last := max(attended, default=0)) > len(self.channels) - 2:
+            raise ValueError(f"attend_levels: there is no level {last}; levels count from 0")
+        with_heads = [self.channels[i + 1] for i in attended] + [self.channels[-1]] * self.mid_attention
+        if odd := [width for width in with_heads if width % self.heads]:
+            raise ValueError(f"heads: {self.heads} does not divide the width {odd[0]} of a level with attention")
+        return self
+
+    def resolved(self, size: int) -> Self:
+        """The same settings with empty widths and attention levels filled in for latents of this size."""
+        halvings = (n for n in (3, 2, 1) if (size % 2**n == 0 and size >= 4 * 2**n) or n == 1)
+        channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings) + 1)
+        small = tuple(i for i in range(len(channels) - 1) if 4 <= size // 2**i <= 8)
+        attended = small if self.attend_levels is None else self.attend_levels
+        return with_changes(self, channels=channels, attend_levels=attended)

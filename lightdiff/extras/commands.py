@@ -1,0 +1,100 @@
+"""The commands beside the five stages. Imports no torch before one is called, so that `--help` does not either."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightdiff.extras.settings import (
+    DemoSettings,
+    EditSettings,
+    EvaluateSettings,
+    SweepSettings,
+    TrajectorySettings,
+    WalkSettings,
+)
+from lightdiff.settings import Device
+
+DRAWING = "More to draw"
+EVALUATION = "Evaluating and comparing"
+LOOKING = "Looking at images and runs"
+STARTING = "Starting points"
+# Commands that are made of settings: the settings, the module that runs them, the panel, the module that estimates
+EXTRAS: dict[str, tuple[Any, ...]] = {
+    "edit": (EditSettings, "extras.edit", DRAWING),
+    "walk": (WalkSettings, "extras.walk", DRAWING),
+    "trajectory": (TrajectorySettings, "extras.trajectory", DRAWING),
+    "evaluate": (EvaluateSettings, "extras.evaluate", EVALUATION),
+    "sweep": (SweepSettings, "extras.sweep", EVALUATION, "extras.sweep"),
+    "demo": (DemoSettings, "extras.demo", STARTING),
+}
+AsJSON = Annotated[bool, typer.Option("--json", help="print it as JSON")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add them all to the command line."""
+    for function in (inspect, show, report):
+        app.command(rich_help_panel=LOOKING)(function)
+    app.command(rich_help_panel=STARTING)(presets)
+    app.command("import", rich_help_panel=STARTING)(import_original)
+
+
+def inspect(
+    data: Annotated[list[Path], typer.Argument(help="folders of images")],
+    val_share: Annotated[float, typer.Option(help="share of images held out for validation")] = 0.05,
+    json: AsJSON = False,
+) -> None:
+    """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
+    from lightdiff.extras.inspect import inspect as look
+    from lightdiff.extras.inspect import print_report
+
+    report = look(data, val_share)
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
+
+        print_report(report, Console())
+
+
+def show(
+    place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
+    json: AsJSON = False,
+) -> None:
+    """Show a checkpoint's or a run's settings, lineage and metrics."""
+    from lightdiff.extras.show import show as look
+
+    look(place, as_json=json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are shown side by side")],
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="where to compute the pictures")] = "auto",
+) -> None:
+    """Write one self-contained HTML page about a run, or about several side by side."""
+    from lightdiff.extras.report import report as write
+
+    typer.echo(write(runs, out, device))
+
+
+def presets(
+    resolution: Annotated[int, typer.Option(min=8, help="side of the images, in pixels")] = 64,
+) -> None:
+    """List the presets with parameters and memory, for images of a size."""
+    from lightdiff.extras.presets import show_presets
+
+    show_presets(resolution)
+
+
+def import_original(
+    file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
+    run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
+    resolution: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 256,
+) -> None:
+    """Convert a checkpoint of the original scripts."""
+    from lightdiff.extras.import_original import import_checkpoint
+
+    typer.echo(import_checkpoint(file, run, resolution))
