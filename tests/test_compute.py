@@ -12,8 +12,9 @@ from lightdiff.data.latents import prefetch
 from lightdiff.models.original import OriginalVAESettings
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE, build_vae
+from lightdiff.pipeline import cast_weights
 from lightdiff.runtime import processes as compute
-from lightdiff.runtime.compile import cast_weights, compile_network, enable_activation_checkpointing
+from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing
 from lightdiff.runtime.processes import autocast, keep_memory, pick_compile
 from lightdiff.settings import UNetSettings, VAESettings
 from lightdiff.training.ema import EMA

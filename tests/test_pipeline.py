@@ -25,7 +25,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.compile import pick_compile
+from lightdiff.runtime.processes import pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.cli import PRESET_FOLDER
 from lightdiff.data.files import scan
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.losses import VAELoss
 from lightdiff.models.lpips import PerceptualLoss
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE
-from lightdiff.options import read_settings
+from lightdiff.models.unet import UNet, build_unet
+from lightdiff.models.vae import build_vae
+from lightdiff.options import preset_layer
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.compile import compile_network
 from lightdiff.runtime.processes import Processes, keep_memory, pick_compile, pick_precision, to_device
@@ -36,9 +35,11 @@ from lightdiff.settings import (
     JobSettings,
     LatentsSettings,
     LoopSettings,
+    SamplingSettings,
     TrainUNetSettings,
     TrainVAESettings,
-    UNetSettings,
+    UNetArchitecture,
+    VAEArchitecture,
     VAELossSettings,
     VAESettings,
 )
@@ -50,8 +51,8 @@ from tests.bench import peers
 from tests.bench.contest import Case, Work, flops_of, parameters_of
 
 STEPS = 1000  # of the run that timed steps belong to
-ORIGINAL_UNET = read_settings(PRESET_FOLDER / "unet-original.toml")["model"]
-ORIGINAL_VAE = read_settings(PRESET_FOLDER / "vae-original.toml")["model"]
+ORIGINAL_UNET = preset_layer("unet", "original")["model"]
+ORIGINAL_VAE = preset_layer("vae", "original")["model"]
 SMALL, LARGE = (32, 64, 128, 256), (128, 256, 512, 1024)  # widths of the original's U-Nets
 ROOMS: list[Any] = []  # temporary folders of this process, which go when it ends
 
@@ -105,7 +106,7 @@ def train_unet_step(
     model: dict[str, Any], side: int, batch: int, device: torch.device, **loop: Any
 ) -> tuple[Trainer, Callable[[], object]]:
     """train-unet as a user has it by default, and its next step."""
-    settings = UNetSettings.model_validate(model).resolved(side)
+    settings = UNetArchitecture.model_validate(model).resolved(side)
     chosen = defaults(device, batch_size=batch, **loop)
     latents = LatentSet(made_up_latents(room(), 512, side))
     if device.type == "cuda":
@@ -134,13 +135,13 @@ def unet_step(
     shape = (batch, 4, side, side)
     example = torch.randn(1, 4, side, side), torch.zeros(1, dtype=torch.long)
     if contender.startswith("lightdiff"):
-        network: nn.Module = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        network: nn.Module = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         trainer, step = train_unet_step(model, side, batch, device)
         return several(step, steps, batch, flops, network, trainer.loop.precision)
     bf16 = contender.endswith("bf16")
     if contender == "original":
-        network = UNet(UNetSettings.model_validate(model).resolved(side), 4)
+        network = build_unet(UNetArchitecture.model_validate(model).resolved(side), 4)
         flops = flops_of(network, *example, backward=True)
         taught = peers.DenoiserSteps(network, lambda net, x, t: net(x, t), shape, device, bf16)
     else:
@@ -173,7 +174,7 @@ class VAEStepTask:
     def __init__(self, settings: TrainVAESettings, device: torch.device):
         self.settings, self.device = settings, device
         self.vae_loss = VAELoss(settings.loss, device)
-        self.model = VAE(settings.model)
+        self.model = build_vae(settings.model)
         to_device(self.model, device)
         side = settings.images.resolution // settings.model.factor
         self.latent_shape = (settings.model.latent_channels, side, side)
@@ -193,7 +194,7 @@ def train_vae_step(
     """train-vae as a user has it by default, but with images in memory, and its next step."""
     chosen = defaults(device, batch_size=batch, **loop)
     settings = TrainVAESettings(
-        model=VAESettings.model_validate(model).resolved(side),
+        model=VAEArchitecture.model_validate(model).resolved(side),
         loop=chosen,
         loss=VAELossSettings(lpips_gamma=0.5 if lpips else 0, lpips_net="squeeze", lpips_weights=lpips),
         images=ImageSettings(resolution=side),
@@ -209,12 +210,12 @@ def vae_step(
     contender: str, device: torch.device, *, side: int, batch: int, lpips: bool = False, steps: int = 3
 ) -> Work:
     """Training steps of a VAE: forward, backward, clip, AdamW, EMA."""
-    model = VAESettings.model_validate(SMALL_VAE).resolved(side)
+    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(side)
     example = torch.randn(1, 3, side, side)
     weights = random_squeezenet(room()) if lpips else None
     distance = PerceptualLoss("squeeze", weights).to(device) if weights else None
     pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
-    own = VAE(model)
+    own = build_vae(model)
     factor = model.factor
     flops = flops_of(own, example, torch.randn(1, 4, side // factor, side // factor), backward=True)
     if distance is not None:
@@ -287,8 +288,8 @@ def encode(contender: str, device: torch.device, *, count: int = 192) -> Work:
     """Files of 256 px -> latents of 64 px images. lightdiff encodes each image's mirror image, too."""
     home = room()
     folder = photographs(home / "images", count, 256)
-    model = VAESettings.model_validate(SMALL_VAE).resolved(64)
-    vae = VAE(model)
+    model = VAEArchitecture.model_validate(SMALL_VAE).resolved(64)
+    vae = build_vae(model)
     example = torch.randn(1, 3, 64, 64)
     flops = flops_of(vae.encoder, example)
     if contender == "original":
@@ -350,9 +351,10 @@ def sampling(
         network.to(device)
         return Work(draw, batch, flops, parameters_of(network))
     chosen = own if own and contender != "original" else SMALL_UNET
-    settings = UNetSettings.model_validate(chosen).resolved(side)
-    model = UNet(settings, 4)
-    nn.init.normal_(model.out.weight, std=0.01)
+    settings = UNetArchitecture.model_validate(chosen).resolved(side)
+    model = build_unet(settings, 4)
+    if isinstance(model, UNet):  # its output starts at zero
+        nn.init.normal_(model.out.weight, std=0.01)
     flops = flops_of(model, *example) * batch * steps
     if contender == "original":
         model.to(device)
@@ -371,18 +373,24 @@ def sampling(
     return lightdiff_sampling(model, settings, device, batch, steps, flops, contender.endswith("compiled"))
 
 
-def untrained_vae(path: Path, settings: VAESettings) -> Checkpoint:
+def untrained_vae(path: Path, settings: VAEArchitecture) -> Checkpoint:
     """A VAE of random weights, saved."""
-    weights = {f"model.{name}": value for name, value in VAE(settings).state_dict().items()}
+    weights = {f"model.{name}": value for name, value in build_vae(settings).state_dict().items()}
     checkpoint.save(path, weights, Metadata(stage="vae", settings=TrainVAESettings(model=settings).to_save()))
     return Checkpoint(path)
 
 
 def lightdiff_sampling(
-    model: UNet, settings: UNetSettings, device: torch.device, batch: int, steps: int, flops: float, compiled: bool
+    model: nn.Module,
+    settings: UNetArchitecture,
+    device: torch.device,
+    batch: int,
+    steps: int,
+    flops: float,
+    compiled: bool,
 ) -> Work:
     """The same through a saved run, as `generate` draws."""
-    from lightdiff.pipeline import Pipeline, Sampling, vae_digest
+    from lightdiff.pipeline import Pipeline, vae_digest
 
     home = room()
     vae_settings = VAESettings().resolved(64)
@@ -393,10 +401,10 @@ def lightdiff_sampling(
     )
     checkpoint.save(unet_path, {f"model.{name}": value for name, value in model.state_dict().items()}, metadata)
     precision = pick_precision("auto", device)
-    pipeline = Pipeline(Checkpoint(unet_path), vae, device, precision=precision)
+    pipeline = Pipeline.load(home, unet_path, vae_path, "cuda" if device.type == "cuda" else "cpu", precision)
     if compiled:
         compile_network(pipeline.unet, device, training=False)
-    chosen = Sampling(num_steps=steps, sampler="ddim")
+    chosen = SamplingSettings(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
 
