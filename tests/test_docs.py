@@ -348,7 +348,7 @@ def edited(package: Path) -> None:
     put(package / "settings.py", r"^    lpips_gamma: .*\n", rf"\g<0>{weight}")
     (package / "models/patches.py").write_text(architecture, encoding="utf-8")
     original = r"^        \"original\": \"lightdiff.models.original:OriginalVAESettings\",\n"
-    put(package / "settings.py", original, rf"\g<0>{architecture_row}")
+    put(package / "architectures.py", original, rf"\g<0>{architecture_row}")
 
 
 def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
@@ -361,6 +361,7 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
         "diffusion/objectives.py",
         "diffusion/schedules.py",
         "settings.py",
+        "architectures.py",
         "data/files.py",
         "losses.py",
     )

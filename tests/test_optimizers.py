@@ -72,7 +72,7 @@ def test_muon_takes_matrices_and_adamw_the_rest(network):
     if network == "vae":
         model = VAE(VAESettings(encoder_width=16, decoder_width=16).resolved(16))
     else:
-        model = UNet(UNetSettings(width=32, blocks=1).resolved(8), 4, classes=20)
+        model = UNet(UNetSettings(width=32, blocks=1).resolved(8), 4, num_classes=20)
     muon, adamw = make_optimizers(model, LoopSettings(precision="fp32"))
     names = {id(p): name for name, p in model.named_parameters()}
     taken = {names[id(p)] for p in muon.param_groups[0]["params"]}

@@ -424,7 +424,7 @@ def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypa
     monkeypatch.setattr(config, "freezing", config.freezing)  # put back afterwards
     for compiling in ("off", "on"):
         draw(finished, tmp_path / compiling, batch_size=3, compute={"precision": "fp32", "compile": compiling})
-        assert json.loads((tmp_path / compiling / "settings.json").read_text())["compile"] == compiling
+        assert json.loads((tmp_path / compiling / "settings.json").read_text())["compute"]["compile"] == compiling
     for i in range(5):  # the second batch, of two, was filled up to three
         off, on = (pixels(tmp_path / name / f"{i:05d}.png") for name in ("off", "on"))
         assert abs(off - on).max() <= 1

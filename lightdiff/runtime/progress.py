@@ -156,7 +156,8 @@ def read_metrics(path: Path) -> list[Row]:
 def cut_metrics(path: Path, last_step: int) -> list[Row]:
     """Drop lines of steps after `last_step`, which a resumed run will write again, and return the others."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.is_file():
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -39,7 +39,7 @@ S = TypeVar("S", bound=StageSettings)
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of network file systems: there, the file's words must do
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
-RESUME_ADVICE = "leave that setting as it was"
+RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGAIN = "run the same command again to resume"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none

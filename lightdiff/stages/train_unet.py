@@ -57,10 +57,6 @@ def open_latents(stage: Stage[TrainUNetSettings]) -> LatentSet:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
     if stage.device.type == "cuda" and latents.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(stage.device)[0]:
         latents.to(stage.device)
-    if (labels := stage.settings.latent.labels) and not stage.settings.label:
-        named = ", ".join(f"{name} ({len(values)} values)" for name, values in labels.items())
-        hint = f"with --label {next(iter(labels))}, generate could be asked for one"
-        console.print(f"note: the latents have labels: {named}; {hint}")
     return latents
 
 
@@ -76,6 +72,10 @@ class UNetTask:
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
         self.schedule, self.scaling = Schedule.of(s.noise).to(self.device), Scaling.of(s.latent, self.device)
         self.classes = latents.index.classes(s.label, s.classes) if s.label else torch.empty(0)
+        if s.latent.labels and not s.label:
+            named = ", ".join(f"{name} ({len(values)} values)" for name, values in s.latent.labels.items())
+            hint = f"with --label {next(iter(s.latent.labels))}, generate could be asked for one"
+            console.print(f"note: the latents have labels: {named}; {hint}")
 
     @property
     def summary(self) -> str:
