@@ -14,7 +14,7 @@ from lightdiff.models.vae import Posterior
 from lightdiff.settings import VAELossSettings
 
 Images = Float[Tensor, "b c h w"]
-Measure = Callable[[Images, Images, Posterior], Tensor]  # x, x_hat, posterior -> a mean over the batch
+LossFn = Callable[[Images, Images, Posterior], Tensor]  # x, x_hat, posterior -> a mean over the batch
 Fetch = Callable[[Callable[[], Path]], Path]
 
 
@@ -23,7 +23,7 @@ def kl_per_element(posterior: Posterior) -> Float[Tensor, "b c h w"]:
     return 0.5 * (posterior.mu.square() + posterior.logvar.exp() - 1 - posterior.logvar)
 
 
-def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> Measure:
+def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> LossFn:
     """LPIPS, whose weights are found, or downloaded, first.
 
     Raises:
@@ -40,7 +40,7 @@ class Term(NamedTuple):
     """A term that is added to reconstruction and KL where it has a weight."""
 
     weight: str  # its field in VAELossSettings; with 0 the term is neither made nor computed
-    make: Callable[[VAELossSettings, torch.device, Fetch], Measure]
+    make: Callable[[VAELossSettings, torch.device, Fetch], LossFn]
 
 
 TERMS: dict[str, Term] = {
@@ -84,8 +84,8 @@ class VAELoss:
         element = kl_per_element(posterior)
         parts = {self.settings.reconstruction: error, "kl": element.mean(), "kl_sum": element.sum() / len(x)}
         loss = error + self.settings.kl_beta * parts["kl"]
-        for name, measure in self.terms.items():
-            parts[name] = measure(x, x_hat, posterior)
+        for name, term in self.terms.items():
+            parts[name] = term(x, x_hat, posterior)
             loss = loss + getattr(self.settings, TERMS[name].weight) * parts[name]
         return {"loss": loss, **parts}
 

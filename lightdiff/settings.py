@@ -1,4 +1,4 @@
-"""Every knob but the networks', on one page: noise schedule, sampling, data, loop, and one model a stage.
+"""All settings but the architectures', on one page: noise schedule, sampling, data, loop, and one model a stage.
 
 Each field is described here once; the command line's help, the settings saved with a checkpoint and the reference
 page are made from it. What a field says beyond that (`json_schema_extra`) is for `options.py`, and explained there:
@@ -104,9 +104,9 @@ class LevelSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """How to get from noise to a latent: sampler, steps, classes, guidance."""
+    """How to sample latents: sampler, steps, classes, guidance."""
 
-    sampler: SamplerName = Field("dpm++2m", description="how to get from noise to a picture")
+    sampler: SamplerName = Field("dpm++2m", description="sampling method")
     num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
     spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
@@ -154,7 +154,7 @@ class ImageSettings(Settings):
 
 
 class LatentsSettings(Settings):
-    """What a U-Net must know of the latents it was trained on. Filled in from the latents; nothing to type."""
+    """What a U-Net must know of the latents it was trained on. Filled in from the latents, not set by the user."""
 
     channels: int = Field(4, ge=1, description="channels of a latent")
     height: int = Field(16, ge=1, description="height of a latent")
@@ -182,13 +182,13 @@ class LoopSettings(ComputeSettings):
 
     steps: int = Field(20_000, ge=1, description="optimizer steps")
     epochs: float = Field(0.0, ge=0, json_schema_extra=STEPS, description="passes over the images; 0: off")
-    batch_size: int = Field(16, ge=1, description="images per optimizer step")
+    batch_size: int = Field(16, ge=1, description="images per optimizer step, over all processes")
     micro_batch: int = Field(0, ge=0, json_schema_extra=MEMORY, description="images per forward pass; 0: batch-size")
     checkpoint_activations: bool = Field(
         False, json_schema_extra=MEMORY, description="recompute activations: a third slower"
     )
     optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="Muon, with AdamW for what is no matrix or kernel; or AdamW alone"
+        "muon", description="Muon, with AdamW for norms, biases and end layers; or AdamW alone"
     )
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
@@ -304,7 +304,7 @@ class EncodeSettings(StageSettings):
 
     restart: bool = Field(False, description="start over; the old run is renamed")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
-    batch_size: int = Field(64, ge=1, description="images per forward pass")
+    batch_size: int = Field(64, ge=1, description="images per forward pass of each process")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the stored latents")
     shard_size: int = Field(2048, ge=1, description="images per shard file")
     images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
@@ -381,10 +381,10 @@ class GenerateSettings(StageSettings):
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
     num_images: int = Field(16, ge=1, description="images to draw")
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
-    batch_size: int = Field(32, ge=1, description="images drawn at a time")
+    batch_size: int = Field(32, ge=1, description="images generated at a time by each process")
     out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")
     name: str = Field("", pattern=r"^[^/\\]*$", description="prefix of the file names: NAME-00000.png")
     resolution: int = Field(0, ge=0, description="side of the images, in pixels; 0: the size trained on")
-    ema: bool = Field(True, description="draw with the averaged weights, or with the raw ones")
+    ema: bool = Field(True, description="use the EMA weights, or the raw ones")
     sampling: SamplingSettings = Field(SamplingSettings(), title="Sampling")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")

@@ -101,11 +101,11 @@ def training_stage(
 
 def train_in(stage: "Stage[TrainVAESettings]", task: "Task") -> "Trainer":
     """Train a task in a stage, with signals and errors handled as `open_stage` does it."""
-    from lightdiff.runtime.stage import explained, handling
+    from lightdiff.runtime.stage import signal_handler, translate_errors
     from lightdiff.training.loop import train
 
     stage.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    with explained(stage.settings), handling(stage.on_signal):
+    with translate_errors(stage.settings), signal_handler(stage.on_signal):
         return train(task, stage)
 
 

@@ -51,7 +51,7 @@ def vae(run: Path, stage: str = "vae", name: str = "last") -> Path:
 
 def test_no_data_folder_of_that_name(refused, new, tmp_path):
     told = refused("train-vae", "--run", new, "--data", tmp_path / "absent", *VAE_FLAGS)
-    assert f"--data: there is no folder {tmp_path / 'absent'}" in told
+    assert f"--data: {tmp_path / 'absent'} does not exist" in told
     assert not new.exists()
 
 
@@ -82,7 +82,7 @@ def test_a_file_for_a_folder(refused, new, tmp_path):
 
 
 def test_inspect_and_show_of_nothing(refused, tmp_path):
-    assert "there is no folder" in refused("inspect", tmp_path / "absent")
+    assert "does not exist" in refused("inspect", tmp_path / "absent")
     assert "absent does not exist" in refused("show", tmp_path / "absent")
     assert "holds no checkpoint and no latents" in refused("show", tmp_path)
     assert "PATH" in refused("show")
@@ -96,7 +96,7 @@ def test_mistaken_data_is_found_before_lpips_is_fetched(refused, new, tmp_path, 
 
     monkeypatch.setattr("lightdiff.stages.train_vae.VAELoss", fetch)
     told = refused("train-vae", "--run", new, "--data", tmp_path / "absent", "--precision", "fp32")
-    assert "there is no folder" in told
+    assert "does not exist" in told
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_a_unet_with_another_vae(refused, run, new, faces):
     assert f"VAE {ours}" in told
     assert f"holds {other}" in told
     told = refused("encode", "--run", run, "--vae", new)
-    assert f"{run / 'latents'} was begun with --vae {ours}, not {other}: " in told
+    assert f"{run / 'latents'} was started with --vae {ours}, not {other}: " in told
     assert ours in told
     assert other in told
 
@@ -406,7 +406,7 @@ def test_a_unet_with_another_vae(refused, run, new, faces):
 )
 def test_a_folder_that_holds_another_run(refused, run, flags, words):
     told = refused("train-vae", "--run", run, *flags)
-    assert f"{run / 'vae'} was begun with {words}: " in told
+    assert f"{run / 'vae'} was started with {words}: " in told
     assert "--run" in told
 
 
@@ -424,12 +424,12 @@ def test_a_run_of_other_images(refused, run, faces, tmp_path):
 
 def test_a_folder_that_holds_another_unet(refused, run):
     told = refused("train-unet", "--run", run, *UNET_FLAGS, "--model.time-dim", 64)
-    assert f"{run / 'unet'} was begun with --model.time-dim 128, not 64: " in told
+    assert f"{run / 'unet'} was started with --model.time-dim 128, not 64: " in told
 
 
 def test_a_folder_that_holds_other_latents(refused, run):
     told = refused("encode", "--run", run, "--dtype", "float32")
-    assert f"{run / 'latents'} was begun with --dtype float16, not float32: " in told
+    assert f"{run / 'latents'} was started with --dtype float16, not float32: " in told
     assert "'lightdiff encode --restart'" in told
 
 
@@ -484,7 +484,7 @@ def test_images_are_not_overwritten(refused, run):
     out = run / "samples" / "0001"
     before = (out / "00000.png").read_bytes()
     told = refused("generate", "--run", run, "--out", out, *DRAW, "--seed", 5)
-    assert f"{out} was begun with --seed 0, not 5: " in told
+    assert f"{out} was started with --seed 0, not 5: " in told
     assert "choose another --out, or a --name" in told
     assert (out / "00000.png").read_bytes() == before
 

@@ -327,7 +327,7 @@ def test_a_run_folder_that_is_misspelled_is_named_rightly(cli, run, command):
 
 def test_another_objective_for_a_run_is_refused_as_such(cli, run):
     refused = (
-        f"{run}/unet was begun with --objective flow, not v: choose another --run, or leave that setting as it was"
+        f"{run}/unet was started with --objective flow, not v: choose another --run, or leave that setting as it was"
     )
     assert cli("train-unet", "--run", run, "--objective", "v").err == f"error: {refused}"
 
@@ -349,7 +349,8 @@ def test_a_stage_s_folder_can_be_shown_and_drawn_with(cli, run, tmp_path):
 
 def test_a_label_for_a_run_without_one_is_refused_in_words(cli, run):
     assert (
-        f"error: {run}/unet was begun without --label class:" in cli("train-unet", "--run", run, "--label", "class").err
+        f"error: {run}/unet was started without --label class:"
+        in cli("train-unet", "--run", run, "--label", "class").err
     )
 
 

@@ -248,6 +248,6 @@ def test_edits_are_not_mixed_with_those_of_another_image(trained, faces, tmp_pat
     succeed(*flags, first)
     succeed(*flags, first)
     result = cli(*flags, second)
-    assert (result.code, "was begun with --from" in result.err) == (2, True), result.err
+    assert (result.code, "was started with --from" in result.err) == (2, True), result.err
     result = cli("generate", "--run", trained, *FAST, "--num-images", 1, "--out", tmp_path / "out")
-    assert (result.code, "begun with lightdiff edit, not generate" in result.err) == (2, True), result.err
+    assert (result.code, "started with lightdiff edit, not generate" in result.err) == (2, True), result.err

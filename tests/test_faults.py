@@ -249,7 +249,9 @@ def test_a_state_whose_settings_are_not_those_of_its_tensors_is_not_resumed(tmp_
     before = checkpoint_memory()
     with pytest.raises(UserError, match="does not fit this architecture"):
         train_vae.run(settings)
-    with pytest.raises(UserError, match=r"was begun with --model\.\S+ .*: choose another --run, or leave that setting"):
+    with pytest.raises(
+        UserError, match=r"was started with --model\.\S+ .*: choose another --run, or leave that setting"
+    ):
         train_vae.run(with_changes(settings, model=VAESettings()))
     assert checkpoint_memory() - before < 300e6
 

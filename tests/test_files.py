@@ -109,7 +109,7 @@ def test_files_are_json_friendly_and_need_no_torch(tmp_path: Path) -> None:
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--data: name a folder of images$"):
         scan([], 0.1)
-    with pytest.raises(UserError, match=r"^--data: there is no folder .*missing$"):
+    with pytest.raises(UserError, match=r"^--data: .*missing does not exist$"):
         scan([tmp_path / "missing"], 0.1)
     fill(tmp_path, ["full/1.png", "full/inner/2.png", "empty/readme.txt"])
     with pytest.raises(UserError, match=r"^--data: .*1\.png is a file; name the folder"):

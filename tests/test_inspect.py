@@ -140,5 +140,5 @@ def test_only_bad_files_are_no_reason_to_fail(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--data: there is no folder"):
+    with pytest.raises(UserError, match=r"^--data: .* does not exist"):
         inspect([tmp_path / "nowhere"], 0.1)

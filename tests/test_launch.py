@@ -200,7 +200,7 @@ def test_a_mistake_is_told_once_and_not_tried_again(faces, tmp_path):
     command = Command(tmp_path / "nothing", tmp_path / "run", "--max-restarts", 3)
     code, said = command.end()
     assert code == 2
-    assert said == f"error: --data: there is no folder {tmp_path / 'nothing'}"
+    assert said == f"error: --data: {tmp_path / 'nothing'} does not exist"
 
 
 def test_threads_are_shared_out(faces, tmp_path):

@@ -104,6 +104,10 @@ def test_a_term_of_ones_own_is_a_function_a_row_and_a_weight(monkeypatch: pytest
     torch.testing.assert_close(small["loss"], without["loss"] + 0.25 * total_variation(x, x_hat, p))
 
 
+def test_terms_have_names_of_their_own() -> None:
+    assert not TERMS.keys() & {"loss", "mse", "l1", "kl", "kl_sum"}, "a term's name is its column in metrics.jsonl"
+
+
 def test_gradients_are_those_of_the_parts() -> None:
     (x, x_hat), p = images(), posterior()
     x_hat.requires_grad_()

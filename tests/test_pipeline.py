@@ -16,6 +16,7 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import frame, load_image, to_float
 from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_index, shard_path
 from lightdiff.data.order import item_noise
+from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.extras import demo
@@ -194,9 +195,9 @@ def test_restart_replaces_latents_whose_index_is_damaged(copy):
 
 
 def test_latents_of_other_settings_are_refused_and_restart_keeps_them_aside(copy):
-    with pytest.raises(UserError, match=r"latents was begun with --dtype float32, not float16.*encode --restart"):
+    with pytest.raises(UserError, match=r"latents was started with --dtype float32, not float16.*encode --restart"):
         encode_all(copy, shard_size=16)
-    with pytest.raises(UserError, match="begun with --flip True, not False"):
+    with pytest.raises(UserError, match="started with --flip True, not False"):
         encode_all(copy, shard_size=16, dtype="float32", images={"flip": False})
     latents = LatentSet(copy / "latents")
     with pytest.raises(UserError, match=r"another list of images: .*encode --restart"):
@@ -429,13 +430,13 @@ def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypa
         off, on = (pixels(tmp_path / name / f"{i:05d}.png") for name in ("off", "on"))
         assert abs(off - on).max() <= 1
     (tmp_path / "on/00001.png").unlink()
-    draw(finished, tmp_path / "on", batch_size=3, compute={"precision": "fp32"})  # auto: as it was begun
+    draw(finished, tmp_path / "on", batch_size=3, compute={"precision": "fp32"})  # auto: as it was started
     assert (tmp_path / "on/00001.png").is_file()
 
 
 def test_nothing_is_overwritten(finished, tmp_path):
     draw(finished, tmp_path / "out")
-    with pytest.raises(UserError, match="was begun with --seed 0, not 1: choose another --out, or a --name"):
+    with pytest.raises(UserError, match="was started with --seed 0, not 1: choose another --out, or a --name"):
         draw(finished, tmp_path / "out", seed=1)
     (tmp_path / "out/settings.json").unlink()
     with pytest.raises(UserError, match=r"holds 00000\.png already: choose another --out, or a --name"):
@@ -544,6 +545,14 @@ class Perfect:
         self.asked.append(level)
         x0, eps = DATA.denoise(x_t, level)
         return {"eps": eps, "x0": x0, "v": level.alpha * eps - level.sigma * x0, "flow": eps - x0}[self.objective]
+
+
+def test_a_sampler_of_ones_own_needs_no_change_of_a_file(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "mine", SAMPLERS["heun"])
+    settings = TrainUNetSettings(latent=LATENT)
+    pipeline = Pipeline(None, None, Perfect(settings), settings, CPU)
+    mine, heun = (SamplingSettings.model_construct(sampler=name, num_steps=5) for name in ("mine", "heun"))
+    assert torch.equal(pipeline.sample(2, 0, mine), pipeline.sample(2, 0, heun))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from lightdiff.errors import LostContact
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import DistEnv, Processes, first_host
-from lightdiff.runtime.stage import explained
+from lightdiff.runtime.stage import translate_errors
 from lightdiff.settings import StageSettings
 
 HOME = Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def test_errors_of_lost_contact_are_explained_and_others_left_alone(monkeypatch)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
-        with explained(StageSettings()):
+        with translate_errors(StageSettings()):
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nmore")
-    with pytest.raises(RuntimeError, match="shape mismatch"), explained(StageSettings()):
+    with pytest.raises(RuntimeError, match="shape mismatch"), translate_errors(StageSettings()):
         raise RuntimeError("shape mismatch")

@@ -26,7 +26,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
 from lightdiff.runtime import stage as stage_module
-from lightdiff.runtime.stage import handling, open_stage, open_stage_dir
+from lightdiff.runtime.stage import open_stage, open_stage_dir, signal_handler
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
@@ -300,8 +300,8 @@ def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
 def test_a_second_signal_leaves_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     stage = training_stage(tmp_path, loop())
-    stage.signals_wait = True
-    with handling(stage.on_signal):
+    stage.defer_signals = True
+    with signal_handler(stage.on_signal):
         assert stage.poll() == (0, False)
         os.kill(os.getpid(), signal.SIGINT)
         assert stage.poll() == (130, False)
@@ -313,8 +313,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 def test_a_second_sigterm_changes_nothing(tmp_path):
     """A cluster sends it to each process, and so does a launcher."""
     stage = training_stage(tmp_path, loop())
-    stage.signals_wait = True
-    with handling(stage.on_signal):
+    stage.defer_signals = True
+    with signal_handler(stage.on_signal):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stage.poll() == (143, False)
@@ -341,7 +341,7 @@ def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):
 
 def test_sigusr1_outside_the_loop_waits_for_it(tmp_path):
     stage = training_stage(tmp_path, loop())
-    with handling(stage.on_signal):
+    with signal_handler(stage.on_signal):
         os.kill(os.getpid(), signal.SIGUSR1)
     assert [stage.poll(), stage.poll()] == [(0, True), (0, False)]
 
@@ -524,9 +524,26 @@ def test_a_run_of_other_settings_is_refused_and_restart_keeps_it_aside(tmp_path,
         train_vae.run(other)
     with pytest.raises(UserError, match="--seed 0, not 1"):
         train_vae.run(vae_settings(tmp_path, faces, seed=1))
+    with pytest.raises(UserError, match="--optimizer muon, not adamw: choose another --run"):
+        train_vae.run(vae_settings(tmp_path, faces, optimizer="adamw"))
     train_vae.run(with_changes(other, restart=True))
     assert (tmp_path / "vae.old-1/checkpoints/last.safetensors").is_file()
     assert "restart" not in json.loads((tmp_path / "vae/settings.json").read_text())
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_has_its_default_there(tmp_path, faces, capsys):
+    train_vae.run(vae_settings(tmp_path, faces))
+    last = tmp_path / "vae/checkpoints/last.safetensors"
+    saved = Checkpoint(last)
+    tensors, metadata = saved.tensors(""), saved.metadata
+    saved.close()
+    del metadata.settings["loss"]["reconstruction"]
+    checkpoint.save(last, tensors, metadata)
+    settings = vae_settings(tmp_path, faces)
+    with pytest.raises(UserError, match="--reconstruction mse, not l1"):
+        train_vae.run(with_changes(settings, loss=with_changes(settings.loss, reconstruction="l1")))
+    train_vae.run(vae_settings(tmp_path, faces, steps=9))
+    assert "resuming from step 8 of 9" in capsys.readouterr().err
 
 
 def test_automatic_precision_stays_what_it_was(tmp_path, faces, monkeypatch):
@@ -639,7 +656,7 @@ def test_a_stage_within_another_ones(tmp_path, faces):
         assert (outer.path / ".lock").is_file()
         with pytest.raises(UserError, match=f"outer/vae is in use by process {os.getpid()} on"):
             train_vae.run(outer_settings)
-        outer.signals_wait = True
+        outer.defer_signals = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert outer.poll() == (143, False)
     assert signal.getsignal(signal.SIGTERM) is before

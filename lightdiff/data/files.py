@@ -105,7 +105,7 @@ def source_of(place: Path) -> Source:
     if os.path.isdir(place):
         return FOLDER
     if not os.path.isfile(place):
-        raise UserError(f"--data: there is no folder {place}")
+        raise UserError(f"--data: {place} does not exist")
     if place.suffix.lower() not in SOURCES:
         raise UserError(f"--data: {place} is a file; name the folder that holds the images")
     return SOURCES[place.suffix.lower()]

@@ -60,7 +60,7 @@ def run(settings: EvaluateSettings) -> Path:
         here, device, ranks = RunFolder(settings.run), stage.device, stage.processes
         unet = unet_of(settings, here)
         if settings.samples and not settings.samples.is_dir():
-            raise UserError(f"--samples: there is no folder {settings.samples}")
+            raise UserError(f"--samples: {settings.samples} does not exist")
         vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
         saved, home = Checkpoint(vae, "vae"), stage.path
         images = images_of(saved, settings)

@@ -94,14 +94,14 @@ class Launch:
     def run(self) -> None:
         """Start the processes, pass signals on until they end, and report how they ended."""
         from lightdiff.runtime.processes import usable_cores
-        from lightdiff.runtime.stage import STARTED, handling
+        from lightdiff.runtime.stage import STARTED, signal_handler
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.job.nproc_per_node)))
         os.environ["LIGHTDIFF_STARTED"] = str(STARTED)
         os.environ[WORKER_FOLDER] = str(self.folder)
         agent = threading.Thread(target=self._agent, daemon=True)
         try:
-            with handling(self._on_signal):
+            with signal_handler(self._on_signal):
                 agent.start()
                 while agent.is_alive():
                     agent.join(0.05)
@@ -149,7 +149,10 @@ class Launch:
         else:
             for pid in self._workers():
                 with suppress(OSError):
-                    os.killpg(pid, signal.SIGKILL)  # each leads a group, of its loader workers
+                    if sys.platform == "win32":
+                        os.kill(pid, signal.SIGTERM)
+                    else:
+                        os.killpg(pid, signal.SIGKILL)  # each leads a group, of its loader workers
             shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(128 + number)
 

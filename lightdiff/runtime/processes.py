@@ -29,8 +29,8 @@ from lightdiff.settings import Compile, Device, Precision
 T = TypeVar("T")
 COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
-PATIENT: list[Any] = []  # the group of all processes for waits without the usual time limit
-MEETINGS = itertools.count()  # of this process with the others
+NO_TIMEOUT: list[Any] = []  # the group of all processes for waits without the usual time limit
+RENDEZVOUS = itertools.count()  # how often this process has joined the others
 ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
 
 
@@ -216,7 +216,7 @@ class Processes:
         if self.world_size == 1:
             return list(numbers)
         together = torch.tensor(numbers)
-        dist.all_reduce(together, dist.ReduceOp.MAX, group=PATIENT[0] if patient else None)
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=NO_TIMEOUT[0] if patient else None)
         return [int(n) for n in together]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
@@ -294,7 +294,7 @@ class Means:
 
 
 def init_distributed(device: torch.device, timeout: float) -> Processes:
-    """Meet the other processes of this run, if a launcher has started several.
+    """Join the other processes of this run, if a launcher has started several.
 
     Args:
         device: Where this process computes.
@@ -317,23 +317,23 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
         try:
             store, _, _ = next(rendezvous(method, env.rank, env.world_size, timeout=wait))
             # The agent's store still has addresses of before a restart, and of this process's last stage.
-            store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(MEETINGS)}", store)
+            store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(RENDEZVOUS)}", store)
             dist.init_process_group(backend, timeout=wait, world_size=env.world_size, rank=env.rank, store=store)
-            PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
+            NO_TIMEOUT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except ValueError as error:
             raise UserError(f"the launcher's environment variables make no sense: {error}") from None
     return Processes(env.rank, env.world_size)
 
 
 def shutdown() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def distributed(device: torch.device, timeout: float) -> Iterator[Processes]:
-    """The processes of a run, which part at its end; a stage within another one's leaves that to it."""
+    """The processes of a run, joined until its end; a stage within another one leaves that to it."""
     inner = dist.is_available() and dist.is_initialized()
     yield init_distributed(device, timeout)
     if not inner:

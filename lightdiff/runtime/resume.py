@@ -1,4 +1,4 @@
-"""Resuming a training: the newest whole snapshot, the same settings as it was begun with, going back to a step."""
+"""Resuming a training: the newest whole snapshot, the same settings as it was started with, going back to a step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightdiff.runtime.progress import console
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
 RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")
-RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay")  # of those
+RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
 
 
 def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) -> Checkpoint:
@@ -82,7 +82,7 @@ def start_over(folder: Path) -> None:
 
 
 def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that a run is trained on what it was begun with; a list of images (`data`) may grow or shrink.
+    """Check that a run is trained on what it was started with; a list of images (`data`) may grow or shrink.
 
     Raises:
         UserError: If it was trained on something else.
@@ -96,7 +96,7 @@ def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str
 
 
 def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> Changes:
-    """What differs from the flat settings that work was begun with, and may: {"loop.lr": (old, new), ...}.
+    """What differs from the flat settings that work was started with, and may: {"loop.lr": (old, new), ...}.
 
     Raises:
         UserError: If something differs that shapes the result.
@@ -108,7 +108,7 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
                 raise UserError(f"{folder} was trained on other latents ({name}): choose another --run, or --restart")
             flag = flag_of(name) if name != "command" else "lightdiff"
             what = f"without {flag} {new}" if old in ("", None) else f"with {flag} {old}, not {new}"
-            raise UserError(f"{folder} was begun {what}: {advice}")
+            raise UserError(f"{folder} was started {what}: {advice}")
     return changed
 
 

@@ -1,4 +1,4 @@
-"""How every stage begins and ends: processes met, folder locked, `auto` resolved, signals heeded, errors explained."""
+"""How every stage begins and ends: joins processes, locks the folder, resolves `auto`, handles signals and errors."""
 
 import errno
 import json
@@ -67,12 +67,12 @@ class Stage(Generic[S]):
     device: torch.device
     processes: Processes
     path: Path
-    begun: Mapping[str, Any] = field(default_factory=dict)  # flat settings the folder's work was begun with, if any
+    begun: Mapping[str, Any] = field(default_factory=dict)  # flat settings the folder's work was started with, if any
     again: str = AGAIN
     saved: Checkpoint | None = None  # the snapshot to resume from
     metadata: Metadata = field(default_factory=lambda: Metadata(stage=""))  # what snapshots say of this run
     total_steps: int = 0
-    signals_wait: bool = False  # for `poll`; a second Ctrl-C still leaves at once
+    defer_signals: bool = False  # for `poll`; a second Ctrl-C still leaves at once
     _signal: int = 0
     _save: bool = False
     _longest: float = 0.0
@@ -104,7 +104,7 @@ class Stage(Generic[S]):
         self.settings = with_changes(self.settings, **{part: with_changes(compute, **{name: chosen})})
 
     def check_begun(self, now: Mapping[str, Any], advice: str = RESUME_ADVICE) -> resume.Changes:
-        """The settings that differ from those the folder's work was begun with, and may.
+        """The settings that differ from those the folder's work was started with, and may.
 
         Raises:
             UserError: If one differs that shapes the result.
@@ -149,14 +149,14 @@ class Stage(Generic[S]):
     def announce(self, summary: str) -> None:
         """Print what is about to be trained, and how."""
         on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
-        steps = f"{self.total_steps} steps of {self.loop.batch_size} on {on}{self.device.type} in {self.loop.precision}"
-        console.print(f"{summary}; {steps}")
+        how = f"batch size {self.loop.batch_size}, {on}{self.device.type}, {self.loop.precision}"
+        console.print(f"{summary}; {self.total_steps} steps, {how}")
 
     def resume(self, saved: Checkpoint, summary: str) -> bool:
         """Prepare to resume a training from a snapshot; False if it has all its steps.
 
         Raises:
-            UserError: If settings or data are not those that it was begun with.
+            UserError: If settings or data are not those that it was started with.
         """
         changed, data = self.check_begun(self.settings.to_save()), self.metadata.lineage.get("data")
         resume.check_lineage(self.path, saved.metadata.lineage, self.metadata.lineage)
@@ -221,7 +221,7 @@ class Stage(Generic[S]):
         """Note a signal for `poll`, or leave at once where nothing polls."""
         if number == SAVE:
             self._save = True
-        elif self.signals_wait and not (self._signal and number == signal.SIGINT):
+        elif self.defer_signals and not (self._signal and number == signal.SIGINT):
             self._signal = number  # SIGTERM may come twice: a cluster sends it to each process, and so does a launcher
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -242,7 +242,7 @@ def open_stage(
         settings: The stage's settings; `auto` and what follows from other settings is resolved here.
         name: Its folder's name in the run.
         folder: Chooses another folder, in the main process.
-        begun: The flat settings that the work found in the folder was begun with; trainings have theirs in snapshots.
+        begun: The flat settings that the work found in the folder was started with; trainings have theirs in snapshots.
 
     Raises:
         UserError: If another process writes to the folder, or there is a state to resume but none that is whole.
@@ -252,17 +252,19 @@ def open_stage(
     settings = (for_this_start(settings) if "TORCHELASTIC_MAX_RESTARTS" in os.environ else settings).resolved()
     device = pick_device(getattr(settings, settings.compute_section, ON_CPU).device)
     choose, quiet = folder or (lambda: settings.run / name), console.quiet
-    with explained(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
+    with translate_errors(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
         force = settings.job.force_unlock
         path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
         stage = Stage(name, settings, device, processes, path)
-        held.enter_context(handling(stage.on_signal))
+        held.enter_context(signal_handler(stage.on_signal))
         if isinstance(settings, TrainingSettings) and stage.can_resume(settings):
             stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
         restart = getattr(settings, "restart", False)
-        stage.begun = flat(stage.saved.metadata.settings) if stage.saved else {} if restart else begun(path)
+        stage.begun = (
+            flat(stage.saved.settings(type(settings)).to_save()) if stage.saved else {} if restart else begun(path)
+        )
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
         try:
@@ -314,8 +316,8 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
         lock.release()
         host, process = lock_owner(file)
         raise UserError(
-            f"{folder} was locked by {process} on {host}, which ended without a word or still runs: "
-            "if you are sure that it has ended, give --force-unlock"
+            f"{folder} was locked by {process} on {host}, which exited without releasing the lock, or still runs: "
+            "if you are sure that it has exited, give --force-unlock"
         )
     file.write_text(f"{here} {os.getpid()}\n")
     try:
@@ -336,7 +338,7 @@ def lock_owner(file: Path) -> list[str]:
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGUSR1 go to this handler, where this is the main thread, the only one that may set them."""
     numbers = (signal.SIGINT, signal.SIGTERM, SAVE) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, handler) for number in numbers if number is not None}
@@ -348,8 +350,8 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 @contextmanager
-def explained(settings: StageSettings) -> Iterator[None]:
-    """Turns what torch raises when memory runs out or another process is gone into sentences."""
+def translate_errors(settings: StageSettings) -> Iterator[None]:
+    """Turn what torch raises when memory runs out, or another process is gone, into errors that say what to do."""
     try:
         yield
     except Stopped as stopped:

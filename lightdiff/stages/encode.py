@@ -56,7 +56,7 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
-    """The settings that latents found in a folder were begun with."""
+    """The settings that latents found in a folder were started with."""
     return depends_on(read_index(folder)) if (folder / INDEX).is_file() else {}
 
 

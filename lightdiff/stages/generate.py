@@ -39,7 +39,7 @@ def run(settings: GenerateSettings) -> Path:
 
 @contextmanager
 def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
-    """Samples to draw, in a folder that nobody else writes to; where they were begun, they are resumed."""
+    """Samples to draw, in a folder that nobody else writes to; where they were started, they are resumed."""
 
     def begun(folder: Path) -> dict[str, Any]:
         return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
@@ -112,7 +112,7 @@ class Samples:
         stage.finish_together(unfinished)
 
     def missing(self, about: Mapping[str, str]) -> list[range]:
-        """The batches that are not there yet; the folder remembers what it was begun with.
+        """The batches that are not there yet; the folder remembers what it was started with.
 
         Raises:
             UserError: If it holds images of the same names, but of other settings or networks, or of unknown ones.

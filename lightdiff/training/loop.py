@@ -311,7 +311,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
     began, images_before = time.monotonic(), trainer.images_seen
     metrics_file = folder.metrics if processes.is_main else None
-    stage.signals_wait = True
+    stage.defer_signals = True
     with Reporter(stage.name, total, trainer.step, metrics_file, stage.metadata.settings) as reporter:
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
@@ -345,8 +345,8 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
                     trainer.save(metrics, keep_step=False, validated=True)
                     raise
                 reporter.picture(picture, step)
-                numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-                reporter.note(f"{stage.name} step {step}: {numbers}  {picture}")
+                numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+                reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
             if saving:  # last: what a kill cuts off before is done again
                 reporter.flush()
                 trainer.save(metrics, keep_step, validating)
