@@ -309,4 +309,4 @@ def test_a_file_of_other_weights_is_refused(trained, cli, tmp_path, content, mes
 def test_missing_samples_are_reported(trained, cli, weights, tmp_path):
     flags = ["--of", "unet", "--features", weights, "--device", "cpu", "--samples", tmp_path / "no"]
     result = cli("evaluate", "--run", trained, *flags)
-    assert (result.code, "absent does not exist" in result.err) == (2, True)
+    assert (result.code, f"--samples: {tmp_path / 'no'} does not exist" in result.err) == (2, True)
