@@ -213,7 +213,7 @@ def load_weights(model: nn.Module, source: Checkpoint, prefix: str) -> None:
 
 
 def check_own(build: Callable[[], nn.Module], source: Checkpoint, prefix: str) -> None:
-    """See that a snapshot's settings make the network that its tensors are of, whatever sizes it claims: in no memory.
+    """Check, in no memory, that a snapshot's settings make the network of its tensors, whatever sizes it claims.
 
     Raises:
         UserError: If not.
@@ -226,7 +226,7 @@ def check_own(build: Callable[[], nn.Module], source: Checkpoint, prefix: str) -
 
 
 def check_fit(model: nn.Module, source: Checkpoint, prefix: str) -> None:
-    """See that a snapshot's tensors below a prefix are those of a network, by names and shapes.
+    """Check that a snapshot's tensors below a prefix are those of a network, by names and shapes.
 
     Raises:
         UserError: If not.

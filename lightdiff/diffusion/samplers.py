@@ -37,7 +37,7 @@ def ddim(
 ) -> Latents:
     """Song et al. 2021 (arXiv:2010.02502), Eq. 12, with the variance of Eq. 16. One call a step.
 
-    eta 0 is deterministic: Euler's method along the probability flow, as the field draws rectified flow. eta 1 is
+    eta 0 is deterministic: Euler's method along the probability flow, as rectified flow is usually sampled. eta 1 is
     ancestral sampling: a draw from q(x_there | x_here, x0_hat), Ho et al. 2020 (arXiv:2006.11239), Eq. 6 and 7. The
     last step lands on the x0 that the network predicts.
     """

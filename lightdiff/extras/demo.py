@@ -72,7 +72,7 @@ def tell(s: DemoSettings, faces: Path, out: Path) -> None:
         f"""
 Done. None of the faces in {out / "grid.png"} is among the {s.count} drawn ones:
 a VAE ({run.vae.best}) and a U-Net ({run.unet.last}) made them up.
-For better ones, the same command with --unet-steps {4 * s.unet_steps} goes on from here.
+For better ones, the same command with --unet-steps {4 * s.unet_steps} trains further from here.
 Originals above their reconstructions are in {run.vae.images}, samples during training in {run.unet.images}.
 
 The same by hand, with images of your own in place of {faces}:

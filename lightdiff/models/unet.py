@@ -1,4 +1,4 @@
-"""The U-Net that tells signal from noise in a latent (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
+"""The U-Net that denoises latents (Ronneberger et al. 2015; Ho et al. 2020, appendix B)."""
 
 from itertools import pairwise
 from pkgutil import resolve_name

@@ -57,7 +57,7 @@ def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint:
             problems.append(error)
         else:
             for problem in problems if whole else ():
-                console.print(f"{problem}; {path.name} is used instead", style="yellow")
+                console.print(f"{problem}; {path.name} is used instead", style="yellow", soft_wrap=True)
             return found
     raise Damaged(f"{problems[0]}; there is no whole state to resume from: --restart starts over")
 
@@ -78,7 +78,7 @@ def step_file(folder: StageFolder, step: int, name: str) -> Checkpoint:
 def start_over(folder: Path) -> None:
     """Rename what a folder holds, and make it anew."""
     if aside := set_aside(folder):
-        console.print(f"the contents of {folder} are now in {aside}")
+        console.print(f"the contents of {folder} are now in {aside}", soft_wrap=True)
 
 
 def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -130,7 +130,7 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
-        console.print(f"what was saved after step {step} is now in {aside}")
+        console.print(f"what was saved after step {step} is now in {aside}", soft_wrap=True)
     atomic_link(folder.last, saved.path)
 
 

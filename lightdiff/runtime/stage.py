@@ -172,7 +172,7 @@ class Stage(Generic[S]):
         step, total = saved.metadata.step, self.total_steps
         if step >= total:
             has = f"has its {total}" if step == total else f"is past {total}: it has {step}"
-            console.print(f"{self.path} {has} steps already; give more --steps to train on")
+            console.print(f"{self.path} {has} steps already; give more --steps to train on", soft_wrap=True)
             return False
         if self.settings.from_step:  # type: ignore[attr-defined]  # not before everything else has been checked
             self.processes.run_on_main(lambda: resume.go_back(self.folder, saved))

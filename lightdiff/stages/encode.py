@@ -37,7 +37,7 @@ def run(settings: EncodeSettings) -> Path:
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.files, index.vae_digest))
         if processes.run_on_main(lambda: prepare(stage, index, saved)):
-            console.print(f"{stage.path} has the latents of all {len(files)} images already")
+            console.print(f"{stage.path} has the latents of all {len(files)} images already", soft_wrap=True)
             return stage.path
         bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.data, settings.images.max_bad)
         mine = processes.strided(processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad)))

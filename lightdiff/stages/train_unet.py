@@ -1,4 +1,4 @@
-"""train-unet: cached latents + scale -> a U-Net that tells signal from noise, with averaged weights."""
+"""train-unet: cached latents + scale -> a U-Net that denoises latents, with averaged weights."""
 
 from collections.abc import Iterator
 from functools import partial

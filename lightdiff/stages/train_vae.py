@@ -34,7 +34,8 @@ def run(settings: TrainVAESettings) -> Path:
         if stage.start_or_resume(task, {"data": digest}):
             train(task, stage)
             if task.bad.count:
-                console.print(f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}")
+                said = f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}"
+                console.print(said, soft_wrap=True)
         return stage.folder.best
 
 
