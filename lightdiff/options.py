@@ -9,7 +9,7 @@ import inspect
 import json
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -92,7 +92,13 @@ def panel(model: type[BaseModel], path: Where) -> str:
 
 def default_of(model: type[BaseModel], path: Where) -> Any:
     """A field's default within this model (a stage may differ from the nested model's own)."""
-    return reduce(getattr, path, model.model_construct())
+    return reduce(getattr, path, all_defaults(model))
+
+
+@cache
+def all_defaults(model: type[BaseModel]) -> BaseModel:
+    """A model with the default of every field, also of those that have to be given: only to be read."""
+    return model.model_construct()
 
 
 def format_value(value: Any) -> str:
