@@ -110,7 +110,7 @@ class SamplingSettings(Settings):
     num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
     spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
-    class_: Names = Field((), description="classes to draw, the images taking turns; empty: any")
+    class_: Names = Field((), description="classes to sample, the images taking turns; empty: any")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
     )
@@ -371,7 +371,7 @@ class TrainUNetSettings(TrainingSettings):
 
 
 class GenerateSettings(StageSettings):
-    """Draw new images."""
+    """Generate new images."""
 
     NO_FLAG: ClassVar = frozenset({"compute.workers"})  # there are no images to load
     # An image says all else of itself
@@ -379,7 +379,7 @@ class GenerateSettings(StageSettings):
 
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
-    num_images: int = Field(16, ge=1, description="images to draw")
+    num_images: int = Field(16, ge=1, description="number of images")
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
     batch_size: int = Field(32, ge=1, description="images generated at a time by each process")
     out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")

@@ -30,7 +30,7 @@ def refused(cli):
         told = [line for line in result.stderr.splitlines() if line.startswith(("error:", "╭─ Error"))]
         assert len(told) == 1, result.stderr
         before = result.stderr[: result.stderr.index(told[0])]
-        assert code == 1 or before == "" or before.startswith(("Usage:", "going on from step")), result.stderr
+        assert code == 1 or before == "" or before.startswith(("Usage:", "resuming from step")), result.stderr
         return result.err.partition("error: ")[2] or result.err
 
     return call

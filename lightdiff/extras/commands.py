@@ -15,15 +15,15 @@ from lightdiff.extras.settings import (
 )
 from lightdiff.settings import Device
 
-DRAWING = "More to draw"
+SAMPLING = "More ways to sample"
 EVALUATION = "Evaluating and comparing"
 LOOKING = "Looking at images and runs"
 STARTING = "Starting points"
 # Commands that are made of settings: the settings, the module that runs them, the panel, the module that estimates
 EXTRAS: dict[str, tuple[Any, ...]] = {
-    "edit": (EditSettings, "extras.edit", DRAWING),
-    "walk": (WalkSettings, "extras.walk", DRAWING),
-    "trajectory": (TrajectorySettings, "extras.trajectory", DRAWING),
+    "edit": (EditSettings, "extras.edit", SAMPLING),
+    "walk": (WalkSettings, "extras.walk", SAMPLING),
+    "trajectory": (TrajectorySettings, "extras.trajectory", SAMPLING),
     "evaluate": (EvaluateSettings, "extras.evaluate", EVALUATION),
     "sweep": (SweepSettings, "extras.sweep", EVALUATION, "extras.sweep"),
     "demo": (DemoSettings, "extras.demo", STARTING),

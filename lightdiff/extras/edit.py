@@ -1,4 +1,4 @@
-"""edit: begin with an image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073), or redraw a part of it."""
+"""edit: begin with an image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073), or inpaint a part of it."""
 
 import hashlib
 from contextlib import suppress
@@ -24,7 +24,7 @@ STRENGTH = 0.6
 
 
 def run(settings: EditSettings) -> Path:
-    """Draw variations of an image and return the folder they are in."""
+    """Generate variations of an image and return the folder they are in."""
     with open_samples(settings) as samples:
         pipeline = samples.pipeline
         source = Source.of(settings, pipeline, samples.size)
@@ -102,7 +102,7 @@ def framed(path: Path, resolution: int, flag: str, background: str) -> UInt8[Ten
 
 
 def check_shape(mask: Path, source: Path) -> None:
-    """Check that a mask lies on the image it belongs to: of its shape, or square, as what is drawn.
+    """Check that a mask lies on the image it belongs to: of its shape, or square, as what is generated.
 
     Raises:
         UserError: If it is neither.

@@ -283,7 +283,7 @@ def samples_in(folder: Path) -> list[ImageFile]:
 
 
 def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path:
-    """Draw samples with `generate`'s default settings (fewer steps if the U-Net has fewer levels); return their folder.
+    """Samples of `generate`'s default settings (fewer steps if the U-Net has fewer levels); returns their folder.
 
     A U-Net trained without label dropout, which has no unconditional mode, draws all classes in turn.
     """

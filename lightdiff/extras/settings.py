@@ -23,7 +23,7 @@ class DemoSettings(Settings):
     """Draw a data set of faces, then run all five stages on it: some four minutes on two cores."""
 
     run: Path = Field(Path("runs/demo"), description="run folder")
-    resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the drawn images, in pixels")
+    resolution: int = Field(32, ge=16, le=256, multiple_of=8, description="side of the images, in pixels")
     count: int = Field(4000, ge=16, description="faces to draw")
     vae_steps: int = Field(450, ge=1, description="optimizer steps of the VAE")
     unet_steps: int = Field(750, ge=1, description="optimizer steps of the U-Net")
@@ -39,11 +39,11 @@ class EvaluateSettings(StageSettings):
     of: Literal["all", "vae", "unet"] = Field("all", description="what to measure")
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
-    samples: Path | None = Field(None, description="folder of samples; default: drawn with generate's defaults")
+    samples: Path | None = Field(None, description="folder of samples; default: generated with the defaults")
     data: tuple[Path, ...] = Field(
         (), json_schema_extra={"repeated": "FOLDER"}, description="folder of images; default: the VAE's training images"
     )
-    num_images: int = Field(2000, ge=2, description="samples to draw")
+    num_images: int = Field(2000, ge=2, description="number of samples")
     num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
     weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
     features: Path | None = Field(
@@ -88,7 +88,7 @@ class SweepSettings(StageSettings):
 
 
 class EditSettings(GenerateSettings):
-    """Draw variations of an image, or redraw a part of it."""
+    """Generate variations of an image, or inpaint a part of it."""
 
     NOT_IN_IMAGES: ClassVar = GenerateSettings.NOT_IN_IMAGES | {"from_", "mask", "trajectory"}
 
@@ -99,7 +99,7 @@ class EditSettings(GenerateSettings):
         le=1,
         description="share of the noise levels that is added to the image; default: 0.6, with a mask 1",
     )
-    mask: Path | None = Field(None, description="image that is white where to redraw")
+    mask: Path | None = Field(None, description="image that is white where to inpaint")
     trajectory: bool = Field(False, description="show how the first images come out of noise, too")
 
     @model_validator(mode="after")
@@ -110,7 +110,7 @@ class EditSettings(GenerateSettings):
 
 
 class WalkSettings(GenerateSettings):
-    """Draw a walk: the images between images of a seed, and an animation of them."""
+    """Interpolate between images of a seed: generate the images between them, and an animation."""
 
     NO_FLAG: ClassVar = GenerateSettings.NO_FLAG | {"num_images"}  # it follows from the two below
 
@@ -130,6 +130,6 @@ class WalkSettings(GenerateSettings):
 
 
 class TrajectorySettings(GenerateSettings):
-    """Draw new images, and show how the first of them come out of noise."""
+    """Generate images, and show how the first of them come out of noise."""
 
-    num_images: int = Field(4, ge=1, description="images to draw")
+    num_images: int = Field(4, ge=1, description="number of images")

@@ -33,7 +33,7 @@ class TrajectoryStep:
 
 
 def run(settings: TrajectorySettings) -> Path:
-    """Draw images, save the way of the first of them, and return the folder they are in."""
+    """Generate images, save the trajectory of the first of them, and return the folder they are in."""
     with open_samples(settings) as samples:
         samples.draw(samples.images)
         save_trajectory(samples)

@@ -19,7 +19,7 @@ from lightdiff.stages.generate import open_samples
 
 
 def run(settings: WalkSettings) -> Path:
-    """Draw a walk and return the folder it is in."""
+    """Generate a walk and return the folder it is in."""
     count = (len(settings.between) - 1) * (settings.frames - 1) + 1
     with open_samples(with_changes(settings, num_images=count)) as samples:
         pipeline = samples.pipeline

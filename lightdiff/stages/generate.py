@@ -1,4 +1,4 @@
-"""generate: noise -> x0 -> z -> images. Whatever else draws with a U-Net does it through `Samples`, too."""
+"""generate: noise -> x0 -> z -> images. Whatever else samples from a U-Net does it through `Samples`, too."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ Draw = Callable[[range], Float[Tensor, "b 3 h w"]]
 
 
 def run(settings: GenerateSettings) -> Path:
-    """Draw images and return the folder they are in."""
+    """Generate images and return the folder they are in."""
     with open_samples(settings) as samples:
         samples.draw(samples.images)
         return samples.finish()
@@ -39,7 +39,7 @@ def run(settings: GenerateSettings) -> Path:
 
 @contextmanager
 def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
-    """Samples to draw, in a folder that nobody else writes to; where they were started, they are resumed."""
+    """Samples to generate, in a folder that nobody else writes to; where they were started, they are resumed."""
 
     def begun(folder: Path) -> dict[str, Any]:
         return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
@@ -56,7 +56,7 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
 
 
 class Samples:
-    """A folder of images to draw with a trained pipeline."""
+    """A folder of images to generate with a trained pipeline."""
 
     def __init__(self, stage: Stage[GenerateSettings]) -> None:
         """Load the networks."""
@@ -76,7 +76,7 @@ class Samples:
         return self.pipeline.decode(self.pipeline.sample(items, self.settings.seed, self.settings.sampling, self.size))
 
     def draw(self, images: Draw, strength: float = 1.0, **about: str) -> None:
-        """Draw and save, batch by batch, what is not there yet; a batch that is there is whole.
+        """Generate and save, batch by batch, what is not there yet; a batch that is there is whole.
 
         Args:
             images: Draws some of them.
@@ -101,7 +101,7 @@ class Samples:
                 # A compiled network is made for one size of batch: the last batch is filled up
                 filled = range(batch.start, batch.start + len(mine[0])) if compiled else batch
                 pixels = to_uint8(images(filled)[: len(batch)])
-                list(writing)  # the batch before, saved while this one was drawn
+                list(writing)  # the batch before, saved while this one was generated
                 writing = pool.map(self.save, batch, pixels)
                 done += len(batch)
                 reporter.advance(done, {})
