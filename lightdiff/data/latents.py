@@ -97,13 +97,15 @@ class LatentIndex(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Publish it as the folder's index."""
-        self.checksum = self.compute_checksum()
-        atomic_write_text(folder / INDEX, json.dumps(self.model_dump(mode="json")))  # in ASCII: names may not be UTF-8
+        raw = self.model_dump(mode="json")
+        raw["checksum"] = self.checksum = compute_checksum(raw)
+        atomic_write_text(folder / INDEX, json.dumps(raw))  # in ASCII: names may not be UTF-8
 
-    def compute_checksum(self) -> str:
-        """A digest of all fields but the one that holds it."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+
+def compute_checksum(index: Mapping[str, Any]) -> str:
+    """A digest of all fields of an index but the one that holds it."""
+    text = json.dumps({name: value for name, value in index.items() if name != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -125,7 +127,7 @@ def read_index(folder: Path, finished: bool = False) -> LatentIndex:
         index = LatentIndex.model_validate(raw)
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
-    if index.checksum != index.compute_checksum():
+    if index.checksum != compute_checksum(raw):
         raise RunError(f"{path} is damaged: it does not match its checksum; run 'lightdiff encode --restart'")
     if finished and not index.complete:
         raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")

@@ -24,7 +24,17 @@ CHUNK = 1 << 20  # latent elements processed at a time
 
 
 class UnitMoments(LatentMoments):
-    """The same sums for each unit (c, h, w) of a latent: over images only."""
+    """The same sums for each unit (c, h, w) of a latent: over images only; and that of logvar."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.sums = torch.zeros(5, *shape, dtype=torch.float64)
+        self.mu, self.mu_squared, self.variance, self.counts, self.logvar = self.sums.unbind()  # views
+
+    def add(self, mu: Tensor, logvar: Tensor) -> None:
+        """Add latents (n, m, c, h, w)."""
+        super().add(mu, logvar)
+        self.logvar += self.rows(logvar.float()).sum(1, dtype=torch.float64).view_as(self.logvar)
 
     def rows(self, x: Tensor) -> Tensor:
         """All of a unit, (n, m, c, h, w) -> (c h w, images)."""
@@ -130,7 +140,7 @@ def evenly(count: int, maximum: int) -> list[int]:
 def sum_positions(moments: UnitMoments) -> LatentMoments:
     """Moments per channel, from those per unit."""
     channels = LatentMoments(len(moments.mu))
-    channels.sums += moments.sums.sum((2, 3))
+    channels.sums += moments.sums[:4].sum((2, 3))
     return channels
 
 

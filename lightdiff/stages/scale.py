@@ -45,11 +45,11 @@ def read_train_latents(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
 
 
 class LatentMoments:
-    """Sums of mu, mu^2, sigma^2 and logvar per channel, in float64 and constant memory; all statistics follow."""
+    """Sums of mu, mu^2 and sigma^2 per channel, in float64 and constant memory; all statistics follow."""
 
     def __init__(self, *shape: int) -> None:
-        self.sums = torch.zeros(5, *shape, dtype=torch.float64)
-        self.mu, self.mu_squared, self.variance, self.logvar, self.counts = self.sums.unbind()  # views
+        self.sums = torch.zeros(4, *shape, dtype=torch.float64)
+        self.mu, self.mu_squared, self.variance, self.counts = self.sums.unbind()  # views
 
     @property
     def count(self) -> int:
@@ -61,8 +61,8 @@ class LatentMoments:
         rows = max(1, CHUNK * mu.shape[0] // max(1, mu.numel()))
         for chunk in zip(torch.split(mu, rows), torch.split(logvar, rows), strict=True):
             m, v = (self.rows(x.float()) for x in chunk)
-            sums = [x.sum(1, dtype=torch.float64) for x in (m, m.square(), v.exp(), v)]
-            self.sums[:4] += torch.stack(sums).view_as(self.sums[:4])
+            sums = [x.sum(1, dtype=torch.float64) for x in (m, m.square(), v.exp())]
+            self.sums[:3] += torch.stack(sums).view_as(self.sums[:3])
             self.counts += m.shape[1]
 
     def rows(self, x: Tensor) -> Tensor:
