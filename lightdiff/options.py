@@ -219,7 +219,7 @@ def checked_preset(model: type[BaseModel], family: str, name: str, saved: Layer)
 
 def defaults(model: type[BaseModel]) -> Layer:
     """The fields that a model sets in its groups otherwise than these do themselves, as a layer."""
-    groups = [(name, group) for name, group in model.model_construct() if isinstance(group, BaseModel)]
+    groups = [(name, group) for name, group in all_defaults(model) if isinstance(group, BaseModel)]
     return {name: group.model_dump(exclude_unset=True) for name, group in groups if group.model_fields_set}
 
 

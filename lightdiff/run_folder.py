@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,14 @@ def free_name(path: Path) -> Path:
 def set_aside(folder: Path) -> Path | None:
     """Move what a folder holds, but for hidden files, to NAME.old-1 (or -2, ...); None if it holds nothing."""
     held = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if not held:
-        return None
-    aside = free_name(folder)
+    return move_aside(held, folder) if held else None
+
+
+def move_aside(paths: Iterable[Path], name: Path) -> Path:
+    """Move files and folders into a new folder, NAME.old-1 (or -2, ...), and return it."""
+    aside = free_name(name)
     aside.mkdir()
-    for path in held:
+    for path in paths:
         path.rename(aside / path.name)
     return aside
 

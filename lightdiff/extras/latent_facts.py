@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -26,15 +27,17 @@ CHUNK = 1 << 20  # latent elements processed at a time
 class UnitMoments(LatentMoments):
     """The same sums for each unit (c, h, w) of a latent: over images only; and that of logvar."""
 
-    def __init__(self, *shape: int) -> None:
-        super().__init__(*shape)
-        self.sums = torch.zeros(5, *shape, dtype=torch.float64)
-        self.mu, self.mu_squared, self.variance, self.counts, self.logvar = self.sums.unbind()  # views
+    SUMS: ClassVar = 5
+
+    @property
+    def logvar(self) -> Tensor:
+        """The sum of logvar, (c, h, w); a view."""
+        return self.sums[4]
 
     def add(self, mu: Tensor, logvar: Tensor) -> None:
         """Add latents (n, m, c, h, w)."""
         super().add(mu, logvar)
-        self.logvar += self.rows(logvar.float()).sum(1, dtype=torch.float64).view_as(self.logvar)
+        self.sums[4] += self.rows(logvar.float()).sum(1, dtype=torch.float64).view_as(self.logvar)
 
     def rows(self, x: Tensor) -> Tensor:
         """All of a unit, (n, m, c, h, w) -> (c h w, images)."""

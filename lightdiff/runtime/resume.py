@@ -11,7 +11,7 @@ from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import (
     StageFolder,
     atomic_link,
-    free_name,
+    move_aside,
     set_aside,
 )
 from lightdiff.runtime.processes import Processes
@@ -76,7 +76,7 @@ def step_file(folder: StageFolder, step: int, name: str) -> Checkpoint:
 
 
 def start_over(folder: Path) -> None:
-    """Rename what a folder holds, and make it anew."""
+    """Move what a folder holds aside, and say where it is now."""
     if aside := set_aside(folder):
         console.print(f"the contents of {folder} are now in {aside}", soft_wrap=True)
 
@@ -126,10 +126,7 @@ def go_back(folder: StageFolder, saved: Checkpoint) -> None:
     if folder.best in newer:
         saved.metadata.extra.pop("best", None)  # the best of then has been replaced since: the search starts again
     if newer:
-        aside = free_name(folder.checkpoints / f"after-step-{step}")
-        aside.mkdir()
-        for path in newer:
-            path.rename(aside / path.name)
+        aside = move_aside(newer, folder.checkpoints / f"after-step-{step}")
         console.print(f"what was saved after step {step} is now in {aside}", soft_wrap=True)
     atomic_link(folder.last, saved.path)
 

@@ -56,8 +56,11 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
-    """The settings that latents found in a folder were started with."""
-    return depends_on(read_index(folder)) if (folder / INDEX).is_file() else {}
+    """The settings that latents found in a folder were started with, and whether they are complete."""
+    if not (folder / INDEX).is_file():
+        return {}
+    index = read_index(folder)
+    return depends_on(index) | {"complete": index.complete}
 
 
 def depends_on(index: LatentIndex) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint)
         if stage.begun["files"] != index.files_digest:
             raise UserError(f"{stage.path} has latents of another list of images: {ADVICE}")
         stage.check_begun(depends_on(index), ADVICE)
-        if read_index(stage.path).complete:
+        if stage.begun["complete"]:
             return True
     index.write(stage.path)
     atomic_link(stage.path / VAE_COPY, saved.path)

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from rich.table import Table
@@ -47,9 +48,11 @@ def read_train_latents(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
 class LatentMoments:
     """Sums of mu, mu^2 and sigma^2 per channel, in float64 and constant memory; all statistics follow."""
 
+    SUMS: ClassVar = 4
+
     def __init__(self, *shape: int) -> None:
-        self.sums = torch.zeros(4, *shape, dtype=torch.float64)
-        self.mu, self.mu_squared, self.variance, self.counts = self.sums.unbind()  # views
+        self.sums = torch.zeros(self.SUMS, *shape, dtype=torch.float64)
+        self.mu, self.mu_squared, self.variance, self.counts = self.sums[:4].unbind()  # views
 
     @property
     def count(self) -> int:

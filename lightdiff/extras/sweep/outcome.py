@@ -18,7 +18,7 @@ from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
-from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, free_name, read_json
+from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, move_aside, read_json
 from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, with_changes
@@ -36,10 +36,7 @@ def write_results(plan: Plan) -> list[Path]:
     about["cells"] = [describe_cell(plan, cell) for cell in plan.cells]
     names = [name for name in (RESULTS, RECONSTRUCTIONS, SHEET) if (folder / name).is_file()]
     if RESULTS in names and read_json(folder / RESULTS) != json.loads(json.dumps(about)):
-        aside = free_name(folder / "sheets")
-        aside.mkdir()
-        for name in names:
-            (folder / name).rename(aside / name)
+        aside = move_aside([folder / name for name in names], folder / "sheets")
         console.print(f"the sheets of other values have been moved to {aside}", soft_wrap=True)
     atomic_write_text(folder / RESULTS, json.dumps(about, indent=2) + "\n")
     print_metrics(plan, about["cells"])
