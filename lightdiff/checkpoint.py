@@ -68,8 +68,9 @@ class Checkpoint:
         """
         self.path = path
         self._verified: set[str] = set()
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a checkpoint file (.safetensors)")
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{path} is {kind}; name a checkpoint file (.safetensors)")
         try:
             self._file: Any = safe_open(path, framework="pt")
             metadata: dict[str, str] = self._file.metadata() or {}  # type: ignore[no-untyped-call]

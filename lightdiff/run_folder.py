@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightdiff.errors import NoRoom, RunError, UserError
 
@@ -235,6 +235,30 @@ def check_disk_space(folder: Path, needed: int) -> None:
         )
 
 
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, open for reading in bytes; links are followed.
+
+    Raises:
+        OSError: It cannot be opened, or is something else: a device may hold more than any memory, a named pipe keeps
+            its readers waiting.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "a named pipe or a device, not a regular file", path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a run folder.
 
@@ -242,7 +266,8 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: If it is damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            value = json.loads(file.read())
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):

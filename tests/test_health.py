@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -488,6 +489,19 @@ def test_duplicates_are_counted(pictures: ImageSettings, monkeypatch: pytest.Mon
     assert f"1 of {held_out} held-out images are also among the training images" in finding.measured
     monkeypatch.setattr(health, "MAX_FILES", 29)
     assert list(health.check_duplicates(pictures)) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+def test_devices_and_pipes_among_the_images_are_not_read(pictures: ImageSettings) -> None:
+    folder = pictures.data[0]
+    original = next(folder.rglob("*.png"))
+    for name in ("a.png", "b.png"):
+        os.mkfifo(folder / f"pipe-{name}")
+        (folder / f"zero-{name}").symlink_to("/dev/zero")
+        (folder / f"nothing-{name}").symlink_to("nowhere")
+        shutil.copy(original, folder / f"copy-{name}")
+    (finding,) = health.check_duplicates(pictures)
+    assert finding.measured.startswith("2 of 38 files repeat another one")
 
 
 def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:

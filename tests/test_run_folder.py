@@ -1,14 +1,18 @@
 """Where files lie below a run folder: fixed names, and what is said when they are not there."""
 
+import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lightdiff import run_folder
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.images import BadImage, load_image
 from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import (
     RunFolder,
@@ -17,6 +21,7 @@ from lightdiff.run_folder import (
     find_latents,
     find_unet,
     find_vae,
+    open_regular,
     read_json,
     set_aside,
 )
@@ -218,3 +223,42 @@ def test_read_json_of_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(RunError, match=f"^{re.escape(str(path))} cannot be read: "):
             read_json(path)
+
+
+@pytest.fixture(params=["pipe", "device", "socket", "link to a pipe"])
+def irregular(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A name in a folder that no file is behind."""
+    path, kind = tmp_path / "x", request.param
+    with contextlib.ExitStack() as held:
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "socket":
+            held.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX))).bind(os.path.relpath(path))
+        else:
+            os.mkfifo(tmp_path / "pipe")
+            path.symlink_to("pipe") if kind.startswith("link") else (tmp_path / "pipe").rename(path)
+        yield path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+def test_only_regular_files_are_opened_and_nothing_else_is_waited_for(irregular: Path) -> None:
+    with pytest.raises(OSError, match=r"regular file|No such device"):
+        open_regular(irregular)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(irregular)
+    with pytest.raises(UserError, match="is no regular file; name a checkpoint file"):
+        Checkpoint(irregular)
+    with pytest.raises(BadImage, match=r"regular file|No such device"):
+        load_image(irregular)
+
+
+def test_a_regular_file_is_opened_for_reading_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"text")
+    (tmp_path / "b").symlink_to("a")
+    for name in ("a", "b"):
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"text"
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from lightdiff.errors import UserError
+from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
 Split = Literal["train", "val"]
@@ -88,7 +89,7 @@ def _unreadable(error: OSError) -> NoReturn:
 @contextmanager
 def open_in_folder(folder: Path, name: str) -> Iterator[Image.Image]:
     """The image file, open but not yet decoded."""
-    with open(os.path.join(folder, name), "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+    with open_regular(os.path.join(folder, name)) as stream, Image.open(stream, formats=FORMATS) as image:
         yield image
 
 

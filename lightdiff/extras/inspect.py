@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lightdiff.data.files import FOLDER, ImageFile, Layout, Source, layout, scan, source_of
 from lightdiff.data.images import BadImage, colour, opened, to_rgb
+from lightdiff.run_folder import open_regular
 
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)
 
@@ -149,20 +150,26 @@ def _read_info(where: tuple[str, Path, Source]) -> _FileInfo:
 def duplicate_groups(paths: Sequence[str], max_bytes: float = float("inf")) -> list[list[int]]:
     """Groups of files with the same bytes, as indices into `paths`; none if that took reading more than `max_bytes`.
 
-    Only files that share their size with another are read.
+    Only regular files that share their size with another are read.
     """
     by_size: dict[int, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):
-        by_size[os.stat(path).st_size].append(i)
+        if os.path.isfile(path):
+            by_size[os.path.getsize(path)].append(i)
     candidates = [(size, i) for size, group in by_size.items() if len(group) > 1 for i in group]
     if sum(size for size, _ in candidates) > max_bytes:
         return []
     by_digest: dict[bytes, list[int]] = defaultdict(list)
     with ThreadPool(os.cpu_count()) as pool:
-        digests = pool.imap(lambda pair: hashlib.sha256(Path(paths[pair[1]]).read_bytes()).digest(), candidates, 16)
+        digests = pool.imap(lambda pair: _file_digest(paths[pair[1]]), candidates, 16)
         for (_, i), digest in zip(candidates, digests, strict=True):
             by_digest[digest].append(i)
     return sorted(group for group in by_digest.values() if len(group) > 1)
+
+
+def _file_digest(path: str) -> bytes:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _folder_report(folders: list[Path], root: int, files: list[ImageFile]) -> FolderReport:
