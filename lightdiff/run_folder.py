@@ -10,8 +10,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lightdiff.errors import NoRoom, RunError, UserError
 
@@ -238,7 +239,7 @@ def check_disk_space(folder: Path, needed: int) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, open for reading in bytes; links are followed.
 
     Raises:
