@@ -50,6 +50,7 @@ class Regression:
     """Fit y = x @ target with noise on x: a task whose every number can be checked."""
 
     train_items = 10
+    val_items = 1
 
     def __init__(self, dtype=torch.float64):
         torch.manual_seed(0)

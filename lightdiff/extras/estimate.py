@@ -125,7 +125,7 @@ def random_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Ten
     """The U-Net's task, a random batch, and the network's inputs for one image: latent and level."""
     s, device = stage.settings, stage.device
     index = SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
-    latents: Any = SimpleNamespace(index=index, train=[])
+    latents: Any = SimpleNamespace(index=index, train=[], val=[])
     task = train_unet.UNetTask(stage, latents)
     mu = torch.randn(s.loop.batch_size, *task.shape, device=device)
     batch = Posterior(mu, mu), torch.zeros(len(mu), dtype=torch.long, device=device)

@@ -52,6 +52,7 @@ class Trainable(Protocol):
 
     model: nn.Module
     train_items: int  # in the training split
+    val_items: int  # held out for validation
 
     @property
     def summary(self) -> str:
@@ -139,20 +140,23 @@ class Stage(Generic[S]):
         self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, self.total_steps))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
-            return self.resume(self.saved, task.summary)
+            return self.resume(self.saved, task)
         if self.settings.init_from:  # type: ignore[attr-defined]
             resume.load_initial_weights(task.model, self.settings.init_from, self.name)  # type: ignore[attr-defined]
         self.processes.run_on_main(self.write_settings)
-        self.announce(task.summary)
+        self.announce(task)
         return True
 
-    def announce(self, summary: str) -> None:
+    def announce(self, task: Trainable) -> None:
         """Print what is about to be trained, and how."""
         on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
         how = f"batch size {self.loop.batch_size}, {on}{self.device.type}, {self.loop.precision}"
-        console.print(f"{summary}; {self.total_steps} steps, {how}")
+        console.print(f"{task.summary}; {self.total_steps} steps, {how}")
+        if not task.val_items:
+            newest = "best.safetensors is the newest state, not the best; a larger --val-share holds some images out"
+            console.print(f"note: there are no validation images, so nothing is validated: {newest}", soft_wrap=True)
 
-    def resume(self, saved: Checkpoint, summary: str) -> bool:
+    def resume(self, saved: Checkpoint, task: Trainable) -> bool:
         """Prepare to resume a training from a snapshot; False if it has all its steps.
 
         Raises:
@@ -178,7 +182,7 @@ class Stage(Generic[S]):
             self.processes.run_on_main(lambda: resume.go_back(self.folder, saved))
         self.processes.run_on_main(self.write_settings)
         console.print(f"resuming from step {step} of {total}")
-        self.announce(summary)
+        self.announce(task)
         return True
 
     def write_settings(self) -> None:

@@ -39,7 +39,7 @@ def run(settings: EncodeSettings) -> Path:
         if processes.run_on_main(lambda: prepare(stage, index, saved)):
             console.print(f"{stage.path} has the latents of all {len(files)} images already", soft_wrap=True)
             return stage.path
-        bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.data, settings.images.max_bad)
+        bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.max_bad)
         mine = processes.strided(processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad)))
         with Reporter("encode", sum(len(index.shards[n]) for n in mine)) as reporter:
             shards = encoded(vae.encoder, mine, index, files, stage, bad, reporter.advance)

@@ -66,7 +66,8 @@ class UNetTask:
     def __init__(self, stage: Stage[TrainUNetSettings], latents: LatentSet) -> None:
         """Build the network; `latents` gives the data."""
         s = self.settings = stage.settings
-        self.stage, self.device, self.latents, self.train_items = stage, stage.device, latents, len(latents.train)
+        self.stage, self.device, self.latents = stage, stage.device, latents
+        self.train_items, self.val_items = len(latents.train), len(latents.val)
         self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))

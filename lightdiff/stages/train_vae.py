@@ -53,8 +53,9 @@ class VAETask:
         self.model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
         self.train, self.val = ([i for i, f in enumerate(files) if f.split == split] for split in ("train", "val"))
         self.train_set, self.val_set = self._data_set("train"), self._data_set("val")
-        self.train_items, self.part = len(self.train), stage.processes.batch_slice(s.loop.batch_size)
-        self.bad = BadFiles(stage.folder.bad_files, files, s.images.data, s.images.max_bad)
+        self.train_items, self.val_items = len(self.train), len(self.val)
+        self.part = stage.processes.batch_slice(s.loop.batch_size)
+        self.bad = BadFiles(stage.folder.bad_files, files, s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
 
