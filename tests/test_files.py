@@ -114,7 +114,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     fill(tmp_path, ["full/1.png", "full/inner/2.png", "empty/readme.txt"])
     with pytest.raises(UserError, match=r"^--data: .*1\.png is a file; name the folder"):
         scan([tmp_path / "full" / "1.png"], 0.1)
-    with pytest.raises(UserError, match=r"empty holds no image \(no file ends in \.bmp, \.gif, .*\.webp\)$"):
+    with pytest.raises(UserError, match=r"empty holds no image \(no file ends in \..*\.bmp, \.gif, .*\.webp\)$"):
         scan([tmp_path / "full", tmp_path / "empty"], 0.1)
     with pytest.raises(UserError, match=r"full is given twice$"):
         scan([tmp_path / "full", tmp_path / "full"], 0.1)

@@ -13,7 +13,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -21,17 +21,14 @@ from typing import Literal, NamedTuple, NoReturn
 from PIL import Image
 from rich.console import Console
 
+from lightdiff.data.formats import SUFFIXES, open_image
 from lightdiff.errors import UserError
-from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
 Split = Literal["train", "val"]
 Layout = Literal["FairFace", "class folders", "plain"]
 Labels = dict[str, str]
 
-SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .gif".split())
-# Tried by content, whatever the suffix says. No others: some of Pillow's readers start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 REPORT_EVERY = 1000
 FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
@@ -86,11 +83,9 @@ def _unreadable(error: OSError) -> NoReturn:
     raise UserError(f"--data: the folder {error.filename} cannot be read: {error.strerror}") from error
 
 
-@contextmanager
-def open_in_folder(folder: Path, name: str) -> Iterator[Image.Image]:
+def open_in_folder(folder: Path, name: str) -> AbstractContextManager[Image.Image]:
     """The image file, open but not yet decoded."""
-    with open_regular(os.path.join(folder, name)) as stream, Image.open(stream, formats=FORMATS) as image:
-        yield image
+    return open_image(os.path.join(folder, name))
 
 
 FOLDER = Source(names_in_folder, open_in_folder)
