@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -194,10 +195,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Metad
         try:
             save_file(ready, temporary, metadata=header)
         except SafetensorError as error:
-            full = "StorageFull" in str(error) or "os error 28" in str(error)
-            raise OSError(
-                errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)
-            ) from error
+            code = re.search(r"(?:os error|code:) (\d+)", str(error))  # as Rust words it
+            number = int(code[1]) if code else 0
+            raise OSError(number or errno.EIO, os.strerror(number) if number else str(error)) from error
 
     atomic_write(path, write)
     return metadata

@@ -12,11 +12,12 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from lightdiff import __version__, settings
-from lightdiff.errors import LightdiffError, RunError, Stopped
+from lightdiff.errors import LightdiffError, RunError, Stopped, from_os
 from lightdiff.extras.commands import EXTRAS, add_commands
 from lightdiff.options import Layer, command
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import WORKER_FOLDER, rank, restarted
+from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, rank, restarted
+from lightdiff.runtime.streams import outlive_readers
 
 STAGES = "The five stages"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
@@ -50,7 +51,7 @@ def run_stage(module: str, chosen: settings.Settings) -> None:
     if WORKER_FOLDER not in os.environ and getattr(chosen, "job", settings.JobSettings()).nproc_per_node > 1:
         from lightdiff.runtime.launcher import launch
 
-        return launch(chosen.job, sys.argv[1:])  # type: ignore[attr-defined]
+        return launch(chosen, sys.argv[1:])  # type: ignore[arg-type]
     try:
         made = import_module(f"lightdiff.{module}").run(chosen)
     except KeyboardInterrupt:  # here, as Typer would leave without a word
@@ -145,6 +146,10 @@ add_commands(app)
 
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
+    outlive_readers()
+    if DistEnv.from_env(os.environ).world_size > 1:
+        end_with_parent()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost connection is told in one sentence of ours
     if WORKER_FOLDER in os.environ:
         from lightdiff.runtime.launcher import register_worker
 
@@ -154,7 +159,9 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise
-        if not isinstance(error, LightdiffError):
+        if isinstance(error, OSError):
+            error = from_os(error)
+        elif not isinstance(error, LightdiffError):
             text = f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where."
             error = RunError(text)
         fail(error)
@@ -162,6 +169,9 @@ def main() -> None:
 
 def fail(error: LightdiffError) -> None:
     """Report an error and exit: on stderr, or to the process that started this one, which reports it once for all."""
+    if isinstance(error, Stopped) and error.exit_code > 128:  # whoever asks again need not be heard
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, signal.SIG_IGN)
     if WORKER_FOLDER in os.environ:
         from lightdiff.runtime.launcher import send_report
 

@@ -1,5 +1,9 @@
 """What goes wrong, in two kinds: a user's mistake (exit code 2) and a failure at run time (exit code 1)."""
 
+import errno
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota that is used up
+
 
 class LightdiffError(Exception):
     """A problem that is told in one readable message instead of a traceback."""
@@ -42,6 +46,17 @@ class LostContact(RunError):
 
 class Damaged(UserError):
     """A file that is cut off, has a flipped bit, or is no snapshot at all."""
+
+
+def from_os(error: OSError, path: object = None) -> RunError:
+    """What the operating system has refused, in a sentence; `path` is what was to be written, if that is known."""
+    where, why = path or error.filename or "a file", error.strerror or str(error)
+    if error.errno in FULL:
+        untouched = "what was saved before is untouched; make room and run the same command again"
+        return NoRoom(f"{where} could not be written: {why}; {untouched}")
+    if path:
+        return RunError(f"{where} could not be written: {why}; what was saved before is untouched")
+    return RunError(f"{where}: {why}" if error.filename else f"the system refused a file or connection: {why}")
 
 
 def not_divisible(resolution: int, factor: int) -> UserError:

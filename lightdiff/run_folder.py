@@ -5,18 +5,23 @@ import errno
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from lightdiff.errors import NoRoom, RunError, UserError
+from lightdiff.errors import NoRoom, RunError, UserError, from_os
 
 TEMPORARY = ".tmp"
+MAKER = re.compile(r"~([^~]*)~(\d+)~[0-9a-f]+\.tmp$")  # in a temporary file's name: host and process
+ABANDONED = 24 * 3600  # seconds after which a temporary file of another host belongs to nobody
 
 INDEX = "index.json"  # of a folder of latents
 VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
@@ -161,28 +166,40 @@ def move_aside(paths: Iterable[Path], name: Path) -> Path:
     return aside
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of a failure which file could not be written.
+
+    Raises:
+        NoRoom: If the disk is full.
+        RunError: If it fails in another way.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise from_os(error, path) from error
+
+
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place of `path` at once and durably.
 
     Raises:
         RunError: If it cannot be written; `path` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    maker = f"~{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}{maker}{TEMPORARY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors' save_file sets 0600
-        write(temporary)
-        if temporary.stat().st_nlink == 1:  # a link's mode belongs to its source, which is durable already
-            os.chmod(temporary, stat.S_IMODE(mode))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        kind = NoRoom if error.errno == errno.ENOSPC else RunError
-        why = error.strerror or error
-        raise kind(f"{path} could not be written: {why}; what was saved before is untouched") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # by the umask; safetensors' save_file sets 0600
+            write(temporary)
+            if temporary.stat().st_nlink == 1:  # a link's mode belongs to its source, which is durable already
+                os.chmod(temporary, stat.S_IMODE(mode))
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # it is still there where renaming one link of a file onto another does nothing
             temporary.unlink()
@@ -216,10 +233,73 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file, or begin it; a link in its place is not followed.
+
+    Raises:
+        RunError: If it cannot be written.
+    """
+    with writing(path), open(path, "a", encoding="utf-8", errors="surrogateescape", newline="\n", opener=open_own) as f:
+        f.write(text)
+
+
+def open_own(path: str, flags: int) -> int:
+    """An opener of files that a stage keeps writing to: those may be no links, pipes or devices."""
+    extra = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "a link, a pipe or a device is in its place: remove it", path)
+    return os.open(path, flags | extra, 0o666)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder."""
-    for stale in folder.glob(f".*{TEMPORARY}"):
+    """Remove what killed processes left half-written in a folder, and below it, that this process alone writes to."""
+    for stale in temporaries(folder):
         stale.unlink(missing_ok=True)
+
+
+def remove_abandoned(run: RunFolder) -> None:
+    """Remove what killed processes left half-written anywhere in a run; what others are writing just now stays."""
+    owned = (run.vae.path, run.unet.path, run.latents, run.samples, run.path / "evaluation")
+    for path in itertools.chain(run.path.glob(f".*{TEMPORARY}"), *map(temporaries, owned)):
+        with suppress(OSError):
+            if not being_written(path):
+                path.unlink()
+
+
+def temporaries(folder: Path) -> Iterator[Path]:
+    """The temporary files in a folder and below it."""
+    for home, _, names in os.walk(folder):
+        yield from (Path(home, name) for name in names if name.startswith(".") and name.endswith(TEMPORARY))
+
+
+def being_written(temporary: Path) -> bool:
+    """Whether the process that a temporary file's name tells of may still be writing it."""
+    if not (maker := MAKER.search(temporary.name)):
+        return False
+    if maker[1] == socket.gethostname():
+        return process_runs(int(maker[2]))
+    return time.time() - temporary.stat().st_mtime < ABANDONED
+
+
+def process_runs(pid: int, started: str = "") -> bool:
+    """Whether a process of this machine runs, and is the one that started then (`start_time`), if that is known."""
+    if os.name != "posix":
+        return True  # there, signal 0 would be Ctrl-C
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return not started or start_time(pid) in ("", started)
+
+
+def start_time(pid: int) -> str:
+    """When a process started, in Linux's own count, as numbers of processes come again; empty if it cannot be told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

@@ -47,6 +47,8 @@ JSON = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 UNTOUCHED = "; what was saved before is untouched"
+MAKE_ROOM = "; make room and run the same command again"
+FULL = ("No space left on device", "Disk quota exceeded")
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -207,6 +209,7 @@ def test_the_weights_digest_depends_on_the_weights_alone(tmp_path: Path) -> None
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
         (OSError("odd"), "odd"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     ],
@@ -218,7 +221,8 @@ def test_a_failing_writer_leaves_everything_as_it_was(tmp_path: Path, error: Exc
             path.write_bytes(before)
         with pytest.raises(RunError) as caught:
             atomic_write(path, fail_with(error))
-        assert str(caught.value) == f"{path} could not be written: {text}{UNTOUCHED}"
+        expected = f"{path} could not be written: {text}{UNTOUCHED}"
+        assert str(caught.value) == (expected + MAKE_ROOM if text in FULL else expected)
         assert caught.value.__cause__ is error
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
 
@@ -227,6 +231,7 @@ def test_a_failing_writer_leaves_everything_as_it_was(tmp_path: Path, error: Exc
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
         (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), "No space left on device"),
         (SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "full" })'), "No space left on device"),
         (SafetensorError("something else"), "something else"),
@@ -242,8 +247,9 @@ def test_a_failing_save_leaves_everything_as_it_was(
             path.write_bytes(before)
         with pytest.raises(RunError) as caught:
             saved(path)
-        assert str(caught.value) == f"{path} could not be written: {text}{UNTOUCHED}"
-        assert isinstance(caught.value, NoRoom) == (text == "No space left on device")
+        expected = f"{path} could not be written: {text}{UNTOUCHED}"
+        assert str(caught.value) == (expected + MAKE_ROOM if text in FULL else expected)
+        assert isinstance(caught.value, NoRoom) == (text in FULL)
         assert error in (caught.value.__cause__, caught.value.__cause__.__cause__)
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
 
@@ -274,7 +280,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(RunError) as caught:
         save(path, {"model.a": torch.zeros(1)}, Metadata(stage="vae"))
-    assert str(caught.value) == f"{path} could not be written: No space left on device{UNTOUCHED}"
+    assert str(caught.value) == f"{path} could not be written: No space left on device{UNTOUCHED}{MAKE_ROOM}"
     assert caught.value.exit_code == 1
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
@@ -366,15 +372,14 @@ def test_a_link_to_nothing(tmp_path: Path) -> None:
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
-def test_temporaries_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["a", "a.tmp", ".hidden", "b.safetensors"]
-    for name in [*kept, ".a.x1y2.tmp", ".last.safetensors.abc.tmp"]:
+def test_temporaries_are_removed_everywhere_below_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["a", "a.tmp", ".hidden", "b.safetensors", "deep"]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in [*kept[:-1], ".a.x1y2.tmp", ".last.safetensors.abc.tmp", "deep/er/.a.tmp", "deep/.b~host~1~ab.tmp"]:
         (tmp_path / name).touch()
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / ".a.tmp").touch()
     remove_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "deep"])
-    assert (tmp_path / "deep" / ".a.tmp").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert [p.name for p in (tmp_path / "deep").rglob("*")] == ["er"]
     remove_temporaries(tmp_path / "none")
 
 

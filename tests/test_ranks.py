@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -19,10 +20,11 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentSet, read_index
-from lightdiff.errors import LostContact
+from lightdiff.errors import LostContact, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import DistEnv, Processes, first_host
+from lightdiff.runtime import DistEnv, first_host, rank
+from lightdiff.runtime.processes import Processes, check_env
 from lightdiff.runtime.stage import translate_errors
 from lightdiff.settings import StageSettings
 
@@ -51,15 +53,15 @@ def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORC
         subprocess.Popen(
             [sys.executable, "-m", "tests.bench.many", job, str(folder)],
             cwd=HOME,
-            env=shared | dict(zip(launcher, map(str, (size, rank, rank, size)), strict=True)),
+            env=shared | dict(zip(launcher, map(str, (size, number, number, size)), strict=True)),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(size)
+        for number in range(size)
     ]
     said = [process.communicate(timeout=120)[1] for process in processes]
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"process {rank} of {size}:\n{said[rank]}"
+    for number, process in enumerate(processes):
+        assert process.returncode == 0, f"process {number} of {size}:\n{said[number]}"
     return said
 
 
@@ -204,13 +206,76 @@ def test_alone_nothing_travels():
 
 def test_torchs_variables_and_slurms():
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert DistEnv.from_env(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == DistEnv(5, 8, 1, 4, "a", 77)
+    assert DistEnv.from_env(torchrun | {"MASTER_ADDR": "a", "MASTER_PORT": "77"}) == DistEnv(5, 8, 1, 4, "a", "77")
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456", "SLURM_LOCALID": "0"}
     assert DistEnv.from_env(batch) == DistEnv()  # a batch script is no step
     step = batch | {"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
     step |= {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    assert DistEnv.from_env(step) == DistEnv(6, 8, 2, 4, "gpu007", 20000 + 123456 % 20000)
+    assert DistEnv.from_env(step) == DistEnv(6, 8, 2, 4, "gpu007", str(20000 + 123456 % 20000))
     assert DistEnv.from_env({}) == DistEnv()
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "tcp://10.0.0.1:7077"},  # Kubernetes' of a service `master`
+        {"RANK": "3", "WORLD_SIZE": "1"},
+        {"RANK": "3"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "none", "WORLD_SIZE": "one"},
+        {"SLURM_PROCID": "3", "SLURM_JOB_ID": "12_3"},
+        {"WORLD_SIZE": "8"},
+    ],
+)
+def test_variables_left_over_from_others_do_not_disturb_a_lone_process(monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert DistEnv.from_env(os.environ).world_size == 1
+    assert rank() == 0
+
+
+@pytest.mark.parametrize("port", ["tcp://10.0.0.1:7077", "0", "-1", "65536", "1e4", "9" * 5000, "\N{SUPERSCRIPT TWO}"])
+def test_a_port_that_is_none_is_refused_by_its_name(port):
+    with pytest.raises(UserError, match=r"^MASTER_PORT=.* is no port: all processes need the same number up to 65535$"):
+        check_env(DistEnv(0, 2, port=port))
+    check_env(DistEnv(1, 2, port="65535"))
+    with pytest.raises(UserError, match="process number 2 of 2: RANK has to be less than WORLD_SIZE"):
+        check_env(DistEnv(2, 2))
+
+
+def meet(tmp_path: Path, **environment: str) -> str:
+    """What a lone training says that by its environment is one of two."""
+    shared = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    words = ["train-vae", "--data", tmp_path, "--run", tmp_path / "run", "--timeout", 2, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightdiff", *map(str, words)],
+        env=shared | {"PYTHONPATH": str(HOME)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_meet_say_by_which_variables_they_waited(tmp_path):
+    port = str(free_port())
+    for number in (0, 1):
+        said = meet(tmp_path, MASTER_PORT=port, RANK=str(number))
+        assert said.count("\n") == 1, said
+        named = f"RANK={number}, WORLD_SIZE=2, MASTER_ADDR=localhost, MASTER_PORT={port}"
+        assert re.search(rf"have not met within \d+ s \(.+\): by {named}, this is process {number} of 2\. ", said), said
+        assert "unset RANK WORLD_SIZE" in said
+    said = meet(tmp_path, MASTER_ADDR="no-such-host.invalid")
+    assert said.count("\n") == 1, said
+    assert "MASTER_ADDR=no-such-host.invalid: this machine knows no host of that name" in said
+    with socket.socket() as other:
+        other.bind(("localhost", int(port)))
+        other.listen()
+        assert f"MASTER_PORT={port} is taken on this machine: choose another one" in meet(tmp_path, MASTER_PORT=port)
 
 
 @pytest.mark.parametrize(

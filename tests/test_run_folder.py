@@ -5,6 +5,8 @@ import errno
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,16 +15,18 @@ import pytest
 from lightdiff import run_folder
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import BadImage, load_image
-from lightdiff.errors import RunError, UserError
+from lightdiff.errors import NoRoom, RunError, UserError
 from lightdiff.run_folder import (
     RunFolder,
     StageFolder,
+    append_text,
     ensure_writable,
     find_latents,
     find_unet,
     find_vae,
     open_regular,
     read_json,
+    remove_abandoned,
     set_aside,
 )
 
@@ -262,3 +266,57 @@ def test_a_regular_file_is_opened_for_reading_also_through_a_link(tmp_path: Path
         open_regular(tmp_path)
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")
+
+
+# --- what a stage keeps writing to ---------------------------------------------------------------------------------
+
+
+def test_append_text_begins_a_file_and_adds_to_it(tmp_path: Path) -> None:
+    for text in ("a\n", "\udce4b\n"):  # a file's name need not be UTF-8
+        append_text(tmp_path / "log", text)
+    assert (tmp_path / "log").read_bytes() == b"a\n\xe4b\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_append_text_follows_no_link_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    log, secret = tmp_path / "log", touched(tmp_path / "secret")
+    for make in (lambda: log.symlink_to(secret), lambda: log.symlink_to(tmp_path / "none"), lambda: os.mkfifo(log)):
+        make()
+        with pytest.raises(RunError, match=r"log could not be written: a link, a pipe or a device is in its place"):
+            append_text(log, "text")
+        log.unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+    assert secret.read_text() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "open_own", lambda path, flags: os.open(path, os.O_WRONLY))
+    with pytest.raises(NoRoom, match=r"^/dev/full could not be written: No space left on device; .*make room"):
+        append_text(Path("/dev/full"), "text")
+
+
+# --- half-written files --------------------------------------------------------------------------------------------
+
+HERE = socket.gethostname()
+PLACES = ["", "vae/images", "vae/checkpoints", "latents", "samples/0001", "evaluation/samples-1", "unet/tensorboard"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_killed_processes_left_goes_everywhere_in_a_run(tmp_path: Path, place: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        ended.wait()
+    gone = [f".a.png~{HERE}~{ended.pid}~0123abcd.tmp", ".a.abcd.tmp"]
+    stays = [f".a~{HERE}~{os.getpid()}~ab.tmp", ".a~elsewhere~1~ab.tmp", ".lock", "a.tmp"]
+    for name in [*gone, *stays]:
+        touched(tmp_path / place / name)
+    old = touched(tmp_path / place / ".b~elsewhere~1~ab.tmp")
+    os.utime(old, (0, 0))
+    remove_abandoned(RunFolder(tmp_path))
+    assert {path.name for path in (tmp_path / place).iterdir() if path.is_file()} == set(stays)
+
+
+def test_the_users_own_folders_in_a_run_are_not_searched(tmp_path: Path) -> None:
+    mine = touched(tmp_path / "data" / ".a.abcd.tmp")
+    remove_abandoned(RunFolder(tmp_path))
+    assert mine.exists()

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
-from lightdiff.runtime import WORKER_FOLDER
-from lightdiff.settings import JobSettings
+from lightdiff.runtime import LAUNCHER, WORKER_FOLDER
+from lightdiff.settings import StageSettings
 
 FATAL = 2  # a mistake of the user's: starting again would not help
 
@@ -70,7 +70,7 @@ def write(path: Path, text: str) -> None:
 # --- in the process that launches ---------------------------------------------------------------------------------
 
 
-def launch(job: JobSettings, arguments: list[str]) -> None:
+def launch(settings: StageSettings, arguments: list[str]) -> None:
     """Run this command in several processes, and wait for them.
 
     Raises:
@@ -78,15 +78,15 @@ def launch(job: JobSettings, arguments: list[str]) -> None:
         RunError: If a process failed or died, with which and why.
     """
     with tempfile.TemporaryDirectory(prefix="lightdiff-") as folder:
-        Launch(Path(folder), job, arguments).run()
+        Launch(Path(folder), settings, arguments).run()
 
 
 class Launch:
     """The processes of one run, and what passes between them and this one."""
 
-    def __init__(self, folder: Path, job: JobSettings, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, settings: StageSettings, arguments: list[str]) -> None:
         """Prepare to launch; nothing is started."""
-        self.folder, self.job, self.arguments = folder, job, arguments
+        self.folder, self.settings, self.job, self.arguments = folder, settings, settings.job, arguments
         self.stop = 0  # the signal that asked to stop
         self.reached: set[int] = set()  # the pids of workers that it has been passed on to
         self.failure: Exception | None = None
@@ -98,10 +98,10 @@ class Launch:
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.job.nproc_per_node)))
         os.environ["LIGHTDIFF_STARTED"] = str(STARTED)
-        os.environ[WORKER_FOLDER] = str(self.folder)
+        os.environ |= {WORKER_FOLDER: str(self.folder), LAUNCHER: str(os.getpid())}
         agent = threading.Thread(target=self._agent, daemon=True)
-        try:
-            with signal_handler(self._on_signal):
+        with signal_handler(self._on_signal):
+            try:
                 agent.start()
                 while agent.is_alive():
                     agent.join(0.05)
@@ -109,9 +109,9 @@ class Launch:
                         self.reached.add(pid)
                         with suppress(OSError):
                             os.kill(pid, signal.SIGTERM)
-        finally:
-            del os.environ[WORKER_FOLDER]
-        self._conclude()
+            finally:
+                del os.environ[WORKER_FOLDER], os.environ[LAUNCHER]
+            self._conclude()
 
     def _agent(self) -> None:
         try:
@@ -139,14 +139,14 @@ class Launch:
         launch_agent(config, sys.executable, ["-m", "lightdiff", *self.arguments])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask all workers to save and stop; asked again, end them at once. SIGUSR1 is passed on as it is."""
-        if number not in (signal.SIGINT, signal.SIGTERM):
+        """Ask all workers to save and stop; a second Ctrl-C ends them at once. SIGUSR1 is passed on as it is."""
+        if number == getattr(signal, "SIGUSR1", None):
             for pid in self._workers():
                 with suppress(OSError):
                     os.kill(pid, number)
         elif not self.stop:
             self.stop = number
-        else:
+        elif number == signal.SIGINT:
             for pid in self._workers():
                 with suppress(OSError):
                     if sys.platform == "win32":
@@ -161,13 +161,15 @@ class Launch:
 
     def _conclude(self) -> None:
         """Report how it ended: in a worker's own words where there are any, the lowest rank's first."""
+        from lightdiff.runtime.stage import untouched
+
         reports = [WorkerReport(**json.loads(path.read_text())) for path in self.folder.glob("report-*.json")]
         reports.sort(key=lambda report: (report.lost_contact, report.rank))
         own = [report for report in reports if not report.lost_contact and not report.stopped]
         if self.failure is None and not reports:
             return  # all is done, even if a signal came in its last moment
         if self.stop and not own:
-            message = next((r.message for r in reports if r.stopped), "stopped; what was saved before is untouched")
+            message = next((r.message for r in reports if r.stopped), f"stopped; {untouched(self.settings)}")
             raise Stopped(message, 128 + self.stop)
         if self.failure is None:
             raise Stopped(reports[0].message, reports[0].exit_code)
@@ -177,9 +179,7 @@ class Launch:
             error.exit_code = own[0].exit_code
             raise error
         if dead:
-            raise RunError(
-                f"{dead}; the others were ended. What was saved is untouched: the same command resumes from there"
-            )
+            raise RunError(f"{dead}; the others were ended; {untouched(self.settings)}")
         raise RunError(reports[0].message if reports else f"the processes could not be run: {self.failure}")
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-import threading
+import socket
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.errors import LightdiffError, LostContact, RunError, UserError, from_os
+from lightdiff.runtime import DistEnv, end_with_parent
 from lightdiff.settings import Compile, Device, Precision
 
 T = TypeVar("T")
@@ -31,44 +32,6 @@ COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for c
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 NO_TIMEOUT: list[Any] = []  # the group of all processes for waits without the usual time limit
 RENDEZVOUS = itertools.count()  # how often this process has joined the others
-ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
-
-
-@dataclass(frozen=True)
-class DistEnv:
-    """What a launcher has put into the environment about this process."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    address: str = "localhost"
-    port: int = 29500
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "DistEnv":
-        """By torch's variables, else by those of a Slurm step, else a single process.
-
-        A Slurm batch script itself has SLURM_NTASKS, but only what srun starts has SLURM_STEP_NUM_TASKS.
-        """
-        if "RANK" in env and "WORLD_SIZE" in env:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        else:
-            return cls()
-        found = [re.match(r"\d+", env.get(name, "")) for name in names]
-        numbers = [int(match.group()) if match else default for match, default in zip(found, (0, 1, 0, 1), strict=True)]
-        address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "localhost"
-        port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 20000))
-        rank, world_size, local_rank, local_world_size = numbers
-        return cls(rank, world_size, local_rank, local_world_size, address, port)
-
-
-def first_host(hosts: str) -> str:
-    """The first of Slurm's host names: node[07-12,15] -> node07."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", hosts)
-    return (match[1] + (match[2] or "")) if match else ""
 
 
 # --- the device ---------------------------------------------------------------------------------------------------
@@ -229,6 +192,8 @@ class Processes:
                 outcome = [(work(), None)]
             except LightdiffError as error:
                 outcome = [(None, error)]
+            except OSError as error:
+                outcome = [(None, from_os(error))]
             except Exception as error:  # the others must not wait for what will not come
                 outcome = [(None, RunError(f"{type(error).__name__}: {error}"))]
         dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
@@ -311,18 +276,49 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
 
     if not dist.is_initialized():
         end_with_parent()
+        check_env(env)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         method = "env://" if "RANK" in os.environ else f"tcp://{env.address}:{env.port}"
-        wait = timedelta(seconds=timeout)
+        began, wait = time.monotonic(), timedelta(seconds=timeout)
         try:
             store, _, _ = next(rendezvous(method, env.rank, env.world_size, timeout=wait))
             # The agent's store still has addresses of before a restart, and of this process's last stage.
             store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(RENDEZVOUS)}", store)
             dist.init_process_group(backend, timeout=wait, world_size=env.world_size, rank=env.rank, store=store)
             NO_TIMEOUT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
-        except ValueError as error:
-            raise UserError(f"the launcher's environment variables make no sense: {error}") from None
+        except (ValueError, OSError, RuntimeError) as error:
+            raise LostContact(no_meeting(env, time.monotonic() - began, str(error))) from error
     return Processes(env.rank, env.world_size)
+
+
+def check_env(env: DistEnv) -> None:
+    """Check that a launcher's variables make sense.
+
+    Raises:
+        UserError: If not; some are set by others under the same names.
+    """
+    if not (re.fullmatch(r"[0-9]{1,5}", env.port) and 0 < int(env.port) < 1 << 16):
+        raise UserError(f"MASTER_PORT={env.port[:100]} is no port: all processes need the same number up to 65535")
+    if env.rank >= env.world_size:
+        raise UserError(f"process number {env.rank} of {env.world_size}: RANK has to be less than WORLD_SIZE")
+
+
+def no_meeting(env: DistEnv, seconds: float, error: str) -> str:
+    """Why the processes of a run have not met, and by which variables this one looked for others."""
+    if "EADDRINUSE" in error or "address already in use" in error.lower():
+        return f"MASTER_PORT={env.port} is taken on this machine: choose another one, the same for all processes"
+    try:
+        socket.getaddrinfo(env.address, None)
+    except OSError:
+        return f"MASTER_ADDR={env.address}: this machine knows no host of that name"
+    names = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT")
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    reason = re.split(r"\n|Exception raised from|\. C\+\+", error.strip())[0].strip(" .(")
+    return (
+        f"the processes of this run have not met within {seconds:.0f} s ({reason}): by {found}, this is process "
+        f"{env.rank} of {env.world_size}. If there is only this one, those are left over from another job: "
+        "unset RANK WORLD_SIZE; if not, start the others, too, where they reach that address"
+    )
 
 
 def shutdown() -> None:
@@ -338,15 +334,3 @@ def distributed(device: torch.device, timeout: float) -> Iterator[Processes]:
     yield init_distributed(device, timeout)
     if not inner:
         shutdown()
-
-
-def end_with_parent() -> None:
-    """End this process soon after its parent, so that no worker outlives its launcher."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

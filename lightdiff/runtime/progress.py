@@ -6,9 +6,10 @@ Everything here goes to stderr or to files; stdout is kept for results.
 import json
 import math
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lightdiff.run_folder import atomic_write_text
+from lightdiff.run_folder import append_text, atomic_write_text, open_own, writing
 from lightdiff.settings import flat
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
@@ -77,8 +78,8 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
-        if board := self.__dict__.get("_board"):
-            board.close()
+        if self.__dict__.get("_board"):
+            self._on_board(lambda board: board.close())
 
     def advance(
         self, done: int, losses: Mapping[str, float] | None = None, speed: Mapping[str, float] | None = None
@@ -104,16 +105,14 @@ class Reporter:
         self._display.remember(trending(values))
         if self._metrics is None:
             return
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(values)) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, int(values["step"]))
+        append_text(self._metrics, json.dumps(dict(values)) + "\n")
+        step = int(values["step"])
+        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
 
     def flush(self) -> None:
         """Put all lines of metrics.jsonl on the disk, as a checkpoint follows that relies on them."""
         if self._metrics is not None and self._metrics.exists():
-            with self._metrics.open("a") as file:
+            with writing(self._metrics), open(self._metrics, "a", opener=open_own) as file:
                 os.fsync(file.fileno())
 
     def saved(self, path: Path) -> None:
@@ -127,7 +126,17 @@ class Reporter:
             import numpy as np
             from PIL import Image
 
-            self._board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+            picture = np.asarray(Image.open(path))
+            self._on_board(lambda board: board.add_image("samples", picture, step, dataformats="HWC"))
+
+    def _on_board(self, do: Callable[[Any], object]) -> None:
+        """Let TensorBoard's writer do something; where it cannot write, the work goes on without it."""
+        try:
+            if self._board is not None:
+                do(self._board)
+        except OSError as error:
+            self.note(f"TensorBoard's files could not be written: {error.strerror or error}; there are no more of them")
+            self.__dict__["_board"] = None
 
 
 # --- metrics.jsonl and TensorBoard --------------------------------------------------------------------------------
@@ -169,6 +178,7 @@ def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> A
         from torch.utils.tensorboard.summary import hparams
     except ImportError:
         return None
+    threading.excepthook = without_traceback_of_writers
     board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
     plain = {
         n: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
@@ -177,6 +187,12 @@ def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> A
     for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
         board.file_writer.add_summary(summary)
     return board
+
+
+def without_traceback_of_writers(failed: threading.ExceptHookArgs) -> None:
+    """Report what ends a thread, but not a full disk in TensorBoard's: the next call of its writer tells of it."""
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+        threading.__excepthook__(failed)
 
 
 # --- the live display ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import (
     StageFolder,
     atomic_link,
-    move_aside,
+    free_name,
     set_aside,
 )
 from lightdiff.runtime.processes import Processes
@@ -118,17 +118,35 @@ def flag_of(name: str) -> str:
     return "--" + (f"{group}.{field}" if group == "model" else field).rstrip("_").replace("_", "-")
 
 
-def go_back(folder: StageFolder, saved: Checkpoint) -> None:
-    """Make a step file the newest state, and set aside what was saved after it."""
+def set_newer_aside(folder: StageFolder, saved: Checkpoint, going_back: bool) -> None:
+    """Make a step file the newest state, and set aside what was saved after it.
+
+    If that was cut off once `last` was replaced, the next start, which finds a folder of this name, completes it.
+    """
     step = saved.metadata.step
-    newer = [path for path in folder.steps() if folder.step_of(path) > step]
-    newer += [path for path in (folder.last, folder.best) if path.is_file() and Checkpoint(path).metadata.step > step]
-    if folder.best in newer:
-        saved.metadata.extra.pop("best", None)  # the best of then has been replaced since: the search starts again
-    if newer:
-        aside = move_aside(newer, folder.checkpoints / f"after-step-{step}")
+    name = folder.checkpoints / f"after-step-{step}"
+    if going_back and any(is_newer(path, step) for path in (*folder.steps(), folder.last, folder.best)):
+        aside = free_name(name)
+        aside.mkdir()
+        if is_newer(folder.last, step):
+            atomic_link(aside / folder.last.name, folder.last)
         console.print(f"what was saved after step {step} is now in {aside}", soft_wrap=True)
-    atomic_link(folder.last, saved.path)
+    asides = sorted(name.parent.glob(f"{name.name}.old-*"), key=lambda path: path.stat().st_mtime_ns)
+    if going_back:
+        atomic_link(folder.last, saved.path)
+    for path in (*folder.steps(), folder.best) if asides else ():
+        if is_newer(path, step) and not (asides[-1] / path.name).exists():  # else it is half of a later save
+            path.rename(asides[-1] / path.name)
+    if not folder.best.is_file():
+        saved.metadata.extra.pop("best", None)  # the search starts again
+
+
+def is_newer(path: Path, step: int) -> bool:
+    """Whether a snapshot is of a later step; one that cannot be read is set aside with those."""
+    try:
+        return path.is_file() and Checkpoint(path).metadata.step > step
+    except Damaged:
+        return True
 
 
 def load_initial_weights(model: nn.Module, path: Path, name: str) -> None:

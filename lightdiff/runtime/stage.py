@@ -1,30 +1,27 @@
 """How every stage begins and ends: joins processes, locks the folder, resolves `auto`, handles signals and errors."""
 
-import errno
 import json
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
-from lightdiff.errors import LostContact, RunError, Stopped, UserError
-from lightdiff.run_folder import StageFolder, atomic_write_text, ensure_writable, remove_temporaries
-from lightdiff.runtime import may_restart_elsewhere, rank, restarted, resume
+from lightdiff.errors import LostContact, RunError, Stopped, UserError, from_os
+from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
+from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
+from lightdiff.runtime.lock import open_stage_dir
 from lightdiff.runtime.processes import (
-    DistEnv,
     Processes,
     distributed,
     pick_compile,
@@ -33,16 +30,23 @@ from lightdiff.runtime.processes import (
     to_device,
 )
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
+from lightdiff.settings import (
+    ComputeSettings,
+    LoopSettings,
+    StageSettings,
+    TrainingSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    flat,
+    with_changes,
+)
 
 S = TypeVar("S", bound=StageSettings)
-LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of network file systems: there, the file's words must do
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGAIN = "run the same command again to resume"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
-SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+SAVE, HANG_UP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # Windows has neither
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
 DISTRIBUTED_ERRORS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
 
@@ -172,14 +176,15 @@ class Stage(Generic[S]):
                 )
             console.print("note: the list of images is not the one this run began with")
             changed["list of images"] = (before, data)
-        self.metadata.extra = resume.history(saved, changed)
         step, total = saved.metadata.step, self.total_steps
         if step >= total:
             has = f"has its {total}" if step == total else f"is past {total}: it has {step}"
             console.print(f"{self.path} {has} steps already; give more --steps to train on", soft_wrap=True)
             return False
-        if self.settings.from_step:  # type: ignore[attr-defined]  # not before everything else has been checked
-            self.processes.run_on_main(lambda: resume.go_back(self.folder, saved))
+        going_back = self.settings.from_step > 0  # type: ignore[attr-defined]
+        # Not before everything else has been checked
+        self.processes.run_on_main(lambda: resume.set_newer_aside(self.folder, saved, going_back))
+        self.metadata.extra = resume.history(saved, changed)
         self.processes.run_on_main(self.write_settings)
         console.print(f"resuming from step {step} of {total}")
         self.announce(task)
@@ -190,7 +195,6 @@ class Stage(Generic[S]):
         if getattr(self.settings, "restart", False):
             resume.start_over(self.path)
         ensure_writable(self.folder.checkpoints)
-        remove_temporaries(self.folder.checkpoints)
         atomic_write_text(self.folder.settings, json.dumps(self.settings.to_save(), indent=2) + "\n")
 
     # --- signals and the time limit -------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ class Stage(Generic[S]):
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
-            raise Stopped(f"stopped; what was saved is untouched: {self.again}", 128 + number)
+            raise Stopped(f"stopped; {untouched(self.settings, self.again)}", 128 + number)
 
 
 @contextmanager
@@ -261,6 +265,7 @@ def open_stage(
         console.quiet = quiet or settings.job.quiet or not processes.is_main
         force = settings.job.force_unlock
         path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
+        processes.run_on_main(lambda: remove_abandoned(RunFolder(settings.run)))
         stage = Stage(name, settings, device, processes, path)
         held.enter_context(signal_handler(stage.on_signal))
         if isinstance(settings, TrainingSettings) and stage.can_resume(settings):
@@ -274,7 +279,7 @@ def open_stage(
         try:
             yield stage
         except KeyboardInterrupt:  # here, as Typer would leave without a word
-            raise Stopped(f"interrupted; what was saved is untouched: {stage.again}", 130) from None
+            raise Stopped(f"interrupted; {untouched(settings, stage.again)}", 130) from None
 
 
 def for_this_start(settings: S) -> S:
@@ -295,57 +300,16 @@ def once_flags(settings: StageSettings) -> str:
 
 
 @contextmanager
-def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
-    """A folder that this process alone writes to, without half-written files; if it stays empty, it goes again.
-
-    The operating system holds the lock until the process ends, however it ends. The file says who has it, for the
-    message, and for file systems that keep the locks of each host apart.
-
-    Raises:
-        UserError: If another process has it, or the folder cannot be made.
-    """
-    here = socket.gethostname()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    ensure_writable(folder)
-    file, lock = folder / LOCK, FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        owner = " on ".join(reversed(lock_owner(file))) or "another process"
-        raise UserError(f"{folder} is in use by {owner}: wait for it, stop it, or choose another --run") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    if lock_owner(file)[:1] not in ([], [here]) and not force:
-        lock.release()
-        host, process = lock_owner(file)
-        raise UserError(
-            f"{folder} was locked by {process} on {host}, which exited without releasing the lock, or still runs: "
-            "if you are sure that it has exited, give --force-unlock"
-        )
-    file.write_text(f"{here} {os.getpid()}\n")
-    try:
-        remove_temporaries(folder)
-        yield folder
-    finally:
-        with suppress(OSError):  # Windows removes no open file, and no folder goes that is not empty
-            file.unlink()
-            for path in made:
-                path.rmdir()
-        lock.release()
-
-
-def lock_owner(file: Path) -> list[str]:
-    """Who has written a lock file, as ["HOST", "process PID"]; empty for nobody."""
-    host, _, pid = (file.read_text(errors="replace") if file.is_file() else "").strip().rpartition(" ")
-    return [host, f"process {pid}"] if host else []
-
-
-@contextmanager
 def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR1 go to this handler, where this is the main thread, the only one that may set them."""
-    numbers = (signal.SIGINT, signal.SIGTERM, SAVE) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in numbers if number is not None}
+    """Signals to stop or save go to this handler, where this is the main thread, the only one that may set them.
+
+    A closed terminal (SIGHUP) stops no process that was started with nohup.
+    """
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP) if number is not None]
+    if HANG_UP and signal.getsignal(HANG_UP) == signal.SIG_IGN:
+        numbers.remove(HANG_UP)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main}
     try:
         yield
     finally:
@@ -355,7 +319,7 @@ def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator
 
 @contextmanager
 def translate_errors(settings: StageSettings) -> Iterator[None]:
-    """Turn what torch raises when memory runs out, or another process is gone, into errors that say what to do."""
+    """Turn what is raised when memory or disk runs out, or another process is gone, into errors that say what to do."""
     try:
         yield
     except Stopped as stopped:
@@ -368,12 +332,21 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
         size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
         advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
         what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"
-        raise RunError(f"{what}: {advice}; what was saved is untouched") from error
+        raise RunError(f"{what}: {advice}; {untouched(settings)}") from error
+    except OSError as error:
+        raise from_os(error) from error
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in DISTRIBUTED_ERRORS):
             raise
         reason = str(error).strip().splitlines()[0]
         raise LostContact(
-            f"process {rank()} has lost contact with the others ({reason}); "
-            "what was saved is untouched, and the same command resumes from there"
+            f"process {rank()} has lost contact with the others ({reason}); {untouched(settings)}"
         ) from error
+
+
+def untouched(settings: StageSettings, again: str = AGAIN) -> str:
+    """What a run that ends early leaves, and how to go on; a training that has not saved yet leaves nothing."""
+    name = {TrainVAESettings: "vae", TrainUNetSettings: "unet"}.get(type(settings), "")
+    if name and not StageFolder(settings.run / name).resumable():
+        return "nothing was saved yet: the same command starts from the beginning"
+    return f"what was saved is untouched: {again}"

@@ -13,7 +13,7 @@ from lightdiff.extras.settings_rows import format_duration
 from lightdiff.extras.sweep.outcome import write_results
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
 from lightdiff.run_folder import atomic_link, atomic_write_text
-from lightdiff.runtime.processes import DistEnv
+from lightdiff.runtime import DistEnv
 from lightdiff.runtime.progress import console, read_metrics
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
