@@ -151,6 +151,9 @@ class ImageSettings(Settings):
     labels: AbsolutePath | None = Field(None, description="CSV file with a column 'file' and one column per label")
     val_share: float = Field(0.05, ge=0, lt=1, description="share of images held out for validation")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which the run stops")
+    max_megapixels: float = Field(256.0, gt=0, le=1e5, description="largest image to read, in millions of pixels")
+    integer_white: float = Field(0.0, ge=0, le=1e9, description="value of white in 16-bit images; 0: found in a sample")
+    float_white: float = Field(0.0, ge=0, le=1e9, description="value of white in float images; 0: found in a sample")
 
 
 class LatentsSettings(Settings):

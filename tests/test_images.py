@@ -25,8 +25,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from lightdiff.data import images
+from lightdiff.data import colours, images
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile
 from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame, to_float, to_uint8
@@ -333,12 +334,91 @@ def encoded() -> Iterator[bytes]:
 ENCODED = list(encoded())
 
 
-@pytest.mark.parametrize("limit", [100, 40])
-def test_a_bomb_is_a_bad_file_and_warns_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    picture(12, 12).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # 144 pixels: above 100 a warning, above 80 an error
-    with pytest.raises(BadImage, match=f"limit of {limit}"):
-        load_image(tmp_path / "bomb.png")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".gif"])
+def test_an_image_of_more_pixels_than_the_setting_is_a_bad_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"large{suffix}"
+    picture(400, 300).save(path)
+    assert load_image(path, max_megapixels=0.12).size == (400, 300)
+    with pytest.raises(BadImage, match=r"^400 x 300 pixels, 0\.12 million, are more than --max-megapixels 0\.1$"):
+        load_image(path, max_megapixels=0.1)
+    item = dataset(tmp_path, [path.name], train=False, max_megapixels=0.1)[0, 0]
+    assert item.bad[0][1].endswith("more than --max-megapixels 0.1")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims to be of this size, whatever it holds."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000)))]
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_bomb_is_refused_by_its_header_in_our_words_and_warns_nobody(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_header(2**30, 2**30))
+    (tmp_path / "large.png").write_bytes(png_header(20000, 15000))  # 300 million: between Pillow's two limits
+    for name in ("bomb.png", "large.png"):
+        with pytest.raises(BadImage, match=r"more .*--max-megapixels 256") as caught:
+            load_image(tmp_path / name)
+        assert "MAX_IMAGE_PIXELS" not in str(caught.value)
+
+
+def test_a_photo_of_108_megapixels_is_read_at_reduced_scale(tmp_path: Path) -> None:
+    picture(12000, 9000).save(tmp_path / "phone.jpg", quality=50)
+    image = load_image(tmp_path / "phone.jpg", at_least=128)
+    assert image.size == (1500, 1125)
+    assert np.abs(pixels(image) - pixels(picture(1500, 1125))).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "F"])
+def test_another_large_image_is_reduced_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(colours, "LARGE", 100_000)
+    image = picture(400, 300).convert(mode)
+    Image.fromarray(np.asarray(image) / np.float32(255)).save(tmp_path / "a.tif") if mode == "F" else image.save(
+        tmp_path / "a.tif"
+    )
+    small = load_image(tmp_path / "a.tif", at_least=70)
+    assert small.size == (100, 75)
+    whole = load_image(tmp_path / "a.tif")
+    assert whole.size == (400, 300)
+    assert np.abs(pixels(small) - pixels(whole.reduce(4))).max() <= 1
+
+
+def scans(side: int, more: int, mode: str = "RGB") -> bytes:
+    """A progressive JPEG of one colour whose last scan is repeated."""
+    stream = io.BytesIO()
+    Image.new(mode, (side, side), 128).save(stream, "JPEG", progressive=True)
+    *before, last = stream.getvalue()[:-2].split(b"\xff\xda")
+    return b"\xff\xda".join([*before, last, *[last] * more]) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_hundreds_of_scans_is_named_before_it_is_decoded(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "slow.jpg").write_bytes(scans(1000, 500, mode))
+    with pytest.raises(BadImage, match=r"^a JPEG of 5\d\d scans, made to take long; at most 100 are read$"):
+        load_image(tmp_path / "slow.jpg", at_least=8)
+    (tmp_path / "good.jpg").write_bytes(scans(1000, 0, mode))
+    assert load_image(tmp_path / "good.jpg", at_least=8).size == (125, 125)
+
+
+def test_what_follows_a_photo_is_not_counted_as_its_scans(tmp_path: Path) -> None:
+    picture(64, 48).save(tmp_path / "motion.jpg", progressive=True)
+    clip = np.random.default_rng(0).integers(0, 256, 2**23, dtype=np.uint8).tobytes()  # 128 times the bytes of a marker
+    (tmp_path / "motion.jpg").write_bytes((tmp_path / "motion.jpg").read_bytes() + clip)
+    assert load_image(tmp_path / "motion.jpg", at_least=16).size == (32, 24)
+    picture(64, 48).save(tmp_path / "plain.jpg")
+    (tmp_path / "plain.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + scans(8, 500))
+    assert load_image(tmp_path / "plain.jpg", at_least=16).size == (32, 24)
+
+
+def test_text_that_unpacks_to_megabytes_is_refused_in_our_words(tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("Comment", " " * 2**22, zip=True)
+    picture(8, 8).save(tmp_path / "text.png", pnginfo=text)
+    with pytest.raises(BadImage, match="more text or too large a colour profile") as caught:
+        load_image(tmp_path / "text.png")
+    assert "MAX_TEXT" not in str(caught.value)
 
 
 def test_warnings_neither_leak_nor_stay_off(tmp_path: Path) -> None:

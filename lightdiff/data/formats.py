@@ -68,8 +68,8 @@ def how_to_read(name: str) -> str:
     return "" if name.upper() in FORMATS else "convert them to JPEG or PNG"
 
 
-class NotRead(Exception):
-    """A file of a format that is not read; the message says which."""
+class BadImage(Exception):
+    """A file that is no readable image; the message says why, without the file's name."""
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """An image file, open but not yet decoded.
 
     Raises:
-        NotRead: It is of another format than those that are read.
+        BadImage: It is of a format that is not read.
         UnidentifiedImageError: It is no image, or too damaged.
     """
     with open_regular(path) as stream:
@@ -99,9 +99,9 @@ def _others(head: bytes) -> tuple[str, ...]:
         pillow_heif.register_heif_opener()
         return ("HEIF",)
     if advice := how_to_read(name) if name else "":
-        raise NotRead(f"{name}, which is not read: {advice}")
+        raise BadImage(f"{name}, which is not read: {advice}")
     if impostor := next((what for what, pattern in IMPOSTORS.items() if pattern.match(head)), ""):
-        raise NotRead(f"no image, but {impostor}")
+        raise BadImage(f"no image, but {impostor}")
     if name:
-        raise NotRead(f"a {name} of a kind that is not read, or too damaged")
+        raise BadImage(f"a {name} of a kind that is not read, or too damaged")
     return FORMATS

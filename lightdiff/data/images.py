@@ -7,32 +7,35 @@ then varies it a little, by a number that depends on (seed, epoch, index) and on
 import math
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from lightdiff.data.colours import UNKNOWN, Colour, Whites, to_rgb
 from lightdiff.data.files import FOLDER, Source
+from lightdiff.data.formats import BadImage as BadImage
 from lightdiff.errors import LightdiffError, UserError
+from lightdiff.settings import ImageSettings
 
-Colour = tuple[int, int, int]
+MAX_MEGAPIXELS = ImageSettings().max_megapixels
+MAX_SCANS = 100  # of a JPEG: half a millisecond each for every million pixels
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length, number of components
 
 # Odd metadata and the like. For all threads and for good, as filters that come and go are no matter of one thread.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 # --- one file -----------------------------------------------------------------------------------------------------
-
-
-class BadImage(Exception):
-    """A file that is no readable image; the message says why, without the file's name."""
 
 
 def colour(background: str) -> Colour:
@@ -44,78 +47,83 @@ def colour(background: str) -> Colour:
 
 
 @contextmanager
-def opened(name: str | Path, folder: Path = Path(), source: Source = FOLDER) -> Iterator[Image.Image]:
+def opened(
+    name: str | Path, folder: Path = Path(), source: Source = FOLDER, max_megapixels: float = MAX_MEGAPIXELS
+) -> Iterator[Image.Image]:
     """The open, not yet decoded image; whatever is wrong with the file, then or inside the block, is a `BadImage`."""
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, for all threads and for good; it is never lowered
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(max_megapixels * 1e6))
     try:
         with source.open(folder, str(name)) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError
+            if (megapixels := image.width * image.height / 1e6) > max_megapixels:
+                size = f"{image.width} x {image.height} pixels, {megapixels:.3g} million"
+                raise BadImage(f"{size}, are more than --max-megapixels {max_megapixels:g}")
+            if isinstance(image, JpegImageFile) and (scans := _count_scans(image)) > MAX_SCANS:
+                raise BadImage(f"a JPEG of {scans} scans, made to take long; at most {MAX_SCANS} are read")
             yield image
     except (BadImage, LightdiffError, MemoryError):
         raise
     # Damaged bytes make Pillow's readers raise almost anything: SyntaxError, KeyError, struct.error, ...
     except Exception as error:
-        raise BadImage(_reason(error, os.path.join(folder, name))) from error
+        raise BadImage(_reason(error, os.path.join(folder, name), max_megapixels)) from error
+
+
+def _count_scans(image: JpegImageFile) -> int:
+    """How often decoding a JPEG goes over all its pixels; an ordinary progressive one has ten scans."""
+    stream = image.fp
+    assert stream is not None  # the image is open
+    start = stream.tell()
+    stream.seek(max(0, start - 8 - 2 * image.layers))  # Pillow has read the first scan's header
+    head = stream.read(5)
+    if SCAN.match(head) and head[4] == image.layers and not image.info.get("progressive"):
+        scans = 1  # of all components at once
+    else:
+        stream.seek(0)
+        scans = len(SCAN.findall(stream.read()))
+    stream.seek(start)
+    return scans
 
 
 def load_image(
-    name: str | Path, background: str = "white", at_least: int = 0, folder: Path = Path(), source: Source = FOLDER
+    name: str | Path,
+    background: str = "white",
+    at_least: int = 0,
+    folder: Path = Path(),
+    source: Source = FOLDER,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    whites: Whites = UNKNOWN,
 ) -> Image.Image:
-    """The image as upright RGB: first frame, transparent pixels on the background.
+    """The image as upright sRGB: first frame, transparent pixels on the background.
 
     Raises:
-        BadImage: It is missing, damaged or no image.
+        BadImage: It is missing, damaged, too large or no image.
 
     Args:
         name: The file, or the image's name in another source.
         background: A colour's name or #rrggbb.
-        at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as its shorter
-            side keeps this many pixels; 0: full size.
+        at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, and a very large image be
+            reduced, as long as its shorter side keeps this many pixels; 0: full size.
         folder: What the name is relative to.
         source: How it is opened.
+        max_megapixels: The largest image to read, in millions of pixels.
+        whites: The values of white in images of 16 or 32 bits.
     """
-    with opened(name, folder, source) as image:
+    with opened(name, folder, source, max_megapixels) as image:
         if at_least:
             image.draft(None, (at_least, at_least))
-        return to_rgb(image, colour(background))
+        return to_rgb(image, colour(background), whites, at_least)
 
 
-def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
-    """The decoded image, upright, in RGB, transparent pixels on the background."""
-    image.load()  # before the EXIF data, which may follow the pixels
-    with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, background)
-    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA.
-
-    Integers run from 0 to 65535. Floats have no agreed range: 1, 255 or 65535, whichever holds the largest value.
-    """
-    values = np.asarray(image).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= 65535:  # false for NaN, too
-        raise BadImage(f"pixel values from {low:g} to {high:g}; 0 to 65535 can be read")
-    white = next(w for w in (1, 255, 65535) if high <= w) if image.mode == "F" else 65535
-    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-    if isinstance(transparent := image.info.get("transparency"), int):
-        grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
-    return grey
-
-
-def _reason(error: Exception, path: str) -> str:
+def _reason(error: Exception, path: str, max_megapixels: float) -> str:
     """What is wrong, on one line and without the folder, so that a report may be shown to others."""
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.isfile(path) and not os.path.getsize(path)
         return "the file is empty" if empty else "no image, or too damaged to be recognised"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS} (MAX_IMAGE_PIXELS)"
+        return f"far more pixels than --max-megapixels {max_megapixels:g} million"
+    if "MAX_TEXT" in str(error):
+        return "more text or too large a colour profile in it than is read; save it without"
     text = getattr(error, "strerror", None) or " ".join(str(error).replace(path, os.path.basename(path)).split())
     return text or type(error).__name__
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightdiff.data.colours import Whites
 from lightdiff.data.files import ImageFile, full_paths, source_of
 from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame
 from lightdiff.data.order import key
@@ -67,6 +68,8 @@ class ImageDataset(Dataset[Item]):
         colour(settings.background)  # a wrong name is found before any worker starts
         self.files, self.settings, self.seed, self.train = files, settings, seed, train
         self.sources = [source_of(folder) for folder in settings.data]
+        whites = Whites(settings.integer_white, settings.float_white)
+        self.reading: dict[str, Any] = {"max_megapixels": settings.max_megapixels, "whites": whites}
         # The same for all uses, as it touches the pixels: twice the size needed, and enough for the smallest crop.
         self.at_least = math.ceil(settings.resolution * max(2, 1 / settings.random_crop))
         # The search for a stand-in ends somewhere: with far more bad files than max_bad allows, the run has to stop.
@@ -85,8 +88,9 @@ class ImageDataset(Dataset[Item]):
         (epoch, asked), s, bad = position, self.settings, list[tuple[int, str]]()
         for index in ((asked + i) % len(self.files) for i in range(self.tries)):
             file = self.files[index]
+            where = s.data[file.root], self.sources[file.root]
             try:
-                image = load_image(file.path, s.background, self.at_least, s.data[file.root], self.sources[file.root])
+                image = load_image(file.path, s.background, self.at_least, *where, **self.reading)
             except BadImage as error:
                 bad.append((index, str(error)))
                 continue

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightdiff.data.colours import to_rgb
 from lightdiff.data.files import FOLDER, ImageFile, Layout, Source, layout, scan, source_of
-from lightdiff.data.images import BadImage, colour, opened, to_rgb
+from lightdiff.data.images import BadImage, colour, opened
 from lightdiff.run_folder import open_regular
 
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)

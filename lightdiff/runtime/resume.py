@@ -18,7 +18,7 @@ from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
-RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad")
+RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad", "images.max_megapixels")
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
 
 

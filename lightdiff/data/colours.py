@@ -1,0 +1,136 @@
+"""Decoded pixels of any kind -> 8-bit sRGB: embedded profiles, transparency, 16 bits, floats."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from io import BytesIO
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from lightdiff.data.formats import BadImage
+
+Colour = tuple[int, int, int]
+SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space -> Pillow's mode
+GREY = ("1", "L", "LA", "La")
+SRGB = ImageCms.createProfile("sRGB")
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+# Relative colorimetric with black-point compensation, as picture editors do: only then is every kind of sRGB profile
+# the identity.
+INTENT, FLAGS = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+LEVELS = np.arange(0, 256, 51, dtype=np.uint8)
+PROBE = np.stack(np.meshgrid(LEVELS, LEVELS, LEVELS), axis=-1).reshape(1, -1, 3)
+ROUNDING = 2  # of 255
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits; floats also end at 1
+LOOKED_AT = 2**20  # pixels
+LARGE = 90e6  # pixels
+REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "F")
+
+
+class Whites(NamedTuple):
+    """The values that are white in images of 16 or 32 bits; 0: by the format, or by an image's own values."""
+
+    integer: float = 0
+    float: float = 0
+
+
+UNKNOWN = Whites()
+
+
+def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_least: int = 0) -> Image.Image:
+    """The decoded image, upright, in sRGB, transparent pixels on the background.
+
+    Of a very large one, which takes gigabytes in every copy, a fraction is returned whose shorter side has `at_least`
+    pixels.
+    """
+    sixteen = isinstance(image, ImageFile.ImageFile) and any(";16" in str(tile) for tile in image.tile)
+    image.load()  # before the EXIF data, which may follow the pixels
+    profile = image.info.get("icc_profile")
+    with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    if at_least and image.width * image.height > LARGE and image.mode in REDUCIBLE:
+        image = image.reduce(max(1, min(image.size) // at_least))
+    if kind_of(image):
+        image = _eight_bits(image, whites)
+    elif sixteen and 0 < np.asarray(image).max() < 16:  # Pillow keeps the high byte
+        raise BadImage("colours of 12 bits or fewer in 16 would be nearly black; convert them to 8 bits")
+    if not image.has_transparency_data:
+        return _to_srgb(image, profile)
+    rgba = image.convert("RGBA")
+    srgb = _to_srgb(image if image.mode in GREY else rgba, profile)
+    srgb.putalpha(rgba.getchannel("A"))
+    ground = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(ground, srgb).convert("RGB")
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in RGB, its colours as an embedded profile means them."""
+    own = "L" if image.mode in GREY else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
+    mode, transform = _transform(LAB if own == "LAB" else profile or b"")
+    if transform is None or not (mode == own or (mode == "RGB" and own == "L")):
+        return image.convert("RGB")
+    return transform.apply(image.convert(mode))
+
+
+@lru_cache(maxsize=16)  # a folder's images have few profiles
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Pillow's mode of a profile's colours, and how they become sRGB; None where they are, or it is damaged."""
+    with suppress(Exception):  # a damaged profile is no reason to give up the pixels
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = SPACES[source.profile.xcolor_space]
+        transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", INTENT, FLAGS)
+        if (
+            mode != "RGB"
+            or np.abs(np.asarray(transform.apply(Image.fromarray(PROBE))) - PROBE.astype(int)).max() > ROUNDING
+        ):
+            return mode, transform
+    return "", None
+
+
+# --- 16 bits and floats -------------------------------------------------------------------------------------------
+
+
+def kind_of(image: Image.Image) -> Literal["integer", "float", ""]:
+    """What an image's pixels are, if they are grey values of 16 or 32 bits."""
+    return "float" if image.mode == "F" else "integer" if image.mode.startswith("I") else ""
+
+
+def highest_value(image: Image.Image) -> float:
+    """The value that a thousandth of a grey image's pixels exceed: neither hot pixels nor a highlight decide."""
+    return _quantiles(np.asarray(image))[2]
+
+
+def choose_white(kind: str, highest: Sequence[float]) -> float:
+    """The value of white in images whose highest values are these. Floats may exceed it a little, after sharpening."""
+    top = max(highest)
+    if kind == "integer":
+        return next((white for white in WHITES[1:] if top <= white), WHITES[-1])
+    return next((white for white in WHITES if top <= white * (16 if white == 1 else 1.05)), WHITES[-1])
+
+
+def _eight_bits(image: Image.Image, whites: Whites) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA; what exceeds white is white."""
+    values, kind = np.asarray(image).astype(np.float32), kind_of(image)
+    low, middle, high = _quantiles(values)
+    default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
+    white = getattr(whites, kind) or default
+    found = f"pixel values from {values.min():g} to {values.max():g}"
+    if not -0.1 * white <= low <= high <= 1.05 * max(white, WHITES[-1]):  # false for NaN, too
+        raise BadImage(f"{found}; 0 to {max(white, WHITES[-1]):g} can be read")
+    if middle > white or 0 < high < white / 200:
+        raise BadImage(f"{found}, but white is {white:g} (--{kind}-white)")
+    grey = Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+    return grey
+
+
+def _quantiles(values: NDArray[Any]) -> list[float]:
+    """The value that a thousandth of the pixels lie below, the median, and the value that a thousandth exceed."""
+    some = values.reshape(-1)[:: max(1, values.size // LOOKED_AT)]
+    return [float(value) for value in np.quantile(some, (0.001, 0.5, 0.999))]
