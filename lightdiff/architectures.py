@@ -7,17 +7,55 @@ see `settings.py`.
 import csv
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from lightdiff.errors import shorten
 
 S = TypeVar("S", bound="Settings")
+MAX_INTEGER = 1 << 53
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The types of a field, without what holds them; those of a list are `list`'s items and `...`."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return kinds_of(arguments[0])
+    return set().union(*map(kinds_of, arguments)) if arguments else {annotation}
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_given(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take for something else, and whole numbers that no machine counts to."""
+        name = str(info.field_name)
+        kinds = kinds_of(cls.model_fields[name].annotation)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if bool not in kinds and any(isinstance(one, bool) for one in several):
+            raise ValueError("true and false are no value of this setting")
+        if bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ValueError("Input should be a valid boolean: true or false")
+        if isinstance(value, str) and kinds <= {int, float, NoneType}:
+            raise ValueError("Input should be a valid number, without quotes")
+        if name != "seed" and any(isinstance(one, int) and abs(one) > MAX_INTEGER for one in several):
+            raise ValueError("the number is too large")
+        return value
 
 
 def with_changes(settings: S, **changes: Any) -> S:
@@ -71,7 +109,7 @@ class Architecture(Settings):
             return handler(value)
         name = value.get("architecture", "default")
         if name not in list(cls.ARCHITECTURES):
-            raise ValueError(f"architecture: there is no {name}; there are {', '.join(cls.ARCHITECTURES)}")
+            raise ValueError(f"architecture: there is no {shorten(name)}; there are {', '.join(cls.ARCHITECTURES)}")
         return resolve_name(cls.ARCHITECTURES[name]).model_validate(value)
 
     def resolved(self, size: int) -> Self:

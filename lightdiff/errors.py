@@ -1,14 +1,34 @@
 """What goes wrong, in two kinds: a user's mistake (exit code 2) and a failure at run time (exit code 1)."""
 
 import errno
+import re
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota that is used up
+# What moves a terminal's cursor, sets its title or reverses its lines; and bytes of names that are no UTF-8
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONG = re.compile(r"[^\s/\\]{201,}")
+MAX_VALUE = 200  # characters of a value from outside that a message repeats
+
+
+def printable(text: str) -> str:
+    r"""A text on one line, with control characters and what reverses lines escaped: \n, \x1b, \u202e."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shorten(value: object) -> str:
+    """A value from outside as a message repeats it: its beginning, if it is long."""
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 3]}..."
 
 
 class LightdiffError(Exception):
-    """A problem that is told in one readable message instead of a traceback."""
+    """A problem that is told in one readable message instead of a traceback: a line for each argument."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        lines = (printable(str(line)) for line in self.args)
+        return "\n".join(LONG.sub(lambda found: shorten(found[0]), line) for line in lines)
 
 
 class UserError(LightdiffError):

@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, shorten
 
 Layer = dict[str, Any]
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
@@ -29,7 +29,18 @@ PRINTED = "print the settings as JSON (and, of a training, what it will take) an
 SettingsFile = Annotated[Path | None, typer.Option(help="settings file, TOML or JSON; flags override it")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help=PRINTED)]
 PresetName = Annotated[Preset | None, typer.Option(help=PRESETS_SHOWN)]
+
+
+class Number(NamedTuple):
+    """A kind of number: its metavar in the help, and how a message calls it."""
+
+    metavar: str
+    words: str
+
+
+NUMBERS: dict[type, Number] = {int: Number("INTEGER", "whole number"), float: Number("FLOAT", "number")}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
@@ -110,6 +121,29 @@ def format_value(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def parse_number(field: FieldInfo, name: str, text: Any, example: str) -> Any:
+    """A number as it was typed; a value of another kind of field as it is.
+
+    Raises:
+        UserError: If it is none.
+    """
+    kind = plain(field.annotation)
+    if kind not in NUMBERS or not isinstance(text, str):
+        return text
+    try:
+        return kind(text if text.isascii() else "")
+    except ValueError:
+        words = f"{shorten(text)} is no {NUMBERS[kind].words}" if text else "a number is missing"
+        raise UserError(f"{name}: {words}; write one as in {example}") from None
+
+
+def typed_value(model: type[BaseModel], path: Where, value: Any) -> Any:
+    """The value of a flag."""
+    name = f"--{flag(model, path)}"
+    example = f"{name} {format_value(default_of(model, path)) or 1}"
+    return parse_number(lookup(model, path)[1], name, value, example)
+
+
 def takes_commas(field: FieldInfo) -> bool:
     """Whether a field is a list that is typed as one text, which pydantic splits: `64,128`."""
     return get_origin(plain(field.annotation)) is tuple and not extra(field, "repeated")
@@ -133,6 +167,8 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
         kind = list[plain(get_args(kind)[0])]  # type: ignore[misc]
     elif kind is bool and "." in name:
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
+    elif kind in NUMBERS:
+        kind, metavar = str, NUMBERS[kind].metavar  # `parse_number` says better what is wrong with one
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
@@ -185,18 +221,57 @@ def read_settings(path: Path, leave_out: Collection[str] = ()) -> Layer:
     Raises:
         UserError: If it cannot be read.
     """
+    neither = f"--settings: {path} is neither TOML (named .toml) nor JSON"
     try:
-        text = path.read_text(encoding="utf-8")
-        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte order mark
+        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else load_json(text)
     except OSError as error:
         raise UserError(f"--settings: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{neither}: it is not in UTF-8; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--settings: {path} is neither TOML (named .toml) nor JSON: {error}") from None
+        raise UserError(f"{neither}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"--settings: {path} holds no settings")
     inner = value.get("settings")  # in the file beside samples, one entry among others
     layer = inner if isinstance(inner, dict) else value
-    return {name: said for name, said in layer.items() if name not in leave_out}
+    try:
+        return {name: said for name, said in nest_dotted(layer).items() if name not in leave_out}
+    except ValueError as error:
+        raise UserError(f"--settings: {path} is contradictory: {error}") from None
+
+
+def load_json(text: str) -> Any:
+    """A JSON document, strictly: no key twice, which would lose the first, and no NaN or Infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{shorten(twice[0])} is given twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def nest_dotted(layer: Layer) -> Layer:
+    """{"loop.lr": 1} -> {"loop": {"lr": 1}}: names may be written as messages show them.
+
+    Raises:
+        ValueError: If a setting is given both ways.
+    """
+    result: Layer = {name: value for name, value in layer.items() if "." not in name}
+    for name in layer.keys() - result.keys():
+        *groups, last = name.split(".")
+        group: Any = result
+        for inner in groups:
+            group = group.setdefault(inner, {}) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or last in group:
+            raise ValueError(f"{shorten(name)} is given twice")
+        group[last] = layer[name]
+    return result
 
 
 def preset_layer(family: str, name: str) -> Layer:
@@ -232,7 +307,7 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
     try:
         return model.model_validate(merge(model, defaults(model), *layers))
     except ValidationError as error:
-        raise UserError("\n".join(explain(model, row) for row in error.errors())) from None
+        raise UserError(*(explain(model, row) for row in error.errors()[:MAX_TOLD])) from None
 
 
 def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
@@ -243,13 +318,13 @@ def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
         return f"--{flag(model, path)}: a {path[-2]} of the kind that is chosen has no such setting"
     if row["type"] == "extra_forbidden":  # only a file can be wrong here: named as files do
         near = [".".join(leaf) for leaf in sorted(known) if leaf[-1].startswith(path[-1][:3])]
-        return f"unknown setting {'.'.join(path)}" + (f"; similar ones: {', '.join(near)}" if near else "")
+        return f"unknown setting {shorten('.'.join(path))}" + (f"; similar ones: {', '.join(near)}" if near else "")
     if message.startswith("--"):  # it names what it is about
         return message
     if path not in known:  # a group, or a field without a flag
         return f"--{'.'.join(path)}{'.*' * (len(path) == 1)}: {message}" if path else f"settings: {message}"
     found = row.get("input")
-    shown = ",".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)
+    shown = shorten(",".join(map(str, found)) if isinstance(found, (list, tuple)) else found)
     return f"--{flag(model, path)}: {message}" + (f" (found {shown})" if shown not in message else "")
 
 
@@ -307,7 +382,8 @@ def command(
     def call(
         *, settings: SettingsFile = None, dry_run: DryRun = False, preset: PresetName = None, **values: Any
     ) -> None:
-        typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
+        given = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
+        typed = {path: typed_value(model, path, value) for path, value in given.items()}
         file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)

@@ -320,8 +320,6 @@ def test_booleans() -> None:
         ["--model.attention"],
         ["--no-model.attention"],
         ["--device", "abacus"],
-        ["--lr", "quick"],
-        ["--steps", "1.5"],
         ["--learning-rate", "1"],
     ],
 )
@@ -329,6 +327,29 @@ def test_typer_refuses_what_cannot_be_parsed(arguments: list[str]) -> None:
     seen: list[Any] = []
     assert CliRunner().invoke(app_of(TrainVAESettings, seen.append), arguments).exit_code == 2
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("flag", "typed", "kind", "example"),
+    [
+        ("--steps", "10k", "whole number", "--steps 20000"),
+        ("--steps", "1,000", "whole number", "--steps 20000"),
+        ("--steps", "1.5", "whole number", "--steps 20000"),
+        ("--seed", "\u0661", "whole number", "--seed 0"),  # an Arabic digit, which Python's int takes
+        ("--lr", "1e-4,", "number", "--lr 0.002"),
+        ("--lr", "0.1.2", "number", "--lr 0.002"),
+        ("--model.mid-blocks", "two", "whole number", "--model.mid-blocks 1"),
+    ],
+)
+def test_a_number_typed_wrongly_is_repeated_with_an_example(flag: str, typed: str, kind: str, example: str) -> None:
+    (line,) = said_wrong(TrainVAESettings, flag, typed)
+    assert line == f"{flag}: {typed} is no {kind}; write one as in {example}"
+
+
+def test_a_long_value_is_not_repeated_whole() -> None:
+    assert len(said_wrong(TrainVAESettings, "--steps", "9" * 9000)[0]) < 300
+    assert len(refused(TrainVAESettings, {"lo op" * 9000: 1})[0]) < 300
+    assert len(refused(TrainVAESettings, {f"name{i}": 1 for i in range(999)})) <= 20
 
 
 @pytest.mark.parametrize(
@@ -551,6 +572,15 @@ def test_flags_that_belong_to_a_choice_go_with_it() -> None:
         ("a.toml", b'{"lr": 1}', "neither TOML"),
         ("a.toml", b"lr = 1\nlr = 2", "neither TOML"),
         ("a.json", b"lr = 1", "nor JSON"),
+        ("a.json", b'{"run": "a", "run": "b"}', "run is given twice"),
+        ("a.json", b'{"loop": {"lr": 1, "lr": 2}}', "lr is given twice"),
+        ("a.json", b'{"loop": {"lr": 1}, "loop.lr": 2}', "loop.lr is given twice"),
+        ("a.json", b'{"loop": 1, "loop.lr": 2}', "loop.lr is given twice"),
+        ("a.toml", b'loop.lr = 1\n"loop.lr" = 2', "loop.lr is given twice"),
+        ("a.json", b'{"lr": NaN}', "NaN is no number"),
+        ("a.json", b'{"lr": -Infinity}', "-Infinity is no number"),
+        ("a.json", '{"run": "a"}'.encode("utf-16"), "save it as UTF-8"),
+        ("a.toml", "run = 'ä'".encode("latin-1"), "save it as UTF-8"),
         ("a.json", b"", "nor JSON"),
         ("a.json", b'{"lr": "\xff"}', "nor JSON"),
         ("a.json", b"[1]", "holds no settings"),
@@ -564,6 +594,22 @@ def test_settings_files_that_are_none(tmp_path: Path, name: str, content: bytes,
     with pytest.raises(UserError, match=message) as caught:
         read_settings(tmp_path / name)
     assert str(caught.value).startswith(f"--settings: {tmp_path / name} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"loop": {"lr": 0.5, "keep": 3}}'),
+        ("a.json", '\ufeff{"loop": {"lr": 0.5, "keep": 3}}'),
+        ("a.json", '{"loop.lr": 0.5, "loop.keep": 3}'),
+        ("a.json", '{"loop": {"lr": 0.5}, "loop.keep": 3}'),
+        ("a.toml", "\ufeff[loop]\nlr = 0.5\nkeep = 3"),
+        ("a.toml", '"loop.lr" = 0.5\nloop.keep = 3'),
+    ],
+)
+def test_ways_to_write_a_settings_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_settings(tmp_path / name) == {"loop": {"lr": 0.5, "keep": 3}}
 
 
 def test_settings_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -580,6 +626,12 @@ def test_settings_files_that_cannot_be_read(tmp_path: Path) -> None:
     ("layer", "start", "rest"),
     [
         ({"loop": {"lr": "quick"}}, "--lr: ", "valid number"),
+        ({"loop": {"lr": "0.1"}}, "--lr: ", "valid number"),
+        ({"loop": {"lr": True}}, "--lr: ", "(found True)"),
+        ({"loop": {"keep": True}}, "--keep: ", "(found True)"),
+        ({"loop": {"batch_size": 1 << 60}}, "--batch-size: ", "too large"),
+        ({"images": {"flip": 1}}, "--flip: ", "true or false"),
+        ({"model": {"encoder_channels": [True, 64]}}, "--model.encoder-channels: ", "true and false"),
         ({"loop": {"lr": -1.0}}, "--lr: ", "greater than 0 (found -1.0)"),
         ({"loop": {"steps": 0}}, "--steps: ", "greater than or equal to 1"),
         ({"loop": {"steps": 1.5}}, "--steps: ", "found 1.5"),

@@ -254,7 +254,7 @@ def data_folder(base: Path) -> str:
         (["--vary", "train-unet.kl-beta=1,2"], "--vary train-unet.kl-beta: train-unet has no such setting"),
         (["--vary", "lr=1,2"], "--vary lr: several stages have this setting; choose one: train-vae.lr or"),
         (["--vary", "out=a,b"], "--vary out: no stage has such a setting to vary"),
-        (["--vary", "kl-beta=1,-2"], "--kl-beta: Input should be greater than or equal to 0 (found -2)"),
+        (["--vary", "kl-beta=1,-2"], "--kl-beta: Input should be greater than or equal to 0 (found -2.0)"),
         (["--vary", "objective=eps,noise"], "--objective: Input should be 'eps', 'x0', 'v' or 'flow' (found noise)"),
         (["--vary", "model.channels=32,64"], "'model.channels=32,64;64,128'"),
         (["--vary", "model.channels=32,64;48,50"], "heads: 4 does not divide the width 50"),

@@ -125,7 +125,7 @@ class Stage(Generic[S]):
         if self.saved is not None:
             self.check_begun(self.settings.to_save())
             check_own(build, self.saved, "model.")  # in no memory, whatever sizes a foreign file claims
-        torch.manual_seed(self.loop.seed)
+        torch.manual_seed(self.loop.seed % (1 << 64))  # torch takes no more bits
         model = build()
         to_device(model, self.device)
         return model

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError
-from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, plain, takes_commas
+from lightdiff.options import Layer, Where, extra, flag, flag_fields, nest, parse_number, plain, takes_commas
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -63,7 +63,8 @@ def parse_axis(argument: str, option: str = "--vary") -> Axis:
             raise UserError(f"--vary {argument}: two values or more are needed, {how}")
     if not all(texts):
         raise UserError(f"{option} {argument}: a value is missing")
-    return Axis(name, stage, path, tuple(texts), tuple(parse_value(info, text) for text in texts))
+    values = (parse_value(info, f"{option} {argument}", text) for text in texts)
+    return Axis(name, stage, path, tuple(texts), tuple(values))
 
 
 def find_setting(name: str, option: str) -> tuple[str, Where]:
@@ -100,10 +101,10 @@ def takes_list(info: FieldInfo) -> bool:
     return takes_commas(info) or bool(extra(info, "repeated"))
 
 
-def parse_value(info: FieldInfo, text: str) -> Any:
+def parse_value(info: FieldInfo, argument: str, text: str) -> Any:
     """A value in the form that pydantic validates."""
     if extra(info, "repeated"):
         return [part.strip() for part in text.split(",")]
     if not takes_commas(info):
-        return text
+        return parse_number(info, argument, text, f"{argument.partition('=')[0]}=1")
     return parse_names(text) if str in get_args(plain(info.annotation)) else parse_numbers(text)
