@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from lightdiff import __version__, settings
-from lightdiff.errors import LightdiffError, RunError, Stopped, from_os
+from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands
 from lightdiff.options import Layer, command
 from lightdiff.run_folder import RunFolder
@@ -57,7 +58,7 @@ def run_stage(module: str, chosen: settings.Settings) -> None:
     except KeyboardInterrupt:  # here, as Typer would leave without a word
         raise Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT) from None
     if rank() == 0:
-        typer.echo(made)
+        typer.echo("\n".join(map(printable, str(made).split("\n"))) if sys.stdout.isatty() else made)
 
 
 def estimate(module: str, chosen: settings.Settings) -> None:
@@ -154,17 +155,30 @@ def main() -> None:
         from lightdiff.runtime.launcher import register_worker
 
         register_worker()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be valid UTF-8
     try:
-        app()
+        sys.exit(app(prog_name="lightdiff", standalone_mode=False))
+    except typer.Abort:
+        fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
     except Exception as error:
         if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise
-        if isinstance(error, OSError):
-            error = from_os(error)
-        elif not isinstance(error, LightdiffError):
-            text = f"{type(error).__name__}: {error}\nThis should not happen; --debug before the command shows where."
-            error = RunError(text)
-        fail(error)
+        fail(error if isinstance(error, LightdiffError) else unexpected(error))
+
+
+def unexpected(error: Exception) -> LightdiffError:
+    """An error of another kind in our words: the system's, Typer's about how a command was typed, or a bug of ours."""
+    if isinstance(error, OSError):
+        return from_os(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
+        sys.exit(2)
+    if format_message := getattr(error, "format_message", None):
+        context: Any = getattr(error, "ctx", None)
+        more = f"'{context.command_path} --help' lists what there is" if context else ""
+        return UserError(format_message().rstrip("."), *filter(None, [more]))
+    what = f"{type(error).__name__}: {error}"
+    return RunError(what, "This should not happen; --debug before the command shows where.")
 
 
 def fail(error: LightdiffError) -> None:
@@ -177,10 +191,11 @@ def fail(error: LightdiffError) -> None:
 
         send_report(error)
         sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
+
+    from lightdiff.runtime.progress import SafeConsole
 
     head = "stopped:" if isinstance(error, Stopped) else "error:"
     who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
-    Console(stderr=True, highlight=False).print(f"[bold red]{head}[/] {who}{escape(str(error))}", soft_wrap=True)
+    SafeConsole(stderr=True).print(Text.assemble((head, "bold red"), f" {who}{error}"), soft_wrap=True)
     sys.exit(error.exit_code)

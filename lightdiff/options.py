@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -30,15 +30,7 @@ SettingsFile = Annotated[Path | None, typer.Option(help="settings file, TOML or 
 DryRun = Annotated[bool, typer.Option("--dry-run", help=PRINTED)]
 PresetName = Annotated[Preset | None, typer.Option(help=PRESETS_SHOWN)]
 
-
-class Number(NamedTuple):
-    """A kind of number: its metavar in the help, and how a message calls it."""
-
-    metavar: str
-    words: str
-
-
-NUMBERS: dict[type, Number] = {int: Number("INTEGER", "whole number"), float: Number("FLOAT", "number")}
+NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
@@ -121,19 +113,18 @@ def format_value(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse_number(field: FieldInfo, name: str, text: Any, example: str) -> Any:
-    """A number as it was typed; a value of another kind of field as it is.
+def parse_number(kind: Any, name: str, text: Any, example: str) -> Any:
+    """A number as it was typed; a value of another kind as it is.
 
     Raises:
         UserError: If it is none.
     """
-    kind = plain(field.annotation)
     if kind not in NUMBERS or not isinstance(text, str):
         return text
     try:
         return kind(text if text.isascii() else "")
     except ValueError:
-        words = f"{shorten(text)} is no {NUMBERS[kind].words}" if text else "a number is missing"
+        words = f"{shorten(text)} is no {NUMBERS[kind]}" if text else "a number is missing"
         raise UserError(f"{name}: {words}; write one as in {example}") from None
 
 
@@ -141,7 +132,7 @@ def typed_value(model: type[BaseModel], path: Where, value: Any) -> Any:
     """The value of a flag."""
     name = f"--{flag(model, path)}"
     example = f"{name} {format_value(default_of(model, path)) or 1}"
-    return parse_number(lookup(model, path)[1], name, value, example)
+    return parse_number(plain(lookup(model, path)[1].annotation), name, value, example)
 
 
 def takes_commas(field: FieldInfo) -> bool:
@@ -168,7 +159,7 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
     elif kind is bool and "." in name:
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
     elif kind in NUMBERS:
-        kind, metavar = str, NUMBERS[kind].metavar  # `parse_number` says better what is wrong with one
+        kind, metavar = str, f"<{kind.__name__}>"  # `parse_number` says better what is wrong with one
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)

@@ -532,3 +532,31 @@ def test_inspect_as_json(cli, faces):
     assert (report["images"], report["train"] + report["val"], report["bad"]) == (24, 24, [])
     assert report["formats"] == {"PNG": 24}
     assert cli("inspect", faces).out.count("PNG") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train-vae", "--st\x1b[31mps", "3"], r"No such option: --st\x1b[31mps"),
+        (["train-vae", "--device", "\x1b]0;x\x07"], r"\x1b]0;x\x07"),
+        (["train-vae", "--lr", "\x1b[2J"], r"--lr: \x1b[2J is no number"),
+        (["sho\x1b[31m"], r"No such command 'sho\x1b[31m'"),
+        (["show", "\x1b[31mrun"], r"\x1b[31mrun does not exist"),
+        (["report", "runs [/old]\x1b[31m"], r"runs [/old]\x1b[31m is no run folder"),
+        (["generate", "--run", "\x1b[31mrun"], r"\x1b[31mrun"),
+    ],
+)
+def test_control_characters_of_what_was_typed_are_shown_escaped(cli, words, message):
+    result = cli(*words)
+    assert result.code == 2
+    assert "\x1b" not in result.stderr
+    assert message.replace(r"\x1b", "\\x1b") in result.err
+    assert result.stderr.startswith("error: ")
+
+
+def test_mistakes_of_typing_say_where_help_is(cli):
+    result = cli("train-vae", "--stepz", 3)
+    assert (result.code, "--steps" in result.err, "'lightdiff train-vae --help'" in result.err) == (2, True, True)
+    assert len(cli("train-vae", "--device", "x" * 5000).stderr) < 1000
+    assert cli().code == 2
+    assert (cli("--version").code, cli("train-vae", "--help").code) == (0, 0)

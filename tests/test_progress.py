@@ -3,15 +3,20 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import VAE_FLAGS, call
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
+from lightdiff.errors import UserError
 from lightdiff.pictures import save_grid, save_grid_of_files
 from lightdiff.runtime import progress
-from lightdiff.runtime.progress import BLOCKS, Display, Reporter, cut_metrics, number, sparkline
+from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline
 
 
 def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:
@@ -29,6 +34,98 @@ def terminal(monkeypatch):
     fake = Console(file=stream, width=100, force_terminal=True, color_system=None, highlight=False, markup=False)
     monkeypatch.setattr(progress, "console", fake)
     return stream
+
+
+# --- the console ----------------------------------------------------------------------------------------------------
+
+
+def printed(*things, width=80, terminal=False, **how):
+    """What a console of this width prints."""
+    target = SafeConsole(**how)
+    target.file, target.width, target._force_terminal, target._color_system = io.StringIO(), width, terminal, None
+    target.print(*things)
+    return target.file.getvalue()
+
+
+HOSTILE = "a\x1b]0;title\x07\x9b31m\r\n\u202eb\u2066\u2028\x7f\udcff"
+SHOWN = r"a\x1b]0;title\x07\x9b31m\r\n\u202eb\u2066\u2028\x7f\udcff"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_character_of_a_name_acts_on_the_terminal(terminal):
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    display = Display(HOSTILE, 3)
+    display.files["last picture"] = Path(HOSTILE)
+    for thing in (HOSTILE, Text(f"x{HOSTILE}"), table, display):
+        text = printed(thing, width=200, terminal=terminal)
+        assert not set(text) & set(HOSTILE.replace("\n", "").replace("a", "")) - set(SHOWN)
+        assert r"a\x1b]0;title" in text
+    assert SHOWN in printed(HOSTILE, width=200)
+    assert r"[b]\x1b" in printed(escape("[b]\x1b"), markup=True)
+    assert SHOWN in str(UserError(HOSTILE))
+
+
+def test_names_are_neither_markup_nor_emoji():
+    assert printed("[b]x[/b] :cat: [/old]") == "[b]x[/b] :cat: [/old]\n"
+    with SafeConsole(stderr=True).status("reading runs [/old]"):
+        pass
+
+
+def test_errors_have_a_line_for_each_argument_and_repeat_no_long_value():
+    assert str(UserError("one\nline", "another")) == "one\\nline\nanother"
+    assert len(str(UserError(f"no class {'x' * 9000} here"))) < 300
+    path = "/".join(["folder" * 20] * 9)
+    assert path in str(UserError(f"{path} is missing"))
+
+
+def numbers_table():
+    table = Table("channel", "mean", "std", "posterior sigma", title="Latents of the training split, all of them")
+    table.add_row("0", "0.1234", "1.2345", "12345.6789")
+    table.add_row("all", "-0.1234", "", "0.5")
+    return table
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_tables_lose_no_number_in_a_narrow_terminal(width):
+    text = printed(numbers_table(), width=width, terminal=True)
+    assert "…" not in text
+    words = text.split()
+    assert all(number in words for number in ("0.1234", "1.2345", "12345.6789", "-0.1234", "0.5"))
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_of_a_table_with_long_paths_the_paths_are_broken():
+    table = Table("setting", "value", box=None)
+    table.add_row("--lr", "0.002")
+    table.add_row("--data", "/folder" * 20)
+    text = printed(table, width=60, terminal=True)
+    assert "0.002" in text.split()
+    assert "/folder" * 20 in "".join(text.split())
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_no_line_is_broken_where_there_is_no_terminal():
+    text = printed("a long line " * 20, width=40)
+    assert text == "a long line " * 20 + "\n"
+    lines = printed(numbers_table(), width=40).splitlines()
+    assert lines[0].strip() == "Latents of the training split, all of them"
+    assert any(all(n in line.split() for n in ("0", "0.1234", "1.2345", "12345.6789")) for line in lines)
+    table = Table("setting", "value", box=None)
+    table.add_row("--data", "/folder" * 20)
+    assert "/folder" * 20 in printed(table, width=40)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_display_loses_no_number_in_a_narrow_terminal(width):
+    display = Display("train-unet", 300_000, 100)
+    display.done, display.now = 123_456, {"images/s": 123.4, "GB": 3.25}
+    display.remember({"val_loss_band_4": 0.125, "loss": 1.0})
+    display.remember({"val_loss_band_4": 0.25})
+    text = drawn(display, width)
+    assert all(number in text.split() for number in ("123,456/300,000", "123.4", "3.25", "0.25", "1"))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 # --- the live display -----------------------------------------------------------------------------------------------

@@ -46,11 +46,12 @@ class BadFiles:
             stream.writelines("\t".join((*key, lines[key])) + "\n" for key in lines if key not in listed)
         listed |= lines
         if len(listed) > self.max_bad * len(self.files) + 1e-6:  # 0.29 * 100 is a little less than 29
-            some = "".join(f"  {path}: {reason}\n" for (_, path), reason in list(listed.items())[:3])
+            some = [f"  {path}: {reason}" for (_, path), reason in list(listed.items())[:3]]
             raise RunError(
                 f"{len(listed)} of {len(self.files)} images ({len(listed) / len(self.files):.2%}) cannot be read, "
-                f"more than --max-bad {self.max_bad:g}:\n{some}"
-                f"All are listed in {self.report}. Repair or remove them and delete that list, or raise --max-bad."
+                f"more than --max-bad {self.max_bad:g}:",
+                *some,
+                f"All are listed in {self.report}. Repair or remove them and delete that list, or raise --max-bad.",
             )
 
     def _read(self) -> dict[tuple[str, str], str]:

@@ -1,10 +1,13 @@
 """The commands beside the five stages. Imports no torch before one is called, so that `--help` does not either."""
 
+from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lightdiff.errors import UserError, shorten
 from lightdiff.extras.settings import (
     DemoSettings,
     EditSettings,
@@ -13,6 +16,7 @@ from lightdiff.extras.settings import (
     TrajectorySettings,
     WalkSettings,
 )
+from lightdiff.options import parse_number
 from lightdiff.settings import Device
 
 SAMPLING = "More ways to sample"
@@ -28,6 +32,15 @@ EXTRAS: dict[str, tuple[Any, ...]] = {
     "sweep": (SweepSettings, "extras.sweep", EVALUATION, "extras.sweep"),
     "demo": (DemoSettings, "extras.demo", STARTING),
 }
+
+
+def number(kind: type, name: str, text: str) -> Any:
+    """An option for a number, which `parse_number` reads."""
+    example = f"--{name} {64 if kind is int else 0.1}"
+    parser = partial(parse_number, kind, f"--{name}", example=example)
+    return typer.Option(f"--{name}", help=text, metavar=f"<{kind.__name__}>", parser=parser)
+
+
 AsJSON = Annotated[bool, typer.Option("--json", help="print it as JSON")]
 
 
@@ -41,7 +54,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def inspect(
     data: Annotated[list[Path], typer.Argument(help="folders of images")],
-    val_share: Annotated[float, typer.Option(help="share of images held out for validation")] = 0.05,
+    val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
     json: AsJSON = False,
 ) -> None:
     """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
@@ -50,11 +63,11 @@ def inspect(
 
     report = look(data, val_share)
     if json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(dumps(report.model_dump(mode="json"), indent=2))
     else:
-        from rich.console import Console
+        from lightdiff.runtime.progress import SafeConsole
 
-        print_report(report, Console())
+        print_report(report, SafeConsole(markup=True))
 
 
 def show(
@@ -81,9 +94,11 @@ def report(
 
 
 def presets(
-    resolution: Annotated[int, typer.Option(min=8, help="side of the images, in pixels")] = 64,
+    resolution: Annotated[int, number(int, "resolution", "side of the images, in pixels")] = 64,
 ) -> None:
     """List the presets with parameters and memory, for images of a size."""
+    if not 8 <= resolution <= 1 << 14:
+        raise UserError(f"--resolution: {shorten(resolution)} is not between 8 and {1 << 14}")
     from lightdiff.extras.presets import show_presets
 
     show_presets(resolution)
@@ -92,7 +107,7 @@ def presets(
 def import_original(
     file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
     run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
-    resolution: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 256,
+    resolution: Annotated[int, number(int, "resolution", "side of the images it was trained on, in pixels")] = 256,
 ) -> None:
     """Convert a checkpoint of the original scripts."""
     from lightdiff.extras.import_original import import_checkpoint

@@ -62,14 +62,14 @@ def run(settings: DemoSettings) -> Path:
 
 def heading(text: str) -> None:
     """Print what comes next."""
-    console.print(f"\n{text}", style="bold")
+    console.print()
+    console.print(text, style="bold")
 
 
 def tell(s: DemoSettings, faces: Path, out: Path) -> None:
     """Say what was made, where, and how to do the same by hand."""
     run = RunFolder(s.run)
-    console.print(
-        f"""
+    text = f"""
 Done. None of the faces in {out / "grid.png"} is among the {s.count} drawn ones:
 a VAE ({run.vae.best}) and a U-Net ({run.unet.last}) made them up.
 For better ones, the same command with --unet-steps {4 * s.unet_steps} trains further from here.
@@ -83,6 +83,5 @@ The same by hand, with images of your own in place of {faces}:
   lightdiff encode --run runs/mine
   lightdiff scale --run runs/mine
   lightdiff train-unet --run runs/mine --steps {s.unet_steps} --batch-size 64
-  lightdiff generate --run runs/mine --num-images 64""",
-        soft_wrap=True,
-    )
+  lightdiff generate --run runs/mine --num-images 64"""
+    console.print(*text.split("\n"), sep="\n", soft_wrap=True)

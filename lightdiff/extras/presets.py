@@ -1,13 +1,13 @@
 """presets: the packaged sets of architecture settings, with parameters and memory."""
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import PRESETS, build, preset_layer
+from lightdiff.runtime.progress import SafeConsole
 from lightdiff.settings import Architecture, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.loop import optimizer_state_bytes
 
@@ -40,7 +40,7 @@ def show_presets(resolution: int) -> None:
                 t = torch.zeros(1, dtype=torch.long)
                 network = build_unet(unet, vae.latent_channels)
                 add_row(table, "", "U-Net", widths_of(unet), network, (latent, t), unet_settings.loop)
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def add_row(

@@ -14,6 +14,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, format_setting, settings_changes, settings_rows
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
+from lightdiff.runtime.progress import SafeConsole
 
 STAGE_OF = {"data": "vae", "samples": "unet"}  # the part of --json that lists these findings
 
@@ -24,24 +25,29 @@ def show(path: Path, as_json: bool = False) -> None:
     Raises:
         UserError: If it holds nothing of lightdiff.
     """
-    console = Console(highlight=False, markup=False)
+    console = SafeConsole()
     found = list(find_parts(path))
     if not found:
         raise UserError(f"{path} holds no checkpoint and no latents of lightdiff")
     is_run = path.is_dir() and not (path / INDEX).is_file() and not (path / "checkpoints").is_dir()
     findings = examine(path) if is_run else None
     if as_json:
-        console.print_json(json.dumps(as_objects(found, findings)))
+        print(json.dumps(as_objects(found, findings), indent=2))
         return
     for file, part in found:
-        console.rule(str(file), align="left")
+        print_heading(console, str(file))
         if isinstance(part, LatentIndex):
             print_latents(console, part)
         else:
             print_metadata(console, part)
     if findings is not None:
-        console.rule("health", align="left")
+        print_heading(console, "health")
         print_findings(console, findings)
+
+
+def print_heading(console: Console, text: str) -> None:
+    """Print what comes next, whole."""
+    console.print(f"\u2500\u2500 {text}", style="bold", soft_wrap=True)
 
 
 def find_parts(path: Path) -> Iterator[tuple[Path, Metadata | LatentIndex]]:

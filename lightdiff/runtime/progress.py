@@ -4,12 +4,13 @@ Everything here goes to stderr or to files; stdout is kept for results.
 """
 
 import json
+import logging
 import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -18,22 +19,88 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from lightdiff.errors import printable
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, writing
 from lightdiff.settings import flat
 
-console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time"}
 BLOCKS = "▁▂▃▄▅▆▇█"
+BAR = 24  # characters of the bar
 TREND = 32  # characters of a trend
 REMEMBERED = 1024  # values of each number that a trend may show
+
+
+class SafeConsole(Console):
+    """Where all messages go: no character of a name or a document acts on the terminal, and no line or cell is cut."""
+
+    def __init__(self, stderr: bool = False, markup: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=markup, highlight=False, emoji=False)  # a path may hold [b] or :b:
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of one line, with control characters escaped before it is measured."""
+        return super().render_str(printable(text), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Segments of anything else, such as a `Text`; there, line ends are meant."""
+        for text, style, control in super().render(renderable, options):
+            shown = text if control else "\n".join(map(printable, text.split("\n")))
+            yield Segment(shown, style, control)
+
+    def status(self, status: RenderableType, **how: Any) -> Status:
+        """A line that shows what is being done; a name in it is no markup."""
+        return super().status(Text(printable(status)) if isinstance(status, str) else status, **how)
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
+        """Print; no line is broken where there is no terminal."""
+        fitting = (self.fit(thing) if isinstance(thing, Table) else thing for thing in objects)
+        super().print(*fitting, soft_wrap=not self.is_terminal if soft_wrap is None else soft_wrap, **how)
+
+    def fit(self, table: Table) -> Group:
+        """A table below its title; on a terminal too narrow for whole words of it, its rows as lines of text."""
+        rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+        headings = [str(column.header) for column in table.columns]
+        parts, table.title = [self.render_str(str(table.title))] if table.title else [], None
+        unlimited = self.options.update(max_width=sum(cell_len(cell) + 9 for row in [headings, *rows] for cell in row))
+        width = self.measure(table, options=unlimited).maximum
+        lengths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+        longest = max(lengths, default=0)
+        if self.is_terminal and self.width < width - longest + min(longest, FOLDED):
+            pairs = [pair for row in rows for pair in zip(headings, row, strict=True) if pair[1]]
+            return Group(
+                *parts, *(self.render_str(": ".join(cells)) for cells in (pairs if table.show_header else rows))
+            )
+        for column, length in zip(table.columns, lengths, strict=True):
+            column.no_wrap, column.overflow = length < longest, "fold"
+        table.width = min(width, self.width) if self.is_terminal else width
+        return Group(*parts, table)
+
+
+console = SafeConsole(stderr=True)
+FOLDED = 32  # characters of a table's widest column, such as a path, that are left on each line
+
+
+class LogHandler(logging.Handler):
+    """Shows what a module below this one logs, such as a download, as a line on the console."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one message."""
+        console.print(record.getMessage(), soft_wrap=True)
+
+
+logger = logging.getLogger("lightdiff")
+logger.addHandler(LogHandler())
+logger.setLevel(logging.INFO)
 
 
 class Reporter:
@@ -96,9 +163,9 @@ class Reporter:
             words = "  ".join(f"{name} {number(value)}" for name, value in {**losses, **(speed or {})}.items())
             console.print(f"{self.title} {done}/{self.total}  {words}", soft_wrap=True)
 
-    def note(self, text: str) -> None:
-        """Print a line above the display."""
-        console.print(text, soft_wrap=True)
+    def note(self, *lines: str) -> None:
+        """Print lines above the display."""
+        console.print(*lines, sep="\n", soft_wrap=True)
 
     def record(self, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, where this process writes one; `step` is among the values."""
@@ -181,8 +248,8 @@ def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> A
     threading.excepthook = without_traceback_of_writers
     board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
     plain = {
-        n: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-        for n, value in flat(settings).items()
+        name: json.dumps(value) if not isinstance(value, (int, float, str)) or name.endswith("seed") else value
+        for name, value in flat(settings).items()
     }
     for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
         board.file_writer.add_summary(summary)
@@ -228,24 +295,29 @@ class Display:
         return str(timedelta(seconds=round(seconds)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        bar = Table.grid(padding=(0, 2))
         elapsed = timedelta(seconds=round(time.monotonic() - self._began))
-        speed = "  ".join(f"{name} {number(value)}" for name, value in self.now.items())
-        bar.add_row(
+        parts = [
             Text(self.title, style="bold"),
-            ProgressBar(self.total, self.done, width=24),
-            f"{self.done:,}/{self.total:,}",
-            f"{elapsed} elapsed, {self.remaining()} left",
-            speed,
-        )
-        trends = Table.grid(padding=(0, 2))
+            Text(f"{self.done:,}/{self.total:,}"),
+            Text(f"{elapsed} elapsed, {self.remaining()} left"),
+            *(Text(f"{name} {number(value)}") for name, value in self.now.items()),
+        ]
+        line = Text("  ").join(parts)
+        if line.cell_len + BAR + 2 <= options.max_width:
+            bar = Table.grid(padding=(0, 2))
+            bar.add_row(parts[0], ProgressBar(self.total, self.done, width=BAR), Text("  ").join(parts[1:]))
+            yield bar
+        else:
+            yield line  # broken between words
+        numbers = {name: number(values[-1]) for name, values in self._past.items()}
+        names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
+        room = 0 if options.ascii_only else options.max_width - names - widest - 7
         for name, values in self._past.items():
-            trend = "" if options.ascii_only else sparkline([*values], TREND)
-            trends.add_row(Text(f"  {name}", style="dim"), Text(number(values[-1])), Text(trend, style="cyan"))
-        files = Table.grid(padding=(0, 2))
+            trend = Text(sparkline([*values], min(TREND, room)) if room > 0 else "", style="cyan")
+            label = Text(f"  {name:<{names}}", style="dim")
+            yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend])
         for what, path in self.files.items():
-            files.add_row(Text(f"  {what}", style="dim"), Text(str(path), overflow="fold"))
-        yield Group(bar, *(table for table in (trends, files) if table.row_count))
+            yield Text.assemble((f"  {what}  ", "dim"), printable(str(path)), overflow="fold")
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

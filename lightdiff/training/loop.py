@@ -369,15 +369,16 @@ def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) ->
         return
     loop, step = trainer.loop, skipped[0]
     names = trainer.task.names(trainer.images_seen - (trainer.step - step + 1) * loop.batch_size)
-    shown = "\n".join(f"  {name}" for name in names[:NAMES_SHOWN])
-    more = f"\n  and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    what = f"step {step}: loss or gradient is not finite, so it changed nothing. Its batch:\n{shown}{more}"
+    what = [f"step {step}: loss or gradient is not finite, so it changed nothing. Its batch:"]
+    what += [f"  {name}" for name in names[:NAMES_SHOWN]]
+    what += [f"  and {len(names) - NAMES_SHOWN} more"] * (len(names) > NAMES_SHOWN)
     if trainer.skipped <= loop.skip_nonfinite:
-        reporter.note(f"{what}\n{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
+        reporter.note(*what, f"{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
         return
     raise RunError(
-        f"{what}\nThe last good state is in {trainer.stage.folder.checkpoints}. Look at those images, try a lower "
-        "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite"
+        *what,
+        f"The last good state is in {trainer.stage.folder.checkpoints}. Look at those images, try a lower "
+        "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite",
     )
 
 

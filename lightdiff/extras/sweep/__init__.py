@@ -42,8 +42,9 @@ def run(settings: SweepSettings) -> str:
     with open_stage(settings, "sweep", lambda: plan.folder):
         todo = print_plan(plan)
         for number, result in enumerate(todo, 1):
+            console.print()
             console.print(
-                f"\n{number} of {len(todo)}: {NAMES[result.kind][0]}, {shared_values(plan, result)}", style="bold"
+                f"{number} of {len(todo)}: {NAMES[result.kind][0]}, {shared_values(plan, result)}", style="bold"
             )
             make(plan, result, settings.job)
         return "\n".join(map(str, write_results(plan)))

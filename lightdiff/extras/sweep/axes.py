@@ -106,5 +106,5 @@ def parse_value(info: FieldInfo, argument: str, text: str) -> Any:
     if extra(info, "repeated"):
         return [part.strip() for part in text.split(",")]
     if not takes_commas(info):
-        return parse_number(info, argument, text, f"{argument.partition('=')[0]}=1")
+        return parse_number(plain(info.annotation), argument, text, f"{argument.partition('=')[0]}=1")
     return parse_names(text) if str in get_args(plain(info.annotation)) else parse_numbers(text)
