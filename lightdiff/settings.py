@@ -148,7 +148,9 @@ class ImageSettings(Settings):
     background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")
     flip: bool = Field(True, description="mirror half of the training images, and cache a second latent of each")
     random_crop: float = Field(0.9, gt=0, le=1, description="smallest random crop, as a share of the frame; 1: no crop")
-    labels: AbsolutePath | None = Field(None, description="CSV file with a column 'file' and one column per label")
+    labels: AbsolutePath | None = Field(
+        None, description="CSV file with a column 'file' and one column per label, or StyleGAN's dataset.json"
+    )
     val_share: float = Field(0.05, ge=0, lt=1, description="share of images held out for validation")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which the run stops")
     max_megapixels: float = Field(256.0, gt=0, le=1e5, description="largest image to read, in millions of pixels")

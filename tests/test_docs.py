@@ -338,12 +338,12 @@ def edited(package: Path) -> None:
     put(package / "diffusion/objectives.py", r"^    return \{.*\[objective\]\n", row)
     put(package / "settings.py", r"^ScheduleName = .*\n", schedule)
     put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
-    files = package / "data/files.py"
-    put(files, r"^Layout = .*\n", layout)
+    files, layouts = package / "data/files.py", package / "data/layouts.py"
+    put(layouts, r"^Layout = .*\n", layout)
     put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
     put(files, r"^SOURCES: .*\n", source)
-    put(files, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
-    put(files, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
+    put(layouts, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
+    put(layouts, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
     put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\n\\g<0>{term_row}")
     put(package / "settings.py", r"^    lpips_gamma: .*\n", rf"\g<0>{weight}")
     (package / "models/patches.py").write_text(architecture, encoding="utf-8")
@@ -363,6 +363,7 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
         "settings.py",
         "architectures.py",
         "data/files.py",
+        "data/layouts.py",
         "losses.py",
     )
     for file in changed:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from hashlib import sha256
@@ -14,11 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightdiff.data.files import ImageFile, layout, scan
+from lightdiff.data import files as files_module
+from lightdiff.data import formats
+from lightdiff.data.files import ImageFile, scan, survey
 from lightdiff.data.latents import label_values
+from lightdiff.data.layouts import layout
 from lightdiff.errors import UserError
 
 NAMES = [f"{i:03d}.png" for i in range(200)]
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 
 
 def fill(folder: Path, paths: Iterable[str]) -> Path:
@@ -205,7 +209,9 @@ def test_fairface_without_its_training_images_is_split_by_hash(tmp_path: Path) -
 def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
     fairface(tmp_path, ["train/1.jpg"])
     (tmp_path / "fairface_label_val.csv").write_text("file,age,sex\n")
-    with pytest.raises(UserError, match=r"fairface_label_val\.csv has no column gender, race$"):
+    with pytest.raises(
+        UserError, match=r"fairface_label_val\.csv has no column gender, race; its first line is: file,age,sex$"
+    ):
         scan([tmp_path], 0.1)
     (tmp_path / "fairface_label_val.csv").write_bytes(b"file,age,gender,race\n\xff\xfe\xfa")
     with pytest.raises(UserError, match=r"fairface_label_val\.csv cannot be read"):
@@ -234,9 +240,130 @@ def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]
     assert label_values(file.labels for file in files) == ({"class": tuple(classes)} if classes else {})
 
 
-def test_class_folders_below_split_folders_are_still_split_by_hash(tmp_path: Path) -> None:
-    paths = [f"{split}/sea/{i}.png" for split in ("train", "val") for i in range(40)]
-    files = scan([fill(tmp_path, paths)], 0.3)
-    assert {(file.path.split("/")[0], file.split) for file in files} == {
-        (folder, split) for folder in ("train", "val") for split in ("train", "val")
-    }
+# --- the user's own split -----------------------------------------------------------------------------------------
+
+
+def kept(folder: Path, val_share: float = 0.3) -> tuple[dict[str, set[str]], list[str]]:
+    """The splits of the images in each top folder, and what is said."""
+    found, splits = survey([folder], val_share), defaultdict(set)
+    for file in found.files:
+        splits[file.path.split("/")[0]].add(file.split)
+    return splits, found.notes
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "VALID", "Testing"),
+        ("train", "validation", "test"),
+        ("train2017", "val2017", "test2017"),
+        ("seg_train", "seg_val", "seg_test"),
+        ("DIV2K_train_HR", "DIV2K_valid_HR", "DIV2K_test_HR"),
+    ],
+)
+@pytest.mark.parametrize("inner", ["", "sea/", "images/"])
+def test_folders_for_training_validation_and_testing_keep_their_roles(
+    tmp_path: Path, train: str, val: str, test: str, inner: str
+) -> None:
+    fill(tmp_path, [f"{split}/{inner}{i}.png" for split in (train, val, test) for i in range(40)])
+    splits, notes = kept(tmp_path)
+    assert splits == {train: {"train"}, val: {"val"}}
+    assert notes == [
+        f"{tmp_path}: split by its folders into 40 training and 40 validation images; "
+        "40 images in a folder for testing are left out"
+    ]
+    assert kept(tmp_path, 0)[0] == splits
+
+
+def test_without_a_folder_for_validation_some_training_images_are_held_out(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in ("sea", "sky") for i in range(40)])
+    splits, notes = kept(tmp_path)
+    assert splits == {"train": {"train", "val"}}
+    assert notes == [f"{tmp_path}: 80 images in a folder for testing are left out"]
+    assert {file.labels["class"] for file in scan([tmp_path], 0.3)} == {"sea", "sky"}
+
+
+def test_images_for_testing_are_used_if_there_are_no_others(tmp_path: Path) -> None:
+    for paths in (["test/a/{}.png", "test/b/{}.png"], ["test/{}.png", "testing/{}.png"], ["test/{}.png"]):
+        folder = fill(tmp_path / str(len(paths[0])), [path.format(i) for path in paths for i in range(40)])
+        assert {file.split for file in scan([folder], 0.3)} == {"train", "val"}
+        assert not kept(folder)[1]
+
+
+def test_a_split_one_folder_deeper_or_in_each_class_is_kept_too(tmp_path: Path) -> None:
+    wanted = {"train": "train", "valid": "val"}
+    for template in ("set/images/{split}/{of}/{i}.png", "set/{of}/{split}/{i}.png"):
+        folder = tmp_path / str(len(template))
+        fill(folder, [template.format(split=s, of=c, i=i) for s in (*wanted, "test") for c in "ab" for i in range(9)])
+        files = scan([folder], 0.5)
+        assert len(files) == 36
+        assert all(
+            wanted[next(part for part in file.path.split("/") if part in wanted)] == file.split for file in files
+        )
+        assert {file.labels["class"] for file in files} == {"a", "b"}
+
+
+def test_a_class_of_trains_is_no_split(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{name}/{i}.png" for name in ("bus", "car", "train") for i in range(40)])
+    splits, notes = kept(tmp_path)
+    assert splits == {name: {"train", "val"} for name in ("bus", "car", "train")}
+    assert not notes
+    assert {file.labels["class"] for file in scan([tmp_path], 0.3)} == {"bus", "car", "train"}
+
+
+def test_images_beside_a_folder_for_validation_or_testing_are_for_training(tmp_path: Path) -> None:
+    fill(tmp_path, [*NAMES[:40], *(f"{split}/{i}.png" for split in ("val", "test") for i in range(9))])
+    splits = kept(tmp_path)[0]
+    assert splits.pop("val") == {"val"}
+    assert list(splits.values()) == [{"train"}] * 40
+
+
+# --- what is passed over ------------------------------------------------------------------------------------------
+
+
+def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
+    fill(tmp_path, ["1.png", "a/2.png", "x.jp2", "y.JP2", "z.dng", "art.psd", "logo.svg", "._1.png", ".DS_Store"])
+    fill(tmp_path, ["notes.txt", "labels.csv", "Thumbs.db", "README", ".git/3.png", "a/.cache/4.png"])
+    for name in ("@eaDir", "a/@eaDir", "$RECYCLE.BIN", "#recycle", "__MACOSX", "System Volume Information"):
+        fill(tmp_path, [f"{name}/5.png"])
+    for name, head in (("2041", b"\xff\xd8\xff\xe0"), ("photo.download", b"\x89PNG\r\n\x1a\n"), ("IMG", HEIC)):
+        (tmp_path / name).write_bytes(head + bytes(60))
+    os.mkfifo(tmp_path / "pipe")
+    found = survey([tmp_path], 0)
+    assert [file.path for file in found.files] == ["1.png", "a/2.png"]
+    assert found.passed_over == {
+        ".jp2": 2, ".dng": 1, ".psd": 1, ".svg": 1, "hidden file": 1, "hidden folder": 2, "Thumbs.db": 1,
+        "folder @eaDir": 2, "folder $RECYCLE.BIN": 1, "folder #recycle": 1, "folder __MACOSX": 1,
+        "folder System Volume Information": 1,
+        "JPEG without a suffix": 1, "PNG named .download": 1, "HEIC without a suffix": 1,
+    }  # fmt: skip
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("passed over: .jp2 (2), ")
+    assert " and 7 other kinds" in found.notes[0]
+
+
+def test_nothing_passed_over_is_nothing_said(tmp_path: Path) -> None:
+    assert survey([fill(tmp_path, ["1.png", "notes.txt"])], 0).notes == []
+
+
+def test_a_folder_of_other_pictures_alone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no image \(.*\); passed over: \.jxl \(2\)$"):
+        scan([fill(tmp_path, ["a.jxl", "b.jxl"])], 0)
+
+
+def test_what_to_install_is_said_of_pictures_that_could_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "HAS_HEIC", False)
+    monkeypatch.setattr(files_module, "SUFFIXES", (".jpg",))
+    found = survey([fill(tmp_path, ["1.jpg", "2.HEIC", "3.heic"])], 0)
+    assert found.notes == ["passed over: .heic (2); to read HEIC: python -m pip install 'lightdiff[heic]'"]
+
+
+def test_few_files_of_an_unknown_suffix_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, ["1.png", *(f"{i}.txt" for i in range(100))])
+    opened: list[str] = []
+    monkeypatch.setattr(files_module, "open_regular", lambda path: opened.append(path) or open(path, "rb"))
+    scan([tmp_path], 0)
+    assert len(opened) == files_module.MISSES

@@ -4,36 +4,38 @@ The list depends on the names of the images alone: not on where the data lie, no
 its file system lists them.
 """
 
-import csv
 import hashlib
 import itertools
 import json
 import os
-import posixpath
-import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from PIL import Image
 from rich.console import Console
 
-from lightdiff.data.formats import SUFFIXES, open_image
+from lightdiff.data.copies import find_copies
+from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
+from lightdiff.data.labels import Images, Labelled, layout_labels, match, read_table
+from lightdiff.data.layouts import Labels, Layout, Split, layout, own_split
 from lightdiff.errors import UserError
+from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
-Split = Literal["train", "val"]
-Layout = Literal["FairFace", "class folders", "plain"]
-Labels = dict[str, str]
-
-SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+# What systems keep for themselves in the folders of users, in lower case: thumbnails, deleted files, other versions.
+SYSTEM_NAMES = frozenset(
+    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
+    "lost.dir thumbs.db ehthumbs.db".split()
+) | {"system volume information"}
 REPORT_EVERY = 1000
-FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
-FAIRFACE_LABELS = ("age", "gender", "race")
-FAIRFACE_SPLITS: dict[str, Split] = {"train": "train", "val": "val"}
+KINDS = 8  # of what was passed over, that a note names
+MISSES = 20  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +62,61 @@ class Source(NamedTuple):
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
 
 
-def names_in_folder(folder: Path) -> Iterator[str]:
+def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
     """The paths of all images below the folder, in no particular order.
 
     Links to folders are followed after all real folders, and no folder is entered twice, so a loop does no harm.
+
+    Args:
+        folder: Where to look.
+        passed_over: Counts, by kind, what looks like a picture but is not read, and the folders not looked into.
     """
-    starts, seen = [os.fspath(folder)], set[tuple[int, ...]]()
+    passed_over = Counter() if passed_over is None else passed_over
+    starts, seen, misses = [os.fspath(folder)], set[tuple[int, ...]](), Counter[str]()
     while starts:
         for path, folders, files in os.walk(starts.pop(starts.index(min(starts))), onerror=_unreadable):
             if (identity := os.stat(path)[1:3]) in seen:  # inode and device
                 folders.clear()
                 continue
             seen.add(identity)
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            passed_over.update(filter(None, map(_skipped, folders)))
+            folders[:] = [name for name in folders if not _skipped(name)]
             starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
-            # A broken link has an image's name too: it is to be named as unreadable, not passed over.
-            yield from (below + name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))
+            for name in files:
+                # A broken link has an image's name too: it is to be named as unreadable, not passed over.
+                if name[0] != "." and name.lower().endswith(SUFFIXES):
+                    yield below + name
+                elif kind := _passed_over(path, name, misses):
+                    passed_over[kind] += 1
+
+
+def _skipped(folder: str) -> str:
+    """Why a folder of this name is not looked into; empty if it is."""
+    return f"folder {folder}" if folder.lower() in SYSTEM_NAMES else "hidden folder" if folder[0] == "." else ""
+
+
+def _passed_over(folder: str, name: str, misses: Counter[str]) -> str:
+    """What kind of picture a file is that is not read; empty if it is none.
+
+    Files whose suffix says nothing are opened, until as many of one suffix as `MISSES` were no pictures.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    if name[0] == ".":
+        return "hidden file" if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) else ""
+    if name.lower() in SYSTEM_NAMES or suffix in UNREAD_SUFFIXES:
+        return suffix if suffix in UNREAD_SUFFIXES else name
+    if misses[suffix] == MISSES:
+        return ""
+    try:
+        with open_regular(os.path.join(folder, name)) as file:
+            found = picture_format(file.read(HEAD))
+    except OSError:
+        found = ""
+    if found:
+        return f"{found} named {suffix}" if suffix else f"{found} without a suffix"
+    misses[suffix] += 1
+    return ""
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -110,13 +150,28 @@ def source_of(place: Path) -> Source:
 # --- the list -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Survey:
+    """The images of the sources, and what there is to know about what was found there."""
+
+    files: list[ImageFile]
+    layouts: list[Layout]  # of each source
+    passed_over: Counter[str]  # what looks like a picture and is not read, and folders not looked into, by kind
+    notes: list[str]  # one sentence each
+
+
 def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
-    """All images of the --data sources; on a terminal, the console shows how many have been found so far."""
+    """All images of the --data sources; the console says what was passed over, left out or left unlabelled.
+
+    On a terminal it shows how many have been found so far.
+    """
     with console.status("looking for images") as line:
-        files = scan(images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels)
-    if images.labels and (without := sum(not file.labels for file in files)):
-        console.print(f"note: {without:,} of {len(files):,} images have no label in {images.labels}", soft_wrap=True)
-    return files
+        found = survey(
+            images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels
+        )
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    return found.files
 
 
 def scan(
@@ -125,32 +180,68 @@ def scan(
     report: Callable[[int], object] = lambda count: None,
     table: Path | None = None,
 ) -> list[ImageFile]:
+    """The images that `survey` finds."""
+    return survey(folders, val_share, report, table).files
+
+
+def survey(
+    folders: Sequence[Path],
+    val_share: float,
+    report: Callable[[int], object] = lambda count: None,
+    table: Path | None = None,
+) -> Survey:
     """Every image of the sources, sorted by source and name (by code point), with its split and its labels.
 
-    `report` is called now and then with the number found so far. Labels come from the folders' names, or from a
-    `table`.
+    `report` is called now and then with the number found so far. Labels come from a `table`, from one that belongs to
+    the layout, or from the folders' names.
 
-    An image is held out for validation when a hash of its path, a number in [0, 1), lies below `val_share`: adding
-    files moves no other file. Two exceptions: FairFace keeps its own split (unless its training images are missing),
-    and should every image be held out, as happens with two or three, the one with the largest hash is trained on.
+    The user's own split is kept: images below train/ and val/ (if there are both) are what these names say, and those
+    below test/ are left out, unless there are no others. All else is held out for validation when a hash of its path,
+    a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out, as
+    happens with two or three, the one with the largest hash is trained on.
     """
-    files: list[ImageFile] = []
+    found, sources = Survey([], [], Counter(), []), dict[int, Images]()
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
-        names = sorted(_counted(source.names(folder), len(files), report))
+        passed_over = Counter[str]()
+        list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
+        names = sorted(_counted(list_names(folder), len(found.files), report))
         if not names:
-            raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))})")
-        recognised = layout(folder, names)
-        labels = LABELS[recognised](folder, names)
-        own = FAIRFACE_SPLITS if recognised == "FairFace" and any(name.startswith("train/") for name in names) else {}
-        for name in names:
-            split = own.get(name.partition("/")[0]) or ("val" if _position(name) < val_share else "train")
-            files.append(ImageFile(root, name, split, labels.get(name, {})))
-    if table is not None:
-        files = labelled(files, folders, table)
-    if all(file.split == "val" for file in files):
-        last = max(range(len(files)), key=lambda i: _position(files[i].path))
-        files[last] = replace(files[last], split="train")
-    return files
+            there = f"; {passed_over_note(passed_over)}" if passed_over else ""
+            raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))}){there}")
+        found.passed_over += passed_over
+        copies = find_copies(folder, names, partial(source.open, folder))
+        splits, note = own_split(copies.kept)
+        found.layouts.append(layout(folder, copies.kept))
+        if table:
+            sources[root], labels = Images(folder, names), Labelled({}, [])
+        else:
+            labels = layout_labels(found.layouts[-1], folder, root, names, copies.kept)
+        found.notes += [*copies.notes, *([f"{folder}: {note}"] if note else []), *labels.notes]
+        for name, own in splits.items():
+            by_hash: Split = "val" if _position(copies.first(name)) < val_share else "train"
+            found.files.append(ImageFile(root, name, own or by_hash, labels.of.get((root, name), {})))
+    if found.passed_over:
+        found.notes.insert(0, passed_over_note(found.passed_over))
+    if table:
+        labels = match(read_table(table, "--labels"), table, "--labels", sources)
+        found.files = [replace(file, labels=labels.of.get((file.root, file.path), {})) for file in found.files]
+        found.notes += labels.notes
+        if without := [file for file in found.files if not file.labels]:
+            images = f"{len(without):,} of {len(found.files):,} images"
+            found.notes.append(f"{images} have no label in {table} (such as {without[0].path})")
+    if all(file.split == "val" for file in found.files):
+        last = max(range(len(found.files)), key=lambda i: _position(found.files[i].path))
+        found.files[last] = replace(found.files[last], split="train")
+    return found
+
+
+def passed_over_note(passed_over: Counter[str]) -> str:
+    """What was passed over, pictures before folders, most of it first, and how to have it read."""
+    kinds = sorted(passed_over.items(), key=lambda pair: ("folder" in pair[0], -pair[1], pair[0]))[:KINDS]
+    more = f" and {len(passed_over) - KINDS} other kinds" if len(passed_over) > KINDS else ""
+    names = [name for name in ("HEIC", "AVIF") if any(name[:3] in kind.upper() for kind in passed_over)]
+    hint = "".join(f"; to read {name}: {how}" for name in names if (how := how_to_read(name)))
+    return f"passed over: {', '.join(f'{kind} ({count:,})' for kind, count in kinds)}{more}{hint}"
 
 
 def _counted(names: Iterable[str], before: int, report: Callable[[int], object]) -> Iterator[str]:
@@ -188,81 +279,3 @@ def data_digest(files: Sequence[ImageFile]) -> str:
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
     """Where each image lies on this machine."""
     return [os.path.join(folders[file.root], file.path) for file in files]
-
-
-# --- labels -------------------------------------------------------------------------------------------------------
-
-
-def layout(folder: Path, names: Sequence[str]) -> Layout:
-    """What the images of this source look like: a known data set, one folder a class, or neither."""
-    if any(name.startswith(("train/", "val/")) for name in names) and _fairface_tables(folder):
-        return "FairFace"
-    # Folders such as 00000 and 01000 number the images; they say nothing about them.
-    return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in _classes(names)) else "class folders"
-
-
-def _classes(names: Sequence[str]) -> list[str]:
-    """The class of each image: its first folder, or the next one below train/ and val/. Empty if any has none."""
-    parts = [name.split("/") for name in names]
-    if all(len(part) > 1 and part[0].lower() in SPLIT_FOLDERS for part in parts):
-        parts = [part[1:] for part in parts]
-    return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else []
-
-
-def _class_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
-    return {name: {"class": found} for name, found in zip(names, _classes(names), strict=True)}
-
-
-def _fairface_tables(folder: Path) -> list[Path]:
-    return [folder / table for table in FAIRFACE_TABLES if (folder / table).is_file()]
-
-
-def _fairface_labels(folder: Path, names: Sequence[str]) -> dict[str, Labels]:
-    rows = [row for table in _fairface_tables(folder) for row in _read_table(table, "--data", FAIRFACE_LABELS)]
-    return {row["file"]: {name: row[name] for name in FAIRFACE_LABELS if row[name]} for row in rows}
-
-
-# The labels of each image that has some, by layout.
-LABELS: dict[Layout, Callable[[Path, Sequence[str]], dict[str, Labels]]] = {
-    "FairFace": _fairface_labels,
-    "class folders": _class_labels,
-    "plain": lambda folder, names: {},
-}
-
-
-def _read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV table that name a file; cells that are missing are empty."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream, restval="")
-            rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
-            names = [name for name in rows.fieldnames if name]  # a table's index has none
-            missing = {"file", *columns}.difference(names)
-            if missing:
-                hint = "; columns are separated by commas" if len(names) == 1 and ";" in names[0] else ""
-                raise UserError(f"{flag}: {table} has no column {', '.join(sorted(missing))}{hint}")
-            if len(names) < 2:
-                raise UserError(f"{flag}: {table} has no column but file; it needs one for each label")
-            return [{name: row[name].strip() for name in names} for row in rows if row["file"].strip()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
-
-
-def labelled(files: Sequence[ImageFile], folders: Sequence[Path], table: Path) -> list[ImageFile]:
-    """The files with the labels of a CSV table: a column `file` (the name of an image), and one for each label.
-
-    Files that the table does not name have no label.
-
-    Raises:
-        UserError: If it cannot be read, names no file that is there, or one twice with different labels.
-    """
-    rows: dict[str, dict[str, str]] = {}
-    for row in _read_table(table, "--labels"):
-        path = posixpath.normpath(row.pop("file").replace("\\", "/"))
-        if rows.setdefault(path, row) != row:
-            raise UserError(f"--labels: {table} names {path} twice, with different labels")
-    found = [replace(file, labels={name: v for name, v in rows.get(file.path, {}).items() if v}) for file in files]
-    if not any(file.labels for file in found):
-        example = next(iter(rows), "none")
-        raise UserError(f"--labels: {table} names no image of {folders[0]}: it has {example}, there is {files[0].path}")
-    return found

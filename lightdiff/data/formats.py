@@ -19,6 +19,15 @@ SUFFIXES = tuple(
     + [".avif"] * HAS_AVIF
     + [".heic", ".heif", ".hif"] * HAS_HEIC
 )
+# Other suffixes of pictures: such files are counted where images are listed, and not read.
+UNREAD_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        "heic heif hif avif avci jxl jp2 j2k j2c jpc jpf jpx jpm jxr wdp hdp psd psb xcf kra ora svg svgz ai eps tga "
+        "icb vda pcx dds exr hdr qoi ico icns cur apng mng flif bpg sgi rgb ras xpm xbm pfm dcm fits fts "
+        "dng raw arw srf sr2 cr2 cr3 crw nef nrw orf raf rw2 rwl pef ptx srw x3f 3fr fff erf dcr kdc mef mos mrw iiq"
+    ).split()
+)
 # How a file begins -> the picture format it is of. Raw formats stand before TIFF, which some are variants of.
 BEGINNINGS = {
     name: re.compile(pattern, re.DOTALL)

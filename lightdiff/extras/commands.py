@@ -55,13 +55,14 @@ def add_commands(app: typer.Typer) -> None:
 def inspect(
     data: Annotated[list[Path], typer.Argument(help="folders of images")],
     val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
+    labels: Annotated[Path | None, typer.Option(help="table of labels, as for train-vae")] = None,
     json: AsJSON = False,
 ) -> None:
     """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
     from lightdiff.extras.inspect import inspect as look
     from lightdiff.extras.inspect import print_report
 
-    report = look(data, val_share)
+    report = look(data, val_share, labels=labels)
     if json:
         typer.echo(dumps(report.model_dump(mode="json"), indent=2))
     else:

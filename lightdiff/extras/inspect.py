@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightdiff.data.colours import to_rgb
-from lightdiff.data.files import FOLDER, ImageFile, Layout, Source, layout, scan, source_of
+from lightdiff.data.files import FOLDER, ImageFile, Source, source_of, survey
 from lightdiff.data.images import BadImage, colour, opened
+from lightdiff.data.layouts import Layout
 from lightdiff.run_folder import open_regular
 
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)
@@ -68,6 +69,8 @@ class Report(BaseModel):
     """Everything found. Lists are complete; at most `max_shown` entries of each are printed."""
 
     folders: list[FolderReport]
+    passed_over: dict[str, int]  # what looks like a picture and is not read, folders not looked into
+    notes: list[str]  # as training prints them
     images: int
     train: int
     val: int
@@ -92,7 +95,11 @@ class _FileInfo:
 
 
 def inspect(
-    folders: list[Path], val_share: float, max_shown: int = 10, progress: Callable[[int, int], None] | None = None
+    folders: list[Path],
+    val_share: float,
+    max_shown: int = 10,
+    progress: Callable[[int, int], None] | None = None,
+    labels: Path | None = None,
 ) -> Report:
     """Report on all images in the folders; each is decoded in full, as in training.
 
@@ -101,8 +108,10 @@ def inspect(
         val_share: Share held out for validation.
         max_shown: How many files of a kind, or values of a label, `print_report` prints.
         progress: Called with the number of images done and of all images.
+        labels: A table of labels.
     """
-    files = scan(folders, val_share)
+    found = survey(folders, val_share, table=labels)
+    files = found.files
     paths = [os.path.join(folders[file.root], file.path) for file in files]
     sources = [(folder, source_of(folder)) for folder in folders]
     infos: list[_FileInfo] = []
@@ -116,7 +125,9 @@ def inspect(
     groups = [[in_folders[i] for i in group] for group in duplicate_groups([paths[i] for i in in_folders])]
     splits = Counter(file.split for file in files)
     return Report(
-        folders=[_folder_report(folders, root, files) for root in range(len(folders))],
+        folders=[_folder_report(folders, root, files, found.layouts[root]) for root in range(len(folders))],
+        passed_over=_counts(map(_printable, found.passed_over.elements())),
+        notes=[_printable(note) for note in found.notes],
         images=len(files),
         train=splits["train"],
         val=splits["val"],
@@ -173,12 +184,12 @@ def _file_digest(path: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _folder_report(folders: list[Path], root: int, files: list[ImageFile]) -> FolderReport:
+def _folder_report(folders: list[Path], root: int, files: list[ImageFile], layout: Layout) -> FolderReport:
     own = [file for file in files if file.root == root]
     splits = Counter(file.split for file in own)
     return FolderReport(
         folder=_printable(str(folders[root])),
-        layout=layout(folders[root], [file.path for file in own]),
+        layout=layout,
         images=len(own),
         train=splits["train"],
         val=splits["val"],
@@ -222,7 +233,10 @@ def _printable(name: str) -> str:
 
 def print_report(report: Report, console: Console) -> None:
     """Print tables of folders, formats, sizes and labels, then duplicates and unreadable files by name."""
-    tables = [_folder_table(report), _counts_table("Format", report.formats), _counts_table("Mode", report.modes)]
+    tables = [_folder_table(report)]
+    if report.passed_over:
+        tables.append(_counts_table("Passed over", report.passed_over))
+    tables += [_counts_table("Format", report.formats), _counts_table("Mode", report.modes)]
     if report.sizes:
         tables += [_size_table(report.sizes), _smaller_table(report.sizes, report.images - len(report.bad))]
     tables += [_counts_table(name.capitalize(), counts, report.max_shown) for name, counts in report.labels.items()]
@@ -230,6 +244,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(table, "")
     if report.labels and report.unlabelled:
         console.print(f"Images without a label: {report.unlabelled:,}")
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     _print_duplicates(report, console)
     _print_bad(report, console)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, Split, data_digest, list_images
+from lightdiff.data.files import ImageFile, data_digest, list_images
 from lightdiff.data.images import to_float
+from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.errors import UserError

@@ -1,0 +1,204 @@
+"""Copies of one photograph among the images of a source: left out, or at least not split from each other.
+
+Two folders hold copies if their images share names and look alike. cats/0001.jpg and dogs/0001.jpg do not.
+"""
+
+import itertools
+import math
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lightdiff.data.layouts import places
+from lightdiff.errors import UserError
+
+Open = Callable[[str], AbstractContextManager[Image.Image]]
+Looker = Callable[[str], "Look | None"]
+Order = Literal["first", "second", "same size", ""]
+
+# Words that name a copy whatever the pictures look like: crops, as FFHQ's and FairFace's, do not look alike.
+COPY = re.compile(r"(?<![a-z])thumb(nail)?s?(?![a-z])|\d{2,5}x\d{2,5}|in-the-wild|margin\d+", re.IGNORECASE)
+SIZE = re.compile(
+    rf"{COPY.pattern}|(?<![a-z])(tiny|small|medium|large|full|orig(inals?)?|previews?|(hi|low?)-?res)(?![a-z])|\dpx$",
+    re.IGNORECASE,
+)
+SIZE_IN_NAME = re.compile(r"[-_.](\d{2,5}x\d{2,5}|thumb(nail)?)\.\w+$", re.IGNORECASE | re.MULTILINE)  # a-300x200.jpg
+MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
+LOOKS = 8  # photographs that are compared,
+FEWEST = 4  # or as many, where there are fewer
+CLOSE = 12  # mean difference, of 255, between two sizes of a picture
+MAX_PIXELS = 50e6  # that are decoded for a look
+LARGER = 1.2  # times as many pixels
+
+
+class Copies(NamedTuple):
+    """The images to take, which of them are copies of others that are taken, and what is to be said."""
+
+    kept: list[str]
+    of: dict[str, str]
+    notes: list[str]
+
+    def first(self, name: str) -> str:
+        """The image that decides on which side of the split this one and all its copies fall."""
+        while name in self.of:
+            name = self.of[name]
+        return name
+
+
+class Look(NamedTuple):
+    """The pixels of a picture, reduced to 8 x 8, and its area."""
+
+    pixels: npt.NDArray[np.float32]
+    area: int
+
+
+def find_copies(folder: Path, names: Sequence[str], open_image: Open) -> Copies:
+    """Find the copies among a source's images.
+
+    Of copies at several sizes the largest are taken. Where they have one size all are, on one side of the split.
+
+    Raises:
+        UserError: Only the user can say which of them to take.
+    """
+    found = Copies(list(names), {}, [])
+    suffix = posixpath.splitext(names[0])[1]
+    if not all(name.endswith(suffix) for name in names):
+        stems = dict[str, str]()
+        for name in names:
+            if (first := stems.setdefault(posixpath.splitext(name)[0], name)) != name:  # 1.png, after 1.jpg
+                found.of[name] = first
+    look = lru_cache(maxsize=None)(partial(_look, open_image))
+    for read in (_by_words, _by_top):
+        _judge(found, folder, read(found.kept), look, read is _by_words)
+    return found
+
+
+def _by_words(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The words in each path that name a size, and the rest of the path, which copies share; empty if none has any."""
+    homes = {name.rpartition("/")[0] for name in names}
+    sized = any(_is_size(part) for home in homes for part in home.split("/"))
+    if not sized and not SIZE_IN_NAME.search("\n".join(names)):
+        return []
+    split = {}
+    for home in homes:
+        parts = home.split("/")
+        sizes = [part for part in parts if _is_size(part)]
+        split[home] = "/".join(sizes), "/".join(part for part in parts if part not in sizes)
+    read = []
+    for name in names:
+        home, _, file = name.rpartition("/")
+        variant, rest = split[home]
+        if size := SIZE_IN_NAME.search(file):
+            read.append((posixpath.join(variant, "*-WxH"), f"{rest}/{file[: size.start()]}"))
+        else:
+            read.append((variant, f"{rest}/{posixpath.splitext(file)[0]}"))
+    return read
+
+
+def _by_top(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The first folder of each path, split folders aside, and the rest of the path; empty if there are many folders."""
+    lie = places(names)
+    if not 1 < len({place.folders[:1] for place in set(lie)}) <= MAX_VARIANTS:
+        return []
+    read = {place: ("".join(place.folders[:1]), "/".join((place.role, *place.folders[1:]))) for place in set(lie)}
+    stems = (posixpath.splitext(posixpath.basename(name))[0] for name in names)
+    return [(read[place][0], f"{read[place][1]}/{stem}") for place, stem in zip(lie, stems, strict=True)]
+
+
+def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looker, by_words: bool) -> None:
+    """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
+    images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
+    for name, (variant, rest) in zip(found.kept, read, strict=bool(read)):
+        images[variant][rest] = name
+    if len(images) > MAX_VARIANTS:
+        return
+    smaller, left_out = dict[str, str](), set[tuple[str, str]]()
+    for pair in itertools.combinations(sorted(images), 2):
+        shared = [rest for rest in images[pair[0]] if rest in images[pair[1]]]
+        if not shared:
+            continue
+        place, other = (f"{folder / variant}" for variant in pair)
+        if by_words and all("margin" in variant for variant in pair):
+            raise UserError(f"--data: {place} and {other} hold the same photographs: name only one of them")
+        order = _order(pair, [(images[pair[0]][rest], images[pair[1]][rest]) for rest in shared], look, by_words)
+        if order == "same size":
+            for rest in shared:
+                first, second = (found.first(images[variant][rest]) for variant in pair)
+                if first != second:
+                    found.of[second] = first
+            found.notes.append(
+                f"{place} and {other} seem to hold the same photographs; both are used, and none is split from its "
+                "copy; name only one of them to train on it alone"
+            )
+        elif order:
+            better, worse = pair if order == "first" else pair[::-1]
+            smaller[worse] = better
+            left_out.update((worse, rest) for rest in shared)
+    if left_out:
+        kept = [name for name, of in zip(found.kept, read, strict=True) if of not in left_out]
+        taken = sorted({variant or "the folder itself" for variant in smaller.values()} - smaller.keys())
+        count, those = len(found.kept) - len(kept), ", ".join(sorted(smaller))
+        found.notes.append(
+            f"{count:,} images of {folder} are left out: those in {those} are copies of those in {', '.join(taken)}; "
+            "to take others, name their folder alone"
+        )
+        found.kept[:] = kept
+
+
+def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker, by_words: bool) -> Order:
+    """Which of two variants is the better one, by what their names say or, where that is not enough, by a look."""
+    first_rank, second_rank = map(_rank, pair)
+    if by_words and first_rank and second_rank and first_rank != second_rank:
+        return "first" if first_rank > second_rank else "second"
+    chosen = shared[:: max(1, len(shared) // LOOKS)][:LOOKS]
+    looks = [(look(one), look(other)) for one, other in chosen]
+    seen = [(a, b) for a, b in looks if a and b]
+    if len(seen) < FEWEST:
+        return ""
+    first, second = (np.stack([x.pixels for x in column]) for column in zip(*seen, strict=True))
+    distances = np.abs(first[:, None] - second[None]).mean((2, 3, 4))
+    hits = (distances.argmin(1) == np.arange(len(seen))).sum()
+    if hits < len(seen) - len(seen) // LOOKS:  # a copy is more like its own photograph than like any other
+        return ""
+    larger = [b.area / a.area for a, b in seen]
+    if np.median(distances.diagonal()) < CLOSE or all(_is_size(variant) for variant in pair if variant):
+        if min(larger) > LARGER:
+            return "second"
+        if max(larger) < 1 / LARGER:
+            return "first"
+    return "same size"
+
+
+def _is_size(folder: str) -> bool:
+    """Whether a folder's name says how large its pictures are: a word, or a number such as 64, 224 or 1024."""
+    number = int(folder) if re.fullmatch("[1-9][0-9]{1,3}", folder) else 1
+    return bool(SIZE.search(folder)) or number % 32 == 0
+
+
+def _rank(variant: str) -> float | None:
+    """How good pictures are, if a folder's name tells: best those of no size, then the aligned ones of most pixels."""
+    if not COPY.search(variant):
+        return None if variant else math.inf
+    return max((int(side) for side in re.findall(r"(\d{2,5})x\d", variant)), default=1)
+
+
+def _look(open_image: Open, name: str) -> Look | None:
+    try:
+        with open_image(name) as image:
+            area = image.width * image.height
+            image.draft("RGB", (64, 64))
+            if image.width * image.height > MAX_PIXELS:
+                return None
+            pixels = image.convert("RGB").resize((8, 8), Image.Resampling.BOX)
+            return Look(np.asarray(pixels, dtype=np.float32), area)
+    except Exception:  # training says what is wrong with it
+        return None

@@ -1,0 +1,206 @@
+"""Tables of labels: read row by row, every one that does not fit refused, and matched with the images they name."""
+
+import csv
+import json
+import posixpath
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lightdiff.data.layouts import FAIRFACE_LABELS, LABELS, TABLES, Labels, Layout, common_folder
+from lightdiff.errors import UserError
+from lightdiff.run_folder import open_regular
+
+FEW = 10  # images, of which nothing is said about the number of a label's values
+SHOWN = 3  # lines of a table that a message names
+
+
+class Row(NamedTuple):
+    """One row of a table: where it stands in it, the image it names, and the labels it gives."""
+
+    where: str
+    file: str
+    labels: Labels
+
+
+class Labelled(NamedTuple):
+    """The labels of images by the number of their source and their name, and what is to be said of them."""
+
+    of: dict[tuple[int, str], Labels]
+    notes: list[str]
+
+
+def layout_labels(recognised: Layout, folder: Path, root: int, names: Sequence[str], kept: Sequence[str]) -> Labelled:
+    """The labels that come with a source's layout, of the images that are kept."""
+    if recognised in LABELS:
+        return Labelled({(root, name): labels for name, labels in LABELS[recognised](kept).items()}, [])
+    found, images = Labelled({}, []), Images(folder, names)
+    columns = FAIRFACE_LABELS if recognised == "FairFace" else ()
+    for table in TABLES[recognised](folder, kept):
+        labels, notes = match(read_table(table, "--data", columns), table, "--data", {root: images})
+        found.of.update(labels)
+        found.notes.extend(notes)
+    return found
+
+
+def read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a CSV table, or of StyleGAN's dataset.json, that name a file.
+
+    Args:
+        table: The file.
+        flag: What named it.
+        columns: The labels to take, all of them needed; if not given, all that there are.
+
+    Raises:
+        UserError: It cannot be read, has not these columns, or rows that do not fit it.
+    """
+    try:
+        with open_regular(table) as stream:
+            raw = stream.read()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        rows = _rows_of_json(text) if table.suffix.lower() == ".json" else _rows_of_csv(text, columns)
+    except UserError as error:
+        raise UserError(f"{flag}: {table} {error}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + raw[: error.start].count(b"\n")
+        raise UserError(f"{flag}: the table {table} cannot be read: line {line} is not UTF-8") from error
+    except (OSError, csv.Error, ValueError, RecursionError) as error:
+        raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
+    return [row for row in rows if row.file.strip()]
+
+
+def _text(text: str) -> str:
+    """A name without blanks around it, in the one Unicode form in which names are compared."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def _rows_of_csv(text: str, columns: Sequence[str]) -> list[Row]:
+    lines = re.split("\r\n|\n|\r", text)
+    delimiter = max(",;\t", key=lines[0].count)
+    cell = rf' *"(?:[^"]|"")*" *|[^"{delimiter}]*'
+    fitting = re.compile(f"(?:{cell})(?:{delimiter}(?:{cell}))*")
+    quotes = [number for number, line in enumerate(lines, 1) if '"' in line and not fitting.fullmatch(line)]
+    if quotes:
+        raise UserError(f"has a quote that is left open or stands in the middle of a cell: {_listed(quotes)}")
+    cells = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))  # a line a row: no quote is open
+    header = [_text(name) for name in cells[0]]
+    names = [name for name in header if name]  # the column of a table's index has none
+    missing = {"file", *columns}.difference(names)
+    if missing:
+        raise UserError(f"has no column {', '.join(sorted(missing))}; its first line is: {lines[0].strip()[:200]}")
+    if len(names) < 2:
+        raise UserError("has no column but file; it needs one for each label")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"has two columns {twice[0]}")
+    wrong = [n for n, row in enumerate(cells, 1) if len(row) != len(header) and lines[n - 1].strip()]
+    if wrong:
+        raise UserError(
+            f"has {len(header)} columns, but other numbers of cells in {_listed(wrong)} ({len(cells[wrong[0] - 1])} in "
+            f"the first of them); a cell that holds {delimiter!r} needs quotes"
+        )
+    at = header.index("file")
+    named = [(i, name) for i, name in enumerate(header) if i != at and (name in columns if columns else name)]
+    return [
+        Row(f"line {number}", row[at].strip(), {name: _text(row[i]) for i, name in named if _text(row[i])})
+        for number, row in enumerate(cells[1:], 2)
+        if lines[number - 1].strip()
+    ]
+
+
+def _rows_of_json(text: str) -> list[Row]:
+    """StyleGAN's {"labels": [["00000/img00000000.png", 3], ...]}."""
+    document = json.loads(text)
+    pairs = document.get("labels") if isinstance(document, dict) else None
+    if not pairs or not isinstance(pairs, list):
+        raise UserError('has no labels: StyleGAN\'s are {"labels": [["00000/img00000000.png", 3], ...]}')
+    rows = []
+    for number, pair in enumerate(pairs, 1):
+        match pair:
+            case [str(file), None]:
+                rows.append(Row(f"entry {number}", file, {}))
+            case [str(file), bool() | int() | str() as value]:
+                rows.append(Row(f"entry {number}", file, {"class": _text(str(value))}))
+            case _:
+                raise UserError(f"has an entry {number} that is not a file and its class: {json.dumps(pair)[:200]}")
+    return rows
+
+
+def _listed(lines: Sequence[int]) -> str:
+    """The first of these lines, and how many more there are."""
+    more = f" and {len(lines) - SHOWN:,} more" if len(lines) > SHOWN else ""
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:SHOWN]))}{more}"
+
+
+class Images:
+    """The images of one source, found by the names that tables use."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """Index the names by their comparable form."""
+        self.folder, self.names = folder, set(names)
+        self.by_key: dict[str, list[str]] = {}
+        for name in names:
+            self.by_key.setdefault(_key(name), []).append(name)
+        start = common_folder(names).split("/")[:-1]
+        # Tables may count from the source, or from the folder inside it that holds all images.
+        self.starts = ["/".join((*start[:depth], "")) for depth in range(len(start) + 1)]
+        self.places = [f"{place.as_posix()}/" for place in {folder.absolute(), folder.resolve()}]
+
+    def find(self, file: str, table: Path) -> list[str]:
+        """The images that a table's name can mean; more than one if only letter case or Unicode tell them apart."""
+        if file in self.names:
+            return [file]
+        path = posixpath.normpath(file.replace("\\", "/"))
+        absolute = path if re.match("/|[A-Za-z]:/", path) else f"{table.absolute().parent.as_posix()}/{path}"
+        beside = posixpath.normpath(absolute)
+        below = [beside.removeprefix(place) for place in self.places if beside.startswith(place)]
+        tried = [*(start + path for start in self.starts), path.removeprefix(f"{self.folder.name}/"), *below]
+        return next((found for name in tried if (found := self.by_key.get(_key(name)))), [])
+
+
+def _key(name: str) -> str:
+    """A name in the form in which names are compared: in one Unicode form, its suffix in lower case."""
+    stem, suffix = posixpath.splitext(name)
+    return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
+
+
+def match(rows: Sequence[Row], table: Path, flag: str, sources: Mapping[int, Images]) -> Labelled:
+    """The labels that a table gives to the images of some sources, by their numbers.
+
+    A table inside a folder speaks of that folder alone.
+
+    Raises:
+        UserError: It names no image that is there, one twice with different labels, or one that could be several.
+    """
+    inside = {root: images for root, images in sources.items() if images.folder.resolve() in table.resolve().parents}
+    labels: dict[tuple[int, str], Labels] = {}
+    unmatched, respelt = list[Row](), list[tuple[Row, str]]()
+    for row in rows:
+        found = [(root, name) for root, images in (inside or sources).items() for name in images.find(row.file, table)]
+        if len(found) > 1:
+            one, other = (sources[root].folder / name for root, name in found[:2])
+            raise UserError(f"{flag}: {table}, {row.where}: {row.file} can be {one} or {other}; write that path")
+        if not found:
+            unmatched.append(row)
+        elif labels.setdefault(found[0], row.labels) != row.labels:
+            raise UserError(f"{flag}: {table}, {row.where}, names {row.file} again, with different labels")
+        elif posixpath.basename(found[0][1]) != re.split(r"[/\\]", row.file)[-1]:
+            respelt.append((row, found[0][1]))
+    if not labels and flag == "--labels":
+        first = next(iter(sources.values()))
+        there = min(first.names)
+        here = unmatched[0].file if unmatched else "none"
+        raise UserError(f"{flag}: {table} names no image of {first.folder}: it has {here}, there is {there}")
+    notes = []
+    if unmatched:
+        example = f"{unmatched[0].where}: {unmatched[0].file}"
+        notes.append(f"{len(unmatched):,} of {len(rows):,} rows of {table} name no image ({example})")
+    if respelt:
+        example = f"{respelt[0][0].where}: {respelt[0][0].file} for {respelt[0][1]}"
+        notes.append(f"{len(respelt):,} of {len(rows):,} rows of {table} spell an image's name differently ({example})")
+    for name in sorted({name for given in labels.values() for name in given}):
+        values = [given[name] for given in labels.values() if name in given]
+        if len(values) >= FEW and len(set(values)) > len(values) / 2:
+            notes.append(f"{name} has {len(set(values)):,} values for {len(values):,} images: hardly a class")
+    return Labelled(labels, notes)

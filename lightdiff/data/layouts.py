@@ -1,0 +1,148 @@
+"""What the names of a source's images say: the user's own split, the layout, the classes. Opens no image."""
+
+import posixpath
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Split = Literal["train", "val"]
+Role = Literal["train", "val", "test", ""]
+Layout = Literal["FairFace", "StyleGAN", "class folders", "plain"]
+Labels = dict[str, str]
+
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
+FAIRFACE_LABELS = ("age", "gender", "race")
+STYLEGAN_TABLE = "dataset.json"
+
+
+class Place(NamedTuple):
+    """Where an image lies: the role of the split folder above it, if any, and its other folders."""
+
+    role: Role
+    folders: tuple[str, ...]
+
+
+def common_folder(names: Sequence[str]) -> str:
+    """The folder, with a "/" at its end, that holds all images; empty if that is the source itself."""
+    common = posixpath.commonpath([posixpath.dirname(name) for name in (min(names), max(names))])
+    return f"{common}/" if common else ""
+
+
+def places(names: Sequence[str]) -> list[Place]:
+    """The place of each image, counted from the folder that holds all.
+
+    Split folders lie at the top (train/cat/1.jpg) or in every class (cat/train/1.jpg).
+    """
+    start = len(common_folder(names))
+    homes = [name[start:].rpartition("/")[0] for name in names]
+    parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names
+    depth, roles = 0, _top_roles({part[0] for part in parts.values() if part})
+    if not roles and all(len(part) > 1 and part[1].lower() in ROLES for part in parts.values()):
+        depth, roles = 1, {part[1]: ROLES[part[1].lower()] for part in parts.values()}
+        roles = roles if len(set(roles.values())) > 1 else {}
+    found = {
+        home: Place(roles[part[depth]], part[:depth] + part[depth + 1 :])
+        if len(part) > depth and part[depth] in roles
+        else Place("", part)
+        for home, part in parts.items()
+    }
+    return [found[home] for home in homes]
+
+
+def _top_roles(folders: set[str]) -> dict[str, Role]:
+    """The split folders among those at the top, with their roles."""
+    exact = {folder: ROLES[folder.lower()] for folder in folders if folder.lower() in ROLES}
+    if exact.keys() == folders:
+        return exact
+    # train2017, seg_test, DIV2K_valid_HR, testA: words that are a role, if every folder has one and two differ.
+    words = {folder: [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", folder)] for folder in folders}
+    named = {folder: ROLES[word] for folder in folders for word in words[folder] if word in ROLES}
+    if named.keys() == folders and len(set(named.values())) > 1:
+        return named
+    # A lone folder "train" beside others is a class of vehicles.
+    return {} if set(exact.values()) == {"train"} else exact
+
+
+def own_split(names: Sequence[str]) -> tuple[dict[str, Split | None], str]:
+    """The images to use, each with the split that the user's folders give it, if they do; and what is to be said.
+
+    Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
+    """
+    lie = places(names)
+    if not any(place.role for place in set(lie)):
+        return dict.fromkeys(names), ""
+    roles = {name: place.role for name, place in zip(names, lie, strict=True)}
+    used = {name: role for name, role in roles.items() if role != "test"} or dict.fromkeys(names, "")
+    held_out = sum(role == "val" for role in used.values())
+    said = []
+    if kept := 0 < held_out < len(used):
+        said.append(f"split by its folders into {len(used) - held_out:,} training and {held_out:,} validation images")
+    if left_out := len(names) - len(used):
+        said.append(f"{left_out:,} images in a folder for testing are left out")
+    splits: dict[str, Split | None] = dict.fromkeys(used)
+    if kept:
+        splits = {name: "val" if role == "val" else "train" for name, role in used.items()}
+    return splits, "; ".join(said)
+
+
+def layout(folder: Path, names: Sequence[str]) -> Layout:
+    """What the images of this source look like: a known data set, one folder a class, or neither."""
+    if fairface_tables(folder, names):
+        return "FairFace"
+    if stylegan_tables(folder, names):
+        return "StyleGAN"
+    # Folders such as 00000 and 01000 number the images; they say nothing about them.
+    return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in classes(names)) else "class folders"
+
+
+def classes(names: Sequence[str]) -> list[str]:
+    """The class of each image: its first folder where these differ, split folders aside. Empty if any has none."""
+    lie = places(names)
+    folders = {place: place.folders for place in set(lie)}
+    while all(folders.values()):
+        if len({parts[0] for parts in folders.values()}) > 1:
+            of = {place: unicodedata.normalize("NFC", parts[0]) for place, parts in folders.items()}
+            return [of[place] for place in lie]
+        folders = {place: parts[1:] for place, parts in folders.items()}
+    return []
+
+
+def fairface_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """FairFace's tables: beside its folders train/ and val/ or above them, at most one folder above --data."""
+    for place in (*_folders_down_to(names, folder), folder.parent):
+        if found := [place / table for table in FAIRFACE_TABLES if (place / table).is_file()]:
+            return found if any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names) else []
+    return []
+
+
+def stylegan_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """StyleGAN's dataset.json beside the images or above them, if it has labels."""
+    for place in _folders_down_to(names, folder):
+        if (table := place / STYLEGAN_TABLE).is_file():
+            with table.open("rb") as file:
+                return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', file.read(200)) else []
+    return []
+
+
+def _folders_down_to(names: Sequence[str], folder: Path) -> list[Path]:
+    """From the folder that holds all images to that of --data."""
+    start = common_folder(names)
+    return [folder / start, *(folder / start).parents[: start.count("/")]]
+
+
+# The labels of each image that has some, by layout, or the tables that give them.
+LABELS: dict[Layout, Callable[[Sequence[str]], dict[str, Labels]]] = {
+    "class folders": lambda names: {name: {"class": of} for name, of in zip(names, classes(names), strict=True)},
+    "plain": lambda names: {},
+}
+TABLES: dict[Layout, Callable[[Path, Sequence[str]], list[Path]]] = {
+    "FairFace": fairface_tables,
+    "StyleGAN": stylegan_tables,
+}
