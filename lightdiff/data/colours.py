@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,8 +95,8 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 # --- 16 bits and floats -------------------------------------------------------------------------------------------
 
 
-def kind_of(image: Image.Image) -> Literal["integer", "float", ""]:
-    """What an image's pixels are, if they are grey values of 16 or 32 bits."""
+def kind_of(image: Image.Image) -> str:
+    """`integer` or `float`, if an image's pixels are grey values of 16 or 32 bits."""
     return "float" if image.mode == "F" else "integer" if image.mode.startswith("I") else ""
 
 

@@ -19,6 +19,7 @@ from lightdiff.runtime.progress import console
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
 RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad", "images.max_megapixels")
+RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
 
 
@@ -103,6 +104,8 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
     """
     changed = {name: (begun[name], value) for name, value in now.items() if name in begun and begun[name] != value}
     for name, (old, new) in changed.items():
+        if name in RESUME_MAY_DECIDE and not old:
+            continue
         if name in RESUME_MUST_MATCH or not {name, name.split(".")[0]} & set(RESUME_MAY_CHANGE):
             if name.startswith("latent."):
                 raise UserError(f"{folder} was trained on other latents ({name}): choose another --run, or --restart")

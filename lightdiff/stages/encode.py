@@ -14,6 +14,7 @@ from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentIndex, prefetch, read_index, shard_path
 from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.data.survey import with_whites
 from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
@@ -21,7 +22,7 @@ from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console, shape_words
 from lightdiff.runtime.resume import start_over
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import EncodeSettings, VAEArchitecture
+from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --restart'"
@@ -34,6 +35,8 @@ def run(settings: EncodeSettings) -> Path:
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
         files = list_images(settings.images, console)
+        images = processes.run_on_main(lambda: with_whites(settings.images, files, console))
+        settings = stage.settings = with_changes(settings, images=images)
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.files, index.vae_digest))
         if processes.run_on_main(lambda: prepare(stage, index, saved)):
@@ -72,6 +75,7 @@ def depends_on(index: LatentIndex) -> dict[str, Any]:
         "images.flip": index.mirrored,
         "shard_size": index.shard_size,
         **{f"images.{name}": index.images.get(name) for name in ("resolution", "background")},
+        **{f"images.{name}": index.images.get(name, 0.0) for name in ("integer_white", "float_white")},
         "files": index.files_digest,
     }
 

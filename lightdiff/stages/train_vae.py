@@ -14,6 +14,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
+from lightdiff.data.survey import note_enlarged, with_whites
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
@@ -21,7 +22,7 @@ from lightdiff.pictures import save_grid
 from lightdiff.runtime.processes import Means, autocast, pick_workers
 from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import GRID, TrainVAESettings
+from lightdiff.settings import GRID, TrainVAESettings, with_changes
 from lightdiff.training.loop import Tensors, train
 
 
@@ -29,6 +30,9 @@ def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
         files = list_images(stage.settings.images, console)
+        images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, console))
+        stage.settings = with_changes(stage.settings, images=images)
+        stage.processes.run_on_main(lambda: note_enlarged(images, files, console))
         digest = data_digest(files)
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)

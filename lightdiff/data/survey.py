@@ -1,0 +1,72 @@
+"""What a sample of the images says before a run: which value is white, and how many will be enlarged."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from statistics import median
+from typing import TypeVar
+
+from PIL import Image
+from rich.console import Console
+
+from lightdiff.data.colours import choose_white, highest_value, kind_of
+from lightdiff.data.files import ImageFile, source_of
+from lightdiff.data.images import BadImage, opened
+from lightdiff.settings import ImageSettings, with_changes
+
+T = TypeVar("T")
+SAMPLE = 256  # images whose headers are read
+DECODED = 32  # images that are read whole
+DEEP = ((".tif", ".tiff", ".pgm", ".pnm"), (".png",))  # suffixes of formats with 16 bits; most PNGs have 8
+FEW = 0.05  # share of enlarged images that needs no word
+NAMES = {"integer": "16-bit", "float": "float"}
+
+
+def with_whites(images: ImageSettings, files: Sequence[ImageFile], console: Console) -> ImageSettings:
+    """The settings with the value of white in 16-bit and float images, found once for all of them and printed."""
+    unknown = [kind for kind in NAMES if not getattr(images, f"{kind}_white")]
+    found: dict[str, list[ImageFile]] = {kind: [] for kind in NAMES}
+    for suffixes in DEEP if unknown else ():
+        some = evenly([file for file in files if file.path.lower().endswith(suffixes)], SAMPLE)
+        for file, kind in look_at(some, images, kind_of):
+            found.setdefault(kind, []).append(file)
+    for kind in unknown:
+        if highest := [value for _, value in look_at(evenly(found[kind], DECODED), images, highest_value)]:
+            white = choose_white(kind, highest)
+            images = with_changes(images, **{f"{kind}_white": white})
+            why = f"as the values of {len(highest)} of them suggest; --{kind}-white changes that"
+            console.print(f"note: white is {white:g} in {NAMES[kind]} images, {why}", soft_wrap=True)
+    return images
+
+
+def shorter_sides(images: ImageSettings, files: Sequence[ImageFile]) -> list[int]:
+    """The shorter side of each readable image of a sample."""
+    return [side for _, side in look_at(evenly(files, SAMPLE), images, lambda image: min(image.size))]
+
+
+def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], console: Console) -> None:
+    """Print how many images are smaller than the resolution, if they are more than a few."""
+    sides = shorter_sides(images, files)
+    share = sum(side < images.resolution for side in sides) / max(1, len(sides))
+    if share > FEW:
+        what = f"{share:.0%} of {len(sides)} images looked at are smaller than --resolution {images.resolution}"
+        console.print(
+            f"note: {what} and will be enlarged (median shorter side: {median(sides):g} pixels)", soft_wrap=True
+        )
+
+
+def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:
+    """At most so many of the files, at even distances from the first to the last."""
+    last = len(files) - 1
+    return files if last < count else [files[i * last // (count - 1)] for i in range(count)]
+
+
+def look_at(
+    files: Sequence[ImageFile], images: ImageSettings, look: Callable[[Image.Image], T]
+) -> list[tuple[ImageFile, T]]:
+    """The readable files with what `look` says of each, open and not yet decoded."""
+    sources, found = [source_of(folder) for folder in images.data], list[tuple[ImageFile, T]]()
+    for file in files:
+        where = images.data[file.root], sources[file.root], images.max_megapixels
+        with suppress(BadImage), opened(file.path, *where) as image:
+            found.append((file, look(image)))
+    return found
