@@ -306,6 +306,23 @@ def test_a_file_of_other_weights_is_refused(trained, cli, tmp_path, content, mes
     assert (result.code, message in result.err) == (2, True)
 
 
+def test_features_of_weights_that_are_wrong_name_their_flag(trained, cli, weights, tmp_path, monkeypatch):
+    state = safetensors.torch.load_file(weights)
+    name = next(n for n in state if n.endswith("conv.weight"))
+    path = tmp_path / "w.safetensors"
+    flags = ["--run", trained, "--device", "cpu", "--features", path]
+    safetensors.torch.save_file(state | {name: state[name] * torch.nan}, path)
+    assert f"{path} is no use: {name} holds values that are not finite" in cli("evaluate", *flags).err
+    safetensors.torch.save_file(state | {name: state[name][..., :1].contiguous()}, path)
+    assert f"--features: {path} does not fit the Inception network" in cli("evaluate", *flags).err
+    cached = tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(state, cached)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    result = cli("evaluate", "--run", trained, "--device", "cpu", TORCH_HOME=str(tmp_path))
+    assert (result.code, f"{cached} is no copy of Inception's published weights" in result.err) == (2, True)
+
+
 def test_missing_samples_are_reported(trained, cli, weights, tmp_path):
     flags = ["--of", "unet", "--features", weights, "--device", "cpu", "--samples", tmp_path / "no"]
     result = cli("evaluate", "--run", trained, *flags)

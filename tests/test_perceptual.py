@@ -1,5 +1,6 @@
 """LPIPS: the same numbers as the lpips package, and a message for every way its weights can be missing."""
 
+import hashlib
 import socket
 import warnings
 from collections.abc import Callable
@@ -236,9 +237,42 @@ def test_weights_file_given(weights: Path, tmp_path: Path) -> None:
 def test_weights_in_torchs_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, net: Net, name: str) -> None:
     """What torchvision has downloaded is used, without asking the network."""
     monkeypatch.delattr(torch.hub, "download_url_to_file")
+    monkeypatch.setattr(ours, "published_hash", lambda url: EMPTY if url.endswith(name) else "")
     cache.mkdir(parents=True)
     (cache / name).touch()
     assert find_weights(net) == cache / name
+
+
+EMPTY = hashlib.sha256().hexdigest()[:8]
+
+
+@pytest.mark.parametrize(("net", "digits"), [("vgg", "397923af"), ("alex", "7be5be79"), ("squeeze", "b8a52dc0")])
+@pytest.mark.parametrize("named", [True, False])
+def test_other_weights_are_told(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, net: Net, digits: str, named: bool
+) -> None:
+    """By content, whatever the file's name and its way onto the machine; the published ones are no reason to speak."""
+    file = ours.cached_weights(net)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights of another training")
+    assert find_weights(net, file if named else None) == file
+    err = capsys.readouterr().err
+    assert f"note: {file} is not the published file of {net} (SHA-256 {digits}..., but this is" in err
+    assert err.count("\n") == 1
+    copy = file.with_name("mine.bin")
+    copy.touch()
+    monkeypatch.setattr(ours, "published_hash", lambda url: EMPTY)
+    assert find_weights(net, copy) == copy
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    state = made_up_state("squeeze")
+    state["features.3.squeeze.weight"].view(-1)[7] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth is no use: .* holds values that are not finite"):
+        load_lpips("squeeze", tmp_path / "w.pth")
 
 
 def test_weights_are_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

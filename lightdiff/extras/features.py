@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.errors import UserError, not_installed
-from lightdiff.models.lpips import fetched
+from lightdiff.models.lpips import check_finite, fetched, published_hash
+from lightdiff.run_folder import open_regular
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import Reporter
 from lightdiff.settings import ImageSettings
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-PUBLISHED = "6726825d"  # the first digits of their SHA-256, as in their name
+PUBLISHED = published_hash(URL)
 EVAL = ("torch-fidelity", "scikit-image")  # the extra `eval`
 LAYERS = {"Mixed_7c.": "2048", "Mixed_6e.": "768"}  # by the last block that a file holds weights for
 
@@ -73,30 +74,36 @@ def load_features(weights: Path | None, other: Path | None, device: torch.device
         or weights
         or ranks.run_on_main(lambda: fetched(URL, "FID needs Inception's published weights", otherwise))
     )
+    flag = f"--features: {file}" if other else f"--weights: {file}" if weights else str(file)
     try:
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        if weights and not digest.startswith(PUBLISHED):
+        with open_regular(file) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if not other and not digest.startswith(PUBLISHED):
             raise UserError(
-                f"--weights: {file} is no copy of Inception's published weights (SHA-256 {PUBLISHED}...); "
+                f"{flag} is no copy of Inception's published weights (SHA-256 {PUBLISHED}...); "
                 "pass other weights with --features, which marks the numbers with their name"
             )
         state = safetensors.torch.load_file(file) if other else torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise almost anything
-        raise UserError(f"--{'features' if other else 'weights'}: {file} cannot be read: {error}") from None
+        raise UserError(f"{flag} cannot be read: {error}") from None
+    check_finite(state, file)
     layer = next((layer for block, layer in LAYERS.items() if any(name.startswith(block) for name in state)), "")
     if not layer:
-        raise UserError(f"{file} holds no weights of the Inception network used for FID")
+        raise UserError(f"{flag} holds no weights of the Inception network used for FID")
     nothing = io.BytesIO()  # the library reads weights when it builds the network: give it an empty file
     torch.save({}, nothing)
     nothing.seek(0)
     kind = type("Inception", (extractor,), {"load_state_dict": lambda self, found: None})
     network: Any = kind("inception", [layer], feature_extractor_weights_path=nothing)
-    missing = nn.Module.load_state_dict(network, state, strict=False).missing_keys
+    try:
+        missing = nn.Module.load_state_dict(network, state, strict=False).missing_keys
+    except RuntimeError as error:  # of another shape
+        raise UserError(f"{flag} does not fit the Inception network used for FID: {error}") from None
     needed = sorted(n for n in missing if layer == "2048" and "num_batches" not in n)
     if needed:
-        raise UserError(f"{file} has no {needed[0]}: it does not fit the Inception network used for FID")
+        raise UserError(f"{flag} has no {needed[0]}: it does not fit the Inception network used for FID")
     return Features(other.stem if other else "", digest, network.to(device), device)
 
 

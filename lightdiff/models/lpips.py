@@ -1,9 +1,11 @@
 """LPIPS, a distance between images as people see them (Zhang et al. 2018, arXiv:1801.03924), used as a loss."""
 
+import hashlib
 import logging
 import math
 import socket
 import warnings
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,17 +43,25 @@ TRUNKS: dict[Net, Trunk] = {
 def find_weights(net: Net, file: Path | None = None) -> Path:
     """The file with the network's ImageNet weights: `file`, else torch's cache, else downloaded into that cache.
 
-    With several processes let one call it first, then the others.
+    With several processes let one call it first, then the others. A file of other content is logged: LPIPS of other
+    weights is another measure.
 
     Raises:
         UserError: If `file` does not exist, or the download fails.
     """
-    if file is not None:
-        if not file.is_file():
-            raise UserError(f"--lpips-weights: there is no file {file}")
-        return file
+    url = TRUNKS[net].url
+    if file is not None and not file.is_file():
+        raise UserError(f"--lpips-weights: there is no file {file}")
     otherwise = "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0"
-    return fetched(TRUNKS[net].url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
+    found = file or fetched(url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
+    with found.open("rb") as stream:  # 528 MB of VGG take half a second
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not digest.startswith(published_hash(url)):
+        logger.warning(
+            f"note: {found} is not the published file of {net} (SHA-256 {published_hash(url)}..., but this is "
+            f"{digest[:8]}...): if its weights are others, so is LPIPS"
+        )
+    return found
 
 
 def cached(url: str) -> Path:
@@ -62,6 +72,21 @@ def cached(url: str) -> Path:
 def cached_weights(net: Net) -> Path:
     """Where torch's cache keeps the network's ImageNet weights."""
     return cached(TRUNKS[net].url)
+
+
+def published_hash(url: str) -> str:
+    """The first digits of the SHA-256 of published weights, in which their names end: vgg16-397923af.pth."""
+    return Path(url).stem.rpartition("-")[2]
+
+
+def check_finite(state: Mapping[str, Tensor], file: Path) -> None:
+    """Check that weights hold neither NaN nor infinities, before anything is trained or measured with them.
+
+    Raises:
+        UserError: If they do.
+    """
+    if odd := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{file} is no use: {odd[0]} holds values that are not finite; take the published weights")
 
 
 def fetched(url: str, need: str, otherwise: str) -> Path:
@@ -78,8 +103,7 @@ def fetched(url: str, need: str, otherwise: str) -> Path:
     socket.setdefaulttimeout(CONNECT_SECONDS)  # torch hands urlopen none
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        hash_prefix = file.stem.rpartition("-")[2]  # the names of published weights end in it: vgg16-397923af.pth
-        torch.hub.download_url_to_file(url, str(file), hash_prefix, progress=False)
+        torch.hub.download_url_to_file(url, str(file), published_hash(url), progress=False)
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash differs
         why = getattr(error, "reason", error)
         advice = f"fetch {url} elsewhere and put it at {file}, {otherwise}"
@@ -126,6 +150,7 @@ def _read_trunk(net: Net, weights: Path, expected: dict[str, Tensor]) -> dict[st
         if value.shape != tensor.shape:
             raise _misfit(net, weights, f"its {key} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
         found[name] = value.float()
+    check_finite(found, weights)
     return found
 
 
