@@ -10,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.run_folder import atomic_write
+from lightdiff.errors import UserError, shorten
+from lightdiff.run_folder import atomic_write, open_regular
 
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row
@@ -47,9 +48,25 @@ def save_grid_of_files(path: Path, images: Sequence[Path], classes: int = 1) -> 
 
 
 def opened(path: Path) -> Image.Image:
-    """A picture from a file that is closed again: a process may not have many open."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    """A picture from a file that is closed again: a process may not have many open.
+
+    Raises:
+        UserError: If the file is damaged, or no picture.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # Pillow's readers raise almost anything
+        raise UserError(f"{path} is no whole picture, remove it: {shorten(error)}") from None
+
+
+def text_chunks(path: Path) -> dict[str, object]:
+    """What a PNG says of itself before its pixels; nothing, if it is no picture."""
+    try:
+        with open_regular(path) as file, Image.open(file) as picture:
+            return {str(name): value for name, value in picture.info.items()}
+    except Exception:  # as above
+        return {}
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRAME_MS) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from unicodedata import normalize
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, denoiser
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
-from lightdiff.errors import UserError, not_divisible
+from lightdiff.errors import UserError, not_divisible, shorten
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_unet, find_vae, named_latents
@@ -54,6 +55,8 @@ def levels_for(settings: TrainUNetSettings, sampling: SamplingSettings, strength
     try:
         return sampling_levels(schedule_of(settings), sampling.num_steps, floor, sampling.spacing, strength)
     except ValueError as error:
+        if strength < 1:
+            raise UserError(f"--strength {strength:g}: {error}: give more, or fewer --num-steps") from None
         raise UserError(f"--num-steps: {error}") from None
 
 
@@ -85,13 +88,13 @@ def guidance_for(
     if not sampling.class_:
         hint = "" if settings.label else "; this U-Net was trained without --label"
         raise UserError(f"--guidance needs a --class to guide to{hint}")
-    known = settings.classes
-    for name in sampling.class_:
+    known, wanted = ([normalize("NFC", name) for name in names] for names in (settings.classes, sampling.class_))
+    for name in wanted:
         if name not in known:
             quoted = [f'"{value}"' if "," in value else value for value in known]
-            listed = f"it knows {', '.join(quoted)}" if known else "it was trained without --label"
-            raise UserError(f"--class: this U-Net knows no {name}; {listed}")
-    turns = [known.index(sampling.class_[i % len(sampling.class_)]) for i in items]
+            listed = f"it knows {shorten(', '.join(quoted))}" if known else "it was trained without --label"
+            raise UserError(f"--class: this U-Net knows no {shorten(name)}; {listed}")
+    turns = [known.index(wanted[i % len(wanted)]) for i in items]
     first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
     return Guidance(torch.tensor(turns, device=device), len(known), sampling.guidance, first, last)
 

@@ -349,7 +349,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             value = json.loads(file.read())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise RunError(f"{path} cannot be read: not a JSON object")

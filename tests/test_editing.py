@@ -141,7 +141,10 @@ def test_what_does_not_fit_together_is_told(trained, cli, flags, message):
 
 def test_too_many_steps_for_a_small_strength_are_told(trained, face, cli):
     result = cli("edit", "--run", trained, *FAST, "--from", face, "--strength", 0.002, "--num-steps", 3)
-    assert (result.code, "3 steps asked for, but the schedule has 2 usable levels" in result.err) == (2, True)
+    assert (result.code, "--strength 0.002: 3 steps asked for, but the schedule has 2 usable levels" in result.err) == (
+        2,
+        True,
+    )
 
 
 # --- between two --------------------------------------------------------------------------------------------------

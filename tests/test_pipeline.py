@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,20 @@ from lightdiff.data.latents import LatentSet, Scaling, latents_settings, read_in
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
-from lightdiff.errors import RunError, Stopped, UserError
+from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
 from lightdiff.extras import demo
 from lightdiff.extras.evidence import latents_behind
 from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
-from lightdiff.pipeline import Pipeline, vae_behind
+from lightdiff.pipeline import Pipeline, guidance_for, vae_behind
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
     JobSettings,
+    LatentsSettings,
     SamplingSettings,
     ScaleSettings,
     TrainUNetSettings,
@@ -441,6 +443,61 @@ def test_nothing_is_overwritten(finished, tmp_path):
     (tmp_path / "out/settings.json").unlink()
     with pytest.raises(UserError, match=r"holds 00000\.png already: choose another --out, or a --name"):
         draw(finished, tmp_path / "out")
+
+
+def test_two_that_start_at_once_take_two_folders(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: generate.new_folder(tmp_path / "samples"), range(16)))
+    assert sorted(path.name for path in taken) == [f"{i:04d}" for i in range(1, 17)]
+    for junk in ("20", "9²", "7x", "\u0669"):  # a number, and three that are none
+        (tmp_path / "samples" / junk).mkdir()
+    assert generate.new_folder(tmp_path / "samples").name == "0021"
+
+
+def test_a_folder_that_was_taken_goes_again_when_nothing_is_drawn(copy, cli):
+    assert cli("generate", "--run", copy, "--class", "none").code == 2
+    assert not (copy / "samples").exists()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "grid.png", "00001.png"])
+@pytest.mark.parametrize("content", ["{}", '{"command": "generate"}', "junk", "directory"])
+def test_what_others_put_into_out_is_neither_taken_nor_lost(finished, tmp_path, name, content):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if content == "directory" else path.write_text(content)
+    with pytest.raises(LightdiffError) as caught:
+        draw(finished, tmp_path / "out")
+    assert str(path) in str(caught.value) or f"{path.parent} holds {name} already" in str(caught.value)
+    assert path.is_dir() or path.read_text() == content
+
+
+def test_a_foreign_picture_among_ones_own_is_told(finished, tmp_path):
+    draw(finished, tmp_path / "out")
+    draw(finished, tmp_path / "other", seed=1)
+    mine = tmp_path / "out/00001.png"
+    whole = mine.read_bytes()
+    for content in ((tmp_path / "other/00001.png").read_bytes(), (tmp_path / "out/00002.png").read_bytes(), b"junk"):
+        mine.write_bytes(content)
+        with pytest.raises(UserError, match=r"00001\.png is another image: remove it"):
+            draw(finished, tmp_path / "out")
+    mine.write_bytes(whole[: len(whole) - 50])  # the words are there, the pixels are not
+    with pytest.raises(UserError, match=r"00001\.png is no whole picture, remove it"):
+        draw(finished, tmp_path / "out")
+    mine.unlink()
+    draw(finished, tmp_path / "out")
+    assert mine.read_bytes() == whole
+
+
+def test_classes_compare_in_one_unicode_form():
+    known = TrainUNetSettings(label="kind", latent=LatentsSettings(labels={"kind": ("Ame\u0301lie", "Zoë")}))
+    typed = SamplingSettings(class_=("Am\u00e9lie", "Zoe\u0308"))
+    guidance = guidance_for(known, typed, range(4))
+    assert guidance is not None
+    assert guidance.label.tolist() == [0, 1, 0, 1]
+    many = LatentsSettings(labels={"kind": tuple(f"class {i}" for i in range(9999))})
+    with pytest.raises(UserError, match="knows no xx") as caught:
+        guidance_for(TrainUNetSettings(label="kind", latent=many), SamplingSettings(class_=("x" * 9999,)), [0])
+    assert len(str(caught.value)) < 600
 
 
 def test_generate_and_encode_keep_to_their_time_and_go_on(finished, copy, tmp_path):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from torch import Tensor
 from lightdiff import __version__
 from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
-from lightdiff.pictures import save_grid_of_files, save_png
+from lightdiff.pictures import save_grid_of_files, save_png, text_chunks
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for
-from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, read_json
+from lightdiff.run_folder import RunFolder, atomic_write_text, ensure_writable, find_unet, read_json
 from lightdiff.runtime import restarted
 from lightdiff.runtime.compile import compile_network
 from lightdiff.runtime.processes import pick_compile, usable_cores
@@ -44,15 +44,23 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
     def begun(folder: Path) -> dict[str, Any]:
         return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
 
-    here = RunFolder(settings.run)
+    here, made = RunFolder(settings.run), list[Path]()
 
     def folder() -> Path:
         find_unet(settings.unet, here)  # names a misspelled run before its folder is made
-        return settings.out or new_folder(here.samples)
+        if settings.out:
+            return settings.out
+        made.extend([new_folder(here.samples), here.samples, here.path])
+        return made[0]
 
-    with open_stage(settings, "samples", folder, begun) as stage:
-        stage.again = f"run the same command again with --out {stage.path} to resume"
-        yield Samples(stage)
+    try:
+        with open_stage(settings, "samples", folder, begun) as stage:
+            stage.again = f"run the same command again with --out {stage.path} to resume"
+            yield Samples(stage)
+    finally:
+        with suppress(OSError):  # of a folder that is not empty
+            for path in made:
+                path.rmdir()
 
 
 class Samples:
@@ -118,24 +126,31 @@ class Samples:
             UserError: If it holds images of the same names, but of other settings or networks, or of unknown ones.
         """
         s, stage = self.settings, self.stage
-        there = {i for i, path in enumerate(self.paths) if path.is_file()}
-        if there and not stage.begun:
-            raise UserError(f"{stage.path} holds {self.paths[min(there)].name} already: {ADVICE}")
+        there = {i for i, path in enumerate(self.paths) if path.exists()}
+        held = [path for path in (*self.paths, self.path("grid.png"), self.path("settings.json")) if path.exists()]
+        if held and not stage.begun.keys() >= {"command", *self.pipeline.digests}:
+            raise UserError(f"{stage.path} holds {held[0].name} already: {ADVICE}")
         command = type(s).__name__.removesuffix("Settings").lower()
         compute = stage.settings.compute.model_dump(include={"precision", "compile"})
         begun = {"command": command, "settings": chosen(s), "compute": compute, **self.pipeline.digests, **about}
         stage.check_begun(begun, ADVICE)
+        for i in there:
+            if not self.words(i).items() <= text_chunks(self.paths[i]).items():
+                raise UserError(f"{self.paths[i]} is another image: remove it, {ADVICE}")
         atomic_write_text(self.path("settings.json"), json.dumps(begun, indent=2) + "\n")
         batches = [range(i, min(i + s.batch_size, s.num_images)) for i in range(0, s.num_images, s.batch_size)]
         return [batch for batch in batches if not there.issuperset(batch)]
 
     def save(self, item: int, pixels: UInt8[Tensor, "3 h w"]) -> None:
         """Save an image with what it says of its own making: seed, index, settings and models; no path."""
-        s, info = self.settings, PngInfo()
-        words = {"Software": f"lightdiff {__version__}", "seed": str(s.seed), "index": str(item)}
-        for name, text in {**words, "settings": json.dumps(chosen(s)), **self.pipeline.digests}.items():
+        info, about = PngInfo(), {"Software": f"lightdiff {__version__}", "settings": json.dumps(chosen(self.settings))}
+        for name, text in {**about, **self.words(item)}.items():
             info.add_text(name, text)
         save_png(self.paths[item], pixels, info)
+
+    def words(self, item: int) -> dict[str, str]:
+        """What tells an image from all others of this name."""
+        return {"seed": str(self.settings.seed), "index": str(item), **self.pipeline.digests}
 
     def finish(self, name: str = "grid.png", save: Callable[[Path, list[Path]], None] | None = None) -> Path:
         """Save all of them as one picture, a grid if not told otherwise, and return the folder."""
@@ -167,9 +182,20 @@ def check(settings: TrainUNetSettings, sampling: SamplingSettings, strength: flo
 
 
 def new_folder(samples: Path) -> Path:
-    """The next free folder below samples/: 0001, 0002, ...; after an automatic restart, the last one, to resume it."""
-    number = max((int(p.name) for p in samples.glob("[0-9]*") if p.name.isdigit()), default=0)
-    return samples / f"{number if number and restarted() else number + 1:04d}"
+    """A new folder below samples/, 0001, 0002, ..., made at once, so that no other process takes its number too.
+
+    After an automatic restart, it is the last one, to resume it.
+    """
+    names = (path.name for path in samples.glob("[0-9]*"))
+    last = max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+    if last and restarted():
+        return samples / f"{last:04d}"
+    ensure_writable(samples)
+    while True:
+        last += 1
+        with suppress(FileExistsError):
+            (samples / f"{last:04d}").mkdir()
+            return samples / f"{last:04d}"
 
 
 def chosen(settings: GenerateSettings) -> dict[str, Any]:
