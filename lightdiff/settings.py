@@ -63,8 +63,16 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
+def parse_classes(value: Any) -> Any:
+    """A list of names, none of which is empty: no class is called that, and it does not mean any."""
+    names = (parse_names(value) or [""]) if isinstance(value, str) else value
+    if isinstance(names, (list, tuple)) and "" in names:
+        raise ValueError("a name is empty; to sample any class, leave it out")
+    return names
+
+
 AbsolutePath = Annotated[Path, AfterValidator(Path.expanduser), AfterValidator(Path.absolute)]
-Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+Classes = Annotated[tuple[str, ...], BeforeValidator(parse_classes)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 
@@ -110,7 +118,7 @@ class SamplingSettings(Settings):
     num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
     spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
-    class_: Names = Field((), description="classes to sample, the images taking turns; empty: any")
+    class_: Classes = Field((), description="classes to sample, the images taking turns; empty: any")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
     )
@@ -367,6 +375,8 @@ class TrainUNetSettings(TrainingSettings):
 
     def resolved(self) -> Self:
         """The same settings with the network's empty sizes and the schedule filled in; UserError if they do not fit."""
+        if self.label and self.label_dropout == 1:
+            raise UserError("--label-dropout 1 hides every label from the network: try 0.1, or leave --label out")
         height, width = self.latent.height, self.latent.width
         model = self.model.resolved(min(height, width))
         if height % model.factor or width % model.factor:

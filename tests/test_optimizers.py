@@ -7,8 +7,7 @@ from torch import nn
 from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE
 from lightdiff.settings import LoopSettings, UNetSettings, VAESettings
-from lightdiff.training.loop import make_optimizers
-from lightdiff.training.optimizers import Muon, orthogonalize
+from lightdiff.training.optimizers import Muon, make_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])

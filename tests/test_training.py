@@ -409,16 +409,95 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
         fit(tmp_path, micro_batch=2)
 
 
-def test_a_picture_that_fails_costs_no_steps(tmp_path):
+@pytest.mark.parametrize("part", ["validate", "picture"])
+@pytest.mark.parametrize("step", [10, 20])
+def test_what_fails_in_a_validation_costs_no_steps_and_is_done_again(tmp_path, part, step):
+    """Also at the last step; the run that resumes ends as one that has never failed."""
+    fit(tmp_path / "straight", val_every=5, save_every=4)
     task = Regression()
+    sound, stage = getattr(task, part), training_stage(tmp_path / "failed", loop(val_every=5, save_every=4))
 
-    def failing(model, path):
-        raise RuntimeError("no colours left")
+    def failing(*arguments):
+        if len(lines(stage.folder.metrics)) >= step - 1:
+            raise RuntimeError("no colours left")
+        return sound(*arguments)
 
-    task.picture = failing
+    setattr(task, part, failing)
     with pytest.raises(RuntimeError, match="no colours left"):
-        fit(tmp_path, task=task)
-    assert Checkpoint(StageFolder(tmp_path).last).metadata.step == 10
+        train_in(stage, task)
+    saved = Checkpoint(stage.folder.last)
+    assert saved.metadata.step == step
+    fit(tmp_path / "failed", saved=saved, val_every=5, save_every=4)
+    same_runs(tmp_path / "straight", tmp_path / "failed")
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Whether two runs have ended alike: snapshots with all they say of themselves, pictures, metrics."""
+    left, right = StageFolder(a), StageFolder(b)
+    names = [sorted(p.name for p in f.checkpoints.glob("*.safetensors")) for f in (left, right)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (left.checkpoints / name).read_bytes() == (right.checkpoints / name).read_bytes(), name
+    assert sorted(p.name for p in left.images.iterdir()) == sorted(p.name for p in right.images.iterdir())
+    assert without_timing(lines(left.metrics)) == without_timing(lines(right.metrics))
+
+
+@pytest.mark.parametrize("step", [9, 10, 20])
+def test_a_signal_in_a_step_that_is_validated_saves_first(tmp_path, monkeypatch, step):
+    fit(tmp_path / "straight", val_every=5)
+    task, train_step = Regression(), Trainer.train_step
+
+    def stopping(self, batch):
+        losses = train_step(self, batch)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stopping)
+        with pytest.raises(Stopped, match=f"stopped after step {step} of 20, saved to"):
+            fit(tmp_path / "stopped", task=task, val_every=5)
+    assert task.validations == (step - 1) // 5
+    saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
+    assert saved.metadata.step == step
+    fit(tmp_path / "stopped", saved=saved, val_every=5)
+    same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_run_stopped_in_its_last_step_is_finished_by_the_next_start(tmp_path, faces, monkeypatch):
+    settings = vae_settings(tmp_path, faces)
+    stopped_at(monkeypatch, 8, train_vae.run, settings)
+    assert not lines(tmp_path / "vae/metrics.jsonl")[7:]
+    train_vae.run(settings)
+    assert "val_loss" in lines(tmp_path / "vae/metrics.jsonl")[7]
+    assert Checkpoint(tmp_path / "vae/checkpoints/last.safetensors").metadata.metrics
+
+
+def test_what_fails_before_anything_is_saved_points_to_no_state(tmp_path, faces, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings = vae_settings(tmp_path, faces)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", full)
+        with pytest.raises(RunError, match=r"; nothing was saved yet: the same command starts from the beginning$"):
+            train_vae.run(settings)
+    task = Regression()
+    task.poison = (2,)
+    with pytest.raises(RunError, match=r"Nothing was saved yet\. Look at those images"):
+        fit(tmp_path / "nan", task=task)
+    train_vae.run(settings)
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(RunError, match=r"; what was saved is untouched: run the same command again to resume$"):
+        train_vae.run(with_changes(settings, loop=with_changes(settings.loop, steps=9)))
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path, faces, capsys):
+    train_vae.run(vae_settings(tmp_path / "a", faces, steps=2, warmup_steps=8))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: --warmup-steps 8 is longer than this run of 2 steps: the learning rate ends at 0.00025, not" in said
+    train_vae.run(vae_settings(tmp_path / "b", faces, steps=2, warmup_steps=2))
+    assert "warmup" not in capsys.readouterr().err
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
@@ -594,6 +673,53 @@ def test_from_step_goes_back_and_keeps_what_was_newer_aside(tmp_path, faces, cap
     assert not (stage.checkpoints / "after-step-4.old-2").exists()
     with pytest.raises(UserError, match=r"--from-step 5: .* has no such step file; there are: 4, 8"):
         train_vae.run(with_changes(back, from_step=5))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def gone_back(tmp_path_factory, faces):
+    """A run whose best is its last, and the same after it has gone back to train on otherwise, with its settings."""
+    home = tmp_path_factory.mktemp("back")
+    begun = vae_settings(home / "run", faces, val_every=2, save_every=2, keep=9, lr=2e-2, lr_schedule="constant")
+    train_vae.run(begun)
+    shutil.copytree(begun.run, home / "begun")
+    loop = with_changes(begun.loop, lr=0.3, steps=6, save_every=5)
+    train_vae.run(back := with_changes(begun, loop=loop, from_step=4))
+    return home / "begun", begun.run.rename(home / "straight"), back
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("moment", range(8))
+def test_going_back_may_be_killed_at_any_moment(gone_back, monkeypatch, moment, again):
+    """All that was newer is still there, and the run ends, `best` included, as if it had not been killed."""
+    begun, straight, killed = gone_back
+    shutil.rmtree(killed.run, ignore_errors=True)
+    shutil.copytree(begun, killed.run)
+    count, stage = itertools.count(), RunFolder(killed.run).vae
+    newer = {path.name: path.read_bytes() for path in [stage.step(6), stage.step(8), stage.last]}
+
+    def killing(work):
+        def killed_instead(*arguments, **more):
+            if next(count) == moment:
+                raise Killed
+            return work(*arguments, **more)
+
+        return killed_instead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killing(Path.rename))
+        patched.setattr(run_folder.os, "replace", killing(os.replace))
+        patched.setattr(Trainer, "train_step", killing(Trainer.train_step))
+        with pytest.raises(Killed):
+            train_vae.run(killed)
+    begins_again = again or Checkpoint(stage.last).metadata.step > 4
+    train_vae.run(killed if begins_again else with_changes(killed, from_step=0))
+    same_runs(straight / "vae", stage.path)
+    kept = {path.name: path.read_bytes() for path in stage.checkpoints.glob("after-step-4.old-*/*")}
+    assert newer.items() <= kept.items()
 
 
 def test_a_run_folder_that_another_host_has_locked(tmp_path, faces):

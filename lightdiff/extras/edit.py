@@ -64,6 +64,11 @@ class Source:
         if settings.mask:
             check_shape(settings.mask, settings.from_)
             white = framed(settings.mask, resolution, "--mask", "black").float().mean(0) > 127
+            if not white.any():
+                raise UserError(
+                    f"--mask: {settings.mask} has no white in its centre square, so nothing would be redrawn: paint "
+                    "white what is to change (transparent counts as black)"
+                )
             digest.update(white.numpy().tobytes())
             mask = white.float()[None, None]
         strength = settings.strength or (STRENGTH if mask is None else 1.0)

@@ -9,7 +9,7 @@ from lightdiff.models.vae import build_vae
 from lightdiff.options import PRESETS, build, preset_layer
 from lightdiff.runtime.progress import SafeConsole
 from lightdiff.settings import Architecture, LoopSettings, TrainUNetSettings, TrainVAESettings
-from lightdiff.training.loop import optimizer_state_bytes
+from lightdiff.training.optimizers import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 

@@ -156,6 +156,10 @@ class Stage(Generic[S]):
         on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
         how = f"batch size {self.loop.batch_size}, {on}{self.device.type}, {self.loop.precision}"
         console.print(f"{task.summary}; {self.total_steps} steps, {how}")
+        warmup, lr, total = self.loop.warmup_steps, self.loop.lr, self.total_steps
+        if warmup > total:
+            longer = f"note: --warmup-steps {warmup} is longer than this run of {total} steps"
+            console.print(f"{longer}: the learning rate ends at {lr * total / warmup:.2g}, not --lr {lr:g}")
         if not task.val_items:
             newest = "best.safetensors is the newest state, not the best; a larger --val-share holds some images out"
             console.print(f"note: there are no validation images, so nothing is validated: {newest}", soft_wrap=True)
@@ -177,7 +181,7 @@ class Stage(Generic[S]):
             console.print("note: the list of images is not the one this run began with")
             changed["list of images"] = (before, data)
         step, total = saved.metadata.step, self.total_steps
-        if step >= total:
+        if step >= total and not (step == total and "unvalidated" in saved.metadata.extra):
             has = f"has its {total}" if step == total else f"is past {total}: it has {step}"
             console.print(f"{self.path} {has} steps already; give more --steps to train on", soft_wrap=True)
             return False

@@ -174,6 +174,8 @@ def check(settings: TrainUNetSettings, sampling: SamplingSettings, strength: flo
     """
     guidance_for(settings, sampling, [0])
     levels_for(settings, sampling, strength)
+    if settings.label_dropout == 1 and sampling.class_:
+        console.print("note: this U-Net was trained with --label-dropout 1, so it knows no class from another")
     if settings.label and not settings.label_dropout and (not sampling.class_ or sampling.guidance != 1):
         console.print(
             "note: this U-Net was trained with --label-dropout 0: its prediction without a class, which guidance "

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -25,13 +25,10 @@ from lightdiff.runtime.progress import Reporter
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage
 from lightdiff.settings import LoopSettings
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import Muon
+from lightdiff.training.optimizers import MASKING, STATE_KEYS, Muon, make_optimizers, optimizer_state_bytes
 from lightdiff.training.saving import write_snapshots
 
 Tensors = dict[str, Tensor]
-MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be made to change nothing
-MUON_MIN_SIDE = 16  # a matrix with fewer rows or columns is left to AdamW
-STATE_KEYS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter; Muon only the first
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
 NAMES_SHOWN = 8
@@ -80,6 +77,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, loop)
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
         self.skipped = 0  # steps without an update, as something was not finite
+        self.unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated
         self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
         if loop.checkpoint_activations:
             enable_activation_checkpointing(self.model)
@@ -194,19 +192,29 @@ class Trainer:
         Raises:
             RunError: If the disk is too full, or fails; what was saved before is untouched.
         """
-        loss, folder = metrics.get("val_loss"), self.stage.folder
+        loss = metrics.get("val_loss")
         best = validated and (loss is None or loss < self.best)
         self.best = loss if best and loss is not None else self.best
+        self.processes.run_on_main(partial(self._write, metrics, keep_step, best))
+
+    def save_unvalidated(self, metrics: dict[str, float], row: dict[str, float]) -> None:
+        """Write `last` in the main process, whatever the others do; a resumed run validates this step first.
+
+        Args:
+            metrics: Those of the last validation.
+            row: What is known of this step, for metrics.jsonl.
+        """
+        if self.processes.is_main:
+            self._write(metrics, keep_step=False, best=False, unvalidated=row)
+
+    def _write(self, metrics: dict[str, float], keep_step: bool, best: bool, **about: dict[str, float]) -> None:
+        folder = self.stage.folder
         extra = self.stage.metadata.extra | ({"best": self.best} if math.isfinite(self.best) else {})
-        extra |= {"skipped": self.skipped} if self.skipped else {}
+        extra |= ({"skipped": self.skipped} if self.skipped else {}) | about
         progress = {"step": self.step, "images_seen": self.images_seen, "metrics": metrics, "extra": extra}
+        check_disk_space(folder.checkpoints, self.disk_needed)
         metadata = self.stage.metadata.model_copy(update=progress)
-
-        def write() -> None:
-            check_disk_space(folder.checkpoints, self.disk_needed)
-            write_snapshots(folder, self.state, metadata, self.loop, keep_step, best)
-
-        self.processes.run_on_main(write)
+        write_snapshots(folder, self.state, metadata, self.loop, keep_step, best)
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a snapshot.
@@ -223,6 +231,8 @@ class Trainer:
         self.step, self.images_seen = saved.metadata.step, saved.metadata.images_seen
         self.best = saved.metadata.extra.get("best", math.inf)
         self.skipped = saved.metadata.extra.get("skipped", 0)
+        self.unvalidated = saved.metadata.extra.get("unvalidated", {})
+        self.stage.metadata.extra.pop("unvalidated", None)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.init_state()
@@ -241,34 +251,6 @@ class Trainer:
 
 
 # --- what a trainer is made of ------------------------------------------------------------------------------------
-
-
-def make_optimizers(model: nn.Module, loop: LoopSettings) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network's parameters: with muon, one of matrices and one of the rest; else AdamW alone."""
-    matrices = muon_params(model, loop)
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
-    lr, decay, fused = loop.lr, loop.weight_decay, next(model.parameters()).device.type in MASKING
-    dtype = torch.bfloat16 if loop.precision == "bf16" else next(model.parameters()).dtype
-    muon = [Muon(matrices, {"lr": lr, "weight_decay": decay, "dtype": dtype})] if matrices else []
-    betas = (0.9, loop.beta2)
-    return muon + ([torch.optim.AdamW(rest, lr, betas, weight_decay=decay, fused=fused)] if rest else [])
-
-
-def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
-    """What Muon trains, if it is chosen: weights of convolutions and linear layers.
-
-    Those with few rows or columns are left out, as at both ends of a network, and those that are frozen.
-    """
-    if loop.optimizer != "muon":
-        return []
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= MUON_MIN_SIDE]
-
-
-def optimizer_state_bytes(model: nn.Module, loop: LoopSettings) -> int:
-    """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return len(STATE_KEYS) * trained - sum(p.nbytes for p in muon_params(model, loop))
 
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
@@ -312,12 +294,17 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     began, images_before = time.monotonic(), trainer.images_seen
     metrics_file = folder.metrics if processes.is_main else None
     stage.defer_signals = True
-    with Reporter(stage.name, total, trainer.step, metrics_file, stage.metadata.settings) as reporter:
+    start = trainer.step - bool(trainer.unvalidated)
+    with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings) as reporter:
+        if trainer.unvalidated:
+            validating = is_validated(loop, trainer.step, total)
+            metrics = finish_step(trainer, reporter, trainer.unvalidated, metrics, validating)
+            trainer.save(metrics, trainer.step % loop.save_every == 0, validating)
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
-            step, last = trainer.step, trainer.step == total
+            step = trainer.step
             exit_code, save_wanted = stage.poll(reserve)
-            validating = last or (loop.val_every > 0 and step % loop.val_every == 0)
+            validating = is_validated(loop, step, total)
             keep_step = step % loop.save_every == 0
             saving = validating or keep_step or exit_code or save_wanted
             logging = validating or step % loop.log_every == 0
@@ -331,32 +318,52 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             row |= {"skipped": trainer.skipped} if trainer.skipped else {}
             row |= {"lr": trainer.lr, "images_per_s": round(speed, 2)}
             row |= {"memory_mb": round(memory_in_use(stage.device) / 1e6), "time": round(time.time(), 3)}
-            if validating:
-                metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
-                row |= metrics
-            if logging:
-                reporter.record(row)
-            reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
-            if validating:
-                picture = folder.images / f"step-{step:08d}.png"
-                try:
-                    processes.run_on_main(partial(task.picture, trainer.averaged, picture))
-                except Exception:
-                    trainer.save(metrics, keep_step=False, validated=True)
-                    raise
-                reporter.picture(picture, step)
-                numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
-                reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
-            if saving:  # last: what a kill cuts off before is done again
+            if exit_code and validating:  # which may take longer than a cluster waits
                 reporter.flush()
-                trainer.save(metrics, keep_step, validating)
-                reporter.saved(folder.last)
-            if exit_code and not last:
+                trainer.save_unvalidated(metrics, row)
+            else:
+                metrics = finish_step(trainer, reporter, row, metrics, validating) if logging else metrics
+                reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
+                if saving:  # last: what a kill cuts off before is done again
+                    reporter.flush()
+                    trainer.save(metrics, keep_step, validating)
+                    reporter.saved(folder.last)
+            if exit_code:
                 limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
                 raise Stopped(
                     f"{limit}stopped after step {step} of {total}, saved to {folder.last}; {stage.again}", exit_code
                 )
     return trainer
+
+
+def is_validated(loop: LoopSettings, step: int, total: int) -> bool:
+    """Whether there is a validation after this step."""
+    return step == total or (loop.val_every > 0 and step % loop.val_every == 0)
+
+
+def finish_step(
+    trainer: Trainer, reporter: Reporter, row: dict[str, float], metrics: dict[str, float], validating: bool
+) -> dict[str, float]:
+    """Validate and draw, if it is time, and record the step's numbers; the metrics of the last validation.
+
+    What fails in it costs no steps: they are saved, and what has failed is done again by the run that resumes.
+    """
+    task, stage, step, before = trainer.task, trainer.stage, trainer.step, metrics
+    try:
+        if validating:
+            metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
+        reporter.record(row | metrics if validating else row)
+        if validating:
+            picture = stage.folder.images / f"step-{step:08d}.png"
+            trainer.processes.run_on_main(partial(task.picture, trainer.averaged, picture))
+            reporter.picture(picture, step)
+            numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+            reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
+    except Exception:
+        with suppress(RunError):  # as on the disk that has failed already
+            trainer.save_unvalidated(before, row)
+        raise
+    return metrics
 
 
 def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) -> None:
@@ -375,9 +382,11 @@ def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) ->
     if trainer.skipped <= loop.skip_nonfinite:
         reporter.note(*what, f"{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
         return
+    folder = trainer.stage.folder
+    kept = f"The last good state is in {folder.checkpoints}" if folder.resumable() else "Nothing was saved yet"
     raise RunError(
         *what,
-        f"The last good state is in {trainer.stage.folder.checkpoints}. Look at those images, try a lower "
+        f"{kept}. Look at those images, try a lower "
         "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite",
     )
 

@@ -1,8 +1,13 @@
-"""Muon, an optimizer for matrices; loop.py says which parameters it trains."""
+"""Muon, an optimizer for matrices, and which parameters it trains; AdamW trains the rest."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightdiff.settings import LoopSettings
+
+MASKING = ("cuda", "cpu")  # where AdamW is one fused kernel that can be made to change nothing
+MUON_MIN_SIDE = 16  # a matrix with fewer rows or columns is left to AdamW
+STATE_KEYS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter; Muon only the first
 MOMENTUM = 0.95
 ROUNDS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -68,3 +73,34 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     found: Tensor = x if wide else x.mT
     return found.to(matrices.dtype).contiguous()
+
+
+# --- which parameters each trains ---------------------------------------------------------------------------------
+
+
+def make_optimizers(model: nn.Module, loop: LoopSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers of a network's parameters: with muon, one of matrices and one of the rest; else AdamW alone."""
+    matrices = muon_params(model, loop)
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
+    lr, decay, fused = loop.lr, loop.weight_decay, next(model.parameters()).device.type in MASKING
+    dtype = torch.bfloat16 if loop.precision == "bf16" else next(model.parameters()).dtype
+    muon = [Muon(matrices, {"lr": lr, "weight_decay": decay, "dtype": dtype})] if matrices else []
+    betas = (0.9, loop.beta2)
+    return muon + ([torch.optim.AdamW(rest, lr, betas, weight_decay=decay, fused=fused)] if rest else [])
+
+
+def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
+    """What Muon trains, if it is chosen: weights of convolutions and linear layers.
+
+    Those with few rows or columns are left out, as at both ends of a network, and those that are frozen.
+    """
+    if loop.optimizer != "muon":
+        return []
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= MUON_MIN_SIDE]
+
+
+def optimizer_state_bytes(model: nn.Module, loop: LoopSettings) -> int:
+    """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return len(STATE_KEYS) * trained - sum(p.nbytes for p in muon_params(model, loop))
