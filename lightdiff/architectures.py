@@ -70,6 +70,14 @@ def parse_names(value: Any) -> Any:
     return [item.strip() for item in next(csv.reader([value.strip()], skipinitialspace=True))]
 
 
+def parse_classes(value: Any) -> Any:
+    """A list of names, none of which is empty: no class is called that, and it does not mean any."""
+    names = (parse_names(value) or [""]) if isinstance(value, str) else value
+    if isinstance(names, (list, tuple)) and "" in names:
+        raise ValueError("a name is empty; to sample any class, leave it out")
+    return names
+
+
 def parse_numbers(value: Any) -> Any:
     """The same for numbers: `64,128`, or `none` for an empty list (a name may be called that)."""
     return [] if isinstance(value, str) and value.strip() == "none" else parse_names(value)

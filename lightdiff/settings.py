@@ -21,6 +21,7 @@ from lightdiff.architectures import (
     VAEArchitecture,
     VAESettings,
     Width,
+    parse_classes,
     parse_names,
     parse_numbers,
     with_changes,
@@ -61,14 +62,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return rows
-
-
-def parse_classes(value: Any) -> Any:
-    """A list of names, none of which is empty: no class is called that, and it does not mean any."""
-    names = (parse_names(value) or [""]) if isinstance(value, str) else value
-    if isinstance(names, (list, tuple)) and "" in names:
-        raise ValueError("a name is empty; to sample any class, leave it out")
-    return names
 
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.expanduser), AfterValidator(Path.absolute)]

@@ -21,6 +21,7 @@ from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
+from lightdiff.stages.generate import check
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 
@@ -249,6 +250,33 @@ def test_a_network_that_never_drew_without_a_class_says_so(encoded, tmp_path):
     assert said in " ".join(succeed(*drawn).err.split())
     assert said in " ".join(succeed(*drawn, "--class", "blue", "--guidance", 2).err.split())
     assert said not in " ".join(succeed(*drawn, "--class", "blue").err.split())
+
+
+def test_a_network_that_is_never_told_a_label_is_not_trained(encoded, tmp_path, cli):
+    flags = ["--latents", encoded, "--label", "class", "--label-dropout", 1]
+    refused = cli("train-unet", "--run", tmp_path / "run", *UNET_FLAGS, *flags)
+    assert refused.code == 2
+    assert "--label-dropout 1 hides every label from the network: try 0.1, or leave --label out" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_that_was_says_so_when_asked_for_a_class(told, capsys):
+    settings = Pipeline.load(told, device="cpu").settings
+    settings = settings.model_copy(update={"label_dropout": 1.0})
+    check(settings, SamplingSettings(class_=("blue",)), 1.0)
+    assert "--label-dropout 1, so it knows no class from another" in " ".join(capsys.readouterr().err.split())
+    check(settings, SamplingSettings(), 1.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["", " ", "blue,", ",", '""'])
+def test_an_empty_name_of_a_class_is_refused(told, tmp_path, cli, name):
+    for command in ("generate", "trajectory"):
+        drawn = ["--run", told, "--num-steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
+        refused = cli(command, *drawn, "--class", name)
+        assert refused.code == 2
+        assert "--class: a name is empty; to sample any class, leave it out" in refused.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_samples_settings_draw_the_same_again(told, tmp_path):

@@ -85,6 +85,20 @@ def test_what_is_transparent_lies_on_the_models_background_and_stays_where_it_is
     assert (drawn[:, 8:] != 0).any()
 
 
+def test_a_mask_that_lets_nothing_change_is_refused(trained, face, tmp_path, cli):
+    """All black, transparent, or white only beyond the square that is generated."""
+    beyond = Image.new("L", (48, 16), 0)
+    beyond.paste(255, (0, 0, 15, 16))
+    Image.new("RGB", (48, 16), "red").save(tmp_path / "wide.png")
+    for number, mask in enumerate([Image.new("L", (16, 16)), Image.new("RGBA", (16, 16), (255, 255, 255, 0)), beyond]):
+        mask.save(tmp_path / "mask.png")
+        flags = ["--from", tmp_path / "wide.png" if mask is beyond else face, "--mask", tmp_path / "mask.png"]
+        refused = cli("edit", "--run", trained, *FAST, *flags, "--out", tmp_path / f"{number}")
+        assert refused.code == 2
+        assert "mask.png has no white in its centre square, so nothing would be redrawn: paint white" in refused.err
+        assert not (tmp_path / f"{number}").exists()
+
+
 def test_a_mask_of_another_shape_is_refused(trained, tmp_path, cli):
     Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
     flags = ["edit", "--run", trained, *FAST, "--num-images", 1, "--from", tmp_path / "wide.png"]

@@ -19,12 +19,12 @@ from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.extras import health
 from lightdiff.extras.evidence import metrics_of, rows_of
-from lightdiff.extras.health import Finding, examine
+from lightdiff.extras.health import Finding, check_settings, examine
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts, latent_facts
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.progress import Row
-from lightdiff.settings import ImageSettings, LoopSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import ImageSettings, LatentsSettings, LoopSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.ema import EMA
 
 HERE = "--precision fp32 --device cpu --optimizer adamw --warmup-steps 20 --batch-size 8".split()
@@ -144,7 +144,9 @@ def test_latents_of_an_earlier_vae_are_reported(copied: Path) -> None:
 
 
 def test_a_linear_schedule_with_few_timesteps_leaves_signal(copied: Path) -> None:
-    chosen = "--restart --objective eps --schedule linear --timesteps 20 --preset tiny --steps 3".split()
+    chosen = (
+        "--restart --objective eps --schedule linear --timesteps 20 --preset tiny --steps 3 --warmup-steps 1".split()
+    )
     succeed("train-unet", "--run", copied, *HERE, *chosen)
     (finding,) = examine(copied)
     assert (finding.code, finding.stage) == ("signal-left", "unet")
@@ -508,6 +510,33 @@ def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:
     assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "gone",)))) == []
     (tmp_path / "empty").mkdir()
     assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "empty",)))) == []
+
+
+@pytest.mark.parametrize(
+    ("loop", "images", "found"),
+    [
+        ({"steps": 20}, 0, True),
+        ({"steps": 99}, 50, True),
+        ({"steps": 100}, 50, False),
+        ({"steps": 20, "warmup_steps": 0}, 50, False),
+        ({"epochs": 2, "batch_size": 10}, 50, True),
+        ({"epochs": 2, "batch_size": 10}, 5000, False),
+        ({"epochs": 2, "batch_size": 10}, 0, False),  # who knows
+    ],
+)
+def test_a_training_that_ends_before_its_warm_up(loop: dict[str, float], images: int, found: bool) -> None:
+    settings = TrainVAESettings(loop=LoopSettings.model_validate(loop))
+    findings = list(check_settings(settings, "vae", images))
+    assert [finding.code for finding in findings] == ["warm-up"] * found
+    for finding in findings:
+        assert re.search(r"lightdiff train-vae --restart --warmup-steps \d+$", finding.advice)
+
+
+def test_a_network_that_was_never_told_a_label() -> None:
+    latent = LatentsSettings(labels={"class": ("cat", "dog")})
+    for dropout, codes in ((1.0, ["no-labels"]), (0.5, [])):
+        settings = TrainUNetSettings(label="class", label_dropout=dropout, latent=latent)
+        assert [finding.code for finding in check_settings(settings, "unet", 9)] == codes
 
 
 def test_the_page_lists_every_finding() -> None:

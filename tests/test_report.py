@@ -251,6 +251,30 @@ def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
     assert "reconstruction, difference" not in words
 
 
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_a_training_that_has_not_saved_yet_is_shown(run, cli, stage):
+    """From its settings and metrics, also if there is nothing else, and also before the first line of metrics."""
+    shutil.rmtree(run / stage / "checkpoints")
+    shown = cli("show", run)
+    assert shown.code == 0
+    assert f"stage {stage}, not saved yet (of settings and metrics) step 3 (18 images seen) val_loss" in shown.out
+    assert "--lr" in shown.out
+    for other in {"vae", "unet", "latents"} - {stage}:
+        shutil.rmtree(run / other)
+    assert "step 3 (18 images seen)" in cli("show", run / stage).out
+    page = Page(report.report([run], run / "page.html"))
+    assert "Not saved yet; step 3" in " ".join(page.words.split())
+    assert page.data["charts"]
+    (run / stage / "metrics.jsonl").unlink()
+    assert "step 0 (0 images seen)" in cli("show", run).out
+    for text in ("{", "[]", '{"loop": 1}'):
+        (run / stage / "settings.json").write_text(text)
+        refused = cli("show", run)
+        assert refused.code in (1, 2)
+        assert "settings.json" in refused.err
+        assert "should not happen" not in refused.err
+
+
 def test_a_damaged_part_is_named_and_the_rest_shown(run):
     shard = run / "latents/shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])

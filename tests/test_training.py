@@ -37,7 +37,8 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, scale, train_unet, train_vae
-from lightdiff.training.loop import Trainer, learning_rate
+from lightdiff.training.loop import Trainer
+from lightdiff.training.optimizers import learning_rate
 
 TIMING = ("time", "images_per_s", "memory_mb")
 

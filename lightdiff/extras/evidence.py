@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import ImageFile
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.data.loading import ImageDataset
+from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.pipeline import latents_candidates, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, StageFolder, find_latents, read_json
 from lightdiff.runtime.progress import Row, read_metrics
-from lightdiff.settings import ImageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings
 
 T = TypeVar("T")
 COPIES_SHARE = "share of samples nearer"  # in results of `evaluate`: the beginning of the name of that measure
@@ -133,6 +135,25 @@ def rows_of(folder: StageFolder) -> list[Row]:
     rows = try_read(lambda: read_metrics(folder.metrics)) or []
     numbers = [{n: v for n, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)} for row in rows]
     return sorted(numbers, key=lambda row: row["step"])
+
+
+def unsaved(folder: StageFolder, model: type[StageSettings], stage: str) -> Metadata | None:
+    """What a training that has not saved yet says of itself; None where there is none, or it has saved.
+
+    Raises:
+        UserError: If its settings are damaged, or of another version.
+    """
+    if folder.resumable() or not folder.settings.is_file():
+        return None
+    try:
+        settings = model.model_validate(read_json(folder.settings)).to_save()
+    except ValidationError as error:
+        raise UserError(f"{folder.settings} holds no settings of {stage}: {error.errors()[0]['msg']}") from None
+    rows = rows_of(folder)
+    last = rows[-1] if rows else {}
+    metrics = {name: value for row in rows for name, value in row.items() if name.startswith("val_")}
+    done = {name: int(last.get(name, 0)) for name in ("step", "images_seen")}
+    return Metadata(stage=stage, settings=settings, metrics=metrics, extra={"saved": False}, **done)
 
 
 def metrics_of(metadata: Metadata, rows: list[Row]) -> Row:

@@ -77,12 +77,14 @@ def examine(run: Path) -> list[Finding]:
     findings: list[Finding] = []
     if found.vae:
         findings += check_duplicates(found.vae.images)
+        findings += check_settings(found.vae, "vae", images)
         findings += check_vae(found.vae, found.vae_metrics, found.facts if found.same_vae else None)
     if found.facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
         findings += check_latents(found.facts, regular)
     findings += check_lineage(found)
     if found.unet:
+        findings += check_settings(found.unet, "unet", images)
         findings += check_schedule(found.unet)
         findings += check_ema(found.unet.loop, found.unet_rows)
         findings += check_overfitting(found.unet_rows, images)
@@ -110,6 +112,22 @@ def quote_path(path: Path) -> str:
     if os.name == "posix":
         return shlex.quote(str(path))
     return f'"{path}"' if " " in str(path) else str(path)
+
+
+def check_settings(s: TrainVAESettings | TrainUNetSettings, stage: Literal["vae", "unet"], n: int) -> Iterator[Finding]:
+    """A training of n images that ends before its warm-up does, or is never told a label."""
+    again, total = f"lightdiff train-{stage} --restart", s.loop.total_steps(n)
+    if (warmup := s.loop.warmup_steps) > total and (n or not s.loop.epochs):
+        measured = (
+            f"{total:,} steps with --warmup-steps {warmup}: the learning rate ends at {total / warmup:.0%} of --lr"
+        )
+        advice, title = f"{again} --warmup-steps {total // 10}", "The training ends before its warm-up"
+        usual = "a warm-up of a tenth of the steps or less"
+        yield Finding(code="warm-up", stage=stage, title=title, measured=measured, usual=usual, advice=advice)
+    if isinstance(s, TrainUNetSettings) and s.label and s.label_dropout == 1:
+        measured, usual = "--label-dropout 1: --class and --guidance change nothing", "0.1"
+        title, advice = "The U-Net was never told a label", f"{again} --label-dropout 0.1"
+        yield Finding(code="no-labels", stage=stage, title=title, measured=measured, usual=usual, advice=advice)
 
 
 # --- the data -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from rich.table import Table
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import UserError
+from lightdiff.extras.evidence import unsaved
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, format_setting, settings_changes, settings_rows
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
@@ -58,11 +59,16 @@ def find_parts(path: Path) -> Iterator[tuple[Path, Metadata | LatentIndex]]:
     for file in (path, StageFolder(path).last, run.vae.last):
         if file.is_file():
             yield file, Checkpoint(file).metadata
+    for folder, stage in ((StageFolder(path), path.name), (run.vae, "vae")):
+        if stage in MODELS and (begun := unsaved(folder, MODELS[stage], stage)):
+            yield folder.settings, begun
     for latents in (path, run.latents):
         if (latents / INDEX).is_file():
             yield latents, read_index(latents)
     if run.unet.last.is_file():
         yield run.unet.last, Checkpoint(run.unet.last).metadata
+    elif begun := unsaved(run.unet, MODELS["unet"], "unet"):
+        yield run.unet.settings, begun
 
 
 def as_objects(
@@ -97,7 +103,9 @@ def print_findings(console: Console, findings: list[Finding]) -> None:
 def print_metadata(console: Console, metadata: Metadata) -> None:
     """Print a checkpoint's metadata."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
-    pairs.add_row("stage", f"{metadata.stage}, written by lightdiff {metadata.lightdiff}")
+    saved = metadata.extra.get("saved", True)
+    written = f"written by lightdiff {metadata.lightdiff}" if saved else "not saved yet (of settings and metrics)"
+    pairs.add_row("stage", f"{metadata.stage}, {written}")
     pairs.add_row("step", f"{metadata.step:,}  ({metadata.images_seen:,} images seen)")
     for name, value in metadata.metrics.items():
         pairs.add_row(name, f"{value:.5g}")

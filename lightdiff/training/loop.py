@@ -25,7 +25,14 @@ from lightdiff.runtime.progress import Reporter
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage
 from lightdiff.settings import LoopSettings
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import MASKING, STATE_KEYS, Muon, make_optimizers, optimizer_state_bytes
+from lightdiff.training.optimizers import (
+    MASKING,
+    STATE_KEYS,
+    Muon,
+    learning_rate,
+    make_optimizers,
+    optimizer_state_bytes,
+)
 from lightdiff.training.saving import write_snapshots
 
 Tensors = dict[str, Tensor]
@@ -258,20 +265,6 @@ def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
     options: dict[str, bool] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
-
-
-def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0.
-
-    Linear from lr / warmup_steps to lr, then constant, or a half cosine that reaches 0 at the end
-    (Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts).
-    """
-    if step < loop.warmup_steps:
-        return loop.lr * (step + 1) / loop.warmup_steps
-    if loop.lr_schedule == "constant":
-        return loop.lr
-    after = (step - loop.warmup_steps) / max(1, total_steps - loop.warmup_steps)
-    return loop.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------

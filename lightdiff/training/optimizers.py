@@ -1,4 +1,6 @@
-"""Muon, an optimizer for matrices, and which parameters it trains; AdamW trains the rest."""
+"""Muon, an optimizer for matrices; which parameters it trains, and AdamW the rest; the learning rate of both."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -104,3 +106,17 @@ def optimizer_state_bytes(model: nn.Module, loop: LoopSettings) -> int:
     """What the optimizers keep of a network: two averages of each parameter, one of those that are Muon's."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return len(STATE_KEYS) * trained - sum(p.nbytes for p in muon_params(model, loop))
+
+
+def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Linear from lr / warmup_steps to lr, then constant, or a half cosine that reaches 0 at the end
+    (Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts).
+    """
+    if step < loop.warmup_steps:
+        return loop.lr * (step + 1) / loop.warmup_steps
+    if loop.lr_schedule == "constant":
+        return loop.lr
+    after = (step - loop.warmup_steps) / max(1, total_steps - loop.warmup_steps)
+    return loop.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))

@@ -14,7 +14,7 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.latents import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of
+from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of, unsaved
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import Picture, encode_picture, nearest, reconstructions, trajectory_pictures
@@ -98,9 +98,8 @@ def collect(path: Path, device: torch.device) -> RunFacts:
     if not path.is_dir():
         raise UserError(f"{path} is no run folder")
     for stage, folder in (("vae", run.vae), ("unet", run.unet)):
-        if folder.last.is_file():
-            with record_failure(found, stage):
-                setattr(found, stage, read_training(stage, folder))
+        with record_failure(found, stage):
+            setattr(found, stage, read_training(stage, folder))
     latents: Path | None = run.latents
     with record_failure(found, "latents"):
         if unet := first_readable("unet", [run.unet.last]):
@@ -140,13 +139,16 @@ def record_failure(found: RunFacts, part: str) -> Iterator[None]:
         found.missing[part] = str(error)
 
 
-def read_training(stage: str, folder: StageFolder) -> Training:
-    """The results of a training, from its last checkpoint and metrics.jsonl."""
-    saved = Checkpoint(folder.last, stage)
+def read_training(stage: str, folder: StageFolder) -> Training | None:
+    """The results of a training, from its last checkpoint, or its settings before it has saved, and metrics.jsonl."""
+    saved = Checkpoint(folder.last, stage) if folder.last.is_file() else None
+    metadata = saved.metadata if saved else unsaved(folder, MODELS[stage], stage)
+    if metadata is None:
+        return None
     return Training(
-        saved.metadata,
-        sum(map(math.prod, saved.shapes("model.").values())),
-        settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save()),
+        metadata,
+        sum(map(math.prod, saved.shapes("model.").values())) if saved else 0,
+        settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save() if saved else metadata.settings),
         read_curves(folder),
         read_grids(folder, stage),
     )
