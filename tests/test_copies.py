@@ -37,6 +37,7 @@ def tops(files: Iterable[ImageFile]) -> set[str]:
         ("{size}/00000/{i:05d}.png", {"images1024x1024": 50, "thumbnails128x128": 16, "in-the-wild-images": 80}),
         ("photos/{size}/{i}.jpg", {"thumbs": 16, "large": 80}),
         ("album{size}/{i}.jpg", {"": 80, "/thumbnails": 16, "/.": 80}),
+        ("album{size}/IMG_{i}.jpg", {"": 80, "/for the web": 20, "/.": 80}),
     ],
 )
 def test_of_copies_at_several_sizes_the_largest_are_taken(tmp_path: Path, template: str, sizes: dict[str, int]) -> None:
@@ -46,7 +47,7 @@ def test_of_copies_at_several_sizes_the_largest_are_taken(tmp_path: Path, templa
     found = survey([tmp_path], 0.3)
     assert len(found.files) == COUNT
     (taken,) = tops(found.files)
-    assert taken.rpartition("/")[2] != "thumbnails"
+    assert taken.rpartition("/")[2] not in ("thumbnails", "for the web")
     assert any(word in taken for word in ("256", "original", "print", "images1024x1024", "large", "album"))
     assert found.layouts == ["plain"]
     (note,) = found.notes
@@ -97,6 +98,15 @@ def test_copies_of_the_same_size_fall_on_the_same_side_of_the_split(tmp_path: Pa
     assert note.startswith(
         f"{tmp_path / 'edited'} and {tmp_path / 'raw'} seem to hold the same photographs; both are used"
     )
+
+
+def test_an_edited_photograph_beside_the_original_falls_on_the_same_side(tmp_path: Path) -> None:
+    for i in range(COUNT):
+        put(tmp_path / f"IMG_{i}.jpg", i)
+        put(tmp_path / f"IMG_{i}-edited.jpg", i)
+    files = scan([tmp_path], 0.5)
+    assert len(files) == 2 * COUNT
+    assert len({(file.path.replace("-edited", ""), file.split) for file in files}) == COUNT
 
 
 def test_one_photograph_in_two_formats_is_not_split_from_itself(tmp_path: Path) -> None:

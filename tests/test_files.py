@@ -319,6 +319,28 @@ def test_images_beside_a_folder_for_validation_or_testing_are_for_training(tmp_p
     assert list(splits.values()) == [{"train"}] * 40
 
 
+def test_data_folders_that_are_the_halves_of_a_split_keep_their_roles(tmp_path: Path) -> None:
+    folders = [fill(tmp_path / name, NAMES[:40]) for name in ("Train", "val", "test")]
+    found = survey(folders, 0.3)
+    assert {(file.root, file.split) for file in found.files} == {(0, "train"), (1, "val")}
+    assert found.notes == [
+        f"{folders[0]}: split by its folders into 40 training and 0 validation images",
+        f"{folders[1]}: split by its folders into 0 training and 40 validation images",
+        f"{folders[2]}: 40 images in a folder for testing are left out",
+    ]
+    assert {(file.root, file.split) for file in scan(folders[::2], 0.3)} == {(0, "train"), (0, "val")}
+    assert {file.split for file in scan([folders[2]], 0.3)} == {"train", "val"}
+
+
+def test_a_stray_image_that_costs_the_classes_is_named(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "p", [f"{c}/{i}.png" for c in ("sea", "sky") for i in range(40)])
+    assert not survey([folder], 0).notes
+    (note,) = survey([fill(folder, ["cover.png"])], 0).notes
+    assert note == f"{folder}: its folders are not taken for classes, as cover.png lies in none of them"
+    numbered = fill(tmp_path / "numbered", ["x.png", *(f"0{c}000/{i}.png" for c in range(2) for i in range(40))])
+    assert not survey([numbered], 0).notes
+
+
 # --- what is passed over ------------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,11 @@ def test_tables_of_other_programs_are_read(
     assert found == {"0/1.jpg": {"note": "a, b;\tc", "class": 'say "é"'}, "0/2.jpg": {"class": "x"}}
 
 
+def test_the_separator_is_the_one_beside_the_column_file(folder: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, "file\tnote, long, and more\n1.jpg\ta, b\n")
+    assert labels(folder, path) == {"0/1.jpg": {"note, long, and more": "a, b"}}
+
+
 # --- whom a row names ---------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,8 @@ SIZE = re.compile(
     rf"{COPY.pattern}|(?<![a-z])(tiny|small|medium|large|full|orig(inals?)?|previews?|(hi|low?)-?res)(?![a-z])|\dpx$",
     re.IGNORECASE,
 )
-SIZE_IN_NAME = re.compile(r"[-_.](\d{2,5}x\d{2,5}|thumb(nail)?)\.\w+$", re.IGNORECASE | re.MULTILINE)  # a-300x200.jpg
+# photo-300x200.jpg or photo-edited.jpg, of photo.jpg
+SIZE_IN_NAME = re.compile(r"[-_.](\d{2,5}x\d{2,5}|thumb(nail)?|edited)\.\w+$", re.IGNORECASE | re.MULTILINE)
 MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
 LOOKS = 8  # photographs that are compared,
 FEWEST = 4  # or as many, where there are fewer
@@ -77,7 +78,7 @@ def find_copies(folder: Path, names: Sequence[str], open_image: Open) -> Copies:
             if (first := stems.setdefault(posixpath.splitext(name)[0], name)) != name:  # 1.png, after 1.jpg
                 found.of[name] = first
     look = lru_cache(maxsize=None)(partial(_look, open_image))
-    for read in (_by_words, _by_top):
+    for read in (_by_words, _by_top, _by_child):
         _judge(found, folder, read(found.kept), look, read is _by_words)
     return found
 
@@ -98,7 +99,8 @@ def _by_words(names: Sequence[str]) -> list[tuple[str, str]]:
         home, _, file = name.rpartition("/")
         variant, rest = split[home]
         if size := SIZE_IN_NAME.search(file):
-            read.append((posixpath.join(variant, "*-WxH"), f"{rest}/{file[: size.start()]}"))
+            word = re.sub(r"\d+", "00", size[1])  # all sizes are one variant
+            read.append((posixpath.join(variant, f"*-{word}"), f"{rest}/{file[: size.start()]}"))
         else:
             read.append((variant, f"{rest}/{posixpath.splitext(file)[0]}"))
     return read
@@ -114,6 +116,19 @@ def _by_top(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(read[place][0], f"{read[place][1]}/{stem}") for place, stem in zip(lie, stems, strict=True)]
 
 
+def _by_child(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The folder of each image whose parent holds images too, and the rest of the path; empty if there is none."""
+    homes = {name.rpartition("/")[0] for name in names}
+    read = {}
+    for home in homes:
+        parent, _, child = home.rpartition("/")
+        read[home] = (child, parent) if home and parent in homes else ("", home)
+    if not any(child for child, _ in read.values()):
+        return []
+    parts = (name.rpartition("/") for name in names)
+    return [(read[home][0], f"{read[home][1]}/{posixpath.splitext(file)[0]}") for home, _, file in parts]
+
+
 def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looker, by_words: bool) -> None:
     """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
     images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
@@ -126,7 +141,7 @@ def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looke
         shared = [rest for rest in images[pair[0]] if rest in images[pair[1]]]
         if not shared:
             continue
-        place, other = (f"{folder / variant}" for variant in pair)
+        place, other = (f"{folder / _home(images[variant][shared[0]], variant)}" for variant in pair)
         if by_words and all("margin" in variant for variant in pair):
             raise UserError(f"--data: {place} and {other} hold the same photographs: name only one of them")
         order = _order(pair, [(images[pair[0]][rest], images[pair[1]][rest]) for rest in shared], look, by_words)
@@ -154,10 +169,18 @@ def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looke
         found.kept[:] = kept
 
 
+def _home(name: str, variant: str) -> str:
+    """The folder that makes an image one of this variant."""
+    folders, words = name.split("/")[:-1], variant.split("/")
+    while folders and folders[-1] not in words:
+        folders.pop()
+    return "/".join(folders)
+
+
 def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker, by_words: bool) -> Order:
     """Which of two variants is the better one, by what their names say or, where that is not enough, by a look."""
     first_rank, second_rank = map(_rank, pair)
-    if by_words and first_rank and second_rank and first_rank != second_rank:
+    if by_words and first_rank is not None and second_rank is not None and first_rank != second_rank:
         return "first" if first_rank > second_rank else "second"
     chosen = shared[:: max(1, len(shared) // LOOKS)][:LOOKS]
     looks = [(look(one), look(other)) for one, other in chosen]

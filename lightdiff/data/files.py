@@ -10,7 +10,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lightdiff.data.copies import find_copies
 from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
-from lightdiff.data.labels import Images, Labelled, layout_labels, match, read_table
-from lightdiff.data.layouts import Labels, Layout, Split, layout, own_split
+from lightdiff.data.labels import Images, layout_labels, match, read_table
+from lightdiff.data.layouts import Labels, Layout, Split, folder_roles, layout, own_split, stray_images
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
@@ -170,7 +170,7 @@ def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
             images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels
         )
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
     return found.files
 
 
@@ -195,12 +195,11 @@ def survey(
     `report` is called now and then with the number found so far. Labels come from a `table`, from one that belongs to
     the layout, or from the folders' names.
 
-    The user's own split is kept: images below train/ and val/ (if there are both) are what these names say, and those
-    below test/ are left out, unless there are no others. All else is held out for validation when a hash of its path,
-    a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out, as
-    happens with two or three, the one with the largest hash is trained on.
+    The user's own split is kept: `own_split`. Without one, an image is held out for validation when a hash of its
+    path, a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out,
+    as happens with two or three, the one with the largest hash is trained on.
     """
-    found, sources = Survey([], [], Counter(), []), dict[int, Images]()
+    found, sources, roles = Survey([], [], Counter(), []), dict[int, Images](), folder_roles(folders)
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
@@ -210,29 +209,38 @@ def survey(
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))}){there}")
         found.passed_over += passed_over
         copies = find_copies(folder, names, partial(source.open, folder))
-        splits, note = own_split(copies.kept)
+        splits, note = own_split(copies.kept, roles[root])
+        found.notes += [*copies.notes, *([f"{folder}: {note}"] if note else [])]
         found.layouts.append(layout(folder, copies.kept))
+        if found.layouts[-1] == "plain" and (stray := stray_images(copies.kept)):
+            found.notes.append(f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them")
+        labels = dict[tuple[int, str], Labels]()
         if table:
-            sources[root], labels = Images(folder, names), Labelled({}, [])
+            sources[root] = Images(folder, names)
         else:
-            labels = layout_labels(found.layouts[-1], folder, root, names, copies.kept)
-        found.notes += [*copies.notes, *([f"{folder}: {note}"] if note else []), *labels.notes]
+            labels, notes = layout_labels(found.layouts[-1], folder, root, names, copies.kept)
+            found.notes += notes
         for name, own in splits.items():
             by_hash: Split = "val" if _position(copies.first(name)) < val_share else "train"
-            found.files.append(ImageFile(root, name, own or by_hash, labels.of.get((root, name), {})))
+            found.files.append(ImageFile(root, name, own or by_hash, labels.get((root, name), {})))
     if found.passed_over:
         found.notes.insert(0, passed_over_note(found.passed_over))
     if table:
-        labels = match(read_table(table, "--labels"), table, "--labels", sources)
-        found.files = [replace(file, labels=labels.of.get((file.root, file.path), {})) for file in found.files]
-        found.notes += labels.notes
-        if without := [file for file in found.files if not file.labels]:
-            images = f"{len(without):,} of {len(found.files):,} images"
-            found.notes.append(f"{images} have no label in {table} (such as {without[0].path})")
+        _label(found, table, sources)
     if all(file.split == "val" for file in found.files):
         last = max(range(len(found.files)), key=lambda i: _position(found.files[i].path))
         found.files[last] = replace(found.files[last], split="train")
     return found
+
+
+def _label(found: Survey, table: Path, sources: Mapping[int, Images]) -> None:
+    """Give the images the labels of a table."""
+    labels, notes = match(read_table(table, "--labels"), table, "--labels", sources)
+    found.files = [replace(file, labels=labels.get((file.root, file.path), {})) for file in found.files]
+    found.notes += notes
+    if without := [file for file in found.files if not file.labels]:
+        images = f"{len(without):,} of {len(found.files):,} images"
+        found.notes.append(f"{images} have no label in {table} (such as {without[0].path})")
 
 
 def passed_over_note(passed_over: Counter[str]) -> str:

@@ -78,7 +78,8 @@ def _text(text: str) -> str:
 
 def _rows_of_csv(text: str, columns: Sequence[str]) -> list[Row]:
     lines = re.split("\r\n|\n|\r", text)
-    delimiter = max(",;\t", key=lines[0].count)
+    first = lines[0]
+    delimiter = max(",;\t", key=lambda d: ("file" in (name.strip(' "') for name in first.split(d)), first.count(d)))
     cell = rf' *"(?:[^"]|"")*" *|[^"{delimiter}]*'
     fitting = re.compile(f"(?:{cell})(?:{delimiter}(?:{cell}))*")
     quotes = [number for number, line in enumerate(lines, 1) if '"' in line and not fitting.fullmatch(line)]
@@ -89,7 +90,7 @@ def _rows_of_csv(text: str, columns: Sequence[str]) -> list[Row]:
     names = [name for name in header if name]  # the column of a table's index has none
     missing = {"file", *columns}.difference(names)
     if missing:
-        raise UserError(f"has no column {', '.join(sorted(missing))}; its first line is: {lines[0].strip()[:200]}")
+        raise UserError(f"has no column {', '.join(sorted(missing))}; its first line is: {first.strip()[:200]}")
     if len(names) < 2:
         raise UserError("has no column but file; it needs one for each label")
     if twice := [name for name in names if names.count(name) > 1]:

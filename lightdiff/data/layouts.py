@@ -20,6 +20,7 @@ ROLES: dict[str, Role] = {
 FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
 FAIRFACE_LABELS = ("age", "gender", "race")
 STYLEGAN_TABLE = "dataset.json"
+FEW_STRAY = 0.05  # share of images beside class folders that is hardly meant
 
 
 class Place(NamedTuple):
@@ -62,7 +63,7 @@ def _top_roles(folders: set[str]) -> dict[str, Role]:
     if exact.keys() == folders:
         return exact
     # train2017, seg_test, DIV2K_valid_HR, testA: words that are a role, if every folder has one and two differ.
-    words = {folder: [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", folder)] for folder in folders}
+    words = {f: [w.lower().removesuffix("set") for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", f)] for f in folders}
     named = {folder: ROLES[word] for folder in folders for word in words[folder] if word in ROLES}
     if named.keys() == folders and len(set(named.values())) > 1:
         return named
@@ -70,25 +71,35 @@ def _top_roles(folders: set[str]) -> dict[str, Role]:
     return {} if set(exact.values()) == {"train"} else exact
 
 
-def own_split(names: Sequence[str]) -> tuple[dict[str, Split | None], str]:
+def folder_roles(folders: Sequence[Path]) -> list[Role]:
+    """The role of each --data folder, if several are given and their own names are those of split folders."""
+    roles = _top_roles({folder.name for folder in folders}) if len(folders) > 1 else {}
+    of = [roles.get(folder.name, "") for folder in folders]
+    if "val" not in of:  # some of the others are held out
+        of = ["test" if role == "test" else "" for role in of]
+    return of if set(of) != {"test"} else [""] * len(of)
+
+
+def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split | None], str]:
     """The images to use, each with the split that the user's folders give it, if they do; and what is to be said.
 
     Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
+    `whole` is the role of the --data folder itself.
     """
     lie = places(names)
-    if not any(place.role for place in set(lie)):
+    if not whole and not any(place.role for place in set(lie)):
         return dict.fromkeys(names), ""
-    roles = {name: place.role for name, place in zip(names, lie, strict=True)}
-    used = {name: role for name, role in roles.items() if role != "test"} or dict.fromkeys(names, "")
+    roles = {name: whole or place.role for name, place in zip(names, lie, strict=True)}
+    used = {name: role for name, role in roles.items() if role != "test"}
+    if not used and not whole:
+        return dict.fromkeys(names), ""
     held_out = sum(role == "val" for role in used.values())
-    said = []
-    if kept := 0 < held_out < len(used):
+    said, splits = [], dict[str, Split | None].fromkeys(used)
+    if (used and whole) or 0 < held_out < len(used):
+        splits = {name: "val" if role == "val" else "train" for name, role in used.items()}
         said.append(f"split by its folders into {len(used) - held_out:,} training and {held_out:,} validation images")
     if left_out := len(names) - len(used):
         said.append(f"{left_out:,} images in a folder for testing are left out")
-    splits: dict[str, Split | None] = dict.fromkeys(used)
-    if kept:
-        splits = {name: "val" if role == "val" else "train" for name, role in used.items()}
     return splits, "; ".join(said)
 
 
@@ -112,6 +123,16 @@ def classes(names: Sequence[str]) -> list[str]:
             return [of[place] for place in lie]
         folders = {place: parts[1:] for place, parts in folders.items()}
     return []
+
+
+def stray_images(names: Sequence[str]) -> list[str]:
+    """The few images beside the folders of all others, without which these would be classes."""
+    lie = places(names)
+    stray = [name for name, place in zip(names, lie, strict=True) if not place.folders]
+    if not 0 < len(stray) <= FEW_STRAY * len(names):
+        return []
+    others = classes([name for name, place in zip(names, lie, strict=True) if place.folders])
+    return stray if others and not all(map(str.isdigit, others)) else []
 
 
 def fairface_tables(folder: Path, names: Sequence[str]) -> list[Path]:
