@@ -38,6 +38,9 @@ def tops(files: Iterable[ImageFile]) -> set[str]:
         ("photos/{size}/{i}.jpg", {"thumbs": 16, "large": 80}),
         ("album{size}/{i}.jpg", {"": 80, "/thumbnails": 16, "/.": 80}),
         ("album{size}/IMG_{i}.jpg", {"": 80, "/for the web": 20, "/.": 80}),
+        ("large/{i:04d}_{size}.jpg", {"64": 16, "256": 80}),
+        ("large/{i:04d}{size}.jpg", {"": 80, "_s": 16, "_m": 40}),
+        ("large/{size}IMG_{i}.jpg", {"": 80, "small ": 16}),
     ],
 )
 def test_of_copies_at_several_sizes_the_largest_are_taken(tmp_path: Path, template: str, sizes: dict[str, int]) -> None:
@@ -52,7 +55,8 @@ def test_of_copies_at_several_sizes_the_largest_are_taken(tmp_path: Path, templa
     assert found.layouts == ["plain"]
     (note,) = found.notes
     left_out = COUNT * (len({size.strip("/.") for size in sizes}) - 1)
-    assert note.startswith(f"{left_out} images of {tmp_path} are left out: those in ")
+    assert note.startswith(f"{tmp_path}: {left_out} images in ")
+    assert " are left out, copies of those in " in note
 
 
 def test_sizes_in_the_names_of_files_are_copies_too(tmp_path: Path) -> None:
@@ -95,9 +99,7 @@ def test_copies_of_the_same_size_fall_on_the_same_side_of_the_split(tmp_path: Pa
     assert all(len(of) == 1 for of in splits.values())
     assert {split for of in splits.values() for split in of} == {"train", "val"}
     (note,) = found.notes
-    assert note.startswith(
-        f"{tmp_path / 'edited'} and {tmp_path / 'raw'} seem to hold the same photographs; both are used"
-    )
+    assert note.startswith(f"{tmp_path}: edited and raw seem to hold the same photographs; both are used")
 
 
 def test_an_edited_photograph_beside_the_original_falls_on_the_same_side(tmp_path: Path) -> None:

@@ -26,13 +26,18 @@ Looker = Callable[[str], "Look | None"]
 Order = Literal["first", "second", "same size", ""]
 
 # Words that name a copy whatever the pictures look like: crops, as FFHQ's and FairFace's, do not look alike.
-COPY = re.compile(r"(?<![a-z])thumb(nail)?s?(?![a-z])|\d{2,5}x\d{2,5}|in-the-wild|margin\d+", re.IGNORECASE)
+COPY = re.compile(r"(?<![a-z])thumb(nail)?s?(?![a-z])|\d{2,5}x\d{2,5}|in-the-wild", re.IGNORECASE)
+MARGIN = re.compile(r"(margin|padding)[-_]?\d|^\d\.\d+$", re.IGNORECASE)  # of FairFace's crops
+
 SIZE = re.compile(
     rf"{COPY.pattern}|(?<![a-z])(tiny|small|medium|large|full|orig(inals?)?|previews?|(hi|low?)-?res)(?![a-z])|\dpx$",
     re.IGNORECASE,
 )
 # photo-300x200.jpg or photo-edited.jpg, of photo.jpg
 SIZE_IN_NAME = re.compile(r"[-_.](\d{2,5}x\d{2,5}|thumb(nail)?|edited)\.\w+$", re.IGNORECASE | re.MULTILINE)
+# The last part of a file's name, as in 1_small.jpg, and the first, as in small_1.jpg
+LAST = re.compile(r"[-_@ ]([^-_@ /.\n]+)(?=\.\w+$)", re.MULTILINE)
+FIRST = re.compile(r"(?:^|(?<=/))([^-_@ /.\n]+)[-_@ ](?=[^/\n]*$)", re.MULTILINE)
 MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
 LOOKS = 8  # photographs that are compared,
 FEWEST = 4  # or as many, where there are fewer
@@ -78,7 +83,7 @@ def find_copies(folder: Path, names: Sequence[str], open_image: Open) -> Copies:
             if (first := stems.setdefault(posixpath.splitext(name)[0], name)) != name:  # 1.png, after 1.jpg
                 found.of[name] = first
     look = lru_cache(maxsize=None)(partial(_look, open_image))
-    for read in (_by_words, _by_top, _by_child):
+    for read in (_by_words, _by_top, _by_child, partial(_by_part, LAST), partial(_by_part, FIRST)):
         _judge(found, folder, read(found.kept), look, read is _by_words)
     return found
 
@@ -129,6 +134,25 @@ def _by_child(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(read[home][0], f"{read[home][1]}/{posixpath.splitext(file)[0]}") for home, _, file in parts]
 
 
+def _by_part(pattern: re.Pattern[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """A part of each file's name, and the rest of its path; empty if the part is the same in all, or of many kinds."""
+    parts = pattern.findall("\n".join(names))
+    kinds = set(parts)
+    numbers = set(filter(str.isdigit, kinds))
+    kinds -= numbers if len(numbers) > MAX_VARIANTS else set()  # 0001, 0002, ...
+    if not kinds or len(kinds) > MAX_VARIANTS or (len(set(parts)) == 1 and len(parts) == len(names)):
+        return []
+    cut = []
+    for name in names:
+        part = pattern.search(name)
+        chosen = part if part and part[1] in kinds else None
+        stem = posixpath.splitext(name)[0]
+        rest = posixpath.splitext(name[: chosen.start()] + name[chosen.end() :])[0] if chosen else stem
+        cut.append((stem, f"*{chosen[1]}*" if chosen else "", rest))
+    others = {rest for _, part, rest in cut if part}
+    return [("", stem) if stem in others else (part, rest) for stem, part, rest in cut]  # IMG_1, beside small IMG_1
+
+
 def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looker, by_words: bool) -> None:
     """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
     images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
@@ -141,18 +165,19 @@ def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looke
         shared = [rest for rest in images[pair[0]] if rest in images[pair[1]]]
         if not shared:
             continue
-        place, other = (f"{folder / _home(images[variant][shared[0]], variant)}" for variant in pair)
-        if by_words and all("margin" in variant for variant in pair):
-            raise UserError(f"--data: {place} and {other} hold the same photographs: name only one of them")
+        if by_words and all(map(MARGIN.search, pair)):
+            one, other = (f"{folder / _home(images[variant][shared[0]], variant)}" for variant in pair)
+            raise UserError(f"--data: {one} and {other} hold the same photographs: name only one of them")
         order = _order(pair, [(images[pair[0]][rest], images[pair[1]][rest]) for rest in shared], look, by_words)
         if order == "same size":
             for rest in shared:
                 first, second = (found.first(images[variant][rest]) for variant in pair)
                 if first != second:
                     found.of[second] = first
+            one, other = (variant or "the rest" for variant in pair)
             found.notes.append(
-                f"{place} and {other} seem to hold the same photographs; both are used, and none is split from its "
-                "copy; name only one of them to train on it alone"
+                f"{folder}: {one} and {other} seem to hold the same photographs; both are used, and none is split from "
+                "its copy"
             )
         elif order:
             better, worse = pair if order == "first" else pair[::-1]
@@ -160,11 +185,11 @@ def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looke
             left_out.update((worse, rest) for rest in shared)
     if left_out:
         kept = [name for name, of in zip(found.kept, read, strict=True) if of not in left_out]
-        taken = sorted({variant or "the folder itself" for variant in smaller.values()} - smaller.keys())
+        taken = sorted({variant or "the rest" for variant in smaller.values()} - smaller.keys())
         count, those = len(found.kept) - len(kept), ", ".join(sorted(smaller))
         found.notes.append(
-            f"{count:,} images of {folder} are left out: those in {those} are copies of those in {', '.join(taken)}; "
-            "to take others, name their folder alone"
+            f"{folder}: {count:,} images in {those} are left out, copies of those in {', '.join(taken)}; "
+            "to take them instead, name their folder"
         )
         found.kept[:] = kept
 
@@ -204,7 +229,7 @@ def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker, b
 def _is_size(folder: str) -> bool:
     """Whether a folder's name says how large its pictures are: a word, or a number such as 64, 224 or 1024."""
     number = int(folder) if re.fullmatch("[1-9][0-9]{1,3}", folder) else 1
-    return bool(SIZE.search(folder)) or number % 32 == 0
+    return bool(SIZE.search(folder) or MARGIN.search(folder)) or number % 32 == 0
 
 
 def _rank(variant: str) -> float | None:
