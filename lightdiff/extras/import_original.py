@@ -1,23 +1,33 @@
 """import: a checkpoint of the original scripts (.pth) -> one of lightdiff.
 
 The originals are pickles with the fields model_state_dict, ema_state_dict (U-Net), VAE_CFG or UNET_CFG, and args.
-They are opened with weights_only=True, so that no code in them runs.
+They are opened with weights_only=True, so that no code in them runs, and take no more memory than the file's size.
 """
 
+import argparse
+import pathlib
+import re
+import types
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, shorten
 from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.pipeline import vae_digest
-from lightdiff.run_folder import RunFolder, atomic_link, ensure_writable
+from lightdiff.run_folder import RunFolder, atomic_link, ensure_writable, open_regular
 from lightdiff.settings import (
     ImageSettings,
     LatentsSettings,
@@ -31,6 +41,8 @@ from lightdiff.settings import (
     VAELossSettings,
 )
 
+WRAPPERS = ("module", "_orig_mod")  # parts of names that DistributedDataParallel, SWA and torch.compile add
+
 
 def import_checkpoint(file: Path, run: Path, resolution: int) -> Path:
     """Write the lightdiff form of an original checkpoint into a run folder and return its path.
@@ -40,15 +52,42 @@ def import_checkpoint(file: Path, run: Path, resolution: int) -> Path:
     """
     content = read(file)
     kinds = {"VAE_CFG": import_vae, "UNET_CFG": import_unet}
-    kind = next((name for name in kinds if isinstance(content.get(name), dict)), None)
+    kind = next((name for name in kinds if isinstance(content.get(name), (dict, argparse.Namespace))), None)
     if kind is None:
         raise UserError(f"{file} is no checkpoint of the original scripts: it has neither VAE_CFG nor UNET_CFG")
-    content["args"] = content.get("args") or {}
     try:
+        content |= {name: plain_dict(content.get(name) or {}) for name in (kind, "args")}
+        content["global_step"] = int(content.get("global_step", 0))
         return kinds[kind](file, content, RunFolder(run), resolution)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # ValueError: pydantic's too
-        why = str(error).replace("\n", " ")
-        raise UserError(f"{file}: its {kind} or args are not those of the original scripts: {why}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
+        if isinstance(error, ValidationError):  # without the value, whose text may be larger than any file
+            first = error.errors(include_input=False, include_context=False)[0]
+            error = ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{file}: its {kind} or args are not those of the original scripts: {shorten(why)}") from None
+
+
+def plain_dict(value: Any) -> dict[str, Any]:
+    """A configuration as a dictionary of Python's own numbers."""
+    found = vars(value) if isinstance(value, argparse.Namespace) else dict(value)
+    return {name: one.item() if isinstance(one, (np.generic, Tensor)) else one for name, one in found.items()}
+
+
+def harmless() -> list[Any]:
+    """What a checkpoint may hold beside tensors and plain values: making one of these runs no code of the file's."""
+    dtypes = {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFD"}
+    scalar = np.float64(0).__reduce__()[0]
+    names: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
+    for module in ("pathlib", "pathlib._local"):  # _local: Python 3.13
+        for kind, flavour in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
+            names += [(flavour, f"{module}.{kind}Path"), (flavour, f"{module}.Pure{kind}Path")]
+    names += [(empty_dict, "collections.defaultdict")]  # torch fills no other dictionaries than plain ones
+    return [argparse.Namespace, types.SimpleNamespace, list, dict, int, float, np.dtype, *dtypes, *names]
+
+
+def empty_dict(*factory: Any) -> dict[Any, Any]:
+    """What a defaultdict begins as."""
+    return {}
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -58,11 +97,21 @@ def read(file: Path) -> dict[str, Any]:
         UserError: If it cannot be read, or would run code.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file) as stream:
+            size, zipped = file.stat().st_size, zipfile.is_zipfile(stream)
+            members = zipfile.ZipFile(stream).infolist() if zipped else []
+            if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
+                raise UserError(f"{file} is compressed, which torch.save does not do: unpack it, and save it again")
+        with safe_globals(harmless()):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file") from None
     except Exception as error:  # torch.load raises whatever a broken zip or pickle provokes
-        what = type(error).__name__  # torch's own words advise to load it unsafely
+        if found := re.search(r"GLOBAL ([\w.]+) ", str(error)):  # torch's own words advise to load it unsafely
+            raise UserError(f"{file} holds a {found[1]}, which could run code: save it anew without that") from None
+        what = type(error).__name__
         raise UserError(f"{file} is damaged or no checkpoint of the original scripts: {what} in reading it") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{file} is no checkpoint of the original scripts: it has no model_state_dict")
@@ -88,8 +137,9 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         loop=loop_settings(args, ema_decay=0.0),
         model=model,
     )
-    tensors = {f"model.{n}": w for n, w in weights_of(file, content["model_state_dict"], build_vae(model)).items()}
-    metadata = Metadata(stage="vae", settings=settings.model_dump(mode="json"), step=content.get("global_step", 0))
+    weights = weights_of(file, content["model_state_dict"], partial(build_vae, model))
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    metadata = Metadata(stage="vae", settings=settings.model_dump(mode="json"), step=content["global_step"])
     return write(run.vae.best, run.vae.last, tensors, metadata)
 
 
@@ -129,35 +179,45 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
             only_mu=True,
         ),
     )
-    network, tensors = build_unet(model, config["latent_channels"]), dict[str, Tensor]()
+    build, tensors = partial(build_unet, model, config["latent_channels"]), dict[str, Tensor]()
     for prefix, field in (("model.", "model_state_dict"), ("ema.", "ema_state_dict")):
         if content.get(field):
-            tensors |= {prefix + n: w for n, w in weights_of(file, content[field], network).items()}
+            tensors |= {prefix + n: w for n, w in weights_of(file, content[field], build).items()}
     metadata = Metadata(
         stage="unet",
         settings=settings.model_dump(mode="json"),
-        step=content.get("global_step", 0),
+        step=content["global_step"],
         lineage={"vae": vae_digest(vae)},
     )
     return write(run.unet.last, None, tensors, metadata)
 
 
-def weights_of(file: Path, theirs: dict[str, Any], network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the network, in float32.
+def weights_of(file: Path, theirs: Any, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """The tensors of the network, in float32; names may come from DistributedDataParallel or torch.compile.
 
     Raises:
-        UserError: If one is missing, of another shape, or not a tensor.
+        UserError: If one is missing, of another shape, or not a tensor; or if they are larger than the file.
     """
-    if not all(isinstance(value, Tensor) for value in theirs.values()):
+    if not isinstance(theirs, Mapping) or not all(map(is_plain, theirs.values())):
         raise UserError(f"{file} is no checkpoint of the original scripts: its weights are no tensors")
-    expected = network.state_dict()
-    wrong = [n for n in expected if n not in theirs or theirs[n].shape != expected[n].shape]
-    wrong += [n for n in theirs if n not in expected]
+    if sum(tensor.numel() * tensor.element_size() for tensor in theirs.values()) > file.stat().st_size:
+        raise UserError(f"{file} claims to hold more weights than its size explains: it is damaged, or made to harm")
+    parts = {name: [part for part in str(name).split(".") if part not in WRAPPERS] for name in theirs}
+    found = {".".join(parts[name]): tensor for name, tensor in theirs.items() if name != "n_averaged"}
+    with torch.device("meta"):  # in no memory, whatever sizes the configuration claims
+        expected = build().state_dict()
+    wrong = [n for n in expected if n not in found or found[n].shape != expected[n].shape]
+    wrong += [n for n in found if n not in expected]
     if wrong:
         raise UserError(
-            f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {wrong[0]} first"
+            f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {shorten(wrong[0])} first"
         )
-    return {name: theirs[name].float().clone() for name in expected}
+    return {name: found[name].float().clone() for name in expected}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers that lie in the file."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_complex())
 
 
 def check_size(resolution: int, factor: int) -> None:
@@ -168,7 +228,7 @@ def check_size(resolution: int, factor: int) -> None:
 
 def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:
     """What the original's arguments say of its loop, in our words."""
-    size, accumulated = args.get("batch_size", 1), args.get("accum_grad_after_k_steps", 1)
+    size, accumulated = int(args.get("batch_size", 1)), int(args.get("accum_grad_after_k_steps", 1))
     return LoopSettings(
         batch_size=size * accumulated,
         micro_batch=size,
