@@ -17,14 +17,21 @@ from torch import nn
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, Scaling
-from lightdiff.extras import health
+from lightdiff.extras import health, health_data
 from lightdiff.extras.evidence import metrics_of, rows_of
 from lightdiff.extras.health import Finding, check_settings, examine
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts, latent_facts
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.progress import Row
-from lightdiff.settings import ImageSettings, LatentsSettings, LoopSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import (
+    ImageSettings,
+    LatentsSettings,
+    LoopSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    with_changes,
+)
 from lightdiff.training.ema import EMA
 
 HERE = "--precision fp32 --device cpu --optimizer adamw --warmup-steps 20 --batch-size 8".split()
@@ -475,22 +482,22 @@ def test_copies_as_evaluate_measures_them() -> None:
 @pytest.fixture
 def pictures(tmp_path: Path) -> ImageSettings:
     draw_dataset(tmp_path / "pictures", count=30, seed=3, size=16)
-    return ImageSettings(data=(tmp_path / "pictures",), val_share=0.3)
+    return ImageSettings(data=(tmp_path / "pictures",), val_share=0.3, resolution=16)
 
 
 def test_duplicates_are_counted(pictures: ImageSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(health.check_duplicates(pictures)) == []
+    assert list(health_data.check_data(pictures)) == []
     folder = pictures.data[0]
     files = scan([folder], pictures.val_share)
     train, val = (next(f for f in files if f.split == split) for split in ("train", "val"))
     shutil.copy(folder / train.path, folder / val.path)
-    (finding,) = health.check_duplicates(pictures)
+    (finding,) = health_data.check_data(pictures)
     held_out = sum(f.split == "val" for f in files)
     assert (finding.code, finding.stage) == ("duplicates", "data")
     assert finding.measured.startswith("1 of 30 files repeat another one")
     assert f"1 of {held_out} held-out images are also among the training images" in finding.measured
-    monkeypatch.setattr(health, "MAX_FILES", 29)
-    assert list(health.check_duplicates(pictures)) == []
+    monkeypatch.setattr(health_data, "MAX_FILES", 29)
+    assert list(health_data.check_data(pictures)) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
@@ -502,14 +509,23 @@ def test_devices_and_pipes_among_the_images_are_not_read(pictures: ImageSettings
         (folder / f"zero-{name}").symlink_to("/dev/zero")
         (folder / f"nothing-{name}").symlink_to("nowhere")
         shutil.copy(original, folder / f"copy-{name}")
-    (finding,) = health.check_duplicates(pictures)
+    (finding,) = health_data.check_data(pictures)
     assert finding.measured.startswith("2 of 38 files repeat another one")
 
 
+def test_enlarged_images_are_found(pictures: ImageSettings) -> None:
+    assert list(health_data.check_data(pictures)) == []
+    (finding,) = health_data.check_data(with_changes(pictures, resolution=32))
+    assert (finding.code, finding.stage) == ("enlarged", "data")
+    assert finding.measured == "100% of 30 images looked at; median shorter side: 16 pixels"
+    assert [f.code for f in health_data.check_sizes(pictures, [16] * 9 + [15])] == []
+    assert [f.code for f in health_data.check_sizes(pictures, [16] * 7 + [15] * 3)] == ["enlarged"]
+
+
 def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:
-    assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "gone",)))) == []
+    assert list(health_data.check_data(ImageSettings(data=(tmp_path / "gone",)))) == []
     (tmp_path / "empty").mkdir()
-    assert list(health.check_duplicates(ImageSettings(data=(tmp_path / "empty",)))) == []
+    assert list(health_data.check_data(ImageSettings(data=(tmp_path / "empty",)))) == []
 
 
 @pytest.mark.parametrize(
@@ -542,4 +558,6 @@ def test_a_network_that_was_never_told_a_label() -> None:
 def test_the_page_lists_every_finding() -> None:
     page = (Path(__file__).parent.parent / "docs/how-to/health.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
-    assert listed == re.findall(r'code="([a-z-]+)"', Path(health.__file__).read_text(encoding="utf-8"))
+    assert listed == re.findall(
+        r'code="([a-z-]+)"', "".join(Path(m.__file__).read_text(encoding="utf-8") for m in (health_data, health))
+    )

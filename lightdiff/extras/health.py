@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
-from lightdiff.data.files import scan
 from lightdiff.diffusion.schedules import Schedule
-from lightdiff.extras.evidence import COPIES_SHARE, Evidence, gather, train_positions, try_read
-from lightdiff.extras.inspect import duplicate_groups
+from lightdiff.extras.evidence import COPIES_SHARE, Evidence, gather, train_positions
+from lightdiff.extras.health_data import Finding as Finding
+from lightdiff.extras.health_data import check_data
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.progress import Row
 from lightdiff.settings import (
-    ImageSettings,
     LoopSettings,
     ScheduleSettings,
     TrainUNetSettings,
@@ -52,19 +49,6 @@ RISE, STEEP_RISE = 0.10, 0.50  # of a band's validation loss above its best
 # A denoiser memorises fewer than 1,000 photographs of faces (Kadkhodaie et al. 2024, arXiv:2310.02557).
 FEW_IMAGES, MANY_EPOCHS = 1000, 100
 COPIES = 0.05  # 0.01 of the held-out images lie as near to a training image, by construction of the measure
-DUPLICATES = 0.01
-MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of a search for duplicates; larger data sets are left to `inspect`
-
-
-class Finding(BaseModel):
-    """Something unusual: what was measured, what is usual, and what to change."""
-
-    code: str
-    stage: Literal["data", "vae", "latents", "unet", "samples"]
-    title: str
-    measured: str
-    usual: str
-    advice: str
 
 
 def examine(run: Path) -> list[Finding]:
@@ -76,7 +60,7 @@ def examine(run: Path) -> list[Finding]:
     images = len(train_positions(found.index)) if found.index else 0
     findings: list[Finding] = []
     if found.vae:
-        findings += check_duplicates(found.vae.images)
+        findings += check_data(found.vae.images)
         findings += check_settings(found.vae, "vae", images)
         findings += check_vae(found.vae, found.vae_metrics, found.facts if found.same_vae else None)
     if found.facts and found.index and found.index.statistics:
@@ -128,36 +112,6 @@ def check_settings(s: TrainVAESettings | TrainUNetSettings, stage: Literal["vae"
         measured, usual = "--label-dropout 1: --class and --guidance change nothing", "0.1"
         title, advice = "The U-Net was never told a label", f"{again} --label-dropout 0.1"
         yield Finding(code="no-labels", stage=stage, title=title, measured=measured, usual=usual, advice=advice)
-
-
-# --- the data -----------------------------------------------------------------------------------------------------
-
-
-def check_duplicates(images: ImageSettings) -> Iterator[Finding]:
-    """Files with the same bytes, where the folders exist and can be searched quickly."""
-
-    def refuse_many(count: int) -> None:
-        if count > MAX_FILES:
-            raise ValueError("too many files to search quickly")
-
-    files = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
-    if not 0 < len(files) <= MAX_FILES:
-        return
-    paths = [str(images.data[file.root] / file.path) for file in files]
-    groups = [[files[i].split for i in group] for group in try_read(lambda: duplicate_groups(paths, MAX_BYTES)) or []]
-    spare = sum(len(splits) - 1 for splits in groups)
-    leaks = sum(splits.count("val") for splits in groups if "train" in splits)
-    held_out = sum(file.split == "val" for file in files)
-    if spare > DUPLICATES * len(files) or leaks > DUPLICATES * held_out:
-        also = f"; {leaks} of {held_out} held-out images are also among the training images" if leaks else ""
-        yield Finding(
-            code="duplicates",
-            stage="data",
-            title="The data contain duplicates",
-            measured=f"{spare:,} of {len(files):,} files repeat another one, byte for byte{also}",
-            usual=f"less than {DUPLICATES:.0%}; duplicates are memorised first",
-            advice=f"lightdiff inspect {images.data[0]} lists them: remove them, and train again with --restart",
-        )
 
 
 # --- the VAE ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""What a run's images show: duplicates, and pictures that are enlarged."""
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel
+
+from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.data.survey import shorter_sides
+from lightdiff.extras.evidence import try_read
+from lightdiff.extras.inspect import duplicate_groups
+from lightdiff.settings import ImageSettings
+
+DUPLICATES = 0.01
+ENLARGED = 0.2
+MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of a search for duplicates; larger data sets are left to `inspect`
+
+
+class Finding(BaseModel):
+    """Something unusual: what was measured, what is usual, and what to change."""
+
+    code: str
+    stage: Literal["data", "vae", "latents", "unet", "samples"]
+    title: str
+    measured: str
+    usual: str
+    advice: str
+
+
+def check_data(images: ImageSettings) -> Iterator[Finding]:
+    """What the images show, where the folders exist and can be searched quickly."""
+
+    def refuse_many(count: int) -> None:
+        if count > MAX_FILES:
+            raise ValueError("too many files to search quickly")
+
+    files = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
+    if 0 < len(files) <= MAX_FILES:
+        yield from check_duplicates(images, files)
+        yield from check_sizes(images, try_read(lambda: shorter_sides(images, files)) or [])
+
+
+def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[Finding]:
+    """Files with the same bytes."""
+    paths = full_paths(files, images.data)
+    groups = [[files[i].split for i in group] for group in try_read(lambda: duplicate_groups(paths, MAX_BYTES)) or []]
+    spare = sum(len(splits) - 1 for splits in groups)
+    leaks = sum(splits.count("val") for splits in groups if "train" in splits)
+    held_out = sum(file.split == "val" for file in files)
+    if spare > DUPLICATES * len(files) or leaks > DUPLICATES * held_out:
+        also = f"; {leaks} of {held_out} held-out images are also among the training images" if leaks else ""
+        yield Finding(
+            code="duplicates",
+            stage="data",
+            title="The data contain duplicates",
+            measured=f"{spare:,} of {len(files):,} files repeat another one, byte for byte{also}",
+            usual=f"less than {DUPLICATES:.0%}; duplicates are memorised first",
+            advice=f"lightdiff inspect {images.data[0]} lists them: remove them, and train again with --restart",
+        )
+
+
+def check_sizes(images: ImageSettings, sides: list[int]) -> Iterator[Finding]:
+    """Images, of which these are the shorter sides, that are smaller than the resolution."""
+    share = sum(side < images.resolution for side in sides) / max(1, len(sides))
+    if share > ENLARGED:
+        yield Finding(
+            code="enlarged",
+            stage="data",
+            title="Many images are smaller than --resolution, and enlarged",
+            measured=f"{share:.0%} of {len(sides)} images looked at; median shorter side: {median(sides):g} pixels",
+            usual=f"less than {ENLARGED:.0%} smaller than {images.resolution} pixels; more teach the model to blur",
+            advice="larger images, or lightdiff train-vae --restart with a lower --resolution",
+        )
