@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from lightdiff.data import files as files_module
 from lightdiff.data import formats
-from lightdiff.data.files import ImageFile, scan, survey
+from lightdiff.data.files import ImageFile, list_images, scan, survey
 from lightdiff.data.latents import label_values
 from lightdiff.data.layouts import layout
 from lightdiff.errors import UserError
+from lightdiff.runtime.progress import console
+from lightdiff.settings import ImageSettings
 
 NAMES = [f"{i:03d}.png" for i in range(200)]
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -365,6 +367,16 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
     assert " and 7 other kinds" in found.notes[0]
 
 
+def test_training_and_encoding_say_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path, ["train/1.png", "val/1.png", "a.jxl", "test/1.png"])
+    list_images(ImageSettings(data=(tmp_path,)), console)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: passed over: .jxl (1)",
+        f"note: {tmp_path}: split by its folders into 1 training and 1 validation images; 1 images in a folder for "
+        "testing are left out",
+    ]
+
+
 def test_nothing_passed_over_is_nothing_said(tmp_path: Path) -> None:
     assert survey([fill(tmp_path, ["1.png", "notes.txt"])], 0).notes == []
 
@@ -384,7 +396,7 @@ def test_what_to_install_is_said_of_pictures_that_could_be_read(
 
 
 def test_few_files_of_an_unknown_suffix_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, ["1.png", *(f"{i}.txt" for i in range(100))])
+    fill(tmp_path, ["1.png", *(f"{i}.txt" for i in range(300))])
     opened: list[str] = []
     monkeypatch.setattr(files_module, "open_regular", lambda path: opened.append(path) or open(path, "rb"))
     scan([tmp_path], 0)

@@ -126,6 +126,29 @@ def test_the_report_survives_json_and_odd_names(tmp_path: Path) -> None:
     printed(report).encode("utf-8")
 
 
+def test_what_is_passed_over_left_out_and_unlabelled_is_reported_before_training(folder: Path, cli) -> None:
+    for name in ("a.jxl", "b.jxl", "@eaDir/c.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "labels.csv").write_text("file,kind\nsea/00.png,x\nsea/01.PNG,y\nsky/00.png,x\n")
+    result = cli("inspect", folder, "--labels", folder / "labels.csv")
+    for part in (
+        "Passed over",
+        ".jxl",
+        "folder @eaDir",
+        "1 of 3 rows of",
+        "28 of 30 images have no label in",
+        "01.PNG for",
+    ):
+        assert part in result.out
+    report = json.loads(cli("inspect", folder, "--json").stdout)
+    assert report["passed_over"] == {".jxl": 2, "folder @eaDir": 1}
+    assert report["notes"] == ["passed over: .jxl (2), folder @eaDir (1)"]
+    (folder / "labels.csv").write_text("file,kind\nsea/00.png,x,y\n")
+    refused = cli("inspect", folder, "--labels", folder / "labels.csv")
+    assert (refused.code, "in line 2 (3 in the first of them)" in refused.err) == (2, True)
+
+
 def test_progress_is_told(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
     inspect([folder], 0.2, progress=lambda done, total: calls.append((done, total)))

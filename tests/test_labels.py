@@ -162,6 +162,11 @@ def test_rows_without_an_image_and_images_without_a_row_are_counted(folder: Path
     ]
 
 
+def test_a_row_without_a_file_is_one_that_names_no_image(folder: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, "file,class\n,b\n,\n1.jpg,a\n2.jpg,a\n3.jpg,a\n4.jpg,a\n5.jpg,a\n")
+    assert notes(folder, path) == [f"1 of 6 rows of {path} name no image (line 2: )"]
+
+
 def test_rows_of_images_for_testing_have_an_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["train/1.jpg", "train/2.jpg", "test/1.jpg"])
     found = notes(folder, table(tmp_path, "file,class\ntrain/1.jpg,a\ntrain/2.jpg,a\ntest/1.jpg,b\n"))

@@ -1,7 +1,7 @@
 """What --data names -> a list of images, each with its split and its labels. Decodes no image and imports no torch.
 
-The list depends on the names of the images alone: not on where the data lie, nor on the machine or the order in which
-its file system lists them.
+The list depends on the names of the images alone, and on a look at a few where folders share names: not on where the
+data lie, nor on the machine or the order in which its file system lists them.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from lightdiff.settings import ImageSettings
 # What systems keep for themselves in the folders of users, in lower case: thumbnails, deleted files, other versions.
 SYSTEM_NAMES = frozenset(
     "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
-    "lost.dir thumbs.db ehthumbs.db".split()
+    "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
 ) | {"system volume information"}
 REPORT_EVERY = 1000
 KINDS = 8  # of what was passed over, that a note names
-MISSES = 20  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
+MISSES = 200  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[Row]
         raise UserError(f"{flag}: the table {table} cannot be read: line {line} is not UTF-8") from error
     except (OSError, csv.Error, ValueError, RecursionError) as error:
         raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
-    return [row for row in rows if row.file.strip()]
+    return [row for row in rows if row.file or row.labels]
 
 
 def _text(text: str) -> str:
@@ -121,7 +121,7 @@ def _rows_of_json(text: str) -> list[Row]:
         match pair:
             case [str(file), None]:
                 rows.append(Row(f"entry {number}", file, {}))
-            case [str(file), bool() | int() | str() as value]:
+            case [str(file), int() | str() as value] if not isinstance(value, bool):
                 rows.append(Row(f"entry {number}", file, {"class": _text(str(value))}))
             case _:
                 raise UserError(f"has an entry {number} that is not a file and its class: {json.dumps(pair)[:200]}")

@@ -110,7 +110,7 @@ def layout(folder: Path, names: Sequence[str]) -> Layout:
     if stylegan_tables(folder, names):
         return "StyleGAN"
     # Folders such as 00000 and 01000 number the images; they say nothing about them.
-    return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in classes(names)) else "class folders"
+    return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in set(classes(names))) else "class folders"
 
 
 def classes(names: Sequence[str]) -> list[str]:
