@@ -26,7 +26,13 @@ from lightdiff.run_folder import atomic_write
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
 S = TypeVar("S", bound=BaseModel)
-STAGES = {"vae": "a VAE", "unet": "a U-Net", "latents": "a shard of latents"}
+STAGES = {
+    "vae": "a VAE",
+    "unet": "a U-Net",
+    "latents": "a shard of latents",
+    "index": "an index of latents",
+    "images": "a list of images",
+}
 
 
 class Metadata(BaseModel):
@@ -250,5 +256,6 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
     torch.uint8: "U8",
 }

@@ -33,7 +33,7 @@ PresetName = Annotated[Preset | None, typer.Option(help=PRESETS_SHOWN)]
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 MAX_TOLD = 20  # wrong values told at once
-LONGEST_PAIR = 13  # of a name that also gets a --no-; with a longer one, there is no room for its description
+LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
 # --- fields and their flags ---------------------------------------------------------------------------------------

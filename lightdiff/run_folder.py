@@ -23,7 +23,7 @@ TEMPORARY = ".tmp"
 MAKER = re.compile(r"~([^~]*)~(\d+)~[0-9a-f]+\.tmp$")  # in a temporary file's name: host and process
 ABANDONED = 24 * 3600  # seconds after which a temporary file of another host belongs to nobody
 
-INDEX = "index.json"  # of a folder of latents
+INDEX = "index.safetensors"  # of a folder of latents
 VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
 
 
@@ -36,6 +36,7 @@ class StageFolder:
         self.metrics = path / "metrics.jsonl"  # one JSON object a line, in the order of steps
         self.images = path / "images"  # grids drawn at validations
         self.bad_files = path / "bad-files.txt"  # unreadable images and why
+        self.image_list = path / "images.safetensors"  # the images that a VAE is trained on, and what their files were
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"  # the newest state; can be resumed
         self.best = self.checkpoints / "best.safetensors"  # lowest validation loss; without optimizer state

@@ -54,6 +54,7 @@ STEPS: JsonDict = {"replaces": "steps"}
 MEMORY: JsonDict = {"panel": "Memory"}
 FOLDERS: JsonDict = {"repeated": "FOLDER"}
 NETWORK: JsonDict = {"prefix": True, "kind": "architecture"}
+ALLOW_MISSING: Any = Field(False, description="resume although more images than --max-bad are gone")
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -253,7 +254,7 @@ AnyUNet = SerializeAsAny[UNetArchitecture]
 class StageSettings(Settings):
     """Base of all stages."""
 
-    NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step"})  # for one start of the command
+    NOT_SAVED: ClassVar = frozenset({"job", "restart", "from_step", "allow_missing"})  # for one start of the command
     compute_section: ClassVar[str] = "compute"  # the field that holds device and precision
 
     run: Path = Field(Path("runs/default"), description="run folder")
@@ -290,6 +291,7 @@ class TrainVAESettings(TrainingSettings):
 
     NO_FLAG: ClassVar = frozenset({"model.architecture"})  # a preset or a file names it
 
+    allow_missing: bool = ALLOW_MISSING
     freeze_encoder: bool = Field(False, description="with --init-from: train only the decoder; latents stay valid")
     images: ImageSettings = Field(ImageSettings(), title="Images")
     loss: VAELossSettings = Field(VAELossSettings(), title="Loss")
@@ -309,6 +311,7 @@ class EncodeSettings(StageSettings):
     NO_FLAG: ClassVar = frozenset({"compute.compile"})  # loading images takes longer
 
     restart: bool = Field(False, description="start over; the old run is renamed")
+    allow_missing: bool = ALLOW_MISSING
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
     batch_size: int = Field(64, ge=1, description="images per forward pass of each process")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the stored latents")
@@ -325,7 +328,7 @@ class ScaleSettings(StageSettings):
     latents: Path | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     only_mu: bool = Field(True, description="train the U-Net on mu, or else on samples of the posterior")
     normalize: Literal["channel", "global"] = Field("channel", description="shift and scale each channel, or scale all")
-    scaling_factor: float = Field(0.0, ge=0, description="fixed scaling factor; 0: computed")
+    scaling_factor: float = Field(0.0, ge=0, le=1e6, description="fixed scaling factor; 0: computed")
 
 
 class TrainUNetSettings(TrainingSettings):

@@ -11,7 +11,7 @@ from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 
 ON_CPU = ("--device", "cpu")
 DRAW = ("--num-images", 1, "--num-steps", 2, *ON_CPU)
@@ -229,7 +229,7 @@ def test_scale_before_encode(refused, run):
 
 def test_train_unet_before_scale(refused, run):
     latents = run / "latents"
-    read_index(latents).model_copy(update={"statistics": None}).write(latents)
+    read_index(latents).model_copy(update={"statistics": None}).write(latents / "index.safetensors")
     assert "run 'lightdiff scale' first" in refused("train-unet", "--run", run)
 
 
@@ -241,7 +241,7 @@ def test_generate_before_training(refused, run, new):
 
 def test_unfinished_latents(refused, run):
     latents = run / "latents"
-    read_index(latents).model_copy(update={"digest": ""}).write(latents)
+    read_index(latents).model_copy(update={"digest": ""}).write(latents / "index.safetensors")
     for command in ("scale", "train-unet"):
         assert "run 'lightdiff encode' again" in refused(command, "--run", run)
 
@@ -354,8 +354,8 @@ def test_show_of_a_bad_checkpoint(cli, run, harm, words):
 
 
 def test_a_damaged_index_of_latents(refused, run):
-    (run / "latents" / "index.json").write_text("{")
-    assert "index.json cannot be read" in refused("scale", "--run", run, code=1)
+    (run / "latents" / "index.safetensors").write_text("{")
+    assert "index.safetensors is damaged" in refused("scale", "--run", run, code=1)
 
 
 def test_a_damaged_shard_of_latents(refused, run):

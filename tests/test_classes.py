@@ -12,7 +12,8 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images, scan
-from lightdiff.data.latents import LatentSet, latents_settings, read_index
+from lightdiff.data.index import read_index
+from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.errors import UserError
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline
@@ -161,7 +162,7 @@ def test_validation_tells_each_image_its_class(encoded):
             return x_t
 
     task.validate(Listening())
-    files = [task.latents.index.files[position][1] for position in task.latents.val]
+    files = [task.latents.index.name(position) for position in task.latents.val]
     classes = [COLOURS_OF[path.split("/")[0]] for path in files]
     assert sorted(told) == sorted(4 * classes)  # at one level of each of four bands
     assert set(classes) == {0, 1}
@@ -231,14 +232,14 @@ def test_a_class_of_images_held_out_alone_is_none(encoded, tmp_path):
     folder = tmp_path / "latents"
     shutil.copytree(encoded / "latents", folder)
     index = read_index(folder)
-    for position, split in enumerate(index.splits):
-        if split == "v":
-            index.labels[position] = {"class": "rare"}
-    index.write(folder)
+    held_out = index.of_split("val")
+    index.labels["class"].append("rare")
+    index.codes[0, held_out] = len(index.labels["class"]) - 1
+    index.write(folder / "index.safetensors")
     settings = latents_settings(folder)
     assert settings.labels["class"] == tuple(sorted(COLOURS))
     told = index.classes("class", settings.labels["class"])
-    assert {int(told[i]) for i, split in enumerate(index.splits) if split == "v"} == {2}  # as without a label
+    assert set(told[held_out].tolist()) == {2}  # as without a label
 
 
 def test_a_network_that_never_drew_without_a_class_says_so(encoded, tmp_path):

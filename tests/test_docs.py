@@ -409,7 +409,7 @@ def test_everything_of_ones_own_runs_as_written(place: Path, faces: Path) -> Non
     assert result.returncode == 0, result.stderr
     assert "class-number" in result.stdout
     assert '"tv": ' in Path("runs/array/vae/metrics.jsonl").read_text()
-    assert len(LatentSet(Path("runs/array/latents")).index.files) == 24
+    assert len(LatentSet(Path("runs/array/latents")).index) == 24
     assert json.loads(Path("runs/patches/vae/settings.json").read_text())["model"]["patch"] == 2
     assert LatentSet(Path("runs/patches/latents")).index.shape == (4, 8, 8)
     assert Path("runs/back/samples/0001/00001.png").is_file()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lightdiff import checkpoint, run_folder
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 from lightdiff.errors import LightdiffError, RunError, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.vae import VAE

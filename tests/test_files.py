@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lightdiff.data import files as files_module
 from lightdiff.data import formats
 from lightdiff.data.files import ImageFile, list_images, scan, survey
-from lightdiff.data.latents import label_values
 from lightdiff.data.layouts import layout
+from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
@@ -199,7 +199,7 @@ def test_fairface_keeps_its_own_split_and_its_labels(tmp_path: Path) -> None:
         {},
         {"age": "3-9", "gender": "Male", "race": "Black"},
     ]
-    assert label_values(file.labels for file in files)["age"] == ("3-9", "30-39", "50-59")
+    assert ImageTable.of(files).label_values()["age"] == ("3-9", "30-39", "50-59")
     assert splits(scan([tmp_path], 0))["val/1.jpg"] == "val"
 
 
@@ -239,7 +239,7 @@ def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
 def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]) -> None:
     files = scan([fill(tmp_path, paths)], 0)
     assert layout(tmp_path, [file.path for file in files]) == word
-    assert label_values(file.labels for file in files) == ({"class": tuple(classes)} if classes else {})
+    assert ImageTable.of(files).label_values() == ({"class": tuple(classes)} if classes else {})
 
 
 # --- the user's own split -----------------------------------------------------------------------------------------

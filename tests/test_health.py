@@ -214,7 +214,7 @@ def test_what_is_damaged_is_left_out_and_the_rest_is_examined(copied: Path) -> N
     assert codes(copied) == ["latent-scale"]
     (copied / "latents" / "shard-00000.safetensors").write_bytes(b"{")
     assert codes(copied) == []
-    (copied / "latents" / "index.json").write_text("[")
+    (copied / "latents" / "index.safetensors").write_text("[")
     (copied / "latents" / "vae.safetensors").unlink()
     assert codes(copied) == []
     assert examine(copied / "nothing here") == []

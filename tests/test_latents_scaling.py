@@ -96,17 +96,16 @@ def test_moments_of_units_sum_to_those_of_channels() -> None:
     assert sum_positions(units).count == channels.count
 
 
-def test_a_channel_that_is_noise_or_diverged_gets_a_warning() -> None:
+def test_a_channel_that_is_noise_or_far_too_large_gets_a_warning() -> None:
     mu, logvar = normal(200, 1, 4, 8, 8, seed=1), torch.full((200, 1, 4, 8, 8), -2.0)
     mu[:, :, 1] *= 0.01
     mu[:, :, 2] *= 100
-    mu[0, 0, 3, 0, 0] = math.nan
     moments = LatentMoments(4)
     moments.add(mu, logvar)
     found = statistics(moments, ScaleSettings(only_mu=True))
     assert channel_bits(found)[0] == pytest.approx(0.5 * math.log2(1 + math.exp(2)), rel=0.02)  # var(mu) is about 1
     assert channel_bits(statistics(moments, ScaleSettings(only_mu=False)))[0] == pytest.approx(channel_bits(found)[0])
     warnings = channel_warnings(found)
-    assert [w[:9] for w in warnings] == ["channel 1", "channel 2", "channel 3"]
-    for warning, part in zip(warnings, ("carries nothing", "has a std of", "is not finite"), strict=True):
+    assert [w[:9] for w in warnings] == ["channel 1", "channel 2"]
+    for warning, part in zip(warnings, ("carries nothing", "has a std of"), strict=True):
         assert part in warning

@@ -12,7 +12,7 @@ import torch
 from conftest import UNET_FLAGS, call, succeed
 
 from lightdiff.checkpoint import Metadata
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, read_curves, read_grids, thin_out
 from lightdiff.extras.report.measure import encode_picture
@@ -156,7 +156,7 @@ def test_every_curve_of_the_metrics_is_drawn(page, two_runs):
 
 def test_the_latents_statistics_are_shown(page, two_runs):
     index = read_index(two_runs[1] / "latents")
-    assert f"Over {index.splits.count('t')} training images" in page.words
+    assert f"Over {index.of_split('train').sum()} training images" in page.words
     assert ", ".join(f"{v:.3f}" for v in index.statistics.scale) in page.words
 
 

@@ -142,11 +142,11 @@ def test_latents_are_found(tmp_path: Path) -> None:
     for given, named in ((None, run.latents), (other.path, other.latents)):
         with pytest.raises(UserError, match=f"^{re.escape(f'{named} {end}')}$"):
             find_latents(given, run)
-    touched(run.latents / "index.json")
+    touched(run.latents / "index.safetensors")
     assert find_latents(None, run) == run.latents
     with pytest.raises(UserError, match="holds no latents"):
         find_latents(other.path, run)
-    touched(other.latents / "index.json")
+    touched(other.latents / "index.safetensors")
     assert find_latents(other.path, run) == other.latents
     assert find_latents(other.latents, run) == other.latents
     assert find_latents(None, run) == run.latents

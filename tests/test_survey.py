@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lightdiff.data import survey
 from lightdiff.data.files import scan
+from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageDataset
 from lightdiff.data.survey import note_enlarged, with_whites
 from lightdiff.settings import ImageSettings
@@ -148,7 +149,7 @@ def test_a_training_finds_white_once_and_later_stages_inherit_it(tmp_path: Path)
     assert "was started with --integer-white 4095" in refused.err
     encoded = succeed("encode", "--run", run, "--device", "cpu", "--workers", 0)
     assert "white is" not in encoded.err
-    assert json.loads((run / "latents" / "index.json").read_text())["images"]["integer_white"] == 4095
+    assert read_index(run / "latents").images.integer_white == 4095
     refused = call("encode", "--run", run, "--integer-white", 65535)
     assert (refused.code, "--integer-white" in refused.err) == (2, True)
 

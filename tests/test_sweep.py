@@ -11,7 +11,7 @@ from conftest import call, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 from lightdiff.errors import Stopped, UserError
 from lightdiff.extras.sweep.axes import parse_axis
 from lightdiff.extras.sweep.sheet import Heading, contact_sheet
@@ -80,7 +80,7 @@ def test_lineage_and_settings_are_those_of_the_cell(swept, base):
         vae, latents, unet = (Path(cell["folders"][kind]) for kind in ("vae", "latents", "unet"))
         vae = vae / "vae" / "checkpoints" / "best.safetensors" if vae.is_dir() else vae
         unet = unet / "unet" / "checkpoints" / "last.safetensors" if unet.is_dir() else unet
-        index = read_index(latents if (latents / "index.json").is_file() else latents / "latents")
+        index = read_index(latents if (latents / "index.safetensors").is_file() else latents / "latents")
         settings = Checkpoint(unet).metadata.settings
         assert Checkpoint(vae).metadata.settings["loss"]["kl_beta"] == float(beta)
         assert Checkpoint(unet).metadata.lineage == {"vae": index.vae_digest, "latents": index.digest}

@@ -1,137 +1,24 @@
-"""The latents' cache: mu and logvar of every image, written shard by shard, read lazily; z <-> x0.
+"""The latents' cache, read lazily; z <-> x0. What lies where: see `index.py`."""
 
-latents/index.json                what they are, which image is where, statistics
-latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
-latents/vae.safetensors           the VAE they came from
-"""
-
-import hashlib
 import itertools
-import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint
-from lightdiff.errors import RunError, UserError
-from lightdiff.run_folder import INDEX, atomic_write_text, read_json
-from lightdiff.settings import LatentsSettings, Precision
+from lightdiff.data.index import LatentIndex, open_shard, read_index, repairable
+from lightdiff.errors import UserError
+from lightdiff.settings import LatentsSettings
 
 T = TypeVar("T")
 SIZE = ("channels", "height", "width")  # fields of LatentsSettings
-
-
-class Statistics(BaseModel):
-    """What `scale` found out about the training split's latents."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    only_mu: bool
-    count: int
-    mean: float
-    std: float
-    channel_mean: list[float]
-    channel_std: list[float]
-    channel_sigma: list[float]
-    shift: list[float]
-    scale: list[float]
-
-
-class LatentIndex(BaseModel):
-    """What `index.json` holds. Positions count images; `files[i]` is the image at position i."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: int = 1
-    shape: tuple[int, int, int]
-    dtype: str
-    precision: Precision = "fp32"
-    mirrored: bool
-    vae_digest: str
-    images: dict[str, Any]
-    shard_size: int
-    files: list[tuple[int, str]]
-    splits: str
-    labels: list[dict[str, str]]
-    bad: list[int] = Field(default_factory=list)
-    digest: str = ""
-    statistics: Statistics | None = None
-    checksum: str = ""
-
-    def classes(self, label: str, values: Sequence[str]) -> Tensor:
-        """The number of each image's value of a label, (n,); those without one get the number of values."""
-        number = {value: i for i, value in enumerate(values)}
-        return torch.tensor([number.get(labels.get(label, ""), len(values)) for labels in self.labels])
-
-    @property
-    def files_digest(self) -> str:
-        """A digest of the list of images with their split and labels, which says whether it is another."""
-        return hashlib.sha256(json.dumps([self.files, self.splits, self.labels]).encode()).hexdigest()[:8]
-
-    @property
-    def complete(self) -> bool:
-        """Whether encoding has finished; only then is there a digest."""
-        return bool(self.digest)
-
-    @property
-    def shards(self) -> list[range]:
-        """The positions of each shard, unreadable images included."""
-        positions = range(len(self.files))
-        return [positions[first : first + self.shard_size] for first in positions[:: self.shard_size]]
-
-    def shard_paths(self, folder: Path) -> list[Path]:
-        """Where the shards lie."""
-        return [shard_path(folder, number) for number in range(len(self.shards))]
-
-    def compute_digest(self, shard_digests: list[str]) -> str:
-        """One digest of all latents: of the shards' digests, in order."""
-        return hashlib.sha256(json.dumps(shard_digests).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        """Publish it as the folder's index."""
-        raw = self.model_dump(mode="json")
-        raw["checksum"] = self.checksum = compute_checksum(raw)
-        atomic_write_text(folder / INDEX, json.dumps(raw))  # in ASCII: names may not be UTF-8
-
-
-def compute_checksum(index: Mapping[str, Any]) -> str:
-    """A digest of all fields of an index but the one that holds it."""
-    text = json.dumps({name: value for name, value in index.items() if name != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
-    return folder / f"shard-{number:05d}.safetensors"
-
-
-def read_index(folder: Path, finished: bool = False) -> LatentIndex:
-    """A folder's index; of finished latents, if so wanted.
-
-    Raises:
-        RunError: If it is damaged.
-        UserError: If a newer lightdiff wrote it, or encoding has not finished.
-    """
-    path, raw = folder / INDEX, read_json(folder / INDEX)
-    if isinstance(raw.get("format"), int) and raw["format"] > 1:
-        raise UserError(f"{path} has format {raw['format']}, written by a newer lightdiff: upgrade this one")
-    try:
-        index = LatentIndex.model_validate(raw)
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}; run 'lightdiff encode --restart'") from None
-    if index.checksum != compute_checksum(raw):
-        raise RunError(f"{path} is damaged: it does not match its checksum; run 'lightdiff encode --restart'")
-    if finished and not index.complete:
-        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")
-    return index
 
 
 @dataclass(frozen=True)
@@ -169,16 +56,16 @@ class LatentSet:
             UserError: If encoding has not finished, or a shard is missing or damaged.
         """
         self.folder, self.index = folder, read_index(folder, finished=True)
-        shards = [Checkpoint(path, "latents") for path in self.index.shard_paths(folder)]
-        if self.index.compute_digest([shard.metadata.digest for shard in shards]) != self.index.digest:
-            raise UserError(f"{folder}: the shards are not those of its index: run 'lightdiff encode --restart'")
-        self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
-        bad = set(self.index.bad)
-        # The row of each position, counted over all shards, (n,), and the row after each shard's last.
-        self._row = torch.tensor([position not in bad for position in range(len(self.index.files))]).cumsum(0) - 1
+        used = self.index.used
+        with repairable():
+            shards = [open_shard(folder, self.index, number) for number in used]
+            self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
+        # The row after each shard's last, counted over all of them, and the row of each position, (n,).
         self._ends = torch.tensor([len(mu) for mu in self._mu]).cumsum(0)
-        splits = [(i, split) for i, split in enumerate(self.index.splits) if i not in bad]
-        self.train, self.val = (array("q", (i for i, split in splits if split == which)) for which in "tv")
+        first = np.zeros(len(self.index.shards), np.int64)
+        first[used] = self._ends - torch.tensor([len(mu) for mu in self._mu])
+        self._row = torch.from_numpy(self.index.row + first[self.index.shard])
+        self.train, self.val = (array("q", self.index.positions(split).tobytes()) for split in ("train", "val"))
 
     @property
     def nbytes(self) -> int:
@@ -237,11 +124,5 @@ def latents_settings(found: Path | LatentIndex) -> LatentsSettings:
     if index.statistics is None:
         raise UserError(f"{found}: the latents have no scaling factor yet: run 'lightdiff scale' first")
     scaling = index.statistics.model_dump(include={"shift", "scale", "only_mu"})
-    labels = label_values(labels for labels, split in zip(index.labels, index.splits, strict=True) if split == "t")
+    labels = index.label_values(index.of_split("train"))
     return LatentsSettings(**dict(zip(SIZE, index.shape, strict=True)), **scaling, labels=labels)
-
-
-def label_values(labels: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
-    """Each label's name with the sorted values it takes, from the labels of each image."""
-    pairs = sorted({pair for found in labels for pair in found.items()})
-    return {name: tuple(value for _, value in of) for name, of in itertools.groupby(pairs, key=lambda pair: pair[0])}

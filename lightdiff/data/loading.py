@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lightdiff.data.colours import Whites
 from lightdiff.data.files import ImageFile, full_paths, source_of
 from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame
 from lightdiff.data.order import key
+from lightdiff.data.table import Fingerprint, fingerprint
 from lightdiff.errors import RunError
 from lightdiff.settings import ImageSettings
 
@@ -36,6 +37,7 @@ class Item:
     x: UInt8[Tensor, "3 r r"] | None
     index: int  # of the image in x, which is another than asked for when that one is bad
     bad: list[tuple[int, str]]  # index and reason
+    fingerprint: Fingerprint | None = None  # of its file, before it was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class ImageBatch:
     index: Int64[Tensor, " b"]
     bad: list[tuple[int, str]]
     missing: int  # images asked for that are not in x
+    fingerprints: list[Fingerprint] = field(default_factory=list)  # of those in x, if asked for
 
     def pin_memory(self) -> "ImageBatch":
         """The same batch in pinned memory; a loader asks for it."""
@@ -55,7 +58,9 @@ class ImageBatch:
 class ImageDataset(Dataset[Item]):
     """Framed images by (epoch, index). Training takes its variation from the epoch; all else ignores it."""
 
-    def __init__(self, files: Sequence[ImageFile], settings: ImageSettings, seed: int, train: bool) -> None:
+    def __init__(
+        self, files: Sequence[ImageFile], settings: ImageSettings, seed: int, train: bool, fingerprints: bool = False
+    ) -> None:
         """Keep what is needed; no image is opened.
 
         Args:
@@ -64,9 +69,11 @@ class ImageDataset(Dataset[Item]):
             seed: Of the crops and flips.
             train: Whether to crop and flip at random, and whether the next readable image stands in for an unreadable
                 one; if not, none does.
+            fingerprints: Whether to tell what each file was like just before it was read (without `train` only).
         """
         colour(settings.background)  # a wrong name is found before any worker starts
         self.files, self.settings, self.seed, self.train = files, settings, seed, train
+        self.fingerprints = fingerprints
         self.sources = [source_of(folder) for folder in settings.data]
         whites = Whites(settings.integer_white, settings.float_white)
         self.reading: dict[str, Any] = {"max_megapixels": settings.max_megapixels, "whites": whites}
@@ -89,13 +96,14 @@ class ImageDataset(Dataset[Item]):
         for index in ((asked + i) % len(self.files) for i in range(self.tries)):
             file = self.files[index]
             where = s.data[file.root], self.sources[file.root]
+            look = fingerprint(s.data[file.root], file.path, contents=True) if self.fingerprints else None
             try:
                 image = load_image(file.path, s.background, self.at_least, *where, **self.reading)
             except BadImage as error:
                 bad.append((index, str(error)))
                 continue
             if not self.train:
-                return Item(frame(image, s.resolution), index, bad)
+                return Item(frame(image, s.resolution), index, bad, look)
             rng = random.Random(key(self.seed, "augment", epoch, asked))
             return Item(random_frame(image, s.resolution, s.random_crop, s.flip, rng), index, bad)
         return Item(None, asked, bad)
@@ -105,7 +113,8 @@ class ImageDataset(Dataset[Item]):
         found, side = [item.x for item in items if item.x is not None], self.settings.resolution
         x = torch.stack(found) if found else torch.empty(0, 3, side, side, dtype=torch.uint8)
         index = torch.tensor([item.index for item in items if item.x is not None], dtype=torch.int64)
-        return ImageBatch(x, index, [entry for item in items for entry in item.bad], len(items) - len(found))
+        bad, looks = [entry for item in items for entry in item.bad], [item.fingerprint for item in items]
+        return ImageBatch(x, index, bad, len(items) - len(found), [look for look in looks if look])
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

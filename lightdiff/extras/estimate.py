@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightdiff.data.files import list_images
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
 from lightdiff.extras.presets import activation_bytes
@@ -96,7 +96,7 @@ def batch_seconds(first: int, batch_size: int, time_step: Callable[[int], float]
 def count_train_images(settings: TrainVAESettings | TrainUNetSettings) -> int:
     """The number of training images; 0 if no folder has been given."""
     if isinstance(settings, TrainUNetSettings):
-        return read_index(find_latents(settings.latents, RunFolder(settings.run))).splits.count("t")
+        return len(read_index(find_latents(settings.latents, RunFolder(settings.run))).positions("train"))
     return sum(file.split == "train" for file in list_images(settings.images, console)) if settings.images.data else 0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import ImageFile
-from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
@@ -105,12 +105,6 @@ def loss_definition(metadata: Metadata) -> object:
     """What defines a training's loss: only losses with equal definitions can be compared."""
     parts = {"vae": ("loss",), "unet": ("target", "noise", "latent")}[metadata.stage]
     return [metadata.settings.get(part) for part in parts], metadata.lineage.get("latents")
-
-
-def train_positions(index: LatentIndex) -> list[int]:
-    """Positions of the training images."""
-    bad = set(index.bad)
-    return [position for position, split in enumerate(index.splits) if split == "t" and position not in bad]
 
 
 def try_read(read: Callable[[], T]) -> T | None:

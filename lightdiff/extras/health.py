@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightdiff.diffusion.schedules import Schedule
-from lightdiff.extras.evidence import COPIES_SHARE, Evidence, gather, train_positions
+from lightdiff.extras.evidence import COPIES_SHARE, Evidence, gather
 from lightdiff.extras.health_data import Finding as Finding
 from lightdiff.extras.health_data import check_data
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
@@ -57,7 +57,7 @@ def examine(run: Path) -> list[Finding]:
     A stage that is missing or damaged is left out: other commands report that.
     """
     found = gather(RunFolder(run))
-    images = len(train_positions(found.index)) if found.index else 0
+    images = len(found.index.positions("train")) if found.index else 0
     findings: list[Finding] = []
     if found.vae:
         findings += check_data(found.vae.images)

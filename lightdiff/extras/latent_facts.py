@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Scaling, read_index
+from lightdiff.data.index import LatentIndex, open_shard, read_index
+from lightdiff.data.latents import Scaling
 from lightdiff.errors import Damaged, UserError
 from lightdiff.models.vae import Posterior
 from lightdiff.settings import ScaleSettings
@@ -115,12 +115,12 @@ def latent_facts(folder: Path, max_images: int = 1000) -> LatentFacts:
 def sampled_latents(folder: Path, index: LatentIndex, max_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of mu and logvar (n, m, c, h, w) of training images, spread evenly over at most MAX_SHARDS shards."""
     size = (1 + index.mirrored) * math.prod(index.shape)
-    paths = [index.shard_paths(folder)[n] for n in evenly(len(index.shards), MAX_SHARDS)]
+    used, wanted = index.used, index.encoded & index.of_split("train")
+    shards = [used[i] for i in evenly(len(used), MAX_SHARDS)]
     train = [
-        (path, row)
-        for path in paths
-        for row, position in enumerate(Checkpoint(path, "latents").metadata.extra["positions"])
-        if index.splits[position] == "t"
+        (open_shard(folder, index, number).path, row)
+        for number in shards
+        for row in index.row[wanted & (index.shard == number)].tolist()
     ]
     rows: dict[Path, list[int]] = {}
     for i in evenly(len(train), min(max_images, max(2, MAX_ELEMENTS // size))):

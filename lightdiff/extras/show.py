@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.data.index import LatentIndex, read_index
+from lightdiff.data.table import SPLITS
 from lightdiff.errors import UserError
 from lightdiff.extras.evidence import unsaved
 from lightdiff.extras.health import Finding, examine
@@ -78,7 +79,7 @@ def as_objects(
 
     Those of a run contain their findings, the first one also those of stages that are missing.
     """
-    large = {"files", "splits", "labels", "digests"}
+    large = {"labels", "shards", "digests"}
     objects = [{"path": str(file)} | part.model_dump(mode="json", exclude=large) for file, part in found]
     if findings is None:
         return objects
@@ -133,9 +134,10 @@ def print_settings(console: Console, rows: list[Row]) -> None:
 def print_latents(console: Console, index: LatentIndex) -> None:
     """Print a latents' index."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
-    pairs.add_row("latents", f"{len(index.files) - len(index.bad):,} images as {' x '.join(map(str, index.shape))}")
+    pairs.add_row("latents", f"{index.encoded.sum():,} images as {' x '.join(map(str, index.shape))}")
     pairs.add_row("stored as", index.dtype + (", with mirror images" if index.mirrored else ""))
-    pairs.add_row("split", f"{index.splits.count('t'):,} for training, {index.splits.count('v'):,} for validation")
+    train, val = (len(index.positions(split)) for split in SPLITS)
+    pairs.add_row("split", f"{train:,} for training, {val:,} for validation")
     pairs.add_row("state", "complete" if index.complete else "unfinished: run 'lightdiff encode' again")
     pairs.add_row("from VAE", index.vae_digest[:16])
     if index.statistics is not None:

@@ -173,12 +173,6 @@ class Stage(Generic[S]):
         changed, data = self.check_begun(self.settings.to_save()), self.metadata.lineage.get("data")
         resume.check_lineage(self.path, saved.metadata.lineage, self.metadata.lineage)
         if data != (before := saved.metadata.lineage.get("data")):
-            if "images.data" in changed:
-                raise UserError(
-                    f"--data: {', '.join(changed['images.data'][1])} holds other images than {self.path} was trained "
-                    "on: choose another --run, or leave --data out"
-                )
-            console.print("note: the list of images is not the one this run began with")
             changed["list of images"] = (before, data)
         step, total = saved.metadata.step, self.total_steps
         if step >= total and not (step == total and "unvalidated" in saved.metadata.extra):

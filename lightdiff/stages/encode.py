@@ -5,16 +5,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
-from lightdiff.data.latents import LatentIndex, prefetch, read_index, shard_path
+from lightdiff.data.index import FINGERPRINTS, LatentIndex, ShardFacts, open_shard, read_index, shard_path
+from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.data.survey import with_whites
+from lightdiff.data.table import HASH_BYTES, Fingerprint
 from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
@@ -24,12 +28,14 @@ from lightdiff.runtime.resume import start_over
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
 
+Positions = NDArray[np.int64]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NOT_IN_LATENTS = ("data", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")  # settings that may change
 ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --restart'"
 
 
 def run(settings: EncodeSettings) -> Path:
-    """Encode all images and return the folder of latents."""
+    """Encode all images that have no latent yet and return the folder of latents."""
     with open_stage(settings, "latents", begun=begun) as stage:
         settings, processes = stage.settings, stage.processes
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
@@ -38,17 +44,16 @@ def run(settings: EncodeSettings) -> Path:
         images = processes.run_on_main(lambda: with_whites(settings.images, files, console))
         settings = stage.settings = with_changes(settings, images=images)
         index = plan(settings, saved, model, files)
-        processes.check_same("list of images or VAE", (index.files, index.vae_digest))
-        if processes.run_on_main(lambda: prepare(stage, index, saved)):
-            console.print(f"{stage.path} has the latents of all {len(files)} images already", soft_wrap=True)
-            return stage.path
+        processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
         bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.max_bad)
-        mine = processes.strided(processes.run_on_main(lambda: missing_shards(index.shard_paths(stage.path), bad)))
-        with Reporter("encode", sum(len(index.shards[n]) for n in mine)) as reporter:
-            shards = encoded(vae.encoder, mine, index, files, stage, bad, reporter.advance)
+        todo = processes.run_on_main(lambda: prepare(stage, index, saved, bad))
+        mine = processes.strided(list(todo))
+        with Reporter("encode", sum(len(todo[n]) for n in mine)) as reporter:
+            shards = encoded(vae.encoder, {n: todo[n] for n in mine}, index, files, stage, bad, reporter.advance)
             written = sum(1 for _ in prefetch(shards))  # one is written while the next is encoded
         stage.finish_together(written < len(mine))
-        processes.run_on_main(lambda: finish(stage.path, index))
+        before = stage.begun["index"].digest if "index" in stage.begun else ""
+        processes.run_on_main(lambda: finish(stage.path, index, before))
         return stage.path
 
 
@@ -59,76 +64,112 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
-    """The settings that latents found in a folder were started with, and whether they are complete."""
+    """The settings that latents found in a folder were started with, and their index."""
     if not (folder / INDEX).is_file():
         return {}
     index = read_index(folder)
-    return depends_on(index) | {"complete": index.complete}
+    return depends_on(index) | {"index": index}
 
 
 def depends_on(index: LatentIndex) -> dict[str, Any]:
-    """What latents depend on, named as settings are; `files` is a digest of the list of images."""
+    """What latents depend on besides the images, named as settings are."""
     return {
         "vae": index.vae_digest[:8],
         "dtype": index.dtype,
         "compute.precision": index.precision,
-        "images.flip": index.mirrored,
         "shard_size": index.shard_size,
-        **{f"images.{name}": index.images.get(name) for name in ("resolution", "background")},
-        **{f"images.{name}": index.images.get(name, 0.0) for name in ("integer_white", "float_white")},
-        "files": index.files_digest,
+        **{f"images.{name}": value for name, value in index.images if name not in NOT_IN_LATENTS},
     }
 
 
-def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint) -> bool:
-    """Make the folder ready for shards; whether it has all of them already.
+def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint, bad: BadFiles) -> dict[int, Positions]:
+    """Make the folder ready for shards: the images of each one that is to be encoded, by its number.
 
     Raises:
-        UserError: If it holds other latents than those planned.
+        UserError: If it holds latents of other settings, or too many of their images are gone.
     """
+    old: LatentIndex | None = stage.begun.get("index")
+    index.look(index.images.data)
     if stage.settings.restart:
         start_over(stage.path)
-    elif stage.begun:
-        if stage.begun["files"] != index.files_digest:
-            raise UserError(f"{stage.path} has latents of another list of images: {ADVICE}")
+    unreadable: list[tuple[int, str]] = []
+    if old is not None:
         stage.check_begun(depends_on(index), ADVICE)
-        if stage.begun["complete"]:
-            return True
-    index.write(stage.path)
+        unreadable = resume(stage, index, old)
+    bad.report.unlink(missing_ok=True)  # what it lists may have been repaired
+    bad.add(unreadable)
+    without = np.flatnonzero(index.shard < 0)
+    index.shard[without] = len(index.shards) + np.arange(len(without)) // index.shard_size
+    index.shards += [""] * (int(index.shard.max()) + 1 - len(index.shards))
+    todo = {number: index.planned(number) for number in index.used if not index.shards[number]}
+    if old is not None and old.complete and not todo:
+        return {}  # until it is finished, the old index stays
+    index.write(stage.path / INDEX)
     atomic_link(stage.path / VAE_COPY, saved.path)
     if vae_digest(Checkpoint(stage.path / VAE_COPY, "vae")) != index.vae_digest:
         raise RunError(f"{saved.path} was replaced by a newer VAE just now; run the same command again")
-    return False
+    return todo
 
 
-def missing_shards(paths: Sequence[Path], bad: BadFiles) -> list[int]:
-    """The numbers of shards that are missing or damaged; unreadable images named in the others are listed."""
-    missing = []
-    for number, path in enumerate(paths):
+def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -> list[tuple[int, str]]:
+    """Take over the places of images that have a latent, or a place for one, and are what they were.
+
+    Returns the positions of those that are known to be unreadable, with reasons.
+
+    Raises:
+        UserError: If too many of the images are gone.
+    """
+    unreadable: dict[int, str] = {}
+    for number in old.used:
         try:
-            shard = Checkpoint(path, "latents").verify() if path.is_file() else None
-        except UserError as error:
-            console.print(f"{error}; it will be encoded again")
-            shard = None
-        if shard:
-            bad.add([(position, why) for position, why in shard.metadata.extra["bad"]])
-        else:
-            missing.append(number)
-    return missing
+            unreadable |= old.take_in(number, open_shard(stage.path, old, number).verify())
+        except UserError:
+            path = shard_path(stage.path, number)
+            if old.shards[number] or path.exists():
+                what = "damaged, or of another VAE or other images" if path.exists() else "missing"
+                console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
+            old.forget(number)
+    found = index.compare(old, index.images.data, contents=True)
+    found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
+    if not found.nothing:
+        console.print(f"images since they were encoded last: {found}", soft_wrap=True)
+    kept = np.flatnonzero((found.before >= 0) & ~found.changed)
+    at = found.before[kept]
+    index.shard[kept], index.row[kept], index.hashes[kept] = old.shard[at], old.row[at], old.hashes[at]
+    index.shards, index.digest, index.statistics = old.shards, "", old.statistics
+    return [(p, unreadable[q]) for p, q in zip(kept.tolist(), at.tolist(), strict=True) if q in unreadable]
 
 
-def finish(folder: Path, index: LatentIndex) -> None:
-    """Write the index of all shards, with its digest, and print what they hold."""
-    paths = index.shard_paths(folder)
-    shards = [Checkpoint(path, "latents").metadata for path in paths]
-    index.bad = [position for shard in shards for position, _ in shard.extra["bad"]]
-    index.digest = index.compute_digest([shard.digest for shard in shards])
-    index.write(folder)
-    size = sum(path.stat().st_size for path in paths)
-    console.print(
-        f"{len(index.files) - len(index.bad)} images{' and their mirror images' if index.mirrored else ''} encoded to "
-        f"{shape_words(index.shape)} ({size / 1e6:.1f} MB); {len(index.bad)} unreadable"
-    )
+def finish(folder: Path, index: LatentIndex, before: str) -> None:
+    """Write the index of all shards, with its digest, and print what they hold.
+
+    `before` is the digest of the latents that were there, if any.
+    """
+    used = index.used
+    for number in used:
+        if not index.shards[number]:
+            index.take_in(number, open_shard(folder, index, number))
+    unused = [number for number, digest in enumerate(index.shards) if digest and number not in used]
+    for number in unused:
+        index.shards[number] = ""
+    index.digest = index.compute_digest()
+    scaled = index.statistics
+    if scaled is not None and scaled.latents != index.digest:
+        index.statistics = None
+    index.write(folder / INDEX)
+    for number in unused:
+        shard_path(folder, number).unlink(missing_ok=True)
+    count = int(index.encoded.sum())
+    if index.digest == before:
+        console.print(f"{folder} has the latents of all {len(index)} images already", soft_wrap=True)
+    else:
+        size = sum(shard_path(folder, number).stat().st_size for number in used)
+        console.print(
+            f"{count} images{' and their mirror images' if index.mirrored else ''} encoded to "
+            f"{shape_words(index.shape)} ({size / 1e6:.1f} MB); {len(index) - count} unreadable"
+        )
+    if scaled is not None and index.statistics is None:
+        console.print("the latents are not those that were scaled: run 'lightdiff scale' again")
 
 
 def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: list[ImageFile]) -> LatentIndex:
@@ -137,57 +178,82 @@ def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, fi
     if images.resolution % model.factor:
         raise not_divisible(images.resolution, model.factor)
     side = images.resolution // model.factor
-    return LatentIndex(
+    return LatentIndex.of(
+        files,
         shape=(model.latent_channels, side, side),
         dtype=settings.dtype,
         precision=settings.compute.precision,
         mirrored=images.flip,
         vae_digest=vae_digest(saved),
-        images=images.model_dump(mode="json"),
+        images=images,
         shard_size=settings.shard_size,
-        files=[(f.root, f.path) for f in files],
-        splits="".join(f.split[0] for f in files),
-        labels=[f.labels for f in files],
+        shard=np.full(len(files), -1, np.int32),
+        row=np.full(len(files), -1, np.int32),
     )
 
 
 def encoded(
     encoder: torch.nn.Module,
-    numbers: Sequence[int],
+    todo: Mapping[int, Positions],
     index: LatentIndex,
     files: list[ImageFile],
     stage: Stage[EncodeSettings],
     bad: BadFiles,
     advance: Callable[[int], None],
 ) -> Iterator[Callable[[], Metadata]]:
-    """Encode the shards of these numbers, as far as time allows; each comes, when it is full, as a call that writes it.
+    """Encode these shards, as far as time allows; each comes, when it is full, as a call that writes it.
 
     One set of worker processes loads the images of all shards, ahead of the encoder. `advance` is called with the
     number of images done.
+
+    Raises:
+        RunError: If a latent is not finite.
     """
-    settings, images, device, shards = stage.settings, stage.settings.images, stage.device, index.shards
-    dataset, size = ImageDataset(files, images, seed=0, train=False), settings.batch_size
-    parts = [(n, shards[n][k : k + size]) for n in numbers for k in range(0, len(shards[n]), size)]
+    settings, images, device = stage.settings, stage.settings.images, stage.device
+    dataset, size = ImageDataset(files, images, seed=0, train=False, fingerprints=True), settings.batch_size
+    parts = [(n, todo[n][k : k + size].tolist()) for n in todo for k in range(0, len(todo[n]), size)]
     order = ([(0, position) for position in part] for _, part in parts)
     workers = pick_workers(settings.compute.workers, device)
     batches = load_batches(dataset, order, workers, bad.add, pin=device.type == "cuda")
     latents = [torch.empty(2, 0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])]
-    done, rows, positions, unreadable = 0, latents[:], list[int](), list[tuple[int, str]]()
+    done, rows, looks, unreadable = 0, latents[:], list[Fingerprint](), list[tuple[int, str, str]]()
     for (number, part), batch in zip(parts, batches, strict=True):
-        unreadable += batch.bad
-        positions += batch.index.tolist()
+        unreadable += [(files[position].root, files[position].path, why) for position, why in batch.bad]
+        looks += batch.fingerprints
         if len(batch.x):
             x = to_float(batch.x.to(device, non_blocking=True))
             sides = [x, x.flip(-1)] if images.flip else [x]
             with torch.inference_mode(), autocast(device, settings.compute.precision):
                 posterior = torch.stack(encoder(torch.cat(sides)))  # mu and logvar: (2, m*b, c, h, w)
             rows.append(torch.stack(posterior.chunk(len(sides), dim=1), dim=2).to("cpu", rows[0].dtype))
+            finite = rows[-1].isfinite().transpose(0, 1).flatten(1).all(1)
+            if not finite.all():
+                raise not_finite(dataset.path(int(batch.index[~finite][0])), posterior, settings)
         done += len(part)
         advance(done)
-        if part.stop == shards[number].stop:
+        if part[-1] == todo[number][-1]:
             mu, logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
-            metadata = Metadata(stage="latents", extra={"positions": positions, "bad": unreadable})
-            yield partial(checkpoint.save, shard_path(stage.path, number), {"mu": mu, "logvar": logvar}, metadata)
-            rows, positions, unreadable = latents[:], [], []
+            facts = ShardFacts(vae=index.vae_digest, images=index.list_digest(todo[number]), bad=unreadable)
+            tensors = {"mu": mu, "logvar": logvar, **as_columns(looks)}
+            metadata = Metadata(stage="latents", extra=facts.model_dump())
+            yield partial(checkpoint.save, shard_path(stage.path, number), tensors, metadata)
+            rows, looks, unreadable = latents[:], [], []
             if stage.out_of_time():
                 return
+
+
+def as_columns(looks: Sequence[Fingerprint]) -> dict[str, torch.Tensor]:
+    """Fingerprints as tensors of a shard."""
+    sizes, mtimes = (torch.tensor([look[i] for look in looks], dtype=torch.int64) for i in (0, 1))
+    hashes = np.frombuffer(bytearray().join(look[2] for look in looks), np.uint8).reshape(-1, HASH_BYTES)
+    return dict(zip(FINGERPRINTS, (sizes, mtimes, torch.from_numpy(hashes)), strict=True))
+
+
+def not_finite(name: str, posterior: torch.Tensor, settings: EncodeSettings) -> RunError:
+    """That the latent of an image cannot be stored, with what to do."""
+    if posterior.isfinite().all():
+        largest, kind = float(posterior.abs().max()), settings.dtype
+        return RunError(f"the latent of {name} is too large for {kind} ({largest:.3g}): --dtype float32 --restart")
+    fp32 = settings.compute.precision == "fp32"
+    advice = "the VAE has diverged, train it again with a lower --lr" if fp32 else "try --precision fp32 --restart"
+    return RunError(f"the latent of {name} is not finite: {advice}")

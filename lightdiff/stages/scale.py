@@ -9,9 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, Statistics, prefetch, read_index
-from lightdiff.errors import UserError
+from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index, repairable
+from lightdiff.data.latents import prefetch
+from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import INDEX, RunFolder, find_latents
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
@@ -26,22 +26,26 @@ def run(settings: ScaleSettings) -> Path:
     with open_stage(settings, "latents", lambda: find_latents(settings.latents, RunFolder(settings.run))) as stage:
         index = read_index(stage.path, finished=True)
         moments = LatentMoments(index.shape[0])
-        paths = stage.processes.strided(index.shard_paths(stage.path))
-        for mu, logvar in prefetch(partial(read_train_latents, path, index) for path in paths):
+        numbers = stage.processes.strided(index.used)
+        for mu, logvar in prefetch(partial(read_train_latents, stage.path, index, number) for number in numbers):
             moments.add(mu, logvar)
         stage.processes.all_reduce_sum(moments.sums)
         if not moments.count:
             raise UserError(f"{stage.path} has no latents in the training split; encode more images")
-        index.statistics = statistics(moments, settings)
-        stage.processes.run_on_main(lambda: index.write(stage.path))
+        if not moments.sums.isfinite().all():
+            advice = "the VAE has diverged, train it again"
+            raise RunError(f"{stage.path}: latents are not finite, or too large to be scaled: {advice}")
+        index.statistics = statistics(moments, settings).model_copy(update={"latents": index.digest})
+        stage.processes.run_on_main(lambda: index.write(stage.path / INDEX))
         print_statistics(index.statistics, settings)
         return stage.path / INDEX
 
 
-def read_train_latents(path: Path, index: LatentIndex) -> tuple[Tensor, Tensor]:
+@repairable()
+def read_train_latents(folder: Path, index: LatentIndex, number: int) -> tuple[Tensor, Tensor]:
     """Mu and logvar (n, m, c, h, w) of a shard's training images; most of the time goes into verifying digests."""
-    shard = Checkpoint(path, "latents")
-    rows = torch.tensor([index.splits[p] == "t" for p in shard.metadata.extra["positions"]], dtype=torch.bool)
+    shard = open_shard(folder, index, number)
+    rows = torch.tensor(index.row[(index.shard == number) & index.encoded & index.of_split("train")], dtype=torch.int64)
     return shard.tensor("mu")[rows], shard.tensor("logvar")[rows]
 
 
@@ -144,10 +148,8 @@ def bits_per_element(mu_variance: float, noise_variance: float) -> float:
 def channel_warnings(s: Statistics) -> list[str]:
     """What is unusual about these statistics, channel by channel."""
     found = []
-    for c, (mean, std, bits) in enumerate(zip(s.channel_mean, s.channel_std, channel_bits(s), strict=True)):
-        if not math.isfinite(mean) or not math.isfinite(std):
-            found.append(f"channel {c} is not finite: the VAE has diverged; train it again with a lower --lr")
-        elif bits < DEAD_BITS:
+    for c, (std, bits) in enumerate(zip(s.channel_std, channel_bits(s), strict=True)):
+        if bits < DEAD_BITS:
             found.append(
                 f"channel {c} carries nothing (std of mu far below sigma): lower --kl-beta or use fewer channels"
             )

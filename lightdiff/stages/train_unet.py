@@ -106,7 +106,7 @@ class UNetTask:
 
     def names(self, start: int) -> list[str]:
         """The images behind the batch that begins after `start` images."""
-        return [self.latents.index.files[self.latents.train[i]][1] for _, i in self._batch_at(start)]
+        return [self.latents.index.name(self.latents.train[i]) for _, i in self._batch_at(start)]
 
     def prepare(self, batch: tuple[Posterior, Tensor], rng: torch.Generator) -> Tensors:
         """Clean latents x0, their levels t and noise eps; posterior sample and all are drawn here."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, data_digest, list_images
+from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
 from lightdiff.data.survey import note_enlarged, with_whites
+from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
@@ -33,15 +34,46 @@ def run(settings: TrainVAESettings) -> Path:
         images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, console))
         stage.settings = with_changes(stage.settings, images=images)
         stage.processes.run_on_main(lambda: note_enlarged(images, files, console))
-        digest = data_digest(files)
-        stage.processes.check_same("list of images", digest)
+        table = ImageTable.of(files)
+        stage.processes.check_same("list of images", table.list_digest())
         task = VAETask(stage, files)
-        if stage.start_or_resume(task, {"data": digest}):
+        stage.processes.run_on_main(lambda: look_at_images(stage, table))
+        if stage.start_or_resume(task, {"data": table.list_digest()}):
+            stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
             if task.bad.count:
                 said = f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}"
                 console.print(said, soft_wrap=True)
         return stage.folder.best
+
+
+def look_at_images(stage: Stage[TrainVAESettings], table: ImageTable) -> None:
+    """Find out what the images' files are like, and say what has become of those that a run to resume was trained on.
+
+    Raises:
+        UserError: If too many are gone, or other --data hold other images.
+    """
+    images, saved = stage.settings.images, stage.saved
+    table.look(images.data)
+    if saved is None:
+        return
+    try:
+        older = ImageTable.read(stage.folder.image_list)
+    except UserError as error:
+        if saved.metadata.lineage.get("data") != table.list_digest():
+            console.print(f"note: this run was started with another list of images: {error}", soft_wrap=True)
+        return
+    found = table.compare(older, images.data, contents=False)
+    if found.nothing:
+        return
+    moved = saved.settings(TrainVAESettings).images.data != images.data and not stage.settings.allow_missing
+    if moved and found.changed.sum() + len(found.gone) > images.max_bad * len(older):
+        raise UserError(
+            f"--data: {', '.join(map(str, images.data))} holds other images than {stage.path} was trained on "
+            f"({found}): choose another --run, or leave --data out; --allow-missing trains on with these"
+        )
+    found.check_loss(1.0 if stage.settings.allow_missing else images.max_bad, stage.path)
+    console.print(f"images since this run was last started: {found}", soft_wrap=True)
 
 
 class VAETask:

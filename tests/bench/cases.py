@@ -1,6 +1,7 @@
 """What is measured: every case prepares each of its contenders in a process of that contender's own."""
 
 import itertools
+import math
 import subprocess
 import sys
 import tempfile
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import scan
+from lightdiff.data.files import ImageFile, scan
 from lightdiff.data.images import to_float
-from lightdiff.data.latents import LatentIndex, LatentSet, shard_path
+from lightdiff.data.index import LatentIndex, ShardFacts, shard_path
+from lightdiff.data.latents import LatentSet
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
+from lightdiff.data.table import HASH_BYTES
 from lightdiff.losses import VAELoss
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import UNet, build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import preset_layer
-from lightdiff.run_folder import RunFolder
+from lightdiff.run_folder import INDEX, RunFolder
 from lightdiff.runtime.compile import compile_network
 from lightdiff.runtime.processes import Processes, keep_memory, pick_compile, pick_precision, to_device
 from lightdiff.runtime.stage import Stage
@@ -68,26 +71,28 @@ def room() -> Path:
 
 def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048) -> Path:
     """Finished latents of noise: `count` images without mirror images, a twentieth of them for validation."""
-    index = LatentIndex(
+    index = LatentIndex.of(
+        [ImageFile(0, f"{i:07d}.jpg", "train" if i % 20 else "val", {}) for i in range(count)],
         shape=(4, side, side),
         dtype="float16",
         mirrored=False,
         vae_digest="none",
-        images={},
+        images=ImageSettings(),
         shard_size=shard_size,
-        files=[(0, f"{i:07d}.jpg") for i in range(count)],
-        splits="".join("v" if i % 20 == 0 else "t" for i in range(count)),
-        labels=[{}] * count,
+        shard=np.arange(count, dtype=np.int32) // shard_size,
+        row=np.arange(count, dtype=np.int32) % shard_size,
+        shards=["planned"] * math.ceil(count / shard_size),
     )
-    digests = []
     noise = torch.randn(2, min(shard_size, count), 1, 4, side, side).half()
     for number, first in enumerate(range(0, count, shard_size)):
-        positions = list(range(first, min(first + shard_size, count)))
-        mu, logvar = noise[:, : len(positions)]
-        metadata = Metadata(stage="latents", extra={"positions": positions, "bad": []})
-        digests.append(checkpoint.save(shard_path(folder, number), {"mu": mu, "logvar": logvar - 6}, metadata).digest)
-    index.digest = index.compute_digest(digests)
-    index.write(folder)
+        n = min(shard_size, count - first)
+        mu, logvar = noise[:, :n]
+        facts = ShardFacts(vae=index.vae_digest, images=index.list_digest(index.planned(number)), bad=[])
+        tensors = {"mu": mu, "logvar": logvar - 6, **encode_stage.as_columns([(0, 0, bytes(HASH_BYTES))] * n)}
+        metadata = Metadata(stage="latents", extra=facts.model_dump())
+        index.shards[number] = checkpoint.save(shard_path(folder, number), tensors, metadata).digest
+    index.digest = index.compute_digest()
+    index.write(folder / INDEX)
     return folder
 
 

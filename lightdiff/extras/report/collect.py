@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of, unsaved
 from lightdiff.extras.health import Finding, examine

@@ -208,7 +208,7 @@ def describe_scaling(run: RunFacts) -> str:
     kind = "per channel" if len(s.scale) > 1 else "for all channels"
     shift, scale = (", ".join(f"{v:.3f}" for v in values) for values in (s.shift, s.scale))
     return (
-        f"Over {run.index.splits.count('t'):,} training images the latents have mean {s.mean:.3f} and standard "
+        f"Over {run.index.of_split('train').sum():,} training images the latents have mean {s.mean:.3f} and standard "
         f"deviation {s.std:.3f}. The U-Net is trained on (z - shift) * scale with shift {shift} and scale {scale} "
         f"({kind}), so that the signal has the same variance as the noise."
     )

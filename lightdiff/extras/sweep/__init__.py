@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightdiff.data.latents import read_index
+from lightdiff.data.index import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.extras.sweep.outcome import write_results
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
-from lightdiff.run_folder import atomic_link, atomic_write_text
+from lightdiff.run_folder import INDEX, atomic_link, atomic_write_text
 from lightdiff.runtime import DistEnv
 from lightdiff.runtime.progress import console, read_metrics
 from lightdiff.runtime.stage import open_stage
@@ -186,4 +186,4 @@ def link_latents(source: Path, target: Path) -> None:
         atomic_link(target / file.name, file)
     index = read_index(source)
     index.statistics = None
-    index.write(target)
+    index.write(target / INDEX)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.latents import LatentIndex, read_index
+from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.evidence import latents_behind
 from lightdiff.options import Layer, Where, build, merge, nest
@@ -77,7 +77,8 @@ class Base:
         if self.index is None:
             return layer
         its_own = self.vae_settings.images.model_dump(mode="json")
-        changed = {name: value for name, value in self.index.images.items() if its_own.get(name) != value}
+        encoded = self.index.images.model_dump(mode="json")
+        changed = {name: value for name, value in encoded.items() if its_own.get(name) != value}
         kept = {"dtype": self.index.dtype, "shard_size": self.index.shard_size}
         return merge(EncodeSettings, layer, {**kept, "images": changed, "compute": {"precision": self.index.precision}})
 

@@ -1,0 +1,211 @@
+"""The index of latents: their images as a table, and where each one's latent lies.
+
+latents/index.safetensors         the table, shard and row of each image, what the latents are, statistics
+latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
+
+A shard stays as it was written. What is encoded later goes to further shards; rows of images that have been removed or
+changed are no longer named by the index.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.layouts import Split
+from lightdiff.data.table import HASH_BYTES, Counts, ImageTable
+from lightdiff.errors import Damaged, RunError, UserError
+from lightdiff.run_folder import INDEX
+from lightdiff.settings import ImageSettings
+
+FINGERPRINTS = ("sizes", "mtimes", "hashes")  # columns of the index and tensors of a shard: of the files that were read
+MAX_ELEMENTS = 1 << 24  # of a latent
+LARGEST = 1e30  # float32 holds it, and its product with a latent
+
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Spread = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+
+
+class Statistics(BaseModel):
+    """What `scale` found out about the training split's latents."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    only_mu: bool
+    count: int = Field(ge=1)
+    mean: Number
+    std: Spread
+    channel_mean: list[Number]
+    channel_std: list[Spread]
+    channel_sigma: list[Spread]
+    shift: list[Number]
+    scale: list[Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]]
+    latents: str = ""  # the digest of those that it is about
+
+
+class ShardFacts(BaseModel):
+    """What a shard says of itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vae: str  # digest of the VAE
+    images: str  # digest of the names of its images
+    bad: list[tuple[int, str, str]]  # source and name of those that were unreadable, and why
+
+
+class LatentIndex(ImageTable):
+    """What `index.safetensors` holds. Positions count images; the columns are indexed by them."""
+
+    STAGE: ClassVar = "index"
+
+    shape: tuple[Side, Side, Side]  # of a latent: channels, height, width
+    dtype: Literal["float16", "bfloat16", "float32"]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    mirrored: bool
+    vae_digest: str
+    images: ImageSettings
+    shard_size: int = Field(ge=1)
+    shards: list[str] = Field(default_factory=list)  # the digest of each, empty while it is not written
+    digest: str = ""
+    statistics: Statistics | None = None
+    shard: Counts  # which one holds, or is to hold, an image, (n,); -1: none yet
+    row: Counts  # the image's row in it, (n,); -1: not yet known, or unreadable where the shard is written
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        written = np.array([*map(bool, self.shards), False])  # the last is shard -1
+        s, c = self.statistics, self.shape[0]
+        lengths = {len(x) for x in (s.channel_mean, s.channel_std, s.channel_sigma)} if s else {c}
+        if (
+            {len(self.shard), len(self.row)} != {len(self)}
+            or (self.shard < -1).any()
+            or (self.shard >= len(self.shards)).any()
+            or (self.row < -1).any()
+            or (self.row[~written[self.shard]] >= 0).any()
+            or (self.complete and not written[self.shard].all())
+            or self.roots.max() >= max(1, len(self.images.data))
+            or math.prod(self.shape) > MAX_ELEMENTS
+            or lengths != {c}
+            or (s and not {len(s.shift), len(s.scale)} <= {1, c})
+        ):
+            raise ValueError("its parts do not fit together")
+        return self
+
+    @property
+    def complete(self) -> bool:
+        """Whether encoding has finished; only then is there a digest."""
+        return bool(self.digest)
+
+    @property
+    def encoded(self) -> NDArray[np.bool_]:
+        """Which images have a latent, (n,)."""
+        return self.row >= 0
+
+    def positions(self, split: Split) -> NDArray[np.int64]:
+        """Positions of the images of a split that have a latent."""
+        return np.flatnonzero(self.encoded & self.of_split(split))
+
+    def planned(self, number: int) -> NDArray[np.int64]:
+        """Positions of the images that a shard holds or is to hold, unreadable ones included."""
+        return np.flatnonzero(self.shard == number)
+
+    @property
+    def used(self) -> list[int]:
+        """The numbers of the shards that hold, or are to hold, an image."""
+        return [number for number in np.unique(self.shard).tolist() if number >= 0]
+
+    def classes(self, label: str, values: Sequence[str]) -> Tensor:
+        """The number of each image's value of a label, (n,); those without one get the number of values."""
+        number = {value: i for i, value in enumerate(values)}
+        of_code = [number.get(value, len(values)) for value in self.labels[label]]
+        codes = self.codes[list(self.labels).index(label)]
+        return torch.from_numpy(np.array([*of_code, len(values)])[codes])  # the last for -1
+
+    def compute_digest(self) -> str:
+        """One digest of all latents: of the shards, of which image's latent is where, and of the split."""
+        columns = [hashlib.sha256(column.tobytes()).hexdigest() for column in (self.shard, self.row, self.splits)]
+        return hashlib.sha256(json.dumps([self.shards, columns]).encode()).hexdigest()
+
+    def forget(self, number: int) -> None:
+        """Have a shard written again."""
+        self.shards[number], self.row[self.planned(number)] = "", -1
+
+    def take_in(self, number: int, shard: Checkpoint) -> list[tuple[int, str]]:
+        """Note what a shard has: rows and fingerprints; the positions of its unreadable images, with reasons."""
+        mine = self.planned(number)
+        reasons = {(root, name): why for root, name, why in ShardFacts.model_validate(shard.metadata.extra).bad}
+        keys = zip(mine.tolist(), self.keys(mine.tolist()), strict=True)
+        bad = [(position, reasons[key]) for position, key in keys if key in reasons]
+        if not self.shards[number]:
+            good = np.setdiff1d(mine, [p for p, _ in bad])
+            if len(good) + len(reasons) != len(mine):
+                raise Damaged(f"{shard.path} is damaged: its list of unreadable images does not fit")
+            self.row[good] = np.arange(len(good))
+            for name in FINGERPRINTS:
+                getattr(self, name)[good] = shard.tensor(name).numpy()
+            self.shards[number] = shard.metadata.digest
+        return bad
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def open_shard(folder: Path, index: LatentIndex, number: int) -> Checkpoint:
+    """A shard, checked against the index: it is the one that was written, or it holds what it is to hold.
+
+    Raises:
+        UserError: If it is missing, damaged, or another one.
+    """
+    path, mine = shard_path(folder, number), index.planned(number)
+    shard = Checkpoint(path, "latents")
+    try:
+        facts = ShardFacts.model_validate(shard.metadata.extra)
+    except ValidationError:
+        raise Damaged(f"{path} is damaged: it does not say what it holds") from None
+    known, shapes = index.shards[number], shard.shapes("")
+    rows = int(index.row[mine].max()) + 1 if known else len(mine) - len(facts.bad)
+    n = max(rows, shapes.get("mu", [0])[0]) if known else rows  # rows that are no longer named stay
+    wanted = {name: [n, 1 + index.mirrored, *index.shape] for name in ("mu", "logvar")}
+    wanted |= {"sizes": [n], "mtimes": [n], "hashes": [n, HASH_BYTES]}
+    same = known == shard.metadata.digest if known else facts.images == index.list_digest(mine)
+    if not same or facts.vae != index.vae_digest or shapes != wanted:
+        raise Damaged(f"{path} is not the shard of this index, but of another VAE or of other images")
+    return shard
+
+
+@contextmanager
+def repairable() -> Iterator[None]:
+    """Say what to do about a shard that cannot be used."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}: run 'lightdiff encode' again, which replaces it") from None
+
+
+def read_index(folder: Path, finished: bool = False) -> LatentIndex:
+    """A folder's index; of finished latents, if so wanted.
+
+    Raises:
+        RunError: If it is damaged.
+        UserError: If a newer lightdiff wrote it, or encoding has not finished.
+    """
+    try:
+        index = LatentIndex.read(folder / INDEX)
+    except Damaged as error:
+        raise RunError(f"{error}; run 'lightdiff encode --restart'") from None
+    if finished and not index.complete:
+        raise UserError(f"{folder}: encoding has not finished: run 'lightdiff encode' again, it resumes")
+    return index
