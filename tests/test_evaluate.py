@@ -104,6 +104,26 @@ def test_active_units_are_those_whose_mean_varies():
     assert channel_kl(moments) == pytest.approx((mu.square() / 2).mean((0, 2, 3)).tolist(), rel=1e-6)  # sigma is 1
 
 
+@pytest.mark.parametrize("count", [4, 7, 8, 39, 200])
+def test_every_distance_has_an_error(count):
+    a, b = normal(count, 3, seed=1), normal(50, 3, seed=2)
+    for found in (distances.frechet(PUBLISHED, a, b, FID), distances.kernel(PUBLISHED, a, b)):
+        for name, value in found.items():
+            assert np.isfinite(value), name
+            assert name.endswith("+-") or found[f"{name} +-"] > 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [((2000, 9000), "of 2,000 images and 2,048 features says nothing; 20,480 are enough"),
+     ((50_000, 4000), "of 4,000 images and 2,048 features is too high: compare it only"),
+     ((20_480, 70_000), "")],
+)  # fmt: skip
+def test_distances_of_few_images_come_with_a_caution(counts, words):
+    found = distances.caution(2048, *counts)
+    assert found == {} if not words else words in found["caution"]
+
+
 @pytest.mark.parametrize("counts", [(3, 50), (50, 1)])
 def test_too_few_images_are_no_set(counts):
     a, b = (normal(n, 3, seed=n) for n in counts)
@@ -195,6 +215,11 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     assert {f"{name} (made-up)" for name in ("Frechet distance", "precision", "recall")} <= set(found["unet"])
     assert not {"FID", "precision", "recall"} & set(found["unet"])
     assert found["vae"]["which are"] == "held out"
+    for part, files in (("vae", ["files"]), ("unet", ["files of samples", "files of training images"])):
+        assert all(found[part][name].endswith(" png") for name in files)
+        assert "to 16 px, then to 299 px" in found[part]["resampling"]
+        assert "images and 768 features says nothing" in found[part]["caution"]
+    assert first.err.count("caution: a Frechet distance of") == 2
     assert found["unet"]["samples"] == 6
     with Image.open(run / "evaluation/nearest.png") as picture:
         assert picture.size == (5 * 18 - 2, 6 * 18 - 2)  # six samples, each beside four training images of 16 px
@@ -327,3 +352,8 @@ def test_missing_samples_are_reported(trained, cli, weights, tmp_path):
     flags = ["--of", "unet", "--features", weights, "--device", "cpu", "--samples", tmp_path / "no"]
     result = cli("evaluate", "--run", trained, *flags)
     assert (result.code, f"--samples: {tmp_path / 'no'} does not exist" in result.err) == (2, True)
+    (tmp_path / "no").touch()
+    assert f"--samples: {tmp_path / 'no'} is no folder" in cli("evaluate", "--run", trained, *flags).err
+    (tmp_path / "no").unlink()
+    (tmp_path / "no").mkdir()
+    assert f"--samples: {tmp_path / 'no'} holds no image" in cli("evaluate", "--run", trained, *flags).err

@@ -13,6 +13,8 @@ from lightdiff.extras.features import Features
 QUARTERS = 4
 NEIGHBOURS = 4
 CLOSE = 0.01  # a sample is a copy if it lies nearer to a training image than all but this share of held-out images do
+ENOUGH = 10  # images for each feature, from which on the covariance is known well enough
+CAUTION = "caution"  # in results of `evaluate`
 MIN_IMAGES = 4  # in a set: precision and recall use three neighbours
 
 Found = dict[str, Any]
@@ -21,7 +23,8 @@ Found = dict[str, Any]
 def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) -> Found:
     """Frechet distance (Heusel et al. 2017, arXiv:1706.08500, Eq. 6) and its standard error.
 
-    The error is estimated from quarters of the first set: the spread of a quarter is twice that of the whole set.
+    The error is estimated from quarters of the first set: the spread of a quarter is twice that of the whole set. Of
+    fewer than eight images, it is from halves.
     """
     if min(len(a), len(b)) < MIN_IMAGES:
         return {}
@@ -35,9 +38,18 @@ def frechet(features: Features, a: Tensor, b: Tensor, names: tuple[str, str]) ->
 
     whole = fid_features_to_statistics(b.double())
     name = features.name_measure(*names)
-    quarters = [distance(a[i::QUARTERS]) for i in range(QUARTERS)] if len(a) >= 10 * QUARTERS else []
-    error = {f"{name} +-": float(np.std(quarters, ddof=1) / 2)} if quarters else {}
-    return {name: distance(a), **error}
+    count = QUARTERS if len(a) >= 2 * QUARTERS else 2
+    parts = [distance(a[i::count]) for i in range(count)]
+    return {name: distance(a), f"{name} +-": float(np.std(parts, ddof=1) / count**0.5)}
+
+
+def caution(width: int, *counts: int) -> Found:
+    """What to think of distances between sets of these sizes: nothing, where both are large enough."""
+    count, enough = min(counts), ENOUGH * width
+    if count >= enough:
+        return {}
+    what = "says nothing" if count <= width else "is too high: compare it only with one of as many images"
+    return {CAUTION: f"a Frechet distance of {count:,} images and {width:,} features {what}; {enough:,} are enough"}
 
 
 def kernel(features: Features, a: Tensor, b: Tensor) -> Found:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,17 @@ from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError, not_installed
-from lightdiff.extras.distances import MIN_IMAGES, Found, copies, frechet, kernel, nearest_of, precision_recall
+from lightdiff.extras.distances import (
+    CAUTION,
+    MIN_IMAGES,
+    Found,
+    caution,
+    copies,
+    frechet,
+    kernel,
+    nearest_of,
+    precision_recall,
+)
 from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
@@ -42,6 +53,7 @@ from lightdiff.settings import (
 from lightdiff.stages import generate
 
 SHOWN = 8
+INCEPTION_SIDE = 299  # pixels
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # written beside samples
 BASIS = (
     NETWORK,
@@ -60,7 +72,8 @@ def run(settings: EvaluateSettings) -> Path:
         here, device, ranks = RunFolder(settings.run), stage.device, stage.processes
         unet = unet_of(settings, here)
         if settings.samples and not settings.samples.is_dir():
-            raise UserError(f"--samples: {settings.samples} does not exist")
+            missing = "is no folder" if settings.samples.exists() else "does not exist"
+            raise UserError(f"--samples: {settings.samples} {missing}")
         vae = vae_behind(Checkpoint(unet, "unet"), settings.vae, here) if unet else find_vae(settings.vae, here)
         saved, home = Checkpoint(vae, "vae"), stage.path
         images = images_of(saved, settings)
@@ -114,6 +127,8 @@ def print_results(part: str, found: Found) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in found.items():
+        if name == CAUTION:
+            continue
         if isinstance(value, float):
             error = found.get(f"{name} +-")
             if not name.endswith("+-"):
@@ -123,6 +138,19 @@ def print_results(part: str, found: Found) -> None:
         else:
             table.add_row(name, value[:8] if name == NETWORK else str(value))
     console.print(table)
+    if CAUTION in found:
+        console.print(f"caution: {found[CAUTION]}", style="yellow", soft_wrap=True)
+
+
+def formats(files: list[ImageFile]) -> str:
+    """How many images of each file format there are, as text."""
+    kinds = Counter(Path(file.path).suffix.lower().removeprefix(".") or "no suffix" for file in files)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def resampling(images: ImageSettings) -> str:
+    """How images come to the size that features are computed at, as text."""
+    return f"bicubic with antialiasing to {images.resolution} px, then to {INCEPTION_SIDE} px bilinear as TensorFlow 1"
 
 
 # --- the VAE ------------------------------------------------------------------------------------------------------
@@ -167,7 +195,9 @@ def evaluate_vae(
         raise UserError(f"none of the {len(chosen)} images to measure reconstructions on can be read")
     which = "held out" if chosen[0].split == "val" else "training images, as none are held out"
     result: Found = {NETWORK: saved.metadata.digest, "images": len(originals), "which are": which, **numbers}
+    result |= {"files": formats(chosen), "resampling": resampling(images)}
     result |= frechet(features, reconstructed, originals, ("reconstructions' Frechet distance", "rFID"))
+    result |= caution(features.width, len(originals))
     result["KL per channel (nats per element)"] = channel_kl(moments)
     return result | {"active units per channel (share)": channel_active_share(moments)}
 
@@ -253,6 +283,8 @@ def evaluate_unet(
         else None
     )
     found, numbers = measured(samples, sample_images, "samples")
+    if unreadable := len(samples) - len(found):
+        console.print(f"note: {unreadable:,} of {len(samples):,} samples in {folder} cannot be read")
     if not len(found) or not len(of_train[0]):
         raise UserError(f"none of the {'training images' if len(found) else 'samples'} can be read")
     if min(len(found), len(of_train[0])) < MIN_IMAGES:
@@ -262,6 +294,8 @@ def evaluate_unet(
     digest = Checkpoint(unet, "unet").metadata.digest
     result: Found = {NETWORK: digest, "samples": len(found), "samples in": str(folder)}
     result["training images"] = len(of_train[0])
+    result |= {"files of samples": formats(samples), "files of training images": formats(train)}
+    result |= {"resampling": resampling(images), **caution(features.width, len(found), len(of_train[0]))}
     result |= frechet(features, found, of_train[0], ("Frechet distance", "FID"))
     result |= kernel(features, found, of_train[0])
     result |= features.name_measures(precision_recall(found, of_train[0]))
@@ -279,7 +313,11 @@ def evaluate_unet(
 
 def samples_in(folder: Path) -> list[ImageFile]:
     """The images in a folder, without those that `generate` writes beside its samples."""
-    return [file for file in scan((folder,), 0) if not file.path.endswith(PICTURES)]
+    try:
+        found = scan((folder,), 0)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", "--samples")) from None
+    return [file for file in found if not file.path.endswith(PICTURES)]
 
 
 def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) -> Path:
