@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightdiff.data.files import ImageFile, scan, survey
+from lightdiff.data.files import ImageFile, find_images, scan
 from lightdiff.errors import UserError
 
 COUNT = 40
@@ -47,7 +47,7 @@ def test_of_copies_at_several_sizes_the_largest_are_taken(tmp_path: Path, templa
     for size, side in sizes.items():
         for i in range(COUNT):
             put(tmp_path / template.format(size=size, i=i), i, side)
-    found = survey([tmp_path], 0.3)
+    found = find_images([tmp_path], 0.3)
     assert len(found.files) == COUNT
     (taken,) = tops(found.files)
     assert taken.rpartition("/")[2] not in ("thumbnails", "for the web")
@@ -80,7 +80,7 @@ def test_classes_whose_files_are_numbered_alike_are_classes(tmp_path: Path) -> N
         for k, name in enumerate(names):
             for i in range(COUNT):
                 put(folder / name / f"{i:04d}.jpg", 100 * k + i, 40 + 10 * k)
-        found = survey([folder], 0.3)
+        found = find_images([folder], 0.3)
         assert len(found.files) == 2 * COUNT
         assert found.layouts == ["class folders"]
         assert not found.notes
@@ -91,7 +91,7 @@ def test_copies_of_the_same_size_fall_on_the_same_side_of_the_split(tmp_path: Pa
         put(tmp_path / f"raw/IMG_{i}.png", i)
         put(tmp_path / f"edited/IMG_{i}.jpg", i)
         put(tmp_path / f"edited/IMG_{i}.webp", i)
-    found = survey([tmp_path], 0.3)
+    found = find_images([tmp_path], 0.3)
     splits: dict[str, set[str]] = {}
     for file in found.files:
         splits.setdefault(Path(file.path).stem, set()).add(file.split)
@@ -136,5 +136,5 @@ def test_pictures_that_cannot_be_read_are_no_copies(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for i in range(9):
             (tmp_path / name / f"{i}.png").touch()
-    found = survey([tmp_path], 0)
+    found = find_images([tmp_path], 0)
     assert (len(found.files), found.layouts, found.notes) == (18, ["class folders"], [])

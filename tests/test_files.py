@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lightdiff.data import files as files_module
 from lightdiff.data import formats
-from lightdiff.data.files import ImageFile, list_images, scan, survey
+from lightdiff.data.files import ImageFile, find_images, list_images, scan
 from lightdiff.data.layouts import layout
 from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
@@ -247,7 +247,7 @@ def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]
 
 def kept(folder: Path, val_share: float = 0.3) -> tuple[dict[str, set[str]], list[str]]:
     """The splits of the images in each top folder, and what is said."""
-    found, splits = survey([folder], val_share), defaultdict(set)
+    found, splits = find_images([folder], val_share), defaultdict(set)
     for file in found.files:
         splits[file.path.split("/")[0]].add(file.split)
     return splits, found.notes
@@ -323,7 +323,7 @@ def test_images_beside_a_folder_for_validation_or_testing_are_for_training(tmp_p
 
 def test_data_folders_that_are_the_halves_of_a_split_keep_their_roles(tmp_path: Path) -> None:
     folders = [fill(tmp_path / name, NAMES[:40]) for name in ("Train", "val", "test")]
-    found = survey(folders, 0.3)
+    found = find_images(folders, 0.3)
     assert {(file.root, file.split) for file in found.files} == {(0, "train"), (1, "val")}
     assert found.notes == [
         f"{folders[0]}: split by its folders into 40 training and 0 validation images",
@@ -336,11 +336,11 @@ def test_data_folders_that_are_the_halves_of_a_split_keep_their_roles(tmp_path: 
 
 def test_a_stray_image_that_costs_the_classes_is_named(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", [f"{c}/{i}.png" for c in ("sea", "sky") for i in range(40)])
-    assert not survey([folder], 0).notes
-    (note,) = survey([fill(folder, ["cover.png"])], 0).notes
+    assert not find_images([folder], 0).notes
+    (note,) = find_images([fill(folder, ["cover.png"])], 0).notes
     assert note == f"{folder}: its folders are not taken for classes, as cover.png lies in none of them"
     numbered = fill(tmp_path / "numbered", ["x.png", *(f"0{c}000/{i}.png" for c in range(2) for i in range(40))])
-    assert not survey([numbered], 0).notes
+    assert not find_images([numbered], 0).notes
 
 
 # --- what is passed over ------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
     for name, head in (("2041", b"\xff\xd8\xff\xe0"), ("photo.download", b"\x89PNG\r\n\x1a\n"), ("IMG", HEIC)):
         (tmp_path / name).write_bytes(head + bytes(60))
     os.mkfifo(tmp_path / "pipe")
-    found = survey([tmp_path], 0)
+    found = find_images([tmp_path], 0)
     assert [file.path for file in found.files] == ["1.png", "a/2.png"]
     assert found.passed_over == {
         ".jp2": 2, ".dng": 1, ".psd": 1, ".svg": 1, "hidden file": 1, "hidden folder": 2, "Thumbs.db": 1,
@@ -378,7 +378,7 @@ def test_training_and_encoding_say_it_in_a_line(tmp_path: Path, capsys: pytest.C
 
 
 def test_nothing_passed_over_is_nothing_said(tmp_path: Path) -> None:
-    assert survey([fill(tmp_path, ["1.png", "notes.txt"])], 0).notes == []
+    assert find_images([fill(tmp_path, ["1.png", "notes.txt"])], 0).notes == []
 
 
 def test_a_folder_of_other_pictures_alone_says_so(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_what_to_install_is_said_of_pictures_that_could_be_read(
 ) -> None:
     monkeypatch.setattr(formats, "HAS_HEIC", False)
     monkeypatch.setattr(files_module, "SUFFIXES", (".jpg",))
-    found = survey([fill(tmp_path, ["1.jpg", "2.HEIC", "3.heic"])], 0)
+    found = find_images([fill(tmp_path, ["1.jpg", "2.HEIC", "3.heic"])], 0)
     assert found.notes == ["passed over: .heic (2); to read HEIC: python -m pip install 'lightdiff[heic]'"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightdiff.data.files import scan, survey
+from lightdiff.data.files import find_images, scan
 from lightdiff.data.layouts import Labels
 from lightdiff.errors import UserError
 
@@ -36,7 +36,7 @@ def labels(folders: Path | list[Path], path: Path | None) -> dict[str, Labels]:
 
 
 def notes(folder: Path, path: Path | None) -> list[str]:
-    return survey([folder], 0, table=path).notes
+    return find_images([folder], 0, table=path).notes
 
 
 # --- rows that do not fit -----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_stylegans_table_among_the_images_gives_their_labels(tmp_path: Path) -> 
     for inner in ("", "deeper/"):
         folder = fill(tmp_path / f"of{inner}", [f"{inner}00000/img{i:08d}.png" for i in range(3)])
         stylegan(folder / inner, [[f"00000/img{i:08d}.png", i % 2] for i in range(4)])
-        found = survey([folder], 0)
+        found = find_images([folder], 0)
         assert found.layouts == ["StyleGAN"]
         assert [file.labels["class"] for file in found.files] == ["0", "1", "0"]
         assert found.notes == [
@@ -208,7 +208,7 @@ def test_stylegans_table_among_the_images_gives_their_labels(tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ['{"labels": null}', '{"labels": []}', '{"images": [{"id": 1}]}', "[", ""])
 def test_another_dataset_json_among_the_images_is_no_table(folder: Path, text: str) -> None:
     path = table(folder, text, "dataset.json")
-    assert survey([folder], 0).layouts == ["plain"]
+    assert find_images([folder], 0).layouts == ["plain"]
     with pytest.raises(UserError, match=r"dataset\.json (has no labels: StyleGAN's are|cannot be read)"):
         scan([folder], 0, table=path)
 
@@ -233,7 +233,7 @@ def test_fairfaces_tables_are_found_beside_its_folders_or_above(tmp_path: Path, 
         rows = "".join(f"{split}/{i}.jpg,3-9,Male,{split},False\n" for i in (1, 2))
         home = tmp_path if where == "above" else data
         table(home, f"file,age,gender,race,service_test\n{rows}", f"fairface_label_{split}.csv")
-    found = survey([data], 0.5)
+    found = find_images([data], 0.5)
     assert found.layouts == ["FairFace"]
     assert {(file.split, *file.labels.items()) for file in found.files} == {
         (split, ("age", "3-9"), ("gender", "Male"), ("race", split)) for split in ("train", "val")

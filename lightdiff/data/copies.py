@@ -41,7 +41,7 @@ FIRST = re.compile(r"(?:^|(?<=/))([^-_@ /.\n]+)[-_@ ](?=[^/\n]*$)", re.MULTILINE
 MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
 LOOKS = 8  # photographs that are compared,
 FEWEST = 4  # or as many, where there are fewer
-CLOSE = 12  # mean difference, of 255, between two sizes of a picture
+CLOSE = 0.2  # between two sizes of a picture, of the difference of two pictures
 MAX_PIXELS = 50e6  # that are decoded for a look
 LARGER = 1.2  # times as many pixels
 
@@ -218,7 +218,9 @@ def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker, b
     if hits < len(seen) - len(seen) // LOOKS:  # a copy is more like its own photograph than like any other
         return ""
     larger = [b.area / a.area for a, b in seen]
-    if np.median(distances.diagonal()) < CLOSE or all(_is_size(variant) for variant in pair if variant):
+    if np.median(distances.diagonal()) < CLOSE * np.median(distances) or all(
+        _is_size(variant) for variant in pair if variant
+    ):
         if min(larger) > LARGER:
             return "second"
         if max(larger) < 1 / LARGER:

@@ -151,7 +151,7 @@ def source_of(place: Path) -> Source:
 
 
 @dataclass
-class Survey:
+class Listing:
     """The images of the sources, and what there is to know about what was found there."""
 
     files: list[ImageFile]
@@ -166,7 +166,7 @@ def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
     On a terminal it shows how many have been found so far.
     """
     with console.status("looking for images") as line:
-        found = survey(
+        found = find_images(
             images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels
         )
     for note in found.notes:
@@ -180,16 +180,16 @@ def scan(
     report: Callable[[int], object] = lambda count: None,
     table: Path | None = None,
 ) -> list[ImageFile]:
-    """The images that `survey` finds."""
-    return survey(folders, val_share, report, table).files
+    """The images that `find_images` finds."""
+    return find_images(folders, val_share, report, table).files
 
 
-def survey(
+def find_images(
     folders: Sequence[Path],
     val_share: float,
     report: Callable[[int], object] = lambda count: None,
     table: Path | None = None,
-) -> Survey:
+) -> Listing:
     """Every image of the sources, sorted by source and name (by code point), with its split and its labels.
 
     `report` is called now and then with the number found so far. Labels come from a `table`, from one that belongs to
@@ -199,7 +199,7 @@ def survey(
     path, a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out,
     as happens with two or three, the one with the largest hash is trained on.
     """
-    found, sources, roles = Survey([], [], Counter(), []), dict[int, Images](), folder_roles(folders)
+    found, sources, roles = Listing([], [], Counter(), []), dict[int, Images](), folder_roles(folders)
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
@@ -233,7 +233,7 @@ def survey(
     return found
 
 
-def _label(found: Survey, table: Path, sources: Mapping[int, Images]) -> None:
+def _label(found: Listing, table: Path, sources: Mapping[int, Images]) -> None:
     """Give the images the labels of a table."""
     labels, notes = match(read_table(table, "--labels"), table, "--labels", sources)
     found.files = [replace(file, labels=labels.get((file.root, file.path), {})) for file in found.files]

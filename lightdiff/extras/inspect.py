@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightdiff.data.colours import to_rgb
-from lightdiff.data.files import FOLDER, ImageFile, Source, source_of, survey
+from lightdiff.data.files import FOLDER, ImageFile, Source, find_images, source_of
 from lightdiff.data.images import BadImage, colour, opened
 from lightdiff.data.layouts import Layout
 from lightdiff.run_folder import open_regular
@@ -110,7 +110,7 @@ def inspect(
         progress: Called with the number of images done and of all images.
         labels: A table of labels.
     """
-    found = survey(folders, val_share, table=labels)
+    found = find_images(folders, val_share, table=labels)
     files = found.files
     paths = [os.path.join(folders[file.root], file.path) for file in files]
     sources = [(folder, source_of(folder)) for folder in folders]
