@@ -20,6 +20,7 @@ from typing import Any
 from lightdiff.errors import NoRoom, RunError, UserError, from_os
 
 TEMPORARY = ".tmp"
+NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
 MAKER = re.compile(r"~([^~]*)~(\d+)~[0-9a-f]+\.tmp$")  # in a temporary file's name: host and process
 ABANDONED = 24 * 3600  # seconds after which a temporary file of another host belongs to nobody
 
@@ -331,7 +332,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    handle = os.open(path, flags | NO_WAIT)
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind):
         return handle

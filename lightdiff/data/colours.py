@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lightdiff.data.formats import BadImage
 
@@ -45,7 +47,7 @@ def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_
     Of a very large one, which takes gigabytes in every copy, a fraction is returned whose shorter side has `at_least`
     pixels.
     """
-    sixteen = isinstance(image, ImageFile.ImageFile) and any(";16" in str(tile) for tile in image.tile)
+    sixteen = isinstance(image, (PngImageFile, TiffImageFile)) and ";16" in str(image.tile)
     image.load()  # before the EXIF data, which may follow the pixels
     profile = image.info.get("icc_profile")
     with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
