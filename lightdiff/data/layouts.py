@@ -4,6 +4,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,11 @@ def places(names: Sequence[str]) -> list[Place]:
 
     Split folders lie at the top (train/cat/1.jpg) or in every class (cat/train/1.jpg).
     """
+    return _places(tuple(names))
+
+
+@lru_cache(maxsize=1)  # asked for several times in a row
+def _places(names: tuple[str, ...]) -> list[Place]:
     start = len(common_folder(names))
     homes = [name[start:].rpartition("/")[0] for name in names]
     parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names
