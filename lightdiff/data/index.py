@@ -148,12 +148,14 @@ class LatentIndex(ImageTable):
         keys = zip(mine.tolist(), self.keys(mine.tolist()), strict=True)
         bad = [(position, reasons[key]) for position, key in keys if key in reasons]
         if not self.shards[number]:
-            good = np.setdiff1d(mine, [p for p, _ in bad])
-            if len(good) + len(reasons) != len(mine):
-                raise Damaged(f"{shard.path} is damaged: its list of unreadable images does not fit")
+            good, columns = np.setdiff1d(mine, [p for p, _ in bad]), [getattr(self, name) for name in FINGERPRINTS]
+            found = [shard.tensor(name) for name in FINGERPRINTS]
+            kinds = [torch.from_numpy(column).dtype for column in columns]
+            if len(good) + len(reasons) != len(mine) or [tensor.dtype for tensor in found] != kinds:
+                raise Damaged(f"{shard.path} is damaged: what it says of its images does not fit")
             self.row[good] = np.arange(len(good))
-            for name in FINGERPRINTS:
-                getattr(self, name)[good] = shard.tensor(name).numpy()
+            for column, tensor in zip(columns, found, strict=True):
+                column[good] = tensor.numpy()
             self.shards[number] = shard.metadata.digest
         return bad
 

@@ -96,7 +96,7 @@ class ImageDataset(Dataset[Item]):
         for index in ((asked + i) % len(self.files) for i in range(self.tries)):
             file = self.files[index]
             where = s.data[file.root], self.sources[file.root]
-            look = fingerprint(s.data[file.root], file.path, contents=True) if self.fingerprints else None
+            look = fingerprint(where[0], file.path, contents=True) if self.fingerprints else None
             try:
                 image = load_image(file.path, s.background, self.at_least, *where, **self.reading)
             except BadImage as error:

@@ -30,6 +30,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 HASH_BYTES = 16
 READERS = 8  # threads that read files to compare their contents
 MAX_TIME = 2**63 - 1
+CHUNK = 1 << 17  # bytes read at a time
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of change, hash of its contents
 
 
@@ -139,12 +140,14 @@ class ImageTable(BaseModel):
 
     def name(self, position: int) -> str:
         """An image's path below its source."""
-        start = self.ends[position - 1] if position else 0
-        return self.text[start : self.ends[position]].tobytes().decode("utf-8", "surrogateescape")
+        return next(self.keys([position]))[1]
 
     def keys(self, positions: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Source and name of these images."""
-        return ((int(self.roots[position]), self.name(position)) for position in positions)
+        at = np.fromiter(positions, np.int64)
+        starts, text = np.where(at > 0, self.ends[at - 1], 0).tolist(), self.text.data
+        for root, start, end in zip(self.roots[at].tolist(), starts, self.ends[at].tolist(), strict=True):
+            yield root, str(text[start:end], "utf-8", "surrogateescape")
 
     def list_digest(self, positions: NDArray[np.int64] | None = None) -> str:
         """A digest of the list: names, sources and splits; or of some of its names and sources."""
@@ -182,8 +185,8 @@ class ImageTable(BaseModel):
         if self.list_digest() == older.list_digest():
             before = np.arange(len(self))
         else:
-            names = list(older.keys(range(len(older))))
-            known = {_composed(key): i for i, key in enumerate(names)} | {key: i for i, key in enumerate(names)}
+            names = {key: i for i, key in enumerate(older.keys(range(len(older))))}
+            known = {_composed(key): i for key, i in names.items() if not key[1].isascii()} | names
             now = self.keys(range(len(self)))
             before = np.fromiter((known.get(key, known.get(_composed(key), -1)) for key in now), np.int64, len(self))
         changed = (before >= 0) & (self.sizes != older.sizes[before])
@@ -240,14 +243,17 @@ def fingerprint(folder: Path, name: str, contents: bool = False) -> Fingerprint:
 
     The hash is zeros, too, if it is not asked for, and for files that hold many images.
     """
-    path, hashed = os.path.join(folder, name), bytes(HASH_BYTES)
+    path, hashed = os.path.join(folder, name), hashlib.blake2b(digest_size=HASH_BYTES)
     try:
-        if os.path.isfile(folder):
-            path, contents = str(folder), False
-        found = os.stat(path)
-        if contents:
+        if not contents:
+            found = os.stat(path)
+        else:
             with open_regular(path) as file:
-                hashed = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=HASH_BYTES)).digest()
+                found = os.fstat(file.fileno())
+                for chunk in iter(partial(file.read, CHUNK), b""):
+                    hashed.update(chunk)
+    except NotADirectoryError:
+        found, contents = os.stat(folder), False
     except (OSError, ValueError):
-        return -1, 0, hashed
-    return found.st_size, min(found.st_mtime_ns, MAX_TIME), hashed
+        return -1, 0, bytes(HASH_BYTES)
+    return found.st_size, min(found.st_mtime_ns, MAX_TIME), hashed.digest() if contents else bytes(HASH_BYTES)
