@@ -72,7 +72,7 @@ def recipe(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Kill both trainings 100 times each and compare; arguments after -- go to tests/bench/faults.py. 15 minutes."""
+    """Stop all stages 100 times in all and compare; arguments after -- go to tests/bench/faults.py. 10 minutes."""
     measure(session, "tests.bench.faults")
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -39,17 +40,11 @@ HOME = Path(__file__).parent.parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks and kills")
-def test_five_kills_of_each_training_change_nothing():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.bench.faults", "--kills", "5"],
-        cwd=HOME,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_some_stops_of_each_stage_change_nothing():
+    words = [sys.executable, "-m", "tests.bench.faults", "--kills", "7"]
+    run = subprocess.run(words, cwd=HOME, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "vae: 5 of 5 kills" in run.stdout
-    assert "unet: 5 of 5 kills" in run.stdout
+    assert len(re.findall(r"(?m)^[a-z-]+: [1-9]\d* stops, (\d+) of \1 runs equal$", run.stdout)) == 7, run.stdout
 
 
 # --- a disk that fails ----------------------------------------------------------------------------------------------

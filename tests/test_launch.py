@@ -1,5 +1,6 @@
 """`--nproc-per-node`, signals and kills, on the real command in real processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -85,7 +86,7 @@ def saved_step(command: Command) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, code, processes):
     command = Command(faces, tmp_path, processes=processes).wait_for_step(20)
     started = time.monotonic()
@@ -95,6 +96,59 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, cod
     step = saved_step(command)
     assert f"stopped: stopped after step {step} of 100000, saved to" in said
     assert said.count("run the same command again to resume") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signals_that_come_again_and_again_lose_no_save(faces, tmp_path, processes):
+    """A cluster sends SIGTERM to each process, and a launcher once more; the terminal may be closed as well."""
+    command = Command(faces, tmp_path, processes=processes).wait_for_step(20)
+    workers = command.workers() if processes > 1 and sys.platform == "linux" else []
+    for _ in range(20):
+        for pid in [command.process.pid, *workers]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        command.send(signal.SIGHUP)
+        time.sleep(0.02)
+    code, said = command.end()
+    assert code == 143, said
+    assert said.count(f"stopped after step {saved_step(command)} of 100000, saved to") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_nohup_a_closed_terminal_stops_nothing(faces, tmp_path, processes):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = Command(faces, tmp_path, processes=processes).wait_for_step(10)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.killpg(command.process.pid, signal.SIGHUP)
+    command.wait_for_step(80)
+    assert command.send(signal.SIGTERM).end()[0] == 143
+
+
+def test_a_reader_that_goes_away_does_not_end_a_training(faces, tmp_path):
+    command = Command(faces, tmp_path, "--val-every", 5, steps=60, processes=1).wait_for_step(10)
+    command.process.stderr.close()
+    command.process.stdout.close()
+    assert command.process.wait(SECONDS) == 0
+    assert saved_step(command) == 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds workers below /proc")
+@pytest.mark.parametrize("moment", [0.0, 0.3, 1.5])
+def test_workers_leave_when_the_command_is_killed_while_they_import(faces, tmp_path, moment):
+    command = Command(faces, tmp_path, "--timeout", 600)
+    deadline = time.monotonic() + SECONDS
+    while len(command.workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(moment)
+    workers = command.workers()
+    command.send(signal.SIGKILL)
+    command.process.communicate()
+    assert len(workers) == 2
+    while not all(map(gone, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(map(gone, workers))
 
 
 def test_sigusr1_saves_and_everything_goes_on(faces, tmp_path):
