@@ -83,6 +83,9 @@ def parse_numbers(value: Any) -> Any:
     return [] if isinstance(value, str) and value.strip() == "none" else parse_names(value)
 
 
+Classes = Annotated[tuple[str, ...], BeforeValidator(parse_classes)]
+
+
 def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:
     """Refuse a single width."""
     if len(channels) == 1:

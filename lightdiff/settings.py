@@ -14,6 +14,7 @@ from pydantic.config import JsonDict
 
 from lightdiff.architectures import (
     Architecture,
+    Classes,
     Counts,
     Settings,
     UNetArchitecture,
@@ -21,7 +22,6 @@ from lightdiff.architectures import (
     VAEArchitecture,
     VAESettings,
     Width,
-    parse_classes,
     parse_names,
     parse_numbers,
     with_changes,
@@ -66,7 +66,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.expanduser), AfterValidator(Path.absolute)]
-Classes = Annotated[tuple[str, ...], BeforeValidator(parse_classes)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 

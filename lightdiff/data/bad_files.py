@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightdiff.data.files import ImageFile
 from lightdiff.errors import RunError
+from lightdiff.run_folder import append_text
 
 
 @dataclass
@@ -42,8 +43,7 @@ class BadFiles:
         files = [(self.files[index], reason) for index, reason in new]
         lines = {(str(file.root), _on_one_line(file.path)): _on_one_line(reason) for file, reason in files}
         self.report.parent.mkdir(parents=True, exist_ok=True)
-        with self.report.open("a", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-            stream.writelines("\t".join((*key, lines[key])) + "\n" for key in lines if key not in listed)
+        append_text(self.report, "".join("\t".join((*key, lines[key])) + "\n" for key in lines if key not in listed))
         listed |= lines
         if len(listed) > self.max_bad * len(self.files) + 1e-6:  # 0.29 * 100 is a little less than 29
             some = [f"  {path}: {reason}" for (_, path), reason in list(listed.items())[:3]]
@@ -55,7 +55,7 @@ class BadFiles:
             )
 
     def _read(self) -> dict[tuple[str, str], str]:
-        if not self.report.exists():
+        if not self.report.is_file():
             return {}
         text = self.report.read_text(encoding="utf-8", errors="surrogateescape")
         rows = (line.split("\t") for line in text.split("\n"))
