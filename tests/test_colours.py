@@ -245,6 +245,7 @@ def test_a_white_that_is_given_counts_for_every_image(tmp_path: Path) -> None:
         (RAMP * 255, {"float": 1}, r"pixel values from 0 to 255, but white is 1 \(--float-white\)"),
         (RAMP, {"float": 255}, r"pixel values from 0 to 1, but white is 255 \(--float-white\)"),
         (RAMP * 2 - 1, {"float": 1}, "pixel values from -1 to 1; 0 to 65535 can be read"),
+        ((RAMP * 10000 - 5000).astype(np.int32), {}, "pixel values from -5000 to 5000; 0 to 65535 can be read"),
         (RAMP * np.nan, {}, "pixel values from nan to nan; 0 to 65535 can be read"),
         ((RAMP * 65535).astype(np.uint16), {"integer": 4095}, r"but white is 4095 \(--integer-white\)"),
         (RAMP * 1e6, {}, "pixel values from 0 to 1e\\+06; 0 to 65535 can be read"),

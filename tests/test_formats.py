@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lightdiff.data import formats
 from lightdiff.data.formats import FORMATS, SUFFIXES, how_to_read, picture_format
@@ -110,6 +111,18 @@ def test_a_picture_of_another_format_is_named_with_what_to_do(
     assert how_to_read(name) == advice.replace("\\", "")
 
 
+@pytest.mark.parametrize("kind", ["DNG", "NEF"])
+def test_a_raw_file_under_a_tiffs_name_is_not_read_as_its_thumbnail(tmp_path: Path, kind: str) -> None:
+    tags = ImageFileDirectory_v2()
+    if kind == "DNG":
+        tags.tagtype[50706], tags[50706] = 1, b"\1\4\0\0"
+    else:
+        tags[254], tags[330] = 1, 8
+    picture().save(tmp_path / "raw.tif", tiffinfo=tags)
+    with pytest.raises(BadImage, match=r"^camera raw, which is not read: convert them to JPEG or PNG$"):
+        load_image(tmp_path / "raw.tif")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -119,7 +132,7 @@ def test_a_picture_of_another_format_is_named_with_what_to_do(
         (ftyp("qt  ", "qt  "), "no image, but a video"),
         (b"%PDF-1.7\n", "no image, but a PDF document"),
         (b"\0\5\x16\7\0\2\0\0Mac OS X", "no image, but a macOS metadata file"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "a PNG of a kind that is not read, or too damaged"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "PNG, but of a kind that is not read, or too damaged"),
         (b"I am no image", "no image, or too damaged to be recognised"),
     ],
 )

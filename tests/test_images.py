@@ -412,6 +412,17 @@ def test_what_follows_a_photo_is_not_counted_as_its_scans(tmp_path: Path) -> Non
     assert load_image(tmp_path / "plain.jpg", at_least=16).size == (32, 24)
 
 
+def test_a_ppm_that_would_take_minutes_is_named(tmp_path: Path) -> None:
+    for name, side in (("small", 40), ("large", 2100)):
+        row = np.arange(3 * side, dtype=">u2") * (65535 // (3 * side))
+        (tmp_path / f"{name}.ppm").write_bytes(b"P6 %d %d 65535\n" % (side, side) + row.tobytes() * side)
+    assert load_image(tmp_path / "small.ppm").size == (40, 40)
+    with pytest.raises(BadImage, match="a PPM of values that are no bytes, too large to read in a reasonable time"):
+        load_image(tmp_path / "large.ppm")
+    picture(2100, 2100).save(tmp_path / "bytes.ppm")
+    assert load_image(tmp_path / "bytes.ppm").size == (2100, 2100)
+
+
 def test_text_that_unpacks_to_megabytes_is_refused_in_our_words(tmp_path: Path) -> None:
     text = PngInfo()
     text.add_text("Comment", " " * 2**22, zip=True)

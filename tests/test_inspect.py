@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -153,6 +154,15 @@ def test_progress_is_told(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
     inspect([folder], 0.2, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i, 30) for i in range(1, 31)]
+
+
+def test_white_is_found_as_training_finds_it(tmp_path: Path) -> None:
+    for i in range(4):
+        values = np.arange(64, dtype=np.uint16).reshape(8, 8) * (4 if i else 1)  # 8 bits in 16, and a dark one
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    report = inspect([tmp_path], 0.1)
+    assert report.bad == []
+    assert any(note.startswith("white is 255 in 16-bit images") for note in report.notes)
 
 
 def test_only_bad_files_are_no_reason_to_fail(tmp_path: Path) -> None:

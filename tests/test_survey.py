@@ -1,6 +1,5 @@
 """What a sample of a folder says before a run: one white for all its images, and how many will be enlarged."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from conftest import VAE_FLAGS, call, succeed
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
 from lightdiff.data import survey
 from lightdiff.data.files import scan
@@ -31,12 +29,11 @@ def fill(folder: Path, *arrays: NDArray[Any], suffix: str = ".tif") -> Path:
 
 def surveyed(folder: Path, **settings: Any) -> tuple[ImageSettings, str]:
     """The image settings with the whites found, and what was printed."""
-    images, out = ImageSettings(data=(folder,), resolution=16, **settings), io.StringIO()
-    console = Console(file=out, width=300)
+    images, notes = ImageSettings(data=(folder,), resolution=16, **settings), list[str]()
     files = scan(images.data, 0)
-    images = with_whites(images, files, console)
-    note_enlarged(images, files, console)
-    return images, out.getvalue()
+    images = with_whites(images, files, notes.append)
+    note_enlarged(images, files, notes.append)
+    return images, "\n".join(notes)
 
 
 def brightness(images: ImageSettings) -> list[float]:
@@ -53,7 +50,7 @@ def test_twelve_bits_in_sixteen_have_one_white_and_dark_images_stay_dark(tmp_pat
     images, printed = surveyed(folder)
     assert (images.integer_white, images.float_white) == (4095, 0)
     assert printed == (
-        "note: white is 4095 in 16-bit images, as the values of 5 of them suggest; --integer-white changes that\n"
+        "white is 4095 in 16-bit images, as the values of 5 of them suggest; --integer-white changes that"
     )
     assert brightness(images) == pytest.approx([127.5 * s / 4095 for s in scales], abs=1)
 
@@ -77,7 +74,7 @@ def test_one_float_image_of_another_range_is_named_and_the_rest_read_by_one_rule
 def test_integers_and_floats_have_a_white_each(tmp_path: Path) -> None:
     images, printed = surveyed(fill(tmp_path, RAMP, (RAMP * 65535).astype(np.uint16), (RAMP * 255).astype(np.uint8)))
     assert (images.integer_white, images.float_white) == (65535, 1)
-    assert printed.count("note: white is") == 2
+    assert printed.count("white is") == 2
     assert brightness(images) == pytest.approx([127.5] * 3, abs=1)
 
 
@@ -122,8 +119,8 @@ def test_enlarged_images_are_noted_with_their_share(tmp_path: Path) -> None:
     for i in range(10):
         Image.new("RGB", (12, 10) if i < 4 else (40, 20)).save(tmp_path / f"{i}.png")
     assert surveyed(tmp_path)[1] == (
-        "note: 40% of 10 images looked at are smaller than --resolution 16 and will be enlarged "
-        "(median shorter side: 20 pixels)\n"
+        "40% of 10 images looked at are smaller than --resolution 16 and will be enlarged "
+        "(median shorter side: 20 pixels)"
     )
 
 

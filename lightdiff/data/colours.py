@@ -122,7 +122,8 @@ def _eight_bits(image: Image.Image, whites: Whites) -> Image.Image:
     default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
     white = getattr(whites, kind) or default
     found = f"pixel values from {values.min():g} to {values.max():g}"
-    if not -0.1 * white <= low <= high <= 1.05 * max(white, WHITES[-1]):  # false for NaN, too
+    lowest = -0.1 * white if kind == "float" else 0  # sharpening overshoots below black, too
+    if not lowest <= low <= high <= 1.05 * max(white, WHITES[-1]):  # false for NaN, too
         raise BadImage(f"{found}; 0 to {max(white, WHITES[-1]):g} can be read")
     if middle > white or 0 < high < white / 200:
         raise BadImage(f"{found}, but white is {white:g} (--{kind}-white)")

@@ -2,11 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lightdiff.run_folder import open_regular
 
@@ -96,7 +98,14 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             stream.seek(0)
             image = Image.open(stream, formats=_others(stream.read(HEAD)))
         with image:
+            if isinstance(image, TiffImageFile) and _is_raw(image.tag_v2):
+                raise BadImage(f"camera raw, which is not read: {how_to_read('camera raw')}")
             yield image
+
+
+def _is_raw(tags: Mapping[int, Any]) -> bool:
+    """Whether a TIFF is a camera's raw file: DNG, or one whose first image is a thumbnail of others inside it."""
+    return 50706 in tags or (tags.get(254) == 1 and 330 in tags)  # DNGVersion; NewSubfileType and SubIFDs
 
 
 def _others(head: bytes) -> tuple[str, ...]:
@@ -112,5 +121,5 @@ def _others(head: bytes) -> tuple[str, ...]:
     if impostor := next((what for what, pattern in IMPOSTORS.items() if pattern.match(head)), ""):
         raise BadImage(f"no image, but {impostor}")
     if name:
-        raise BadImage(f"a {name} of a kind that is not read, or too damaged")
+        raise BadImage(f"{name}, but of a kind that is not read, or too damaged")
     return FORMATS

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageColor, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PpmImagePlugin import PpmImageFile
 from torch import Tensor
 
 from lightdiff.data.colours import UNKNOWN, Colour, Whites, to_rgb
@@ -29,6 +30,7 @@ from lightdiff.settings import ImageSettings
 
 MAX_MEGAPIXELS = ImageSettings().max_megapixels
 MAX_SCANS = 100  # of a JPEG: half a millisecond each for every million pixels
+MAX_SLOW_PPM = 4  # megapixels: Pillow reads these at seconds for each
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length, number of components
 
 # Odd metadata and the like. For all threads and for good, as filters that come and go are no matter of one thread.
@@ -60,6 +62,10 @@ def opened(
                 raise BadImage(f"{size}, are more than --max-megapixels {max_megapixels:g}")
             if isinstance(image, JpegImageFile) and (scans := _count_scans(image)) > MAX_SCANS:
                 raise BadImage(f"a JPEG of {scans} scans, made to take long; at most {MAX_SCANS} are read")
+            if isinstance(image, PpmImageFile) and image.tile[0][0] != "raw" and megapixels > MAX_SLOW_PPM:
+                raise BadImage(
+                    "a PPM of values that are no bytes, too large to read in a reasonable time; save it as PNG"
+                )
             yield image
     except (BadImage, LightdiffError, MemoryError):
         raise

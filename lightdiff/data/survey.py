@@ -6,7 +6,6 @@ from statistics import median
 from typing import TypeVar
 
 from PIL import Image
-from rich.console import Console
 
 from lightdiff.data.colours import choose_white, highest_value, kind_of
 from lightdiff.data.files import ImageFile, source_of
@@ -14,6 +13,7 @@ from lightdiff.data.images import BadImage, opened
 from lightdiff.settings import ImageSettings, with_changes
 
 T = TypeVar("T")
+Tell = Callable[[str], object]
 SAMPLE = 256  # images whose headers are read
 DECODED = 32  # images that are read whole
 DEEP = ((".tif", ".tiff", ".pgm", ".pnm"), (".png",))  # suffixes of formats with 16 bits; most PNGs have 8
@@ -21,8 +21,8 @@ FEW = 0.05  # share of enlarged images that needs no word
 NAMES = {"integer": "16-bit", "float": "float"}
 
 
-def with_whites(images: ImageSettings, files: Sequence[ImageFile], console: Console) -> ImageSettings:
-    """The settings with the value of white in 16-bit and float images, found once for all of them and printed."""
+def with_whites(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> ImageSettings:
+    """The settings with the value of white in 16-bit and float images, found once for all of them and told."""
     unknown = [kind for kind in NAMES if not getattr(images, f"{kind}_white")]
     found: dict[str, list[ImageFile]] = {kind: [] for kind in NAMES}
     for suffixes in DEEP if unknown else ():
@@ -34,7 +34,7 @@ def with_whites(images: ImageSettings, files: Sequence[ImageFile], console: Cons
             white = choose_white(kind, highest)
             images = with_changes(images, **{f"{kind}_white": white})
             why = f"as the values of {len(highest)} of them suggest; --{kind}-white changes that"
-            console.print(f"note: white is {white:g} in {NAMES[kind]} images, {why}", soft_wrap=True)
+            tell(f"white is {white:g} in {NAMES[kind]} images, {why}")
     return images
 
 
@@ -43,15 +43,13 @@ def shorter_sides(images: ImageSettings, files: Sequence[ImageFile]) -> list[int
     return [side for _, side in look_at(evenly(files, SAMPLE), images, lambda image: min(image.size))]
 
 
-def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], console: Console) -> None:
-    """Print how many images are smaller than the resolution, if they are more than a few."""
+def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> None:
+    """Tell how many images are smaller than the resolution, if they are more than a few."""
     sides = shorter_sides(images, files)
     share = sum(side < images.resolution for side in sides) / max(1, len(sides))
     if share > FEW:
         what = f"{share:.0%} of {len(sides)} images looked at are smaller than --resolution {images.resolution}"
-        console.print(
-            f"note: {what} and will be enlarged (median shorter side: {median(sides):g} pixels)", soft_wrap=True
-        )
+        tell(f"{what} and will be enlarged (median shorter side: {median(sides):g} pixels)")
 
 
 def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:

@@ -343,6 +343,11 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
+def print_note(text: str) -> None:
+    """Print what is no error but good to know."""
+    console.print(f"note: {text}", soft_wrap=True)
+
+
 def shape_words(shape: Sequence[int]) -> str:
     """A shape in words: "4 x 16 x 16"."""
     return " x ".join(map(str, shape))

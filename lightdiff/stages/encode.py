@@ -23,7 +23,7 @@ from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
-from lightdiff.runtime.progress import Reporter, console, shape_words
+from lightdiff.runtime.progress import Reporter, console, print_note, shape_words
 from lightdiff.runtime.resume import start_over
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
@@ -41,7 +41,7 @@ def run(settings: EncodeSettings) -> Path:
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
         files = list_images(settings.images, console)
-        images = processes.run_on_main(lambda: with_whites(settings.images, files, console))
+        images = processes.run_on_main(lambda: with_whites(settings.images, files, print_note))
         settings = stage.settings = with_changes(settings, images=images)
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))

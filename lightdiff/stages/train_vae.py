@@ -21,7 +21,7 @@ from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
 from lightdiff.pictures import save_grid
 from lightdiff.runtime.processes import Means, autocast, pick_workers
-from lightdiff.runtime.progress import console, shape_words
+from lightdiff.runtime.progress import console, print_note, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GRID, TrainVAESettings, with_changes
 from lightdiff.training.loop import Tensors, train
@@ -31,9 +31,9 @@ def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
         files = list_images(stage.settings.images, console)
-        images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, console))
+        images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
-        stage.processes.run_on_main(lambda: note_enlarged(images, files, console))
+        stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
         table = ImageTable.of(files)
         stage.processes.check_same("list of images", table.list_digest())
         task = VAETask(stage, files)
