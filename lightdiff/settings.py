@@ -65,7 +65,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-AbsolutePath = Annotated[Path, AfterValidator(Path.expanduser), AfterValidator(Path.absolute)]
+def absolute(path: Path) -> Path:
+    """The whole path, with ~ replaced."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{path.parts[0]}: there is no such user") from None
+
+
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 

@@ -525,3 +525,8 @@ def test_brackets_in_the_name_of_a_run(cli, run):
     result = cli("generate", "--run", place, *DRAW)
     assert result.code == 0
     assert f"are in {place / 'samples' / '0002'}" in result.err
+
+
+def test_a_home_of_a_user_who_does_not_exist(refused, new):
+    told = refused("train-vae", "--run", new, "--data", "~nobody-of-this-name/photos")
+    assert "--data: ~nobody-of-this-name: there is no such user" in told

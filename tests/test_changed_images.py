@@ -256,7 +256,7 @@ def test_a_foreign_shard_is_refused_and_replaced(encoded: Path, foreign: Path) -
         assert result.code == 2
         assert "shard-00001.safetensors is not the shard of this index" in result.err
         assert "run 'lightdiff encode' again" in result.err
-    said = "shard-00001.safetensors is damaged, or of another VAE or other images; it will be encoded again"
+    said = "damaged, or of another VAE, other settings or other images; it will be encoded again"
     assert said in encode_again(encoded)
     assert all(torch.equal(mu, before[name]) for name, mu in latents_by_name(encoded).items())
     assert read_index(latents).statistics is not None  # they are the same
@@ -273,7 +273,7 @@ def test_an_unfinished_encoding_takes_in_no_shard_of_another_vae_or_other_images
     index.write(latents / "index.safetensors")
     own = latents / "shard-00001.safetensors"
     shutil.copy(own if number == 0 else foreign, latents / f"shard-0000{number}.safetensors")
-    assert f"shard-0000{number}.safetensors is damaged, or of another VAE or other images" in encode_again(encoded)
+    assert f"shard-0000{number}.safetensors is damaged, or of another VAE" in encode_again(encoded)
     assert all(torch.equal(mu, before[name]) for name, mu in latents_by_name(encoded).items())
 
 
@@ -288,6 +288,44 @@ def test_scale_keeps_the_latents_from_being_replaced_meanwhile(encoded: Path, mo
     succeed("scale", "--run", encoded)
     assert [result.code for result in results] == [2, 2, 2]
     assert "latents is in use by" in results[0].err
+
+
+def test_an_unfinished_encoding_takes_in_no_shard_of_other_settings(encoded: Path, data: Path, tmp_path: Path) -> None:
+    """Of the same VAE and images: drawn on another background, so only the index can tell."""
+    other = Path(shutil.copytree(encoded, tmp_path / "other"))
+    encode_again(other, "--restart", "--background", "red")
+    index = read_index(encoded / "latents")
+    index.digest = ""
+    index.forget(0)
+    index.write(encoded / "latents/index.safetensors")
+    shutil.copy(other / "latents/shard-00000.safetensors", encoded / "latents")
+    assert "shard-00000.safetensors is damaged, or of another VAE, other settings" in encode_again(encoded)
+
+
+def test_a_copy_of_another_vae_beside_latents_is_noticed_and_replaced(encoded: Path, foreign: Path) -> None:
+    copy = encoded / "latents/vae.safetensors"
+    copy.unlink()  # a hard link of the run's own
+    shutil.copy(foreign.parent / "vae.safetensors", copy)
+    result = call("train-unet", "--run", encoded, *UNET_FLAGS)
+    assert result.code == 2
+    assert "vae.safetensors is not the VAE of these latents: run 'lightdiff encode' again" in result.err
+    encode_again(encoded)
+    succeed("train-unet", "--run", encoded, *UNET_FLAGS)
+
+
+def test_a_unet_that_is_resumed_with_corrected_labels_says_so(begun: Path, data: Path, tmp_path: Path) -> None:
+    names = [path.relative_to(data).as_posix() for path in photos(data)]
+    table = tmp_path / "labels.csv"
+    table.write_text("file,kind\n" + "".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
+    encode_again(begun, "--labels", table)
+    succeed("scale", "--run", begun)
+    again = ("train-unet", "--run", begun, *UNET_FLAGS, "--label", "kind")
+    succeed(*again)
+    said = "some images have another label now than when this run was started"
+    assert said not in succeed(*again, "--steps", 4).err
+    table.write_text(table.read_text().replace(f"{names[0]},0", f"{names[0]},1"))
+    encode_again(begun, "--labels", table)
+    assert said in succeed(*again, "--steps", 5).err
 
 
 # --- latents that cannot be stored --------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def make_latents(folder: Path) -> Path:
     for number in range(3):
         mine = index.planned(number)
         bad = [(*key, "a hole") for key in index.keys(mine[3:].tolist())]
-        facts = ShardFacts(vae="none", images=index.list_digest(mine), bad=bad)
+        facts = ShardFacts(vae="none", plan=index.plan(mine), bad=bad)
         tensors = {name: torch.randn(3, 2, 2, 3, 3).half() for name in ("mu", "logvar")}
         tensors |= encode.as_columns([(7, 8, bytes(HASH_BYTES))] * 3)
         save(shard_path(folder, number), tensors, Metadata(stage="latents", extra=facts.model_dump()))
@@ -208,7 +208,6 @@ def go_on(folder: Path) -> None:
         row=np.full(2, -1, np.int32),
     )
     stage: Any = type("FakeStage", (), {"path": folder, "settings": EncodeSettings(allow_missing=True)})
-    encode.depends_on(old)
     encode.resume(stage, now, old)
 
 

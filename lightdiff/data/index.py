@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from lightdiff.run_folder import INDEX
 from lightdiff.settings import ImageSettings
 
 FINGERPRINTS = ("sizes", "mtimes", "hashes")  # columns of the index and tensors of a shard: of the files that were read
+NOT_IN_LATENTS = ("data", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")  # image settings
 MAX_ELEMENTS = 1 << 24  # of a latent
 LARGEST = 1e30  # float32 holds it, and its product with a latent
 
@@ -60,7 +61,7 @@ class ShardFacts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     vae: str  # digest of the VAE
-    images: str  # digest of the names of its images
+    plan: str  # digest of the names of its images, and of what their latents depend on besides
     bad: list[tuple[int, str, str]]  # source and name of those that were unreadable, and why
 
 
@@ -101,6 +102,23 @@ class LatentIndex(ImageTable):
         ):
             raise ValueError("its parts do not fit together")
         return self
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What latents depend on besides the images, named as settings are."""
+        images = self.images.model_dump(mode="json", exclude=set(NOT_IN_LATENTS))
+        return {
+            "vae": self.vae_digest[:8],
+            "dtype": self.dtype,
+            "compute.precision": self.precision,
+            "shard_size": self.shard_size,
+            **{f"images.{name}": value for name, value in images.items()},
+        }
+
+    def plan(self, positions: NDArray[np.int64]) -> str:
+        """A digest of what a shard of the images at these positions is to hold."""
+        text = repr([sorted(self.depends_on.items()), list(self.keys(positions.tolist()))])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def complete(self) -> bool:
@@ -179,12 +197,12 @@ def open_shard(folder: Path, index: LatentIndex, number: int) -> Checkpoint:
         raise Damaged(f"{path} is damaged: it does not say what it holds") from None
     known, shapes = index.shards[number], shard.shapes("")
     rows = int(index.row[mine].max()) + 1 if known else len(mine) - len(facts.bad)
-    n = max(rows, shapes.get("mu", [0])[0]) if known else rows  # rows that are no longer named stay
+    n = max([rows, *shapes.get("mu", [])[:1]]) if known else rows  # rows that are no longer named stay
     wanted = {name: [n, 1 + index.mirrored, *index.shape] for name in ("mu", "logvar")}
     wanted |= {"sizes": [n], "mtimes": [n], "hashes": [n, HASH_BYTES]}
-    same = known == shard.metadata.digest if known else facts.images == index.list_digest(mine)
+    same = known == shard.metadata.digest if known else facts.plan == index.plan(mine)
     if not same or facts.vae != index.vae_digest or shapes != wanted:
-        raise Damaged(f"{path} is not the shard of this index, but of another VAE or of other images")
+        raise Damaged(f"{path} is not the shard of this index, but of another VAE, other settings or other images")
     return shard
 
 

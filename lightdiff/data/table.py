@@ -149,10 +149,8 @@ class ImageTable(BaseModel):
         for root, start, end in zip(self.roots[at].tolist(), starts, self.ends[at].tolist(), strict=True):
             yield root, str(text[start:end], "utf-8", "surrogateescape")
 
-    def list_digest(self, positions: NDArray[np.int64] | None = None) -> str:
-        """A digest of the list: names, sources and splits; or of some of its names and sources."""
-        if positions is not None:
-            return hashlib.sha256(repr(list(self.keys(positions.tolist()))).encode()).hexdigest()
+    def list_digest(self) -> str:
+        """A digest of the list: names, sources and splits."""
         columns = (self.text, self.ends, self.roots, self.splits)
         return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
 

@@ -20,6 +20,7 @@ from lightdiff.runtime.progress import console
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
 RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad", "images.max_megapixels")
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
+LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
 
 
@@ -83,13 +84,13 @@ def start_over(folder: Path) -> None:
 
 
 def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that a run is trained on what it was started with; a list of images (`data`) may grow or shrink.
+    """Check that a run is trained on what it was started with, but for what may change.
 
     Raises:
         UserError: If it was trained on something else.
     """
     for name in reversed(list(now)):
-        if now[name] != before.get(name) and name != "data":
+        if now[name] != before.get(name) and name not in LINEAGE_MAY_CHANGE:
             raise UserError(
                 f"{folder} was trained on {name} {before.get(name, '')[:8]}, but now there is {now[name][:8]}: "
                 "choose another --run, or --restart"

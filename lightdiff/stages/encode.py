@@ -30,7 +30,6 @@ from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
 
 Positions = NDArray[np.int64]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-NOT_IN_LATENTS = ("data", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")  # settings that may change
 ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --restart'"
 
 
@@ -68,18 +67,7 @@ def begun(folder: Path) -> Mapping[str, Any]:
     if not (folder / INDEX).is_file():
         return {}
     index = read_index(folder)
-    return depends_on(index) | {"index": index}
-
-
-def depends_on(index: LatentIndex) -> dict[str, Any]:
-    """What latents depend on besides the images, named as settings are."""
-    return {
-        "vae": index.vae_digest[:8],
-        "dtype": index.dtype,
-        "compute.precision": index.precision,
-        "shard_size": index.shard_size,
-        **{f"images.{name}": value for name, value in index.images if name not in NOT_IN_LATENTS},
-    }
+    return index.depends_on | {"index": index}
 
 
 def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint, bad: BadFiles) -> dict[int, Positions]:
@@ -94,7 +82,7 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
         start_over(stage.path)
     unreadable: list[tuple[int, str]] = []
     if old is not None:
-        stage.check_begun(depends_on(index), ADVICE)
+        stage.check_begun(index.depends_on, ADVICE)
         unreadable = resume(stage, index, old)
     bad.report.unlink(missing_ok=True)  # what it lists may have been repaired
     bad.add(unreadable)
@@ -102,9 +90,8 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
     index.shard[without] = len(index.shards) + np.arange(len(without)) // index.shard_size
     index.shards += [""] * (int(index.shard.max()) + 1 - len(index.shards))
     todo = {number: index.planned(number) for number in index.used if not index.shards[number]}
-    if old is not None and old.complete and not todo:
-        return {}  # until it is finished, the old index stays
-    index.write(stage.path / INDEX)
+    if todo or old is None or not old.complete:
+        index.write(stage.path / INDEX)  # else the old one stays until this one is finished
     atomic_link(stage.path / VAE_COPY, saved.path)
     if vae_digest(Checkpoint(stage.path / VAE_COPY, "vae")) != index.vae_digest:
         raise RunError(f"{saved.path} was replaced by a newer VAE just now; run the same command again")
@@ -126,7 +113,7 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
         except UserError:
             path = shard_path(stage.path, number)
             if old.shards[number] or path.exists():
-                what = "damaged, or of another VAE or other images" if path.exists() else "missing"
+                what = "damaged, or of another VAE, other settings or other images" if path.exists() else "missing"
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
             old.forget(number)
     found = index.compare(old, index.images.data, contents=True)
@@ -233,7 +220,7 @@ def encoded(
         advance(done)
         if part[-1] == todo[number][-1]:
             mu, logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
-            facts = ShardFacts(vae=index.vae_digest, images=index.list_digest(todo[number]), bad=unreadable)
+            facts = ShardFacts(vae=index.vae_digest, plan=index.plan(todo[number]), bad=unreadable)
             tensors = {"mu": mu, "logvar": logvar, **as_columns(looks)}
             metadata = Metadata(stage="latents", extra=facts.model_dump())
             yield partial(checkpoint.save, shard_path(stage.path, number), tensors, metadata)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightdiff.checkpoint import Checkpoint
+from lightdiff.checkpoint import Checkpoint, tensor_digest
 from lightdiff.data.latents import LatentSet, Scaling, async_copy, latents_settings, prefetch
 from lightdiff.data.order import batch_at, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
@@ -16,7 +16,7 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import Pipeline, load_vae, usable_levels
+from lightdiff.pipeline import Pipeline, load_vae, usable_levels, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_latents
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import console, shape_words
@@ -33,7 +33,9 @@ def run(settings: TrainUNetSettings) -> Path:
     with open_stage(settings, "unet") as stage:
         latents = open_latents(stage)
         task = UNetTask(stage, latents)
-        if stage.start_or_resume(task, {"vae": latents.index.vae_digest, "latents": latents.index.digest}):
+        labels = {"labels": tensor_digest(task.classes)} if stage.settings.label else {}
+        lineage = {"vae": latents.index.vae_digest, "latents": latents.index.digest, **labels}
+        if stage.start_or_resume(task, lineage):
             train(task, stage)
         return stage.folder.last
 
@@ -55,6 +57,9 @@ def open_latents(stage: Stage[TrainUNetSettings]) -> LatentSet:
         raise UserError(f"the settings' section `latent` is not that of the latents in {latents.folder}")
     if not latents.train:
         raise UserError(f"{latents.folder} has no latents in the training split; encode more images")
+    copy = Checkpoint(latents.folder / VAE_COPY, "vae")
+    if vae_digest(copy) != latents.index.vae_digest:
+        raise UserError(f"{copy.path} is not the VAE of these latents: run 'lightdiff encode' again, which replaces it")
     if stage.device.type == "cuda" and latents.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(stage.device)[0]:
         latents.to(stage.device)
     return latents

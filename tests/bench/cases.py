@@ -87,7 +87,7 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
     for number, first in enumerate(range(0, count, shard_size)):
         n = min(shard_size, count - first)
         mu, logvar = noise[:, :n]
-        facts = ShardFacts(vae=index.vae_digest, images=index.list_digest(index.planned(number)), bad=[])
+        facts = ShardFacts(vae=index.vae_digest, plan=index.plan(index.planned(number)), bad=[])
         tensors = {"mu": mu, "logvar": logvar - 6, **encode_stage.as_columns([(0, 0, bytes(HASH_BYTES))] * n)}
         metadata = Metadata(stage="latents", extra=facts.model_dump())
         index.shards[number] = checkpoint.save(shard_path(folder, number), tensors, metadata).digest
