@@ -1,10 +1,15 @@
 """Tables of labels: what fits them, whom they name, and what is said of them."""
 
+import csv
+import io
 import json
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightdiff.data.files import find_images, scan
 from lightdiff.data.layouts import Labels
@@ -96,6 +101,29 @@ def test_tables_of_other_programs_are_read(
 def test_the_separator_is_the_one_beside_the_column_file(folder: Path, tmp_path: Path) -> None:
     path = table(tmp_path, "file\tnote, long, and more\n1.jpg\ta, b\n")
     assert labels(folder, path) == {"0/1.jpg": {"note, long, and more": "a, b"}}
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1, max_size=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    values=st.lists(st.tuples(CELLS, CELLS), min_size=5, max_size=5),
+    delimiter=st.sampled_from(",;\t"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_whatever_a_writer_of_tables_writes_is_read(
+    tmp_path_factory: pytest.TempPathFactory, values: list[tuple[str, str]], delimiter: str, quoting: Literal[0, 1]
+) -> None:
+    folder = fill(tmp_path_factory.mktemp("p"), [f"{i}.jpg" for i in range(5)])
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=delimiter, quoting=quoting)
+    writer.writerow(["file", "one", "other"])
+    writer.writerows([f"{i}.jpg", *row] for i, row in enumerate(values))
+    read = {file.path: file.labels for file in scan([folder], 0, table=table(folder, stream.getvalue()))}
+    for i, row in enumerate(values):
+        wanted = {name: unicodedata.normalize("NFC", v.strip()) for name, v in zip(("one", "other"), row, strict=True)}
+        assert read.get(f"{i}.jpg", {}) == {name: value for name, value in wanted.items() if value}
 
 
 # --- whom a row names ---------------------------------------------------------------------------------------------
