@@ -701,8 +701,27 @@ def test_a_dying_worker_is_told_when_its_batch_is_due_and_not_before(folder: Pat
     worker.kill()
     worker.join()
     time.sleep(0.1)  # the time of a step, or of saving: nothing is raised here
-    with pytest.raises(RunError, match=r"^loading images failed: DataLoader worker .*fewer --workers"):
+    with pytest.raises(RunError, match=r"^loading images failed: DataLoader worker .*need memory, .*--workers 0"):
         list(itertools.islice(stream, 100))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="batches go through sockets with a path on POSIX alone")
+def test_a_batch_that_a_worker_cannot_send_ends_the_run_instead_of_being_waited_for(folder: Path) -> None:
+    # Job schedulers set TMPDIR to long paths; the path of a socket has at most 107 characters.
+    done = run_program(
+        folder,
+        """
+        import tempfile
+        long = data.settings.data[0] / ("long" * 25)
+        long.mkdir()
+        tempfile.tempdir = str(long)
+        next(load_batches(data, [[(0, 0)], [(0, 1)]], workers=1))
+        """,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "lightdiff.errors.RunError: loading images failed: AF_UNIX path too long (worker processes need memory, "
+        "room in /dev/shm, open files (ulimit -n) and a short TMPDIR; --workers 0 does without them)"
+    )
 
 
 # --- report of bad files ------------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from lightdiff.data.colours import Whites
@@ -25,6 +28,10 @@ from lightdiff.errors import RunError
 from lightdiff.settings import ImageSettings
 
 OnBad = Callable[[list[tuple[int, str]]], None]
+WORKERS_NEED = (
+    "worker processes need memory, room in /dev/shm, open files (ulimit -n) and a short TMPDIR; "
+    "--workers 0 does without them"
+)
 
 
 # --- data set -----------------------------------------------------------------------------------------------------
@@ -151,8 +158,9 @@ def load_batches(
                 raise RunError(f"{dataset.path(index)} cannot be read ({reason}), nor can the {others} images after it")
             yield batch
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"loading images failed: {reason} (fewer --workers need less memory)") from error
+        last = str(error).strip().splitlines()[-1]  # of an error in a worker, its traceback comes before
+        reason = re.sub("^(Original )?[A-Za-z]*Error: ", "", last)
+        raise RunError(f"loading images failed: {reason} ({WORKERS_NEED})") from error
 
 
 def _iterate(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
@@ -172,12 +180,18 @@ def _iterate(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
 def _start_worker(_: int) -> None:
     """Leave stopping to the main process, which finishes its step when a signal is sent to all processes."""
     torch.set_num_threads(1)
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         main = multiprocessing.parent_process()  # which a fork server is not
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_on_sigterm_of, args=(main.pid if main else os.getppid(),), daemon=True).start()
+
+
+def _send_error(queue: "Queue[Any]", error: Exception, item: tuple[int, Any]) -> None:
+    """Send why a batch could not be sent, or the main process would wait for it for ever: Python drops it."""
+    queue.put((item[0], ExceptionWrapper((RuntimeError, error, None))))  # type: ignore[no-untyped-call]
 
 
 def _end_on_sigterm_of(parent: int) -> None:
