@@ -147,17 +147,17 @@ add_commands(app)
 
 def main() -> None:
     """Run the command line; a mistake or failure ends in one message on stderr and its exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be valid UTF-8
     outlive_readers()
     if DistEnv.from_env(os.environ).world_size > 1:
         end_with_parent()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost connection is told in one sentence of ours
-    if WORKER_FOLDER in os.environ:
-        from lightdiff.runtime.launcher import register_worker
-
-        register_worker()
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be valid UTF-8
     try:
+        if WORKER_FOLDER in os.environ:
+            from lightdiff.runtime.launcher import register_worker
+
+            register_worker()
         sys.exit(app(prog_name="lightdiff", standalone_mode=False))
     except typer.Abort:
         fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))

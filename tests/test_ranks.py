@@ -292,6 +292,6 @@ def test_errors_of_lost_contact_are_explained_and_others_left_alone(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
         with translate_errors(StageSettings()):
-            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nmore")
+            raise RuntimeError("[/pytorch/gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1234\nmore")
     with pytest.raises(RuntimeError, match="shape mismatch"), translate_errors(StageSettings()):
         raise RuntimeError("shape mismatch")

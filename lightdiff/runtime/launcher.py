@@ -57,7 +57,8 @@ def send_report(error: LightdiffError) -> None:
     """Leave an error for the launching process."""
     rank = int(os.environ["RANK"])
     report = WorkerReport(rank, str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
-    write(Path(os.environ[WORKER_FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
+    with suppress(OSError):  # as on a full disk: then the exit code says that something failed
+        write(Path(os.environ[WORKER_FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
 
 
 def write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -339,7 +340,7 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in DISTRIBUTED_ERRORS):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # without a place in C++
         raise LostContact(
             f"process {rank()} has lost contact with the others ({reason}); {untouched(settings)}"
         ) from error

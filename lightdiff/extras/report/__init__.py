@@ -6,7 +6,7 @@ from pathlib import Path
 from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
-from lightdiff.run_folder import atomic_write_text
+from lightdiff.run_folder import RunFolder, atomic_write_text, remove_abandoned
 from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import Device
@@ -30,6 +30,7 @@ def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     where = pick_device(device)
     found: list[RunFacts] = []
     for run in runs:
+        remove_abandoned(RunFolder(run))
         with console.status(f"reading {run}"):
             found.append(collect(run, where))
     text = render(found).encode(errors="replace").decode()  # file names need not be UTF-8
