@@ -9,7 +9,7 @@ x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 from unicodedata import normalize
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, check_own
-from lightdiff.data.latents import Scaling
+from lightdiff.data.latents import Scaling, async_copy
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, denoiser
 from lightdiff.diffusion.samplers import SAMPLERS
@@ -169,6 +169,11 @@ class Pipeline:
         side = resolution // self.vae_settings.factor
         return side, side
 
+    @cached_property
+    def scaling(self) -> Scaling:
+        """The latents' scaling, z <-> x0, on the device."""
+        return Scaling.of(self.settings.latent, self.device)
+
     @torch.inference_mode()
     def encode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:
         """Latents (the posterior's mean) of images in [-1, 1]; h and w divisible by the VAE's factor."""
@@ -203,7 +208,7 @@ class Pipeline:
         shape = (self.settings.latent.channels, *(size or self.latent_size()))
 
         def noise_of(purpose: str) -> Float[Tensor, "b c h w"]:
-            return item_noise(shape, numbers, seed, purpose).to(self.device)
+            return async_copy(item_noise(shape, numbers, seed, purpose), self.device)
 
         levels = levels_for(self.settings, how, strength)
         guidance = guidance_for(self.settings, how, numbers, self.device)
@@ -212,7 +217,7 @@ class Pipeline:
         eta = {"eta": how.eta} if how.sampler in WITH_ETA else {}
         with autocast(self.device, self.precision):
             x0 = SAMPLERS[how.sampler](denoise, levels, x, lambda step: noise_of(f"step {step}"), **eta)
-        return Scaling.of(self.settings.latent).to_z(x0)
+        return self.scaling.to_z(x0)
 
     @torch.inference_mode()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l m n"]:

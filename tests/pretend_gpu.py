@@ -56,29 +56,38 @@ class PretendGPU:
         }
         for name, value in cuda.items():
             self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
-        run, gpu = threading.Thread.run, self
+        run, submit, generator, tensor, tolist = (
+            threading.Thread.run,
+            ThreadPoolExecutor.submit,
+            torch.Generator,
+            torch.tensor,
+            Tensor.tolist,
+        )
 
         def run_on_gpu(thread: threading.Thread) -> None:
-            with _Operations(gpu):
+            with _Operations(self):
                 run(thread)
-
-        submit = ThreadPoolExecutor.submit
 
         def submit_and_wait(pool: ThreadPoolExecutor, *work: Any) -> Future[Any]:
             future = submit(pool, *work)
             wait([future])  # FakeTensorMode is for one thread at a time
             return future
 
-        self._patches.enter_context(mock.patch.object(threading.Thread, "run", run_on_gpu))
-        self._patches.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submit_and_wait))
-        self._patches.enter_context(mock.patch.object(Tensor, "backward", backward))
-        self._patches.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x: self._pin(x)))
-        generator = torch.Generator  # there are none but of the CPU here
-        self._patches.enter_context(mock.patch.object(torch, "Generator", lambda device="cpu": generator("cpu")))
-        tensor = torch.tensor  # goes past the dispatcher
-        on_cpu = lambda data, dtype=None, device="cpu": tensor(data, dtype=dtype).to(device)  # noqa: E731
-        self._patches.enter_context(mock.patch.object(torch, "tensor", on_cpu))
-        self._patches.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        def tensor_on_cpu_first(data: Any, dtype: Any = None, device: Any = "cpu") -> Tensor:
+            return tensor(data, dtype=dtype).to(device)  # torch.tensor goes past the dispatcher
+
+        replaced: list[tuple[Any, str, Any]] = [
+            (threading.Thread, "run", run_on_gpu),
+            (ThreadPoolExecutor, "submit", submit_and_wait),
+            (torch, "tensor", tensor_on_cpu_first),
+            (torch, "Generator", lambda device="cpu": generator("cpu")),  # there are no others here
+            (Tensor, "backward", backward),
+            (Tensor, "pin_memory", lambda x: self._pin(x)),
+            (FakeTensor, "tolist", lambda x: tolist(x.cpu())),  # one copy, not one for each number
+            (nn.Module, "_apply", _apply),
+        ]
+        for owner, name, value in replaced:
+            self._patches.enter_context(mock.patch.object(owner, name, value))
         self._patches.enter_context(_Operations(self))
         return self
 
@@ -98,6 +107,7 @@ class PretendGPU:
 
     def _pin(self, x: Tensor) -> Tensor:
         self._pinned.append(x)
+        self.used.add(torch.cuda.current_device())  # its context is made, if there is none
         return x
 
     def is_pinned(self, x: Tensor) -> bool:
@@ -219,7 +229,9 @@ def backward(loss: Tensor) -> None:
                 parameter.grad = arrived[0] if parameter.grad is None else parameter.grad + arrived[0]
             elif arrived:
                 sent = node(*(arrived.get(i) for i in range(len(node._input_metadata))))
-                for (to, i), gradient in zip(node.next_functions, sent if isinstance(sent, tuple) else (sent,), strict=True):
+                for (to, i), gradient in zip(
+                    node.next_functions, sent if isinstance(sent, tuple) else (sent,), strict=True
+                ):
                     if to is not None and gradient is not None:
                         wanted, box = to._input_metadata[i], inbox.setdefault(to, {})
                         assert gradient.device == wanted.device, f"a gradient on {gradient.device}, not {wanted.device}"

@@ -35,15 +35,11 @@ class Scaling:
 
     def to_x0(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Latents of the VAE -> clean latents of diffusion, of about unit variance."""
-        return (z - self._like(self.shift, z)) * self._like(self.scale, z)
+        return (z - self.shift.to(z)[:, None, None]) * self.scale.to(z)[:, None, None]
 
     def to_z(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Clean latents of diffusion -> latents that the VAE can decode."""
-        return x0 / self._like(self.scale, x0) + self._like(self.shift, x0)
-
-    @staticmethod
-    def _like(value: Tensor, z: Tensor) -> Tensor:
-        return value.to(z)[:, None, None]
+        return x0 / self.scale.to(x0)[:, None, None] + self.shift.to(x0)[:, None, None]
 
 
 class LatentSet:
@@ -101,13 +97,21 @@ class LatentSet:
 
 def async_copy(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; on its way to a GPU nothing waits."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What each of these returns, in order; the next one is at work in another thread while this one is used."""
-    # With helpers of torch's, this thread would take the cores from the network.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def start_thread() -> None:
+        torch.set_num_threads(1)  # more would take the cores from the network
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins on GPU 0, whatever this process computes on
+
+    with ThreadPoolExecutor(1, initializer=start_thread) as pool:
         # `pairwise` asks for the next before it hands out this one; the last has nothing after it.
         futures = itertools.chain((pool.submit(work) for work in works), [Future[T]()])
         for future, _ in itertools.pairwise(futures):

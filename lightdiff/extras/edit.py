@@ -11,7 +11,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lightdiff.data.images import BadImage, frame, load_image, to_float
-from lightdiff.data.latents import Scaling
 from lightdiff.diffusion.objectives import Denoise, Latents, inpainting
 from lightdiff.diffusion.schedules import Level
 from lightdiff.errors import UserError
@@ -79,7 +78,7 @@ class Source:
         z = pipeline.encode(self.x)
         # A latent that the mask touches at all is redrawn
         mask = None if self.mask is None else F.adaptive_max_pool2d(self.mask, z.shape[-2:]).to(z)
-        return from_latent(Scaling.of(pipeline.settings.latent).to_x0(z), mask)
+        return from_latent(pipeline.scaling.to_x0(z), mask)
 
     def pasted(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b 3 r r"]:
         """Drawn images, with the source's own pixels where they were to stay."""

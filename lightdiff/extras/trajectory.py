@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightdiff.data.latents import Scaling
 from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
 from lightdiff.extras.settings import TrajectorySettings
@@ -50,11 +49,11 @@ def trajectory(
     start: Start = from_noise,
 ) -> list[TrajectoryStep]:
     """What `pipeline.sample` passes through, a step for each call of the network; arguments as there."""
-    scaling, steps = Scaling.of(pipeline.settings.latent), list[TrajectoryStep]()
+    steps = list[TrajectoryStep]()
 
     def see(level: Level, x_t: Tensor, x0: Tensor) -> None:
-        noisy = scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
-        steps.append(TrajectoryStep(level, pipeline.decode(noisy), pipeline.decode(scaling.to_z(x0))))
+        noisy = pipeline.scaling.to_z(x_t / math.hypot(level.alpha, level.sigma))
+        steps.append(TrajectoryStep(level, pipeline.decode(noisy), pipeline.decode(pipeline.scaling.to_z(x0))))
 
     pipeline.sample(items, seed, sampling, size, strength, with_callback(see, start))
     return steps

@@ -38,7 +38,7 @@ RENDEZVOUS = itertools.count()  # how often this process has joined the others
 
 
 def pick_device(name: Device) -> torch.device:
-    """The device of this name; `auto` takes cuda, mps or cpu, the first there is.
+    """The device of this name, with its number; `auto` takes cuda, mps or cpu, the first there is.
 
     Raises:
         UserError: If it is asked for and absent.
@@ -58,6 +58,7 @@ def pick_device(name: Device) -> torch.device:
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     return torch.device(chosen)
 
 
@@ -241,19 +242,21 @@ class Means:
     """Means over items that come in batches and are shared among processes, summed in float64."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._names: list[str] = []
+        self._batches: list[Tensor] = []  # on the device, so that nothing waits for them
+        self._counts: list[int] = []
 
     def add(self, means: Mapping[str, Tensor], count: int) -> None:
-        """Add the means over `count` items."""
-        for name, value in means.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item() * count
-        self._count += count
+        """Add the means over `count` items, the same names each time."""
+        self._names = list(means)
+        self._batches.append(torch.stack([value.float() for value in means.values()]))
+        self._counts.append(count)
 
     def over(self, processes: Processes) -> dict[str, float]:
-        """The means over all items of all processes; empty where there are none."""
-        names = processes.all_names(self._sums)
-        numbers = torch.tensor([*(self._sums.get(name, 0.0) for name in names), self._count], dtype=torch.float64)
+        """The means over all items of all processes; empty where there are none. Waits for the device."""
+        names, counts = processes.all_names(self._names), torch.tensor(self._counts, dtype=torch.float64)
+        batches = torch.stack(self._batches).cpu().double() if self._batches else torch.zeros(0, len(names)).double()
+        numbers = torch.cat([counts @ batches, counts.sum()[None]])
         *sums, count = processes.all_reduce_sum(numbers).tolist()
         return {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
 

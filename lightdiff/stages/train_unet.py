@@ -149,7 +149,7 @@ class UNetTask:
         Levels and noise are the same at each validation. `loss_band_1` covers the least noisy levels.
         """
         model.eval()
-        loop, items, sums = self.settings.loop, self.latents.val, torch.zeros(BANDS, dtype=torch.float64)
+        loop, items, errors = self.settings.loop, self.latents.val, [list[Tensor]() for _ in range(BANDS)]
         mine = self.stage.processes.share(len(items))
         for at in (mine[i : i + loop.micro] for i in range(0, len(mine), loop.micro)):
             positions = [items[i] for i in at]
@@ -158,13 +158,14 @@ class UNetTask:
             for band in range(BANDS):
                 shares = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
                 levels = [int((band + share) * len(self.schedule) / BANDS) for share in shares]
-                t = torch.tensor(levels, device=self.device)
-                eps = item_noise(self.shape, list(at), loop.seed, f"validation {band}").to(self.device)
+                noise = item_noise(self.shape, list(at), loop.seed, f"validation {band}")
+                t, eps = (async_copy(x, self.device) for x in (torch.tensor(levels), noise))
                 with autocast(self.device, loop.precision):
                     error = self.squared_error(model, {"x0": x0, "eps": eps, "t": t, **label})
-                sums[band] += error.mean((1, 2, 3)).cpu().double().sum()
+                errors[band].append(error.mean((1, 2, 3)))
         if not items:
             return {}
+        sums = torch.stack([torch.cat(found or [torch.zeros(0)]).cpu().double().sum() for found in errors])
         means = (self.stage.processes.all_reduce_sum(sums) / len(items)).tolist()
         return {"loss": sum(means) / BANDS, **{f"loss_band_{band + 1}": mean for band, mean in enumerate(means)}}
 

@@ -1,7 +1,7 @@
 """train-vae: images -> a VAE (MSE + beta KL + gamma LPIPS)."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
+from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
@@ -113,10 +114,17 @@ class VAETask:
 
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
-        loop, on_gpu = self.settings.loop, self.device.type == "cuda"
-        order = (self._batch_at(start + i * loop.batch_size)[self.part] for i in range(steps))
-        workers = pick_workers(loop.workers, self.device)
-        return load_batches(self.train_set, order, workers, partial(self._list_bad, self.train), pin=on_gpu)
+        size = self.settings.loop.batch_size
+        return self._load(
+            self.train_set, (self._batch_at(start + i * size)[self.part] for i in range(steps)), self.train
+        )
+
+    def _load(
+        self, images: ImageDataset, order: Iterable[list[tuple[int, int]]], items: list[int]
+    ) -> Iterator[ImageBatch]:
+        """Batches of a data set, loaded ahead; `items` counts its images among all."""
+        workers = pick_workers(self.settings.loop.workers, self.device)
+        return load_batches(images, order, workers, partial(self._list_bad, items), pin=self.device.type == "cuda")
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
         return batch_at(start, self.settings.loop.batch_size, len(self.train), self.settings.loop.seed)
@@ -144,10 +152,10 @@ class VAETask:
         loop = self.settings.loop
         indices = self.stage.processes.share(len(self.val))
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
-        for batch in load_batches(self.val_set, order, workers=0, on_bad=partial(self._list_bad, self.val)):
+        for batch in self._load(self.val_set, order, self.val):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
-                yield to_float(batch.x.to(self.device)), noise.to(self.device)
+                yield to_float(async_copy(batch.x, self.device)), async_copy(noise, self.device)
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> dict[str, float]:
