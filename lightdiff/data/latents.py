@@ -104,7 +104,8 @@ def async_copy(x: Tensor, device: torch.device) -> Tensor:
 
 def prefetch(works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What each of these returns, in order; the next one is at work in another thread while this one is used."""
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    device = torch.cuda.current_device() if on_gpu else None
 
     def start_thread() -> None:
         torch.set_num_threads(1)  # more would take the cores from the network

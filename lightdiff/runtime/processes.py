@@ -249,7 +249,7 @@ class Means:
     def add(self, means: Mapping[str, Tensor], count: int) -> None:
         """Add the means over `count` items, the same names each time."""
         self._names = list(means)
-        self._batches.append(torch.stack([value.float() for value in means.values()]))
+        self._batches.append(torch.stack(list(means.values())))
         self._counts.append(count)
 
     def over(self, processes: Processes) -> dict[str, float]:
