@@ -116,7 +116,8 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
                 what = "damaged, or of another VAE, other settings or other images" if path.exists() else "missing"
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
             old.forget(number)
-    found = index.compare(old, index.images.data, contents=True)
+    with console.status("comparing the images with those that were encoded"):
+        found = index.compare(old, index.images.data, contents=True)
     found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
     if not found.nothing:
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)
