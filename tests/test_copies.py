@@ -66,6 +66,14 @@ def test_sizes_in_the_names_of_files_are_copies_too(tmp_path: Path) -> None:
     assert [file.path for file in scan([tmp_path], 0)] == [f"photo {i}.jpg" for i in range(8)]
 
 
+def test_thumbnails_are_found_among_many_folders(tmp_path: Path) -> None:
+    for i in range(COUNT):
+        put(tmp_path / f"album {i % 9}/trip {i % 9}/{i}.jpg", i)
+        put(tmp_path / f"album {i % 9}/{i}.jpg", 100 + i)
+        put(tmp_path / f"album {i % 9}/thumbs/{i}.jpg", 100 + i, 16)
+    assert {Path(home).name[:4] for home in tops(scan([tmp_path], 0))} == {"albu", "trip"}
+
+
 def test_a_copy_whose_original_is_not_there_is_taken(tmp_path: Path) -> None:
     for i in range(8):
         put(tmp_path / f"thumbs/{i}.jpg", i, 16)
@@ -125,7 +133,7 @@ def test_two_margins_of_fairface_are_asked_about(tmp_path: Path) -> None:
         for split in ("train", "val"):
             for i in range(5):
                 put(tmp_path / f"fairface-img-margin{margin}-trainval/{split}/{i}.jpg", i)
-    with pytest.raises(UserError, match=r"^--data: .*margin025-trainval and .*margin125-trainval hold the same photo"):
+    with pytest.raises(UserError, match=r"^--data: .* holds the same photographs in .*margin025.* and in .*margin125"):
         scan([tmp_path], 0)
     files = scan([tmp_path / "fairface-img-margin025-trainval"], 0)
     assert {(file.path[:3], file.split) for file in files} == {("tra", "train"), ("val", "val")}
