@@ -1,6 +1,7 @@
 """Colours of decoded images: embedded profiles against matrices by hand, and one white for 16 bits and floats."""
 
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +266,28 @@ def test_a_black_image_is_black(tmp_path: Path) -> None:
 
 def test_colours_of_12_bits_in_16_are_named_instead_of_read_as_nearly_black(tmp_path: Path) -> None:
     rgb = np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
-    for name, white in (("sixteen", 65535), ("twelve", 4095)):
-        write_tiff(tmp_path / f"{name}.tif", np.rint(rgb * white).astype("<u2"))
-    assert error(load_image(tmp_path / "sixteen.tif"), 255 * rgb) <= 1
-    with pytest.raises(BadImage, match="colours of 12 bits or fewer in 16"):
-        load_image(tmp_path / "twelve.tif")
+    for white in (65535, 4095, 1023, 255):
+        values = np.rint(rgb * white).astype("<u2")
+        values[0, 0] = 65535  # a hot pixel
+        write_tiff(tmp_path / f"{white}.tif", values)
+        alpha = np.full((*RAMP.shape, 1), 65535)
+        write_png(tmp_path / f"{white}.png", np.dstack([values, alpha]))
+        for suffix in ("tif", "png"):
+            if white == 65535:
+                assert error(load_image(tmp_path / f"65535.{suffix}"), 255 * (values / 65535)) <= 1
+            else:
+                with pytest.raises(BadImage, match="colours of 12 bits or fewer in 16"):
+                    load_image(tmp_path / f"{white}.{suffix}")
+
+
+def write_png(path: Path, values: NDArray[Any]) -> None:
+    """A PNG of 16-bit colours with alpha, which Pillow cannot write."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 6, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def write_tiff(path: Path, values: NDArray[Any]) -> None:

@@ -52,11 +52,13 @@ def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_
     profile = image.info.get("icc_profile")
     with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    if at_least and image.width * image.height > LARGE and image.mode in REDUCIBLE:
+    reducible = image.mode in REDUCIBLE and "transparency" not in image.info  # which is a colour that means it
+    if at_least and reducible and image.width * image.height > LARGE:
         image = image.reduce(max(1, min(image.size) // at_least))
     if kind_of(image):
         image = _eight_bits(image, whites)
-    elif sixteen and 0 < np.asarray(image).max() < 16:  # Pillow keeps the high byte
+    elif sixteen and highest_value(image.convert("RGB") if image.mode == "RGBA" else image) < 16:
+        # Of the 16 bits of a colour, Pillow keeps the upper 8
         raise BadImage("colours of 12 bits or fewer in 16 would be nearly black; convert them to 8 bits")
     if not image.has_transparency_data:
         return _to_srgb(image, profile)
