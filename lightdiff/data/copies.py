@@ -38,6 +38,7 @@ LOOKS = 8  # photographs that are compared,
 FEWEST = 4  # or as many, where there are fewer
 CLOSE = 0.2  # between two sizes of a picture, of the difference of two pictures
 MAX_PIXELS = 50e6  # that are decoded for a look
+REST = "the rest"  # how images in none of the folders that are compared are called
 LARGER = 1.2  # times as many pixels
 
 
@@ -145,18 +146,18 @@ def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looke
                 first, second = (found.first(images[variant][rest]) for variant in pair)
                 if first != second:
                     found.of[second] = first
-            one, other = (variant or "the rest" for variant in pair)
+            one, other = (variant or REST for variant in pair)
             found.notes.append(
                 f"{folder}: {one} and {other} seem to hold the same photographs; both are used, and none is split from "
                 "its copy"
             )
         elif order:
             better, worse = pair if order == "first" else pair[::-1]
-            smaller[worse] = better
+            smaller[worse or REST] = better or REST
             left_out.update((worse, rest) for rest in shared)
     if left_out:
         kept = [name for name, of in zip(found.kept, read, strict=True) if of not in left_out]
-        taken = sorted({variant or "the rest" for variant in smaller.values()} - smaller.keys())
+        taken = sorted(set(smaller.values()) - smaller.keys())
         count, those = len(found.kept) - len(kept), ", ".join(sorted(smaller))
         found.notes.append(
             f"{folder}: {count:,} images in {those} are left out, copies of those in {', '.join(taken)}; "
