@@ -34,11 +34,11 @@ def run(settings: TrainVAESettings) -> Path:
         files = list_images(stage.settings.images, console)
         images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
-        stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
         table = ImageTable.of(files)
         stage.processes.check_same("list of images", table.list_digest())
         task = VAETask(stage, files)
         stage.processes.run_on_main(lambda: look_at_images(stage, table))
+        stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
         if stage.start_or_resume(task, {"data": table.list_digest()}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
