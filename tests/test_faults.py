@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from lightdiff import checkpoint, run_folder
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.index import read_index
-from lightdiff.errors import LightdiffError, RunError, UserError
+from lightdiff.errors import LightdiffError, NoRoom, RunError, UserError
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.vae import VAE
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.stage import translate_errors
 from lightdiff.settings import (
     EncodeSettings,
     ImageSettings,
     LoopSettings,
+    StageSettings,
     TrainVAESettings,
     VAELossSettings,
     VAESettings,
@@ -95,6 +97,50 @@ def test_whatever_fails_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
     checkpoint.save(path, new, Metadata(stage="vae", step=3))
     assert Checkpoint(path).verify().metadata.step == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("where", ["os.fsync", "os.open", "os.replace"])
+@pytest.mark.parametrize("command", ["scale", "generate --num-steps 2 --num-images 2", "train-unet --steps 5"])
+def test_a_disk_that_takes_nothing_more_is_told_of_by_every_stage(run, cli, monkeypatch, command, where, number):
+    """In pictures, documents, snapshots and locks alike."""
+
+    work = getattr(os, where.removeprefix("os."))
+
+    def fail(path, flags=os.O_RDONLY, *more, **options):
+        if where == "os.open" and not flags & (os.O_WRONLY | os.O_RDWR):
+            return work(path, flags, *more, **options)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, fail)
+        result = cli(*command.split(), "--run", run, *["--device", "cpu"] * (command != "scale"))
+    assert result.code == 1, result.err
+    assert f"could not be written: {os.strerror(number)}; what was saved before is untouched" in result.err
+    assert ("make room and run the same command again" in result.err) == (number != errno.EROFS)
+    assert "Traceback" not in result.err
+    assert "should not happen" not in result.err
+    assert not list(run.rglob("*.tmp"))
+    assert cli(*command.split(), "--run", run, *["--device", "cpu"] * (command != "scale")).code == 0
+
+
+def test_what_the_system_refuses_is_told_in_a_sentence():
+    for error, kind, said in (
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            NoRoom,
+            "/a/b could not be written: No space left on",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), NoRoom, "a file could not be written: No space left on"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"),
+            RunError,
+            "/a/b: No such file or directory",
+        ),
+        (OSError("encoder error -2"), RunError, "the system refused a file or connection: encoder error -2"),
+    ):
+        with pytest.raises(kind, match=f"^{said}"), translate_errors(StageSettings()):
+            raise error
 
 
 def test_a_shard_that_cannot_be_written_ends_encoding_and_the_next_start_resumes(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,23 @@ def test_quiet_says_nothing_but_results_and_mistakes(faces, tmp_path):
     assert result.stdout.strip() == str(tmp_path / "run/vae/checkpoints/best.safetensors")
     assert call("train-vae", *flags, "--seed", 7).stderr.startswith("error:")
     assert "has its" in call("train-vae", *flags[:-1]).stderr  # and the next one speaks again
+
+
+def test_a_full_disk_ends_tensorboards_files_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """Also where the failure is that of the writer's own thread."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Reporter("vae", 40, metrics=tmp_path / "metrics.jsonl") as reporter:
+        reporter.record({"step": 1, "loss": 1.0})
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in range(2, 41):
+            reporter.record({"step": step, "loss": 1.0})
+            time.sleep(0.01)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard's files could not be written: No space left on device") == 1
+    assert "Traceback" not in said
