@@ -290,16 +290,49 @@ def write_png(path: Path, values: NDArray[Any]) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def write_tiff(path: Path, values: NDArray[Any]) -> None:
-    """A TIFF of 16-bit colours, which Pillow cannot write."""
-    height, width, _ = values.shape
-    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2),
-               (273, 4, 1, 140), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, values.nbytes),
-               (284, 3, 1, 1)]  # fmt: skip
-    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    head = b"II*\0" + struct.pack("<I", 8) + table + bytes(4)
-    path.write_bytes(head + struct.pack("<HHH", 16, 16, 16) + values.tobytes())
-    assert len(head) == 134
+def write_tiff(path: Path, values: NDArray[Any], photometric: int = 2, planes: bool = False, alpha: int = 0) -> None:
+    """A TIFF of what Pillow cannot write: 16-bit colours, in three planes perhaps, negatives, kinds of alpha."""
+    height, width, bands = values.shape
+    strips = bands if planes else 1
+    counts, arrays = [values.nbytes // strips] * strips, bytearray()
+
+    def entry(tag: int, kind: str, numbers: list[int]) -> bytes:
+        data = struct.pack(f"<{len(numbers)}{kind}", *numbers)
+        if len(data) > 4:
+            arrays.extend(data)
+            data = struct.pack("<I", start + len(arrays) - len(data))
+        return struct.pack("<HHI4s", tag, {"H": 3, "I": 4}[kind], len(numbers), data)
+
+    offsets = [200 + i * counts[0] for i in range(strips)]
+    short = {256: width, 257: height, 259: 1, 262: photometric, 277: bands, 278: height, 284: 2 if planes else 1}
+    short |= {338: alpha} if alpha else {}  # ExtraSamples
+    start = 8 + 2 + 12 * (len(short) + 3) + 4
+    entries = {tag: entry(tag, "H", [number]) for tag, number in short.items()}
+    entries |= {258: entry(258, "H", [8 * values.itemsize] * bands), 273: entry(273, "I", offsets),
+                279: entry(279, "I", counts)}  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    pixels = values.transpose(2, 0, 1) if planes else values
+    path.write_bytes((head + arrays).ljust(200, b"\0") + pixels.tobytes())
+
+
+def test_colours_of_16_bits_in_planes_are_no_noise(tmp_path: Path) -> None:
+    rgb = np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
+    write_tiff(tmp_path / "planes.tif", np.rint(rgb * 65535).astype("<u2"), planes=True)
+    assert error(load_image(tmp_path / "planes.tif"), 255 * rgb) <= 1
+
+
+@pytest.mark.parametrize(("kind", "white", "given"), [("u1", 255, 0), ("<u2", 65535, 0), ("<u2", 4095, 4095)])
+def test_where_0_is_white_it_is_white_at_every_depth(tmp_path: Path, kind: str, white: int, given: int) -> None:
+    write_tiff(tmp_path / "a.tif", np.rint((1 - RAMP[..., None]) * white).astype(kind), photometric=0)
+    found = np.asarray(load_image(tmp_path / "a.tif", whites=Whites(integer=given)))
+    assert np.abs(found - 255 * RAMP[..., None]).max() <= 0.6  # twice rounded
+
+
+def test_grey_that_its_opacity_has_been_multiplied_into_is_read(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", np.rint(255 * np.dstack([RAMP, RAMP**0])).astype("u1"), 1, alpha=1)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.mode == "La"
+    assert np.abs(np.asarray(load_image(tmp_path / "a.tif"))[..., 0] - 255 * RAMP).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from lightdiff.data.formats import BadImage
 
 Colour = tuple[int, int, int]
 SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space -> Pillow's mode
-GREY = ("1", "L", "LA", "La")
+GREY = ("1", "L", "LA")
 SRGB = ImageCms.createProfile("sRGB")
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 # Relative colorimetric with black-point compensation, as picture editors do: only then is every kind of sRGB profile
@@ -50,13 +50,16 @@ def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_
     sixteen = isinstance(image, (PngImageFile, TiffImageFile)) and ";16" in str(image.tile)
     image.load()  # before the EXIF data, which may follow the pixels
     profile = image.info.get("icc_profile")
+    negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
     with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
         ImageOps.exif_transpose(image, in_place=True)
     reducible = image.mode in REDUCIBLE and "transparency" not in image.info  # which is a colour that means it
     if at_least and reducible and image.width * image.height > LARGE:
         image = image.reduce(max(1, min(image.size) // at_least))
     if kind_of(image):
-        image = _eight_bits(image, whites)
+        image = _eight_bits(image, whites, negative)
+    elif image.mode == "La":
+        image = image.convert("LA")
     elif sixteen and highest_value(image.convert("RGB") if image.mode == "RGBA" else image) < 16:
         # Of the 16 bits of a colour, Pillow keeps the upper 8
         raise BadImage("colours of 12 bits or fewer in 16 would be nearly black; convert them to 8 bits")
@@ -117,8 +120,11 @@ def choose_white(kind: str, highest: Sequence[float]) -> float:
     return next((white for white in WHITES if top <= white * (16 if white == 1 else 1.05)), WHITES[-1])
 
 
-def _eight_bits(image: Image.Image, whites: Whites) -> Image.Image:
-    """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA; what exceeds white is white."""
+def _eight_bits(image: Image.Image, whites: Whites, negative: bool) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA; what exceeds white is white.
+
+    In a negative, 0 is white. Of 8 bits and fewer, Pillow inverts them itself.
+    """
     values, kind = np.asarray(image).astype(np.float32), kind_of(image)
     low, middle, high = _quantiles(values)
     default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
@@ -130,6 +136,7 @@ def _eight_bits(image: Image.Image, whites: Whites) -> Image.Image:
     if middle > white or 0 < high < white / 200:
         raise BadImage(f"{found}, but white is {white:g} (--{kind}-white)")
     grey = Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
+    grey = ImageOps.invert(grey) if negative else grey
     if isinstance(transparent := image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
     return grey

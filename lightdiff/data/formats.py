@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lightdiff.run_folder import open_regular
@@ -21,6 +21,8 @@ SUFFIXES = tuple(
     + [".avif"] * HAS_AVIF
     + [".heic", ".heif", ".hif"] * HAS_HEIC
 )
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader, of uncompressed files, makes noise of planes of 16 bits
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # editors embed megabytes of history, and profiles
 # Other suffixes of pictures: such files are counted where images are listed, and not read.
 UNREAD_SUFFIXES = frozenset(
     f".{suffix}"
