@@ -44,8 +44,8 @@ UNKNOWN = Whites()
 def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_least: int = 0) -> Image.Image:
     """The decoded image, upright, in sRGB, transparent pixels on the background.
 
-    Of a very large one, which takes gigabytes in every copy, a fraction is returned whose shorter side has `at_least`
-    pixels.
+    Of a very large one, which takes gigabytes in every copy, the centre square is returned, reduced to a side of
+    `at_least` pixels or more.
     """
     sixteen = isinstance(image, (PngImageFile, TiffImageFile)) and ";16" in str(image.tile)
     image.load()  # before the EXIF data, which may follow the pixels
@@ -55,12 +55,14 @@ def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_
         ImageOps.exif_transpose(image, in_place=True)
     reducible = image.mode in REDUCIBLE and "transparency" not in image.info  # which is a colour that means it
     if at_least and reducible and image.width * image.height > LARGE:
-        image = image.reduce(max(1, min(image.size) // at_least))
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.reduce(max(1, side // at_least), (left, top, left + side, top + side))
     if kind_of(image):
         image = _eight_bits(image, whites, negative)
     elif image.mode == "La":
         image = image.convert("LA")
-    elif sixteen and highest_value(image.convert("RGB") if image.mode == "RGBA" else image) < 16:
+    elif sixteen and highest_value(image.convert("RGB") if image.mode in ("LA", "RGBA") else image) < 16:
         # Of the 16 bits of a colour, Pillow keeps the upper 8
         raise BadImage("colours of 12 bits or fewer in 16 would be nearly black; convert them to 8 bits")
     if not image.has_transparency_data:
@@ -125,7 +127,7 @@ def _eight_bits(image: Image.Image, whites: Whites, negative: bool) -> Image.Ima
 
     In a negative, 0 is white. Of 8 bits and fewer, Pillow inverts them itself.
     """
-    values, kind = np.asarray(image).astype(np.float32), kind_of(image)
+    values, kind = np.asarray(image).astype(np.float32, copy=False), kind_of(image)
     low, middle, high = _quantiles(values)
     default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
     white = getattr(whites, kind) or default
@@ -135,7 +137,9 @@ def _eight_bits(image: Image.Image, whites: Whites, negative: bool) -> Image.Ima
         raise BadImage(f"{found}; 0 to {max(white, WHITES[-1]):g} can be read")
     if middle > white or 0 < high < white / 200:
         raise BadImage(f"{found}, but white is {white:g} (--{kind}-white)")
-    grey = Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
+    scaled = values.clip(0, white)
+    scaled *= np.float32(255 / white)
+    grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     grey = ImageOps.invert(grey) if negative else grey
     if isinstance(transparent := image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))

@@ -109,7 +109,7 @@ def load_image(
         name: The file, or the image's name in another source.
         background: A colour's name or #rrggbb.
         at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, and a very large image be
-            reduced, as long as its shorter side keeps this many pixels; 0: full size.
+            cut to its centre square and reduced, as long as its shorter side keeps this many pixels; 0: full size.
         folder: What the name is relative to.
         source: How it is opened.
         max_megapixels: The largest image to read, in millions of pixels.
