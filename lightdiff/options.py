@@ -132,7 +132,10 @@ def typed_value(model: type[BaseModel], path: Where, value: Any) -> Any:
     """The value of a flag."""
     name = f"--{flag(model, path)}"
     example = f"{name} {format_value(default_of(model, path)) or 1}"
-    return parse_number(plain(lookup(model, path)[1].annotation), name, value, example)
+    kind = plain(lookup(model, path)[1].annotation)
+    if (kind is Path and not value) or (isinstance(value, list) and "" in value):  # Path("") is the current folder
+        raise UserError(f"{name} is empty; perhaps a variable of the shell is not set")
+    return parse_number(kind, name, value, example)
 
 
 def takes_commas(field: FieldInfo) -> bool:
@@ -155,11 +158,11 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
     if takes_commas(field):
         kind, metavar = str, "A,B,..."
     elif get_origin(kind) is tuple:
-        kind = list[plain(get_args(kind)[0])]  # type: ignore[misc]
+        kind = list[str]
     elif kind is bool and "." in name:
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
-    elif kind in NUMBERS:
-        kind, metavar = str, f"<{kind.__name__}>"  # `parse_number` says better what is wrong with one
+    elif kind in NUMBERS or kind is Path:
+        kind, metavar = str, f"<{kind.__name__.lower()}>"  # `typed_value` says better what is wrong with one
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
     info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)

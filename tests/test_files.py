@@ -367,6 +367,17 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
     assert " and 7 other kinds" in found.notes[0]
 
 
+def test_a_runs_own_pictures_are_no_images_wherever_the_run_lies(tmp_path: Path) -> None:
+    run = ["vae/settings.json", "vae/images/step-00000010.png", "samples/0001/00000.png", "vae.old-1/images/1.png"]
+    fill(tmp_path, ["1.png", "2.png", *run, *(f"runs/faces/{name}" for name in run)])
+    fill(tmp_path, ["3d/vae/4.png", "3d/samples/5.png", "3d/unet/settings.png"])  # someone's classes
+    found = find_images([tmp_path], 0)
+    assert [file.path for file in found.files] == [
+        "1.png", "2.png", "3d/samples/5.png", "3d/unet/settings.png", "3d/vae/4.png"
+    ]  # fmt: skip
+    assert found.passed_over == {"folder of a run of lightdiff": 6}
+
+
 def test_training_and_encoding_say_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path, ["train/1.png", "val/1.png", "a.jxl", "test/1.png"])
     list_images(ImageSettings(data=(tmp_path,)), console)

@@ -263,3 +263,15 @@ def test_threads_are_shared_out(faces, tmp_path):
     environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in command.workers()]
     assert all(f"OMP_NUM_THREADS={max(1, cores // 2)}".encode() in text for text in environments)
     assert command.send(signal.SIGTERM).end()[0] == 143
+
+
+def test_no_module_is_imported_from_the_current_folder(faces, tmp_path):
+    """As `python -m` alone does, to a stranger's types.py that lies beside the images, or to one's own."""
+    (tmp_path / "types.py").write_text("raise SystemExit('a stranger was here')")
+    more = "--resolution 16 --preset tiny --lpips-gamma 0 --steps 1 --workers 0 --nproc-per-node 2".split()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lightdiff", "train-vae", "--data", faces, "--run", "run", *more],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "stranger" in done.stderr) == (0, False), done.stderr

@@ -346,6 +346,12 @@ def test_a_number_typed_wrongly_is_repeated_with_an_example(flag: str, typed: st
     assert line == f"{flag}: {typed} is no {kind}; write one as in {example}"
 
 
+@pytest.mark.parametrize("arguments", [["--data", ""], ["--data="], ["--data", "a", "--data", ""], ["--run", ""]])
+def test_an_empty_path_is_refused_instead_of_meaning_the_current_folder(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^--(data|run) is empty; perhaps a variable of the shell is not set$"):
+        parsed(TrainVAESettings, *arguments)
+
+
 def test_a_long_value_is_not_repeated_whole() -> None:
     assert len(said_wrong(TrainVAESettings, "--steps", "9" * 9000)[0]) < 300
     assert len(refused(TrainVAESettings, {"lo op" * 9000: 1})[0]) < 300

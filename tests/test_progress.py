@@ -132,6 +132,14 @@ def test_the_display_loses_no_number_in_a_narrow_terminal(width):
 # --- the live display -----------------------------------------------------------------------------------------------
 
 
+def test_a_terminal_of_no_columns_is_one_whose_width_is_not_known(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    console = SafeConsole()
+    with console.capture() as shown:
+        console.print("all of it")
+    assert shown.get() == "all of it\n"
+
+
 def test_a_trend_is_low_where_values_are_low():
     assert sparkline([*range(8)], 8) == BLOCKS
     assert sparkline([3, 2, 1], 8) == "█▅▁"
@@ -201,7 +209,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
 
 def test_metrics_are_cut_after_the_step_gone_on_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + '{"a":' * 100_000 + '\n{"st')
     cut_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_metrics(tmp_path / "none.jsonl", 2)

@@ -34,6 +34,7 @@ SYSTEM_NAMES = frozenset(
     "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
 ) | {"system volume information"}
 REPORT_EVERY = 1000
+PARTS_OF_RUN = frozenset({"vae", "latents", "unet", "samples", "evaluation", "sweeps"})
 KINDS = 8  # of what was passed over, that a note names
 MISSES = 200  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
 
@@ -79,8 +80,9 @@ def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> It
                 folders.clear()
                 continue
             seen.add(identity)
-            passed_over.update(filter(None, map(_skipped, folders)))
-            folders[:] = [name for name in folders if not _skipped(name)]
+            skipped = {name: kind for name in folders if (kind := _skipped(name))} | _parts_of_run(path, folders)
+            passed_over.update(skipped.values())
+            folders[:] = [name for name in folders if name not in skipped]
             starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
             for name in files:
@@ -94,6 +96,13 @@ def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> It
 def _skipped(folder: str) -> str:
     """Why a folder of this name is not looked into; empty if it is."""
     return f"folder {folder}" if folder.lower() in SYSTEM_NAMES else "hidden folder" if folder[0] == "." else ""
+
+
+def _parts_of_run(folder: str, folders: Sequence[str]) -> dict[str, str]:
+    """Where this tool keeps its own pictures, if a folder is a run, named with what they are counted as."""
+    parts = [name for name in folders if name.partition(".old-")[0] in PARTS_OF_RUN]
+    is_run = any(os.path.isfile(os.path.join(folder, name, "settings.json")) for name in parts)
+    return dict.fromkeys(parts, "folder of a run of lightdiff") if is_run else {}
 
 
 def _passed_over(folder: str, name: str, misses: Counter[str]) -> str:

@@ -137,7 +137,8 @@ class Launch:
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=str(self.folder)),
         )
-        launch_agent(config, sys.executable, ["-m", "lightdiff", *self.arguments])
+        own = ["-P"] * (os.getcwd() not in sys.path)  # -m alone would import modules from the current folder
+        launch_agent(config, sys.executable, [*own, "-m", "lightdiff", *self.arguments])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask all workers to save and stop; a second Ctrl-C ends them at once. SIGUSR1 is passed on as it is."""

@@ -46,6 +46,8 @@ class SafeConsole(Console):
 
     def __init__(self, stderr: bool = False, markup: bool = False) -> None:
         super().__init__(stderr=stderr, markup=markup, highlight=False, emoji=False)  # a path may hold [b] or :b:
+        if not self.width:  # COLUMNS=0, as where the terminal's size is not known, would cut off everything
+            self.width = 80
 
     def render_str(self, text: str, **how: Any) -> Text:
         """Text of one line, with control characters escaped before it is measured."""
@@ -222,7 +224,7 @@ def read_metrics(path: Path) -> list[Row]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
