@@ -6,6 +6,7 @@ see `settings.py`.
 
 import csv
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pkgutil import resolve_name
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
@@ -35,6 +36,12 @@ def kinds_of(annotation: Any) -> set[Any]:
     return set().union(*map(kinds_of, arguments)) if arguments else {annotation}
 
 
+@cache
+def kinds_of_field(model: type[BaseModel], name: str) -> set[Any]:
+    """The types of a model's field, found once."""
+    return kinds_of(model.model_fields[name].annotation)
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown fields."""
 
@@ -45,7 +52,7 @@ class Settings(BaseModel):
     def _as_given(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would take for something else, and whole numbers that no machine counts to."""
         name = str(info.field_name)
-        kinds = kinds_of(cls.model_fields[name].annotation)
+        kinds = kinds_of_field(cls, name)
         several = value if isinstance(value, (list, tuple)) else [value]
         if bool not in kinds and any(isinstance(one, bool) for one in several):
             raise ValueError("true and false are no value of this setting")

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +35,9 @@ STAGES = {
 }
 
 
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
 class Metadata(BaseModel):
     """What a snapshot says of itself."""
 
@@ -44,8 +47,8 @@ class Metadata(BaseModel):
     lightdiff: str = __version__
     stage: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    step: int = 0
-    images_seen: int = 0
+    step: Count = 0
+    images_seen: Count = 0
     metrics: dict[str, float] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
     extra: dict[str, Any] = Field(default_factory=dict)

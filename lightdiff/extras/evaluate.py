@@ -106,7 +106,7 @@ def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
 
 def images_of(vae: Checkpoint, settings: EvaluateSettings) -> ImageSettings:
     """The images that a VAE was trained on, or others framed in the same way; labels play no part here."""
-    images = ImageSettings.model_validate(vae.metadata.settings["images"])
+    images = vae.settings(ImageSettings, "images")
     return with_changes(images, labels=None, data=settings.data or images.data)
 
 
@@ -169,7 +169,7 @@ def evaluate_vae(
     """Quality of reconstructions from mu, of the held-out images (of training images if none are held out)."""
     chosen = held_out(files)
     vae, model = load_vae(saved, device)
-    loss = lpips_settings(VAELossSettings.model_validate(saved.metadata.settings["loss"]), settings, ranks)
+    loss = lpips_settings(saved.settings(VAELossSettings, "loss"), settings, ranks)
     distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
     side, workers = images.resolution // model.factor, pick_workers(settings.compute.workers, device)
     means, moments = Means(), UnitMoments(model.latent_channels, side, side)

@@ -18,7 +18,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.pipeline import latents_candidates, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, StageFolder, find_latents, read_json
-from lightdiff.runtime.progress import Row, read_metrics
+from lightdiff.runtime.progress import Row, is_number, read_metrics
 from lightdiff.settings import ImageSettings, StageSettings, TrainUNetSettings, TrainVAESettings
 
 T = TypeVar("T")
@@ -95,10 +95,17 @@ def read_evaluation(run: RunFolder) -> dict[str, dict[str, Any]]:
         checkpoints = [try_read(partial(Checkpoint, file, stage)) for file in files]
         known[stage] = {saved.metadata.digest for saved in checkpoints if saved}
     return {
-        stage: part
+        stage: {name: value for name, value in part.items() if is_result(value)}
         for stage, part in parts.items()
-        if isinstance(part, dict) and part.get(NETWORK) in known.get(stage, ())
+        if isinstance(part, dict) and str(part.get(NETWORK)) in known.get(stage, ())
     }
+
+
+def is_result(value: Any) -> bool:
+    """Whether a value is what `evaluate` writes: a finite number, some of them, or a text."""
+    if isinstance(value, list):
+        return all(not isinstance(one, list) and is_result(one) for one in value)
+    return isinstance(value, str) or (is_number(value) and math.isfinite(value))
 
 
 def loss_definition(metadata: Metadata) -> object:
@@ -146,7 +153,7 @@ def unsaved(folder: StageFolder, model: type[StageSettings], stage: str) -> Meta
     rows = rows_of(folder)
     last = rows[-1] if rows else {}
     metrics = {name: value for row in rows for name, value in row.items() if name.startswith("val_")}
-    done = {name: int(last.get(name, 0)) for name in ("step", "images_seen")}
+    done = {name: int(min(max(0, last.get(name, 0)), 1 << 53)) for name in ("step", "images_seen")}
     return Metadata(stage=stage, settings=settings, metrics=metrics, extra={"saved": False}, **done)
 
 

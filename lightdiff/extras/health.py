@@ -129,7 +129,7 @@ def check_high_kl(settings: TrainVAESettings, metrics: Row, channels: list[Chann
     beta = settings.loss.kl_beta
     lower = f"lightdiff train-vae --restart --kl-beta {min(3e-3, beta / 10):.1g}"
     kl = mean([c.kl for c in channels]) if channels else metrics.get("kl", math.nan)
-    mse, psnr = metrics.get("mse"), metrics.get("psnr", math.inf)  # beta / 2 is about squared errors
+    mse, psnr = metrics.get("mse", 0.0), metrics.get("psnr", math.inf)  # beta / 2 is about squared errors
     dead = [n for n, c in enumerate(channels) if c.bits < DEAD_BITS]
     if (channels and len(dead) == len(channels)) or kl < COLLAPSED_KL:
         yield Finding(
@@ -151,7 +151,7 @@ def check_high_kl(settings: TrainVAESettings, metrics: Row, channels: list[Chann
             advice=f"{lower if beta else 'lightdiff train-vae --restart'} or --model.latent-channels "
             f"{len(channels) - len(dead)}: the U-Net learns their noise for nothing",
         )
-    elif mse and beta / 2 > KL_SHARE * mse and psnr < KL_PSNR:
+    elif mse > 0 and beta / 2 > KL_SHARE * mse and psnr < KL_PSNR:
         limit = 10 * math.log10(8 / beta)
         yield Finding(
             code="kl-dominates",
@@ -310,9 +310,9 @@ def check_ema(loop: LoopSettings, rows: list[Row]) -> Iterator[Finding]:
     if not loop.ema_decay or not earlier:
         return
     (step, loss), (earlier_step, earlier_loss) = curve[-1], earlier[-1]
-    power = math.log(earlier_loss / loss) / math.log(step / earlier_step)
+    power = (math.log(earlier_loss) - math.log(loss)) / math.log(step / earlier_step)
     age = average_age(loop.ema_decay, step)
-    cost = 1 - (1 + age / step) ** -power
+    cost = -math.expm1(min(-power * math.log1p(age / step), 700.0))
     if cost > EMA_COST:
         yield Finding(
             code="ema-lags",
@@ -388,8 +388,9 @@ def check_samples(evaluation: dict[str, Any], rows: list[Row], images: int) -> I
     share = next((value for name, value in evaluation.items() if name.startswith(COPIES_SHARE)), None)
     remedy = "more images, fewer duplicates, a smaller U-Net, or fewer steps"
     steep = [(band, rise) for band, _, rise in rising_bands(rows) if rise > STEEP_RISE]
-    if isinstance(share, float):
-        count = max(1, int(evaluation.get("samples", 1)))
+    samples = evaluation.get("samples", 1)
+    if isinstance(share, float) and 0 <= share <= 1 and isinstance(samples, int):
+        count = max(1, samples)
         error = math.sqrt(share * (1 - share) / count)  # binomial standard error
         if share - 3 * error > 0.01 and share > COPIES:
             yield Finding(

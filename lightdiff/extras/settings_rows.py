@@ -5,7 +5,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lightdiff.checkpoint import Metadata
 from lightdiff.options import default_of, flag, flag_fields, format_value
@@ -37,7 +37,7 @@ def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]
     for path in flag_fields(model):
         try:
             value = reduce(getitem, path, settings)
-        except KeyError:
+        except (KeyError, TypeError, IndexError):  # a document need not have the groups that it should
             continue
         default = json.loads(json.dumps(default_of(model, path), default=str))
         rows.append(Row(flag(model, path), format_setting(value), format_setting(default)))
@@ -49,14 +49,25 @@ def format_setting(value: Any) -> str:
     return format_value(value) or "-"
 
 
+class Change(BaseModel):
+    """What was changed when a training was resumed."""
+
+    step: int
+    changed: dict[str, tuple[Any, Any]]
+
+
 def settings_changes(metadata: Metadata) -> list[tuple[int, str]]:
     """Changes of settings when the training was resumed: the step, and what changed, as text."""
+    try:
+        history = TypeAdapter(list[Change]).validate_python(metadata.extra.get("history", []))
+    except ValidationError:  # of another program, or made to harm
+        return []
     return [
         (
-            change["step"],
-            ", ".join(f"{flag_of(n) if '.' in n else n} {a} -> {b}" for n, (a, b) in change["changed"].items()),
+            change.step,
+            ", ".join(f"{flag_of(n) if '.' in n else n} {a} -> {b}" for n, (a, b) in change.changed.items()),
         )
-        for change in metadata.extra.get("history", [])
+        for change in history
     ]
 
 

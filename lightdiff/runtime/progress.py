@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightdiff.errors import printable
-from lightdiff.run_folder import append_text, atomic_write_text, open_own, writing
+from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
 from lightdiff.settings import flat
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -217,18 +218,28 @@ def trending(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a metrics.jsonl, in their order; half a line, of a process that was killed, is left out."""
+    """The lines of a metrics.jsonl, in their order, without what is no number of a float's size.
+
+    Half a line, of a process that was killed, is left out.
+    """
     if not path.is_file():
         return []
+    with open_regular(path) as file:
+        lines = file.read().decode("utf-8", "replace").splitlines()
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
+            rows.append({name: value for name, value in row.items() if is_number(value)})
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a document is a number that a float can hold; NaN and infinities are."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < sys.float_info.max)
 
 
 def cut_metrics(path: Path, last_step: int) -> list[Row]:

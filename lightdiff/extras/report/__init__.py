@@ -6,7 +6,7 @@ from pathlib import Path
 from lightdiff.errors import UserError, not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
-from lightdiff.run_folder import RunFolder, atomic_write_text, remove_abandoned
+from lightdiff.run_folder import RunFolder, atomic_write_text, open_regular, remove_abandoned
 from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import Device
@@ -23,7 +23,7 @@ def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if target.is_dir():
         raise UserError(f"--out: {target} is a folder; name a file")
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:200]:
+    if target.exists() and not is_report(target):
         raise UserError(f"--out: {target} is no report of lightdiff and is not overwritten: choose another name")
     if not all(map(find_spec, NEEDED)):
         raise not_installed("report", *NEEDED)
@@ -38,3 +38,12 @@ def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     atomic_write_text(target, text)
     console.print(f"{len(text.encode()) / 1e6:.1f} MB; open it in a browser", soft_wrap=True)
     return target
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report: the only kind that is overwritten."""
+    try:
+        with open_regular(path) as file:
+            return MARK.encode() in file.read(200)
+    except OSError:
+        return False

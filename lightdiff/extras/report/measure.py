@@ -60,7 +60,7 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
         UserError: If the images have been moved or cannot be read.
     """
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
-    images = ImageSettings.model_validate(saved.metadata.settings["images"])
+    images = saved.settings(ImageSettings, "images")
     if gone := [str(d) for d in images.data if not d.exists()]:
         raise UserError(f"the images are no longer where they were: {', '.join(gone)}")
     chosen = held_out(list_images(images, console))[:SHOWN]
