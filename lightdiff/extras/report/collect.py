@@ -59,7 +59,7 @@ class Training:
         return median(self.curves[name].values) if name in self.curves else None
 
 
-@dataclass
+@dataclass(eq=False)  # the page looks for a run among several, and arrays do not compare to one truth value
 class RunFacts:
     """Everything that the page shows about one run. What does not exist is None; `missing` gives the reasons."""
 
