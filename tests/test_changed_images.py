@@ -12,6 +12,7 @@ from conftest import UNET_FLAGS, VAE_FLAGS, Result, call, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint, save
+from lightdiff.data import loading
 from lightdiff.data.index import read_index
 from lightdiff.data.latents import LatentSet
 from lightdiff.models.vae import Encoder, Posterior
@@ -219,6 +220,37 @@ def test_an_interrupted_encoding_mixes_no_versions_of_an_image(begun: Path, data
     encode_again(begun, "--restart")
     for name, mu in latents_by_name(begun).items():
         torch.testing.assert_close(after[name], mu, rtol=0, atol=2e-2)
+
+
+def test_interruptions_leave_no_trace(encoded: Path, data: Path, tmp_path: Path) -> None:
+    for path in photos(data)[::2]:
+        repaint(path)
+    photos(data)[1].unlink()
+    never = Path(shutil.copytree(encoded, tmp_path / "never"))
+    encode_again(never, "--max-bad", 0.1)
+    flags = ("--shard-size", 8, *ENCODE, "--max-bad", 0.1)
+    codes = [call("encode", "--run", encoded, *flags, "--max-time", 1e-6).code for _ in range(2)]
+    assert codes == [75, 0]  # two shards, one at a time
+    for path in sorted((never / "latents").iterdir()):
+        assert (encoded / "latents" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_encoded_again(
+    begun: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, path = loading.load_image, photos(data)[7]
+
+    def changing(name: str, *arguments: Any, **more: Any) -> Image.Image:
+        image = load(name, *arguments, **more)
+        if name == path.relative_to(data).as_posix():
+            repaint(path)
+        return image
+
+    monkeypatch.setattr(loading, "load_image", changing)
+    encode_again(begun)
+    monkeypatch.undo()
+    assert "1 changed, 0 added, 0 gone" in encode_again(begun, "--max-bad", 0.1)
+    assert "has the latents of all 24 images already" in encode_again(begun)
 
 
 def test_a_repaired_image_is_encoded_and_no_longer_listed(begun: Path, data: Path) -> None:
