@@ -153,6 +153,7 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
     kind, name, metavar = plain(field.annotation), flag(model, path), extra(field, "repeated") or None
     shown, limits = format_value(default_of(model, path)), ", ".join(bounds(field))
     note = "; ".join([f"default: {shown}"] * bool(shown) + [limits] * bool(limits))
+    parser: Callable[[str], Any] | None = None
     text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
     declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
     if takes_commas(field):
@@ -163,9 +164,12 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
     elif kind in NUMBERS or kind is Path:
         kind, metavar = str, f"<{kind.__name__.lower()}>"  # `typed_value` says better what is wrong with one
+        parser = partial(typed_value, model, path)
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
-    info = typer.Option(declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar)
+    info = typer.Option(
+        declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar, parser=parser
+    )
     annotation: Any = Annotated[kind | None, info]
     return inspect.Parameter("__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -196,7 +196,7 @@ def test_wrong_commands_are_noticed() -> None:
         ["scale", "--only-mu", "--run", "a"]
     ]
     for words in (["scale", "--onlymu"], ["train-vea"], ["train-vae", "--preset", "huge"], ["generate", "--eta", "x"]):
-        with pytest.raises(Exception, match=r"No such|Invalid value|is not|valid"):
+        with pytest.raises(Exception, match=r"No such|Invalid value|is not|valid|is no number"):
             parse(words)
 
 
