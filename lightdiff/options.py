@@ -131,11 +131,10 @@ def parse_number(kind: Any, name: str, text: Any, example: str) -> Any:
 def typed_value(model: type[BaseModel], path: Where, value: Any) -> Any:
     """The value of a flag."""
     name = f"--{flag(model, path)}"
-    example = f"{name} {format_value(default_of(model, path)) or 1}"
     kind = plain(lookup(model, path)[1].annotation)
     if (kind is Path and not value) or (isinstance(value, list) and "" in value):  # Path("") is the current folder
         raise UserError(f"{name} is empty; perhaps a variable of the shell is not set")
-    return parse_number(kind, name, value, example)
+    return parse_number(kind, name, value, f"{name} {format_value(default_of(model, path)) or 1}")
 
 
 def takes_commas(field: FieldInfo) -> bool:
