@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -411,6 +412,15 @@ def test_what_follows_a_photo_is_not_counted_as_its_scans(tmp_path: Path) -> Non
     picture(64, 48).save(tmp_path / "plain.jpg")
     (tmp_path / "plain.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + scans(8, 500))
     assert load_image(tmp_path / "plain.jpg", at_least=16).size == (32, 24)
+
+
+def test_of_a_photo_that_gigabytes_follow_few_are_read(tmp_path: Path) -> None:
+    picture(64, 48).save(tmp_path / "huge.jpg", progressive=True)
+    os.truncate(tmp_path / "huge.jpg", 2**36)  # zeros, which take no room
+    tracemalloc.start()
+    assert load_image(tmp_path / "huge.jpg", at_least=16).size == (32, 24)
+    assert tracemalloc.get_traced_memory()[1] < 2**30
+    tracemalloc.stop()
 
 
 def test_a_ppm_that_would_take_minutes_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lightdiff.errors import LightdiffError, UserError
 from lightdiff.settings import ImageSettings
 
 MAX_MEGAPIXELS = ImageSettings().max_megapixels
+LONGEST = 2**28  # bytes of a JPEG that are searched for scans; a file with holes may claim to have terabytes
 MAX_SCANS = 100  # of a JPEG: half a millisecond each for every million pixels
 MAX_SLOW_PPM = 4  # megapixels: Pillow reads these at seconds for each
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length, number of components
@@ -85,7 +86,7 @@ def _count_scans(image: JpegImageFile) -> int:
         scans = 1  # of all components at once
     else:
         stream.seek(0)
-        scans = len(SCAN.findall(stream.read()))
+        scans = len(SCAN.findall(stream.read(LONGEST)))
     stream.seek(start)
     return scans
 
