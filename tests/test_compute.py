@@ -2,7 +2,9 @@
 
 import copy
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE, build_vae
 from lightdiff.pipeline import cast_weights
 from lightdiff.runtime import processes as compute
-from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing
+from lightdiff.runtime.compile import cache_folder, compile_network, enable_activation_checkpointing
 from lightdiff.runtime.processes import autocast, keep_memory, pick_compile
 from lightdiff.settings import UNetSettings, VAESettings
 from lightdiff.training.ema import EMA
@@ -101,6 +103,21 @@ def test_weights_converted_once_give_what_converting_them_each_time_gives(name):
 def test_fp32_leaves_all_weights_as_they_are():
     network, _ = made("unet")
     assert {p.dtype for p in cast_weights(network, "fp32").parameters()} == {torch.float32}
+
+
+def test_compiled_code_is_kept_at_home_or_where_there_is_none_until_the_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == str(tmp_path / "home" / ".cache" / "lightdiff" / "compiled")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert Path(cache_folder()).parent == tmp_path
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)  # of a user who has a number alone
+    assert Path(cache_folder()).parent == tmp_path
 
 
 @pytest.mark.slow

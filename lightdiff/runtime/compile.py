@@ -1,6 +1,10 @@
 """Faster or smaller networks: torch.compile, activation checkpointing."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +19,8 @@ GRAPHED_PARAMETERS = 50e6
 
 def compiler_works(device: torch.device) -> bool:
     """Whether torch.compile works here; if not, a line says why."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lightdiff" / "compiled"))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_folder()
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unknown Python: any number of kinds
@@ -23,6 +28,21 @@ def compiler_works(device: torch.device) -> bool:
         console.print(f"torch.compile does not work here, so the network is not compiled ({reason})", soft_wrap=True)
         return False
     return True
+
+
+def cache_folder() -> str:
+    """Where compiled code is kept: below the home folder or, where there is none to write to, until this process ends.
+
+    In a container, a user may have a number alone: no name, which torch's own default needs, and no home.
+    """
+    with suppress(OSError, RuntimeError):
+        folder = Path.home() / ".cache" / "lightdiff" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return str(folder)
+    passing = tempfile.mkdtemp(prefix="lightdiff-")
+    atexit.register(shutil.rmtree, passing, ignore_errors=True)
+    return passing
 
 
 def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
