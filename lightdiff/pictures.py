@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lightdiff.data.images import to_float, to_uint8
-from lightdiff.errors import UserError, shorten
+from lightdiff.errors import UserError
 from lightdiff.run_folder import atomic_write, open_regular
 
 GRID_IMAGES = 64
@@ -56,8 +56,8 @@ def opened(path: Path) -> Image.Image:
     try:
         with open_regular(path) as file, Image.open(file) as picture:
             return picture.convert("RGB")
-    except Exception as error:  # Pillow's readers raise almost anything
-        raise UserError(f"{path} is no whole picture, remove it: {shorten(error)}") from None
+    except Exception:  # Pillow's readers raise almost anything
+        raise UserError(f"{path} is no whole picture: remove it") from None
 
 
 def text_chunks(path: Path) -> dict[str, object]:

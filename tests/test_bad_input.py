@@ -105,8 +105,8 @@ def test_mistaken_data_is_found_before_lpips_is_fetched(refused, new, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--steps", "many"], ["--steps", "integer"]),
-        (["--steps", "1.5"], ["--steps", "integer"]),
+        (["--steps", "many"], ["--steps", "whole number"]),
+        (["--steps", "1.5"], ["--steps", "whole number"]),
         (["--lr", "fast"], ["--lr", "number"]),
         (["--model.encoder-channels", "8,wide"], ["--model.encoder-channels", "integer", "wide"]),
         (["--lr=-1"], ["--lr", "greater than 0", "-1"]),

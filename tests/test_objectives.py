@@ -134,7 +134,7 @@ def test_the_training_loss_is_the_weighed_error(objective: Objective, kind: str)
     }
     whole = TrainUNetSettings.model_validate(layer).resolved()
     stage = Stage("unet", whole, torch.device("cpu"), Processes(), Path())
-    task = UNetTask(stage, cast(Any, SimpleNamespace(train=[])))
+    task = UNetTask(stage, cast(Any, SimpleNamespace(train=[], val=[])))
     x0, eps = (normal(3, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t = torch.tensor([150, 500, 850])
 

@@ -476,7 +476,7 @@ def test_a_foreign_picture_among_ones_own_is_told(finished, tmp_path):
         with pytest.raises(UserError, match=r"00001\.png is another image: remove it"):
             draw(finished, tmp_path / "out")
     mine.write_bytes(whole[: len(whole) - 50])  # the words are there, the pixels are not
-    with pytest.raises(UserError, match=r"00001\.png is no whole picture, remove it"):
+    with pytest.raises(UserError, match=r"00001\.png is no whole picture: remove it"):
         draw(finished, tmp_path / "out")
     mine.unlink()
     draw(finished, tmp_path / "out")

@@ -296,7 +296,7 @@ def test_an_error_in_a_part_does_not_end_the_report(run):
         succeed("report", run)
     words = Page(run / "report.html").words
     assert "no memory is left" in words
-    assert "not shown: cannot identify image file" in words
+    assert "grid.png is no whole picture: remove it" in words
     assert "belong to other networks than these" in words
     assert "rFID" not in words
 

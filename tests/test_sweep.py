@@ -302,9 +302,9 @@ def test_a_base_that_lacks_something(run, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "stage", "values"),
     [
-        ("--kl_beta=1e-4, 1", "train-vae", ("1e-4", "1")),
+        ("--kl_beta=1e-4, 1", "train-vae", (1e-4, 1.0)),
         ("model.attend-levels=none;0,1", "train-unet", ([], ["0", "1"])),
-        ("train-vae.model.encoder-width=8,16", "train-vae", ("8", "16")),
+        ("train-vae.model.encoder-width=8,16", "train-vae", (8, 16)),
         ("flip=on,off", None, None),
         ("only-mu=on,off", "scale", ("on", "off")),
         ("encode.flip=on,off", "encode", ("on", "off")),
