@@ -8,12 +8,7 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, load_weights
 from lightdiff.errors import Damaged, UserError
-from lightdiff.run_folder import (
-    StageFolder,
-    atomic_link,
-    free_name,
-    set_aside,
-)
+from lightdiff.run_folder import StageFolder, atomic_link, free_name, set_aside
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 

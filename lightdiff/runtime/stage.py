@@ -22,14 +22,7 @@ from lightdiff.errors import LostContact, RunError, Stopped, UserError, from_os
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
 from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
 from lightdiff.runtime.lock import open_stage_dir
-from lightdiff.runtime.processes import (
-    Processes,
-    distributed,
-    pick_compile,
-    pick_device,
-    pick_precision,
-    to_device,
-)
+from lightdiff.runtime.processes import Processes, distributed, pick_compile, pick_device, pick_precision, to_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import (
     ComputeSettings,
