@@ -37,7 +37,7 @@ def table_of(folder: Path, names: list[str]) -> ImageTable:
     """The table of files in a folder, as it is now, with hashes."""
     table = ImageTable.of([ImageFile(0, name, "train", {}) for name in names])
     table.look([folder])
-    table.hashes[:] = [list(fingerprint(folder, name, contents=True)[2]) for name in names]
+    table.files["hash"][:] = [fingerprint(folder, name, contents=True)[2] for name in names]
     return table
 
 
@@ -122,7 +122,7 @@ def test_images_in_one_file_change_with_it(tmp_path: Path) -> None:
     archive.write_bytes(b"12")
     before = ImageTable.of([ImageFile(0, name, "train", {}) for name in ("0", "1")])
     before.look([archive])
-    assert before.sizes.tolist() == [2, 2]
+    assert before.files["size"].tolist() == [2, 2]
     assert fingerprint(archive, "0", contents=True)[2] == bytes(HASH_BYTES)  # it may be huge
     archive.write_bytes(b"21")
     os.utime(archive, (1, 1))
@@ -134,7 +134,7 @@ def test_images_in_one_file_change_with_it(tmp_path: Path) -> None:
 def test_a_broken_link_is_known_as_such(three: Path) -> None:
     (three / "d").symlink_to(three / "nowhere")
     before = table_of(three, ["a", "d"])
-    assert before.sizes.tolist() == [11, -1]
+    assert before.files["size"].tolist() == [11, -1]
     assert table_of(three, ["a", "d"]).compare(before, [three], contents=True).nothing
     (three / "nowhere").write_text("here now")
     now = ImageTable.of([ImageFile(0, name, "train", {}) for name in "ad"])
@@ -165,7 +165,7 @@ def make_latents(folder: Path) -> Path:
         bad = [(*key, "a hole") for key in index.keys(mine[3:].tolist())]
         facts = ShardFacts(vae="none", plan=index.plan(mine), bad=bad)
         tensors = {name: torch.randn(3, 2, 2, 3, 3).half() for name in ("mu", "logvar")}
-        tensors |= encode.as_columns([(7, 8, bytes(HASH_BYTES))] * 3)
+        tensors["fingerprints"] = torch.ones(3, 32, dtype=torch.uint8)
         save(shard_path(folder, number), tensors, Metadata(stage="latents", extra=facts.model_dump()))
         index.take_in(number, open_shard(folder, index, number))
     index.digest = index.compute_digest()

@@ -13,35 +13,36 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int32
+from numpy import ndarray as Array
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.layouts import Split
-from lightdiff.data.table import HASH_BYTES, Counts, ImageTable
+from lightdiff.data.table import COLUMN, FINGERPRINT, ImageTable, Mask
 from lightdiff.errors import Damaged, RunError, UserError
 from lightdiff.run_folder import INDEX
 from lightdiff.settings import ImageSettings
 
-FINGERPRINTS = ("sizes", "mtimes", "hashes")  # columns of the index and tensors of a shard: of the files that were read
 NOT_IN_LATENTS = ("data", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")  # image settings
 MAX_ELEMENTS = 1 << 24  # of a latent
 LARGEST = 1e30  # float32 holds it, and its product with a latent
 
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
-Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
-Spread = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Spread = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
 class Statistics(BaseModel):
     """What `scale` found out about the training split's latents."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     only_mu: bool
     count: int = Field(ge=1)
@@ -51,7 +52,7 @@ class Statistics(BaseModel):
     channel_std: list[Spread]
     channel_sigma: list[Spread]
     shift: list[Number]
-    scale: list[Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]]
+    scale: list[Annotated[float, Field(gt=0, le=LARGEST)]]
     latents: str = ""  # the digest of those that it is about
 
 
@@ -80,28 +81,31 @@ class LatentIndex(ImageTable):
     shards: list[str] = Field(default_factory=list)  # the digest of each, empty while it is not written
     digest: str = ""
     statistics: Statistics | None = None
-    shard: Counts  # which one holds, or is to hold, an image, (n,); -1: none yet
-    row: Counts  # the image's row in it, (n,); -1: not yet known, or unreadable where the shard is written
+    shard: Int32[Array, " n"] = COLUMN  # which one holds, or is to hold, an image; -1: none yet
+    row: Int32[Array, " n"] = COLUMN  # the image's row in it; -1: not yet known, or unreadable
 
-    @model_validator(mode="after")
-    def _places_fit(self) -> Self:
-        written = np.array([*map(bool, self.shards), False])  # the last is shard -1
+    def check(self) -> None:
+        """Check that all parts fit together.
+
+        Raises:
+            ValueError: If not.
+        """
+        super().check()
         s, c = self.statistics, self.shape[0]
         lengths = {len(x) for x in (s.channel_mean, s.channel_std, s.channel_sigma)} if s else {c}
-        if (
-            {len(self.shard), len(self.row)} != {len(self)}
-            or (self.shard < -1).any()
-            or (self.shard >= len(self.shards)).any()
-            or (self.row < -1).any()
-            or (self.row[~written[self.shard]] >= 0).any()
-            or (self.complete and not written[self.shard].all())
-            or self.roots.max() >= max(1, len(self.images.data))
-            or math.prod(self.shape) > MAX_ELEMENTS
-            or lengths != {c}
-            or (s and not {len(s.shift), len(s.scale)} <= {1, c})
+        if not (
+            {len(self.shard), len(self.row)} == {len(self)}
+            and -1 <= self.shard.min() <= self.shard.max() < len(self.shards)
+            and self.row.min() >= -1
+            and self.roots.max() < max(1, len(self.images.data))
+            and math.prod(self.shape) <= MAX_ELEMENTS
+            and lengths == {c}
+            and not (s and not {len(s.shift), len(s.scale)} <= {1, c})
         ):
             raise ValueError("its parts do not fit together")
-        return self
+        written = np.array([*map(bool, self.shards), False])[self.shard]  # the last is shard -1
+        if (self.row[~written] >= 0).any() or (self.complete and not written.all()):
+            raise ValueError("it names latents that are not written")
 
     @property
     def depends_on(self) -> dict[str, Any]:
@@ -126,9 +130,10 @@ class LatentIndex(ImageTable):
         return bool(self.digest)
 
     @property
-    def encoded(self) -> NDArray[np.bool_]:
+    def encoded(self) -> Mask:
         """Which images have a latent, (n,)."""
-        return self.row >= 0
+        found: Mask = self.row >= 0
+        return found
 
     def positions(self, split: Split) -> NDArray[np.int64]:
         """Positions of the images of a split that have a latent."""
@@ -166,14 +171,10 @@ class LatentIndex(ImageTable):
         keys = zip(mine.tolist(), self.keys(mine.tolist()), strict=True)
         bad = [(position, reasons[key]) for position, key in keys if key in reasons]
         if not self.shards[number]:
-            good, columns = np.setdiff1d(mine, [p for p, _ in bad]), [getattr(self, name) for name in FINGERPRINTS]
-            found = [shard.tensor(name) for name in FINGERPRINTS]
-            kinds = [torch.from_numpy(column).dtype for column in columns]
-            if len(good) + len(reasons) != len(mine) or [tensor.dtype for tensor in found] != kinds:
+            good, found = np.setdiff1d(mine, [p for p, _ in bad]), shard.tensor("fingerprints")
+            if len(good) + len(reasons) != len(mine) or found.dtype != torch.uint8:
                 raise Damaged(f"{shard.path} is damaged: what it says of its images does not fit")
-            self.row[good] = np.arange(len(good))
-            for column, tensor in zip(columns, found, strict=True):
-                column[good] = tensor.numpy()
+            self.row[good], self.fingerprints[good] = np.arange(len(good)), found.numpy()
             self.shards[number] = shard.metadata.digest
         return bad
 
@@ -198,8 +199,8 @@ def open_shard(folder: Path, index: LatentIndex, number: int) -> Checkpoint:
     known, shapes = index.shards[number], shard.shapes("")
     rows = int(index.row[mine].max()) + 1 if known else len(mine) - len(facts.bad)
     n = max([rows, *shapes.get("mu", [])[:1]]) if known else rows  # rows that are no longer named stay
-    wanted = {name: [n, 1 + index.mirrored, *index.shape] for name in ("mu", "logvar")}
-    wanted |= {"sizes": [n], "mtimes": [n], "hashes": [n, HASH_BYTES]}
+    latent = [n, 1 + index.mirrored, *index.shape]
+    wanted = {"mu": latent, "logvar": latent, "fingerprints": [n, FINGERPRINT.itemsize]}
     same = known == shard.metadata.digest if known else facts.plan == index.plan(mine)
     if not same or facts.vae != index.vae_digest or shapes != wanted:
         raise Damaged(f"{path} is not the shard of this index, but of another VAE, other settings or other images")

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Int32, Int64, UInt8
+from numpy import ndarray as Array
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
@@ -31,21 +33,10 @@ HASH_BYTES = 16
 READERS = 8  # threads that read files to compare their contents
 MAX_TIME = 2**63 - 1
 CHUNK = 1 << 17  # bytes read at a time
-Fingerprint = tuple[int, int, bytes]  # of a file: size, time of change, hash of its contents
-
-
-def _checked(kind: type, dimensions: int, column: NDArray[Any]) -> NDArray[Any]:
-    if column.dtype != kind or column.ndim != dimensions:
-        raise ValueError(f"{column.dtype} in {column.ndim} dimensions, where {kind.__name__} in {dimensions} belongs")
-    return column
-
-
-Numbers = Annotated[NDArray[np.int64], AfterValidator(partial(_checked, np.int64, 1)), Field(exclude=True)]
-Counts = Annotated[NDArray[np.int32], AfterValidator(partial(_checked, np.int32, 1)), Field(exclude=True)]
-Codes = Annotated[NDArray[np.int32], AfterValidator(partial(_checked, np.int32, 2)), Field(exclude=True)]
-Bytes = Annotated[NDArray[np.uint8], AfterValidator(partial(_checked, np.uint8, 1)), Field(exclude=True)]
-Hashes = Annotated[NDArray[np.uint8], AfterValidator(partial(_checked, np.uint8, 2)), Field(exclude=True)]
 Mask = NDArray[np.bool_]
+Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
+COLUMN: Any = Field(exclude=True)  # it is a tensor of the file, no part of its document
+FINGERPRINT = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("hash", f"S{HASH_BYTES}")])  # a row of 32 bytes
 
 
 class ImageTable(BaseModel):
@@ -54,25 +45,25 @@ class ImageTable(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     STAGE: ClassVar = "images"
 
-    text: Bytes  # all names in UTF-8, one after the other
-    ends: Numbers  # where each of them ends, (n,)
-    roots: Counts  # the number of its --data source, (n,)
-    splits: Bytes  # of SPLITS, (n,)
+    text: UInt8[Array, " bytes"] = COLUMN  # all names in UTF-8, one after the other
+    ends: Int64[Array, " n"] = COLUMN  # where each of them ends
+    roots: Int32[Array, " n"] = COLUMN  # the number of its --data source
+    splits: UInt8[Array, " n"] = COLUMN  # of SPLITS
     labels: dict[str, list[str]]  # the values of each label
-    codes: Codes  # for each label, the number of each image's value, (l, n); -1: none
-    sizes: Numbers  # in bytes, (n,); -1: there was no such file
-    mtimes: Numbers  # when the file was changed last, in nanoseconds, (n,)
-    hashes: Hashes  # of the files' contents, (n, HASH_BYTES); zeros: not known
+    codes: Int32[Array, "labels n"] = COLUMN  # for each label, the number of each image's value; -1: none
+    fingerprints: UInt8[Array, "n 32"] = COLUMN  # FINGERPRINT of each; size -1: no such file, hash of zeros: not known
 
     @classmethod
     def of(cls, files: Sequence[ImageFile], **more: Any) -> Self:
         """The table of these images; nothing is known of their files yet. `more` are the fields of a subclass."""
         n, names = len(files), [file.path.encode("utf-8", "surrogateescape") for file in files]
-        labels = {name: list[str]() for name in sorted({name for file in files for name in file.labels})}
+        labels = {
+            name: sorted({file.labels[name] for file in files if name in file.labels})
+            for name in sorted({name for file in files for name in file.labels})
+        }
         codes = np.empty((len(labels), n), np.int32)
-        for row, name in zip(codes, labels, strict=True):
-            labels[name] = sorted({file.labels[name] for file in files if name in file.labels})
-            number = {value: i for i, value in enumerate(labels[name])}
+        for row, (name, values) in zip(codes, labels.items(), strict=True):
+            number = {value: i for i, value in enumerate(values)}
             row[:] = [number.get(file.labels.get(name, ""), -1) for file in files]
         return cls(
             text=np.frombuffer(bytearray().join(names), np.uint8),
@@ -81,33 +72,38 @@ class ImageTable(BaseModel):
             splits=np.fromiter((SPLITS.index(file.split) for file in files), np.uint8, n),
             labels=labels,
             codes=codes,
-            sizes=np.full(n, -1),
-            mtimes=np.zeros(n, np.int64),
-            hashes=np.zeros((n, HASH_BYTES), np.uint8),
+            fingerprints=np.zeros((n, FINGERPRINT.itemsize), np.uint8),
             **more,
         )
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        n, ends, known = len(self), self.ends, [len(values) for values in self.labels.values()]
-        rows = [len(c) for c in (self.roots, self.splits, self.sizes, self.mtimes, self.hashes)]
-        if (
-            not n
-            or {*rows, self.codes.shape[1]} != {n}
-            or (self.hashes.shape[1], len(self.codes)) != (HASH_BYTES, len(known))
-            or ends[0] <= 0
-            or (ends[1:] <= ends[:-1]).any()
-            or ends[-1] != len(self.text)
-            or (self.roots < 0).any()
-            or (self.splits >= len(SPLITS)).any()
-            or (self.codes < -1).any()
-            or (self.codes >= np.array(known, np.int64)[:, None]).any()
+    def check(self) -> None:
+        """Check that the columns fit together, of a table that somebody else may have written.
+
+        Raises:
+            ValueError: If not.
+        """
+        known = np.array([len(values) for values in self.labels.values()], np.int64)
+        rows = [len(column) for column in (self.roots, self.splits, self.fingerprints, self.codes.T)]
+        if not (
+            len(self)
+            and {*rows} == {len(self)}
+            and len(self.codes) == len(known)
+            and (np.diff(self.ends, prepend=0) > 0).all()
+            and self.ends[-1] == len(self.text)
+            and (self.roots >= 0).all()
+            and (self.splits < len(SPLITS)).all()
+            and (self.codes >= -1).all()
+            and (self.codes < known[:, None]).all()
         ):
             raise ValueError("its columns do not fit together")
-        return self
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def files(self) -> NDArray[Any]:
+        """What each image's file was like, (n,) of FINGERPRINT; a view of `fingerprints`."""
+        return self.fingerprints.view(FINGERPRINT)[:, 0]
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -121,20 +117,19 @@ class ImageTable(BaseModel):
         saved = Checkpoint(path, cls.STAGE)
         try:
             columns = {name: saved.tensor(name).numpy().copy() for name in saved.names()}
-            return cls.model_validate({**saved.metadata.extra, **columns})
-        except ValidationError as error:  # whole, as its digest is right
+            table = cls.model_validate({**saved.metadata.extra, **columns})
+            table.check()
+        except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            what = first["msg"].removeprefix("Value error, ")
-            raise Damaged(f"{path} is damaged: {where}{': ' * bool(where)}{what}"[:300]) from None
-        except TypeError as error:  # of tensors that NumPy does not know
+            raise Damaged(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]) from None
+        except (ValueError, TypeError) as error:  # TypeError: of tensors that NumPy does not know
             raise Damaged(f"{path} is damaged: {error}") from None
+        return table
 
     def write(self, path: Path) -> None:
         """Replace the table in a file."""
-        columns = {name: getattr(self, name) for name, field in type(self).model_fields.items() if field.exclude}
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
-        checkpoint.save(path, tensors, Metadata(stage=self.STAGE, extra=self.model_dump(mode="json")))
+        columns = {name: torch.from_numpy(value) for name, value in self if isinstance(value, np.ndarray)}
+        checkpoint.save(path, columns, Metadata(stage=self.STAGE, extra=self.model_dump(mode="json")))
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +151,8 @@ class ImageTable(BaseModel):
 
     def of_split(self, split: Split) -> Mask:
         """Which images belong to a split, (n,)."""
-        return np.equal(self.splits, SPLITS.index(split))
+        chosen: Mask = self.splits == SPLITS.index(split)
+        return chosen
 
     def label_values(self, images: Mask | slice = slice(None)) -> dict[str, tuple[str, ...]]:
         """Each label's name with the sorted values that it takes among these images."""
@@ -171,8 +167,7 @@ class ImageTable(BaseModel):
     def look(self, folders: Sequence[Path]) -> None:
         """Find out size and time of change of each image's file."""
         found = (fingerprint(folders[root], name) for root, name in self.keys(range(len(self))))
-        numbers = np.fromiter((number for size, mtime, _ in found for number in (size, mtime)), np.int64, 2 * len(self))
-        self.sizes, self.mtimes = numbers.reshape(-1, 2).T.copy()
+        self.fingerprints = np.fromiter(found, FINGERPRINT, len(self))[:, None].view(np.uint8)
 
     def compare(self, older: "ImageTable", folders: Sequence[Path], contents: bool) -> "Comparison":
         """What has become of the images of an older table.
@@ -185,17 +180,17 @@ class ImageTable(BaseModel):
         else:
             names = {key: i for i, key in enumerate(older.keys(range(len(older))))}
             known = {_composed(key): i for key, i in names.items() if not key[1].isascii()} | names
-            now = self.keys(range(len(self)))
-            before = np.fromiter((known.get(key, known.get(_composed(key), -1)) for key in now), np.int64, len(self))
-        changed = (before >= 0) & (self.sizes != older.sizes[before])
+            keys = self.keys(range(len(self)))
+            before = np.fromiter((known.get(key, known.get(_composed(key), -1)) for key in keys), np.int64, len(self))
+        now, then = self.files, older.files[before]
+        changed = (before >= 0) & (now["size"] != then["size"])
         if contents:
-            touched = np.flatnonzero((before >= 0) & ~changed & (self.mtimes != older.mtimes[before]))
-            files = self.keys(touched.tolist())
+            touched = np.flatnonzero((before >= 0) & ~changed & (now["mtime"] != then["mtime"]))
             with ThreadPoolExecutor(READERS) as pool:
-                found = pool.map(lambda file: fingerprint(folders[file[0]], file[1], contents=True)[2], files)
-                self.hashes[touched] = np.frombuffer(b"".join(found), np.uint8).reshape(-1, HASH_BYTES)
-            same = (self.hashes == older.hashes[before]).all(1) & self.hashes.any(1)
-            changed[touched] = ~same[touched]
+                read = pool.map(lambda key: fingerprint(folders[key[0]], key[1], contents=True), self.keys(touched))
+                now["hash"][touched] = [hashed for _, _, hashed in read]
+            known = now["hash"] != b""
+            changed[touched] = ((now["hash"] != then["hash"]) | ~known)[touched]
         gone = np.setdiff1d(np.arange(len(older)), before)
         return Comparison(before, changed, gone, older)
 

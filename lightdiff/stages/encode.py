@@ -1,6 +1,6 @@
 """encode: images + VAE -> cached mu and logvar of every image and of its mirror image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
-from lightdiff.data.index import FINGERPRINTS, LatentIndex, ShardFacts, open_shard, read_index, shard_path
+from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.data.survey import with_whites
-from lightdiff.data.table import HASH_BYTES, Fingerprint
+from lightdiff.data.table import FINGERPRINT, Fingerprint
 from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
@@ -123,7 +123,8 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)
     kept = np.flatnonzero((found.before >= 0) & ~found.changed)
     at = found.before[kept]
-    index.shard[kept], index.row[kept], index.hashes[kept] = old.shard[at], old.row[at], old.hashes[at]
+    index.shard[kept], index.row[kept] = old.shard[at], old.row[at]
+    index.files["hash"][kept] = old.files["hash"][at]
     index.shards, index.digest, index.statistics = old.shards, "", old.statistics
     return [(p, unreadable[q]) for p, q in zip(kept.tolist(), at.tolist(), strict=True) if q in unreadable]
 
@@ -222,19 +223,13 @@ def encoded(
         if part[-1] == todo[number][-1]:
             mu, logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
             facts = ShardFacts(vae=index.vae_digest, plan=index.plan(todo[number]), bad=unreadable)
-            tensors = {"mu": mu, "logvar": logvar, **as_columns(looks)}
+            fingerprints = np.array(looks, FINGERPRINT)[:, None].view(np.uint8)
+            tensors = {"mu": mu, "logvar": logvar, "fingerprints": torch.from_numpy(fingerprints)}
             metadata = Metadata(stage="latents", extra=facts.model_dump())
             yield partial(checkpoint.save, shard_path(stage.path, number), tensors, metadata)
             rows, looks, unreadable = latents[:], [], []
             if stage.out_of_time():
                 return
-
-
-def as_columns(looks: Sequence[Fingerprint]) -> dict[str, torch.Tensor]:
-    """Fingerprints as tensors of a shard."""
-    sizes, mtimes = (torch.tensor([look[i] for look in looks], dtype=torch.int64) for i in (0, 1))
-    hashes = np.frombuffer(bytearray().join(look[2] for look in looks), np.uint8).reshape(-1, HASH_BYTES)
-    return dict(zip(FINGERPRINTS, (sizes, mtimes, torch.from_numpy(hashes)), strict=True))
 
 
 def not_finite(name: str, posterior: torch.Tensor, settings: EncodeSettings) -> RunError:

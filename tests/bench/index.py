@@ -50,7 +50,7 @@ def made_up(count: int) -> LatentIndex:
             shard=np.arange(count, dtype=np.int32) // SHARD,
             row=np.arange(count, dtype=np.int32) % SHARD,
         )
-    index.hashes[:] = np.random.default_rng(0).integers(0, 256, index.hashes.shape)
+    index.fingerprints[:] = np.random.default_rng(0).integers(0, 256, index.fingerprints.shape)
     return index
 
 
