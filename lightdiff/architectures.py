@@ -6,7 +6,7 @@ see `settings.py`.
 
 import csv
 from collections.abc import Mapping, Sequence
-from functools import cache
+from pathlib import Path
 from pkgutil import resolve_name
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
@@ -36,12 +36,6 @@ def kinds_of(annotation: Any) -> set[Any]:
     return set().union(*map(kinds_of, arguments)) if arguments else {annotation}
 
 
-@cache
-def kinds_of_field(model: type[BaseModel], name: str) -> set[Any]:
-    """The types of a model's field, found once."""
-    return kinds_of(model.model_fields[name].annotation)
-
-
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown fields."""
 
@@ -52,15 +46,15 @@ class Settings(BaseModel):
     def _as_given(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would take for something else, and whole numbers that no machine counts to."""
         name = str(info.field_name)
-        kinds = kinds_of_field(cls, name)
+        kinds = kinds_of(cls.model_fields[name].annotation)
         several = value if isinstance(value, (list, tuple)) else [value]
-        if bool not in kinds and any(isinstance(one, bool) for one in several):
-            raise ValueError("true and false are no value of this setting")
-        if bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
-            raise ValueError("Input should be a valid boolean: true or false")
+        numbers = [one for one in several if isinstance(one, (int, float))]
+        if any(isinstance(one, bool) != (bool in kinds) for one in numbers):
+            right = "Input should be a valid boolean: true or false"
+            raise ValueError(right if bool in kinds else "true and false are no value of this setting")
         if isinstance(value, str) and kinds <= {int, float, NoneType}:
             raise ValueError("Input should be a valid number, without quotes")
-        if name != "seed" and any(isinstance(one, int) and abs(one) > MAX_INTEGER for one in several):
+        if name != "seed" and any(isinstance(one, int) and abs(one) > MAX_INTEGER for one in numbers):
             raise ValueError("the number is too large")
         return value
 
@@ -74,23 +68,25 @@ def parse_names(value: Any) -> Any:
     """A list that may be given as one text, `cat,dog`, as its items; one with a comma in it is quoted, as in CSV."""
     if not isinstance(value, str):
         return value
-    return [item.strip() for item in next(csv.reader([value.strip()], skipinitialspace=True))]
-
-
-def parse_classes(value: Any) -> Any:
-    """A list of names, none of which is empty: no class is called that, and it does not mean any."""
-    names = (parse_names(value) or [""]) if isinstance(value, str) else value
-    if isinstance(names, (list, tuple)) and "" in names:
-        raise ValueError("a name is empty; to sample any class, leave it out")
-    return names
+    return [item.strip() for item in next(csv.reader([value.strip()], skipinitialspace=True)) or [""]]
 
 
 def parse_numbers(value: Any) -> Any:
-    """The same for numbers: `64,128`, or `none` for an empty list (a name may be called that)."""
-    return [] if isinstance(value, str) and value.strip() == "none" else parse_names(value)
+    """The same for numbers: `64,128`; `none`, or nothing, for an empty list (a name may be called that)."""
+    return [] if isinstance(value, str) and value.strip() in ("", "none") else parse_names(value)
 
 
-Classes = Annotated[tuple[str, ...], BeforeValidator(parse_classes)]
+def absolute(path: Path) -> Path:
+    """The whole path, with ~ replaced."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{path.parts[0]}: there is no such user") from None
+
+
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 
 def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:

@@ -128,13 +128,11 @@ def parse_number(kind: Any, name: str, text: Any, example: str) -> Any:
         raise UserError(f"{name}: {words}; write one as in {example}") from None
 
 
-def typed_value(model: type[BaseModel], path: Where, value: Any) -> Any:
-    """The value of a flag."""
-    name = f"--{flag(model, path)}"
-    kind = plain(lookup(model, path)[1].annotation)
-    if (kind is Path and not value) or (isinstance(value, list) and "" in value):  # Path("") is the current folder
+def not_empty(name: str, text: str) -> str:
+    """What was typed for a path, if anything was: Path("") is the current folder."""
+    if not text:
         raise UserError(f"{name} is empty; perhaps a variable of the shell is not set")
-    return parse_number(kind, name, value, f"{name} {format_value(default_of(model, path)) or 1}")
+    return text
 
 
 def takes_commas(field: FieldInfo) -> bool:
@@ -158,12 +156,14 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Par
     if takes_commas(field):
         kind, metavar = str, "A,B,..."
     elif get_origin(kind) is tuple:
-        kind = list[str]
+        kind, parser = list[str], partial(not_empty, f"--{name}")
     elif kind is bool and "." in name:
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
-    elif kind in NUMBERS or kind is Path:
-        kind, metavar = str, f"<{kind.__name__.lower()}>"  # `typed_value` says better what is wrong with one
-        parser = partial(typed_value, model, path)
+    elif kind is Path:
+        kind, metavar, parser = str, "<path>", partial(not_empty, f"--{name}")
+    elif kind in NUMBERS:  # `parse_number` says better than Typer what is wrong with one
+        parser = partial(parse_number, kind, f"--{name}", example=f"--{name} {shown or 1}")
+        kind, metavar = str, f"<{kind.__name__}>"
     if get_origin(kind) is Literal and "." in name:
         text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
     info = typer.Option(
@@ -379,8 +379,7 @@ def command(
     def call(
         *, settings: SettingsFile = None, dry_run: DryRun = False, preset: PresetName = None, **values: Any
     ) -> None:
-        given = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        typed = {path: typed_value(model, path, value) for path, value in given.items()}
+        typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
         file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)

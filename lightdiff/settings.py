@@ -7,15 +7,17 @@ page are made from it. What a field says beyond that (`json_schema_extra`) is fo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.config import JsonDict
 
 from lightdiff.architectures import (
+    AbsolutePath,
     Architecture,
-    Classes,
     Counts,
+    Names,
+    Numbers,
     Settings,
     UNetArchitecture,
     UNetSettings,
@@ -65,18 +67,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def absolute(path: Path) -> Path:
-    """The whole path, with ~ replaced."""
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError:
-        raise ValueError(f"{path.parts[0]}: there is no such user") from None
-
-
-AbsolutePath = Annotated[Path, AfterValidator(absolute)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
-
-
 class ScheduleSettings(Settings):
     """The noise schedule: how much signal is left at each level."""
 
@@ -119,7 +109,7 @@ class SamplingSettings(Settings):
     num_steps: int = Field(20, ge=1, description="steps, each one call of the U-Net; two with heun")
     spacing: Spacing = Field("trailing", description="which levels of noise the steps visit")
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
-    class_: Classes = Field((), description="classes to sample, the images taking turns; empty: any")
+    class_: Names = Field((), description="classes to sample, the images taking turns; empty: any")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
     )
@@ -139,6 +129,8 @@ class SamplingSettings(Settings):
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
+        if "" in self.class_:  # no class is called that, and it does not mean any
+            raise ValueError("--class: a name is empty; to sample any class, leave it out")
         if self.eta and self.sampler not in WITH_ETA:
             raise ValueError(f"--eta belongs to --sampler {' or '.join(sorted(WITH_ETA))}, not to {self.sampler}")
         return self
@@ -359,9 +351,7 @@ class TrainUNetSettings(TrainingSettings):
     def _fit_together(self) -> Self:
         objective, schedule = self.target.objective, self.noise.resolved(self.target.objective).schedule
         if (objective == "flow") != (schedule == "flow") and objective != "x0":
-            pairs = (
-                "rectified flow and its schedule belong together, eps and v to the others, and only x0 goes with all"
-            )
+            pairs = "rectified flow and its schedule belong together, eps and v to the others, only x0 goes with all"
             raise ValueError(f"--objective {objective} does not go with --schedule {schedule}: {pairs}")
         if self.noise.zero_terminal_snr and schedule == "flow":
             raise ValueError("--zero-terminal-snr: the flow schedule ends with pure noise anyway")
