@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightdiff.errors import UserError
+from lightdiff.extras.tables import print_table
 from lightdiff.pictures import save_grid, save_grid_of_files
 from lightdiff.runtime import progress
 from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline
@@ -44,7 +45,8 @@ def printed(*things, width=80, terminal=False, **how):
     """What a console of this width prints."""
     target = SafeConsole(**how)
     target.file, target.width, target._force_terminal, target._color_system = io.StringIO(), width, terminal, None
-    target.print(*things)
+    for thing in things:
+        print_table(target, thing) if isinstance(thing, Table) else target.print(thing)
     return target.file.getvalue()
 
 

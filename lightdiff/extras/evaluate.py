@@ -34,6 +34,7 @@ from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
+from lightdiff.extras.tables import print_table
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import cached_weights
 from lightdiff.pictures import save_grid
@@ -137,7 +138,7 @@ def print_results(part: str, found: Found) -> None:
             table.add_row(name, "  ".join(f"{v:.3g}" for v in value))
         else:
             table.add_row(name, value[:8] if name == NETWORK else str(value))
-    console.print(table)
+    print_table(console, table)
     if CAUTION in found:
         console.print(f"caution: {found[CAUTION]}", style="yellow", soft_wrap=True)
 

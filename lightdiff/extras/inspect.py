@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 
 from pydantic import BaseModel
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +19,9 @@ from lightdiff.data.files import FOLDER, ImageFile, Source, find_images, source_
 from lightdiff.data.images import BadImage, colour, opened
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
+from lightdiff.extras.tables import print_table
 from lightdiff.run_folder import open_regular
+from lightdiff.runtime.progress import SafeConsole
 from lightdiff.settings import ImageSettings
 
 RESOLUTIONS = (32, 64, 128, 256, 512, 1024)
@@ -237,7 +238,7 @@ def _printable(name: str) -> str:
 # --- printing -----------------------------------------------------------------------------------------------------
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: Report, console: SafeConsole) -> None:
     """Print tables of folders, formats, sizes and labels, then duplicates and unreadable files by name."""
     tables = [_folder_table(report)]
     if report.passed_over:
@@ -247,7 +248,7 @@ def print_report(report: Report, console: Console) -> None:
         tables += [_size_table(report.sizes), _smaller_table(report.sizes, report.images - len(report.bad))]
     tables += [_counts_table(name.capitalize(), counts, report.max_shown) for name, counts in report.labels.items()]
     for table in tables:
-        console.print(table, "")
+        print_table(console, table, "")
     if report.labels and report.unlabelled:
         console.print(f"Images without a label: {report.unlabelled:,}")
     for note in report.notes:
@@ -291,7 +292,7 @@ def _smaller_table(sizes: Sizes, readable: int) -> Table:
     return table
 
 
-def _print_duplicates(report: Report, console: Console) -> None:
+def _print_duplicates(report: Report, console: SafeConsole) -> None:
     found, shown = report.duplicates, report.max_shown
     if not found.groups:
         console.print("Duplicates by content: none")
@@ -307,7 +308,7 @@ def _print_duplicates(report: Report, console: Console) -> None:
     _print_rest(len(found.groups) - shown, console)
 
 
-def _print_bad(report: Report, console: Console) -> None:
+def _print_bad(report: Report, console: SafeConsole) -> None:
     if not report.bad:
         console.print("Unreadable files: none")
         return
@@ -318,7 +319,7 @@ def _print_bad(report: Report, console: Console) -> None:
     _print_rest(len(report.bad) - report.max_shown, console)
 
 
-def _print_rest(count: int, console: Console) -> None:
+def _print_rest(count: int, console: SafeConsole) -> None:
     if count > 0:
         console.print(f"  and {count:,} more", style="dim")
 

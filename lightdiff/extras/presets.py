@@ -4,6 +4,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightdiff.extras.tables import print_table
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import PRESETS, build, preset_layer
@@ -40,7 +41,7 @@ def show_presets(resolution: int) -> None:
                 t = torch.zeros(1, dtype=torch.long)
                 network = build_unet(unet, vae.latent_channels)
                 add_row(table, "", "U-Net", widths_of(unet), network, (latent, t), unet_settings.loop)
-    SafeConsole().print(table)
+    print_table(SafeConsole(), table)
 
 
 def add_row(

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lightdiff.checkpoint import Checkpoint, Metadata
@@ -15,6 +14,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.evidence import unsaved
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, format_setting, settings_changes, settings_rows
+from lightdiff.extras.tables import print_table
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
 from lightdiff.runtime.progress import SafeConsole
 
@@ -47,7 +47,7 @@ def show(path: Path, as_json: bool = False) -> None:
         print_findings(console, findings)
 
 
-def print_heading(console: Console, text: str) -> None:
+def print_heading(console: SafeConsole, text: str) -> None:
     """Print what comes next, whole."""
     console.print(f"\u2500\u2500 {text}", style="bold", soft_wrap=True)
 
@@ -91,7 +91,7 @@ def as_objects(
     return objects
 
 
-def print_findings(console: Console, findings: list[Finding]) -> None:
+def print_findings(console: SafeConsole, findings: list[Finding]) -> None:
     """Print the findings about a run, or that there are none."""
     if not findings:
         console.print("nothing unusual found")
@@ -101,7 +101,7 @@ def print_findings(console: Console, findings: list[Finding]) -> None:
             console.print(f"  {name + ':':<9} {getattr(finding, name)}", soft_wrap=True)
 
 
-def print_metadata(console: Console, metadata: Metadata) -> None:
+def print_metadata(console: SafeConsole, metadata: Metadata) -> None:
     """Print a checkpoint's metadata."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
     saved = metadata.extra.get("saved", True)
@@ -114,13 +114,13 @@ def print_metadata(console: Console, metadata: Metadata) -> None:
         pairs.add_row(f"from {name}", digest[:16])
     for step, changes in settings_changes(metadata):
         pairs.add_row(f"changed at step {step}", changes)
-    console.print(pairs)
+    print_table(console, pairs)
     model = MODELS.get(metadata.stage)
     if model is not None:
         print_settings(console, settings_rows(model, metadata.settings))
 
 
-def print_settings(console: Console, rows: list[Row]) -> None:
+def print_settings(console: SafeConsole, rows: list[Row]) -> None:
     """Print settings as a table of flags."""
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "default"):
@@ -128,10 +128,10 @@ def print_settings(console: Console, rows: list[Row]) -> None:
     for row in rows:
         style = "bold" if row.differs else "dim"
         table.add_row(f"--{row.flag}", row.value, row.default if row.differs else "", style=style)
-    console.print(table)
+    print_table(console, table)
 
 
-def print_latents(console: Console, index: LatentIndex) -> None:
+def print_latents(console: SafeConsole, index: LatentIndex) -> None:
     """Print a latents' index."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
     pairs.add_row("latents", f"{index.encoded.sum():,} images as {' x '.join(map(str, index.shape))}")
@@ -146,4 +146,4 @@ def print_latents(console: Console, index: LatentIndex) -> None:
         pairs.add_row("scale", format_setting(index.statistics.scale))
     else:
         pairs.add_row("scale", "not computed yet: run 'lightdiff scale'")
-    console.print(pairs)
+    print_table(console, pairs)

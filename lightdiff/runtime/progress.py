@@ -20,13 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
 from lightdiff.errors import printable
@@ -37,7 +35,7 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time"}
 BLOCKS = "▁▂▃▄▅▆▇█"
-BAR = 24  # characters of the bar
+BAR = 60  # characters of the bar
 TREND = 32  # characters of a trend
 REMEMBERED = 1024  # values of each number that a trend may show
 
@@ -66,31 +64,10 @@ class SafeConsole(Console):
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
         """Print; no line is broken where there is no terminal."""
-        fitting = (self.fit(thing) if isinstance(thing, Table) else thing for thing in objects)
-        super().print(*fitting, soft_wrap=not self.is_terminal if soft_wrap is None else soft_wrap, **how)
-
-    def fit(self, table: Table) -> Group:
-        """A table below its title; on a terminal too narrow for whole words of it, its rows as lines of text."""
-        rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
-        headings = [str(column.header) for column in table.columns]
-        parts, table.title = [self.render_str(str(table.title))] if table.title else [], None
-        unlimited = self.options.update(max_width=sum(cell_len(cell) + 9 for row in [headings, *rows] for cell in row))
-        width = self.measure(table, options=unlimited).maximum
-        lengths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
-        longest = max(lengths, default=0)
-        if self.is_terminal and self.width < width - longest + min(longest, FOLDED):
-            pairs = [pair for row in rows for pair in zip(headings, row, strict=True) if pair[1]]
-            return Group(
-                *parts, *(self.render_str(": ".join(cells)) for cells in (pairs if table.show_header else rows))
-            )
-        for column, length in zip(table.columns, lengths, strict=True):
-            column.no_wrap, column.overflow = length < longest, "fold"
-        table.width = min(width, self.width) if self.is_terminal else width
-        return Group(*parts, table)
+        super().print(*objects, soft_wrap=not self.is_terminal if soft_wrap is None else soft_wrap, **how)
 
 
 console = SafeConsole(stderr=True)
-FOLDED = 32  # characters of a table's widest column, such as a path, that are left on each line
 
 
 class LogHandler(logging.Handler):
@@ -315,13 +292,8 @@ class Display:
             Text(f"{elapsed} elapsed, {self.remaining()} left"),
             *(Text(f"{name} {number(value)}") for name, value in self.now.items()),
         ]
-        line = Text("  ").join(parts)
-        if line.cell_len + BAR + 2 <= options.max_width:
-            bar = Table.grid(padding=(0, 2))
-            bar.add_row(parts[0], ProgressBar(self.total, self.done, width=BAR), Text("  ").join(parts[1:]))
-            yield bar
-        else:
-            yield line  # broken between words
+        yield Text("  ").join(parts)  # broken between words
+        yield ProgressBar(self.total, self.done, width=min(BAR, options.max_width))
         numbers = {name: number(values[-1]) for name, values in self._past.items()}
         names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
         room = 0 if options.ascii_only else options.max_width - names - widest - 7

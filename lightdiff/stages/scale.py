@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index, repairable
@@ -116,16 +115,18 @@ def print_statistics(s: Statistics, settings: ScaleSettings) -> None:
     """Print the statistics as a table, with warnings about unusual channels."""
     what = "mu" if s.only_mu else "z = mu + sigma eps"
     title = f"Latents of the training split: {what}, {s.count:,} elements per channel"
-    table = Table("channel", title=title, title_justify="left")
-    for heading in ("mean", "std", "posterior sigma", "carries", "shift", "scale"):
-        table.add_column(heading, justify="right")
+    headings = ("channel", "mean", "std", "posterior sigma", "carries", "shift", "scale")
+    rows: list[tuple[str, ...]] = [
+        headings,
+        ("all", f"{s.mean:.4f}", f"{s.std:.4f}", "", "", "", f"{1 / max(s.std, 1e-6):.4f}"),
+    ]
     for c, bits in enumerate(channel_bits(s)):
         shift, scale = s.shift[c % len(s.shift)], s.scale[c % len(s.scale)]
         numbers = (s.channel_mean[c], s.channel_std[c], s.channel_sigma[c])
-        table.add_row(str(c), *(f"{v:.4f}" for v in numbers), f"{bits:.2f} bits", f"{shift:.4f}", f"{scale:.4f}")
-    table.add_section()
-    table.add_row("all", f"{s.mean:.4f}", f"{s.std:.4f}", "", "", "", f"{1 / max(s.std, 1e-6):.4f}")
-    console.print(table)
+        rows.insert(-1, (str(c), *(f"{v:.4f}" for v in numbers), f"{bits:.2f} bits", f"{shift:.4f}", f"{scale:.4f}"))
+    console.print(title)
+    for row in rows:
+        console.print("  ".join(f"{cell:>{max(9, len(heading))}}" for cell, heading in zip(row, headings, strict=True)))
     console.print("The U-Net is trained on x0 = (z - shift) * scale, which should have mean 0 and std 1.")
     if settings.scaling_factor:
         std = s.std * settings.scaling_factor

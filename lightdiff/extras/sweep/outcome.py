@@ -16,6 +16,7 @@ from lightdiff.extras.evidence import held_out, load_images, loss_definition
 from lightdiff.extras.sweep.axes import Axis
 from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
 from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
+from lightdiff.extras.tables import print_table
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, move_aside, read_json
@@ -91,7 +92,7 @@ def print_metrics(plan: Plan, cells: Sequence[dict[str, Any]]) -> None:
         numbers = [cell["metrics"][kind].get(name) for kind, name in pairs]
         table.add_row(*cell["values"].values(), *("" if n is None else f"{n:.4g}" for n in numbers))
     if pairs:
-        console.print(table)
+        print_table(console, table)
 
 
 @torch.inference_mode()
