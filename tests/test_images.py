@@ -700,9 +700,10 @@ def test_a_folder_without_a_readable_image_ends_the_run(folder: Path, workers: i
     with pytest.raises(RunError, match=r"3\.png cannot be read \(no image, .*\), nor can the 7 images after it"):
         next(load_batches(dataset(folder, EIGHT), [[(0, 3)]], workers))
     report = folder / "bad-files.txt"
-    bad = BadFiles(report, listed(EIGHT), max_bad=0.5)
+    files = listed(EIGHT)
+    bad = BadFiles(report, len(files), max_bad=0.5)
     with pytest.raises(RunError, match="8 of 8 images"):
-        next(load_batches(dataset(folder, EIGHT), [[(0, 3)]], workers, bad.add))
+        next(load_batches(dataset(folder, EIGHT), [[(0, 3)]], workers, lambda found: bad.add(files, found)))
     assert len(report.read_text().splitlines()) == 8
 
 
@@ -742,21 +743,23 @@ def test_a_batch_that_a_worker_cannot_send_ends_the_run_instead_of_being_waited_
 
 def test_bad_files_are_listed_once_and_counted(tmp_path: Path) -> None:
     report = tmp_path / "vae" / "bad-files.txt"
-    bad = BadFiles(report, listed([f"{i}.png" for i in range(100)]), max_bad=0.03)
-    bad.add([])
+    files = listed([f"{i}.png" for i in range(100)])
+    bad = BadFiles(report, len(files), max_bad=0.03)
+    bad.add(files, [])
     assert not report.exists()
-    bad.add([(4, "truncated"), (9, "no image")])
-    bad.add([(4, "truncated"), (4, "truncated")])
+    bad.add(files, [(4, "truncated"), (9, "no image")])
+    bad.add(files, [(4, "truncated"), (4, "truncated")])
     assert bad.count == 2
     assert report.read_text() == "0\t4.png\ttruncated\n0\t9.png\tno image\n"
 
 
 def test_the_run_stops_as_soon_as_the_share_is_exceeded(tmp_path: Path) -> None:
     report = tmp_path / "bad-files.txt"
-    bad = BadFiles(report, listed([f"{i}.png" for i in range(100)]), max_bad=0.29)
-    bad.add([(i, "damaged") for i in range(29)])  # exactly the share is tolerated
+    files = listed([f"{i}.png" for i in range(100)])
+    bad = BadFiles(report, len(files), max_bad=0.29)
+    bad.add(files, [(i, "damaged") for i in range(29)])  # exactly the share is tolerated
     with pytest.raises(RunError) as caught:
-        bad.add([(50, "damaged")])
+        bad.add(files, [(50, "damaged")])
     message = str(caught.value)
     assert "30 of 100 images (30.00%) cannot be read, more than --max-bad 0.29" in message
     assert "0.png: damaged" in message
@@ -767,10 +770,10 @@ def test_the_run_stops_as_soon_as_the_share_is_exceeded(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_the_report(tmp_path: Path) -> None:
     report, names = tmp_path / "bad-files.txt", ["a.png", "b.png", "c\td.png", "é\udcff.png"]
     files = listed(names + [f"{i}.png" for i in range(96)])
-    BadFiles(report, files, max_bad=1).add([(0, "x"), (2, "y"), (3, "z")])
-    resumed = BadFiles(report, files, max_bad=1)
+    BadFiles(report, len(files), max_bad=1).add(files, [(0, "x"), (2, "y"), (3, "z")])
+    resumed = BadFiles(report, len(files), max_bad=1)
     assert resumed.count == 3
-    resumed.add([(2, "y"), (1, "new"), (3, "z")])
+    resumed.add(files, [(2, "y"), (1, "new"), (3, "z")])
     assert resumed.count == 4
     assert len(report.read_bytes().splitlines()) == 4
 
@@ -778,11 +781,11 @@ def test_a_resumed_run_goes_on_with_the_report(tmp_path: Path) -> None:
 def test_two_processes_share_one_report(tmp_path: Path) -> None:
     report, names = tmp_path / "bad-files.txt", ["a.png", "b.png", "c.png"]
     files = listed(names + [f"{i}.png" for i in range(97)])
-    one, two = (BadFiles(report, files, max_bad=0.02) for _ in range(2))
-    one.add([(0, "x")])
-    two.add([(0, "x"), (1, "x")])
+    one, two = (BadFiles(report, len(files), max_bad=0.02) for _ in range(2))
+    one.add(files, [(0, "x")])
+    two.add(files, [(0, "x"), (1, "x")])
     with pytest.raises(RunError, match="3 of 100"):
-        one.add([(2, "x")])
+        one.add(files, [(2, "x")])
     assert report.read_text() == "0\ta.png\tx\n0\tb.png\tx\n0\tc.png\tx\n"
 
 
@@ -790,9 +793,9 @@ def test_a_bad_file_is_the_same_wherever_its_folder_lies(tmp_path: Path) -> None
     files = [ImageFile(root, "a.png", "train", {}) for root in (0, 1)] + listed([f"{i}.png" for i in range(98)])
     report = tmp_path / "bad-files.txt"
     report.write_text("/home/me/photos/a.png\tof another version\n")
-    BadFiles(report, files, max_bad=0.02).add([(0, "truncated")])
-    later = BadFiles(report, files, max_bad=0.02)  # knows no folders: theirs may be others by now
-    later.add([(0, "truncated")])
+    BadFiles(report, len(files), max_bad=0.02).add(files, [(0, "truncated")])
+    later = BadFiles(report, len(files), max_bad=0.02)  # knows no folders: theirs may be others by now
+    later.add(files, [(0, "truncated")])
     assert later.count == 1
-    later.add([(1, "empty")])
+    later.add(files, [(1, "empty")])
     assert later.count == 2

@@ -20,35 +20,34 @@ class BadFiles:
     """
 
     report: Path
-    files: Sequence[ImageFile]  # all images of the run, of which a share may be bad
+    total: int  # images of the run, of which a share may be bad
     max_bad: float  # that share
-    _seen: set[int] = field(default_factory=set)
+    _seen: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def count(self) -> int:
         """How many files are listed."""
         return len(self._read())
 
-    def add(self, bad: Sequence[tuple[int, str]]) -> None:
-        """List those that are new: their positions in `files`, and what is wrong with them.
+    def add(self, files: Sequence[ImageFile], bad: Sequence[tuple[int, str]]) -> None:
+        """List those that are new: their positions in these files, and what is wrong with them.
 
         Raises:
             RunError: If the share of bad files is larger than tolerated.
         """
-        new = [(index, reason) for index, reason in bad if index not in self._seen]
-        if not new:
+        found = [(files[index], reason) for index, reason in bad]
+        lines = {(str(file.root), _on_one_line(file.path)): _on_one_line(reason) for file, reason in found}
+        if lines.keys() <= self._seen:
             return
-        self._seen.update(index for index, _ in new)
+        self._seen |= lines.keys()
         listed = self._read()  # again, for what other processes have found
-        files = [(self.files[index], reason) for index, reason in new]
-        lines = {(str(file.root), _on_one_line(file.path)): _on_one_line(reason) for file, reason in files}
         self.report.parent.mkdir(parents=True, exist_ok=True)
         append_text(self.report, "".join("\t".join((*key, lines[key])) + "\n" for key in lines if key not in listed))
         listed |= lines
-        if len(listed) > self.max_bad * len(self.files) + 1e-6:  # 0.29 * 100 is a little less than 29
+        if len(listed) > self.max_bad * self.total + 1e-6:  # 0.29 * 100 is a little less than 29
             some = [f"  {path}: {reason}" for (_, path), reason in list(listed.items())[:3]]
             raise RunError(
-                f"{len(listed)} of {len(self.files)} images ({len(listed) / len(self.files):.2%}) cannot be read, "
+                f"{len(listed)} of {self.total} images ({len(listed) / self.total:.2%}) cannot be read, "
                 f"more than --max-bad {self.max_bad:g}:",
                 *some,
                 f"All are listed in {self.report}. Repair or remove them and delete that list, or raise --max-bad.",

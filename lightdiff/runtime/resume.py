@@ -25,15 +25,9 @@ def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) 
     Raises:
         UserError: If there is none that is whole.
     """
-    verified: list[Checkpoint] = []
-
-    def choose() -> Path:
-        verified.append(step_file(folder, step, name) if step else newest(folder, name))
-        return verified[0].path
-
-    path = processes.run_on_main(choose)
+    path = processes.run_on_main(lambda: (step_file(folder, step, name) if step else newest(folder, name)).path)
     processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
-    return verified[0] if verified else Checkpoint(path, name)
+    return Checkpoint(path, name)
 
 
 def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint:
@@ -78,8 +72,8 @@ def start_over(folder: Path) -> None:
         console.print(f"the contents of {folder} are now in {aside}", soft_wrap=True)
 
 
-def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that a run is trained on what it was started with, but for what may change.
+def compare_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
+    """What a run is trained on that differs from what it was started with, and may.
 
     Raises:
         UserError: If it was trained on something else.
@@ -90,6 +84,8 @@ def check_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str
                 f"{folder} was trained on {name} {before.get(name, '')[:8]}, but now there is {now[name][:8]}: "
                 "choose another --run, or --restart"
             )
+    both = before.keys() & now.keys()
+    return {what: (before[n], now[n]) for n, what in LINEAGE_MAY_CHANGE.items() if n in both and before[n] != now[n]}
 
 
 def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> Changes:

@@ -164,11 +164,8 @@ class Stage(Generic[S]):
         Raises:
             UserError: If settings or data are not those that it was started with.
         """
-        changed, before, now = self.check_begun(self.settings.to_save()), saved.metadata.lineage, self.metadata.lineage
-        resume.check_lineage(self.path, before, now)
-        for name in resume.LINEAGE_MAY_CHANGE.keys() & before.keys() & now.keys():
-            if before[name] != now[name]:
-                changed[resume.LINEAGE_MAY_CHANGE[name]] = (before[name], now[name])
+        changed = self.check_begun(self.settings.to_save())
+        changed |= resume.compare_lineage(self.path, saved.metadata.lineage, self.metadata.lineage)
         if "labels of images" in changed:
             console.print("note: some images have another label now than when this run was started")
         step, total = saved.metadata.step, self.total_steps

@@ -16,7 +16,7 @@ from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
-from lightdiff.data.loading import ImageDataset, load_batches
+from lightdiff.data.loading import ImageDataset, OnBad, load_batches
 from lightdiff.data.survey import with_whites
 from lightdiff.data.table import FINGERPRINT, Fingerprint
 from lightdiff.errors import RunError, UserError, not_divisible
@@ -44,11 +44,11 @@ def run(settings: EncodeSettings) -> Path:
         settings = stage.settings = with_changes(settings, images=images)
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
-        bad = BadFiles(stage.path / "bad-files.txt", files, settings.images.max_bad)
-        todo = processes.run_on_main(lambda: prepare(stage, index, saved, bad))
+        on_bad = partial(BadFiles(stage.folder.bad_files, len(files), settings.images.max_bad).add, files)
+        todo = processes.run_on_main(lambda: prepare(stage, index, saved, on_bad))
         mine = processes.strided(list(todo))
         with Reporter("encode", sum(len(todo[n]) for n in mine)) as reporter:
-            shards = encoded(vae.encoder, {n: todo[n] for n in mine}, index, files, stage, bad, reporter.advance)
+            shards = encoded(vae.encoder, {n: todo[n] for n in mine}, index, files, stage, on_bad, reporter.advance)
             written = sum(1 for _ in prefetch(shards))  # one is written while the next is encoded
         stage.finish_together(written < len(mine))
         before = stage.begun["index"].digest if "index" in stage.begun else ""
@@ -70,7 +70,7 @@ def begun(folder: Path) -> Mapping[str, Any]:
     return index.depends_on | {"index": index}
 
 
-def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint, bad: BadFiles) -> dict[int, Positions]:
+def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint, on_bad: OnBad) -> dict[int, Positions]:
     """Make the folder ready for shards: the images of each one that is to be encoded, by its number.
 
     Raises:
@@ -84,8 +84,8 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
     if old is not None:
         stage.check_begun(index.depends_on, ADVICE)
         unreadable = resume(stage, index, old)
-    bad.report.unlink(missing_ok=True)  # what it lists may have been repaired
-    bad.add(unreadable)
+    stage.folder.bad_files.unlink(missing_ok=True)  # what it lists may have been repaired
+    on_bad(unreadable)
     without = np.flatnonzero(index.shard < 0)
     index.shard[without] = len(index.shards) + np.arange(len(without)) // index.shard_size
     index.shards += [""] * (int(index.shard.max()) + 1 - len(index.shards))
@@ -187,7 +187,7 @@ def encoded(
     index: LatentIndex,
     files: list[ImageFile],
     stage: Stage[EncodeSettings],
-    bad: BadFiles,
+    on_bad: OnBad,
     advance: Callable[[int], None],
 ) -> Iterator[Callable[[], Metadata]]:
     """Encode these shards, as far as time allows; each comes, when it is full, as a call that writes it.
@@ -203,7 +203,7 @@ def encoded(
     parts = [(n, todo[n][k : k + size].tolist()) for n in todo for k in range(0, len(todo[n]), size)]
     order = ([(0, position) for position in part] for _, part in parts)
     workers = pick_workers(settings.compute.workers, device)
-    batches = load_batches(dataset, order, workers, bad.add, pin=device.type == "cuda")
+    batches = load_batches(dataset, order, workers, on_bad, pin=device.type == "cuda")
     latents = [torch.empty(2, 0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])]
     done, rows, looks, unreadable = 0, latents[:], list[Fingerprint](), list[tuple[int, str, str]]()
     for (number, part), batch in zip(parts, batches, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import ImageFile, list_images
 from lightdiff.data.images import to_float
@@ -37,7 +38,9 @@ def run(settings: TrainVAESettings) -> Path:
         table = ImageTable.of(files)
         stage.processes.check_same("list of images", table.list_digest())
         task = VAETask(stage, files)
-        stage.processes.run_on_main(lambda: look_at_images(stage, table))
+        stage.processes.run_on_main(lambda: table.look(images.data))
+        if stage.saved is not None:
+            stage.processes.run_on_main(partial(compare_images, stage, stage.saved, table))
         stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
         if stage.start_or_resume(task, {"data": table.list_digest()}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
@@ -48,16 +51,13 @@ def run(settings: TrainVAESettings) -> Path:
         return stage.folder.best
 
 
-def look_at_images(stage: Stage[TrainVAESettings], table: ImageTable) -> None:
-    """Find out what the images' files are like, and say what has become of those that a run to resume was trained on.
+def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: ImageTable) -> None:
+    """Say what has become of the images that a run to resume was trained on.
 
     Raises:
         UserError: If too many are gone, or other --data hold other images.
     """
-    images, saved = stage.settings.images, stage.saved
-    table.look(images.data)
-    if saved is None:
-        return
+    images = stage.settings.images
     try:
         older = ImageTable.read(stage.folder.image_list)
     except UserError as error:
@@ -83,17 +83,16 @@ class VAETask:
     def __init__(self, stage: Stage[TrainVAESettings], files: list[ImageFile]) -> None:
         """Build the network and both data sets."""
         s = self.settings = stage.settings
-        self.stage, self.device, self.files = stage, stage.device, files
+        self.stage, self.device = stage, stage.device
         self.vae_loss = VAELoss(s.loss, self.device, stage.processes.fetch)
         if s.freeze_encoder and not (stage.saved or s.init_from):
             raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
         self.model = stage.new_network(lambda: build_vae(s.model))
         self.model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
-        self.train, self.val = ([i for i, f in enumerate(files) if f.split == split] for split in ("train", "val"))
-        self.train_set, self.val_set = self._data_set("train"), self._data_set("val")
-        self.train_items, self.val_items = len(self.train), len(self.val)
+        self.train_set, self.val_set = self._data_set("train", files), self._data_set("val", files)
+        self.train_items, self.val_items = len(self.train_set), len(self.val_set)
         self.part = stage.processes.batch_slice(s.loop.batch_size)
-        self.bad = BadFiles(stage.folder.bad_files, files, s.images.max_bad)
+        self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
 
@@ -102,32 +101,24 @@ class VAETask:
         """What is trained on what."""
         size, side = sum(p.numel() for p in self.model.parameters()) / 1e6, self.settings.images.resolution
         networks = f"VAE: {size:.2f} M parameters, {side} px -> {shape_words(self.latent_shape)}"
-        return f"{networks}; {len(self.train)} training and {len(self.val)} validation images"
+        return f"{networks}; {self.train_items} training and {self.val_items} validation images"
 
-    def _data_set(self, split: Split) -> ImageDataset:
-        files, s = [file for file in self.files if file.split == split], self.settings
-        return ImageDataset(files, s.images, s.loop.seed, train=split == "train")
-
-    def _list_bad(self, items: list[int], bad: list[tuple[int, str]]) -> None:
-        """List unreadable images, whose numbers count `items`."""
-        self.bad.add([(items[i], reason) for i, reason in bad])
+    def _data_set(self, split: Split, files: list[ImageFile]) -> ImageDataset:
+        chosen, s = [file for file in files if file.split == split], self.settings
+        return ImageDataset(chosen, s.images, s.loop.seed, train=split == "train")
 
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
         size = self.settings.loop.batch_size
-        return self._load(
-            self.train_set, (self._batch_at(start + i * size)[self.part] for i in range(steps)), self.train
-        )
+        return self._load(self.train_set, (self._batch_at(start + i * size)[self.part] for i in range(steps)))
 
-    def _load(
-        self, images: ImageDataset, order: Iterable[list[tuple[int, int]]], items: list[int]
-    ) -> Iterator[ImageBatch]:
-        """Batches of a data set, loaded ahead; `items` counts its images among all."""
-        workers = pick_workers(self.settings.loop.workers, self.device)
-        return load_batches(images, order, workers, partial(self._list_bad, items), pin=self.device.type == "cuda")
+    def _load(self, images: ImageDataset, order: Iterable[list[tuple[int, int]]]) -> Iterator[ImageBatch]:
+        """Batches of a data set, loaded ahead."""
+        workers, on_bad = pick_workers(self.settings.loop.workers, self.device), partial(self.bad.add, images.files)
+        return load_batches(images, order, workers, on_bad, pin=self.device.type == "cuda")
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
-        return batch_at(start, self.settings.loop.batch_size, len(self.train), self.settings.loop.seed)
+        return batch_at(start, self.settings.loop.batch_size, self.train_items, self.settings.loop.seed)
 
     def names(self, start: int) -> list[str]:
         """The files of the batch that begins after `start` images."""
@@ -150,9 +141,9 @@ class VAETask:
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""
         loop = self.settings.loop
-        indices = self.stage.processes.share(len(self.val))
+        indices = self.stage.processes.share(self.val_items)
         order = ([(0, i) for i in indices[k : k + loop.micro]] for k in range(0, len(indices), loop.micro))
-        for batch in self._load(self.val_set, order, self.val):
+        for batch in self._load(self.val_set, order):
             if len(batch.x):
                 noise = item_noise(self.latent_shape, batch.index.tolist(), loop.seed, "validation")
                 yield to_float(async_copy(batch.x, self.device)), async_copy(noise, self.device)
@@ -181,7 +172,7 @@ class VAETask:
     @cached_property
     def _shown(self) -> Tensor:
         """The images of the picture, as bytes: of validation, or of training where there are none."""
-        source = self.val_set if self.val else self.train_set
+        source = self.val_set if self.val_items else self.train_set
         chosen = [(0, i) for i in range(min(2 * GRID[0], len(source)))]
         return next(load_batches(source, [chosen], workers=0)).x
 
