@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from lightdiff.data import colours
-from lightdiff.data.colours import Whites, choose_white
+from lightdiff.data.colours import choose_white
 from lightdiff.data.images import BadImage, load_image
+from lightdiff.settings import ImageSettings
 
 # Columns: red, green and blue in XYZ, relative to D50, as profiles have them.
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
@@ -114,7 +115,7 @@ def test_transparent_pixels_are_converted_before_they_meet_the_background(tmp_pa
     rgba = Image.fromarray(np.dstack([SIXTY_FOUR, np.full((8, 8), 255, np.uint8)]))
     rgba.putpixel((0, 0), (0, 255, 0, 0))
     rgba.save(tmp_path / "a.png", icc_profile=WIDE)
-    image = load_image(tmp_path / "a.png", "#808080")
+    image = load_image(tmp_path / "a.png", ImageSettings(background="#808080"))
     expected = by_hand(SIXTY_FOUR)
     expected[0, 0] = 128  # a colour in sRGB
     assert error(image, expected) <= 1.5
@@ -213,7 +214,8 @@ RAMP = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
 
 def loaded(tmp_path: Path, values: NDArray[Any], **whites: float) -> NDArray[np.uint8]:
     Image.fromarray(values).save(tmp_path / "a.tif")
-    return np.asarray(load_image(tmp_path / "a.tif", whites=Whites(**whites)))[..., 0]
+    settings = ImageSettings.model_validate({f"{kind}_white": white for kind, white in whites.items()})
+    return np.asarray(load_image(tmp_path / "a.tif", settings))[..., 0]
 
 
 @pytest.mark.parametrize("white", [1.0, 255.0, 4095.0, 65535.0])
@@ -324,7 +326,7 @@ def test_colours_of_16_bits_in_planes_are_no_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "white", "given"), [("u1", 255, 0), ("<u2", 65535, 0), ("<u2", 4095, 4095)])
 def test_where_0_is_white_it_is_white_at_every_depth(tmp_path: Path, kind: str, white: int, given: int) -> None:
     write_tiff(tmp_path / "a.tif", np.rint((1 - RAMP[..., None]) * white).astype(kind), photometric=0)
-    found = np.asarray(load_image(tmp_path / "a.tif", whites=Whites(integer=given)))
+    found = np.asarray(load_image(tmp_path / "a.tif", ImageSettings(integer_white=given)))
     assert np.abs(found - 255 * RAMP[..., None]).max() <= 0.6  # twice rounded
 
 

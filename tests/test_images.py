@@ -30,8 +30,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from lightdiff.data import colours, images
 from lightdiff.data.bad_files import BadFiles
+from lightdiff.data.colours import colour
 from lightdiff.data.files import ImageFile
-from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame, to_float, to_uint8
+from lightdiff.data.images import BadImage, frame, load_image, random_frame, to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import RunError, UserError
 from lightdiff.settings import ImageSettings
@@ -147,7 +148,7 @@ def test_transparent_pixels_show_the_background(tmp_path: Path) -> None:
     rgba.putpixel((1, 0), (255, 255, 255, 0))
     rgba.putpixel((2, 0), (200, 100, 0, 128))
     rgba.save(tmp_path / "rgba.png")
-    image = load_image(tmp_path / "rgba.png", "#ff8000")
+    image = load_image(tmp_path / "rgba.png", ImageSettings(background="#ff8000"))
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 128, 0)]
     assert image.getpixel((2, 0)) == pytest.approx((227, 114, 0), abs=1)  # half of each
     assert load_image(tmp_path / "rgba.png").getpixel((1, 0)) == (255, 255, 255)
@@ -167,7 +168,7 @@ def test_every_kind_of_transparency_is_seen(tmp_path: Path, kind: str) -> None:
         if mode == "P":
             image.putpalette([5] * 768)
         image.save(path, transparency=(7, 7, 7) if mode == "RGB" else 7)
-    assert load_image(path, "blue").getpixel((0, 0)) == (0, 0, 255)
+    assert load_image(path, ImageSettings(background="blue")).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_palettes_with_partly_transparent_colours(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_palettes_with_partly_transparent_colours(tmp_path: Path) -> None:
     image.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "palette.png", transparency=bytes([255, 0]))
-    assert [load_image(tmp_path / "palette.png", "white").getpixel((x, 0)) for x in (0, 1)] == [
+    assert [load_image(tmp_path / "palette.png").getpixel((x, 0)) for x in (0, 1)] == [
         (255, 0, 0),
         (255, 255, 255),
     ]
@@ -251,9 +252,9 @@ def test_a_jpeg_is_decoded_smaller_but_never_smaller_than_needed(tmp_path: Path)
 
 
 def test_an_unknown_background_is_the_users_mistake(tmp_path: Path) -> None:
-    picture(8, 8).save(tmp_path / "image.png")
+    picture(8, 8).convert("RGBA").save(tmp_path / "image.png")
     with pytest.raises(UserError, match=r"^--background: 'whit' is no colour"):
-        load_image(tmp_path / "image.png", "whit")
+        load_image(tmp_path / "image.png", ImageSettings(background="whit"))
     with pytest.raises(UserError, match="--background"):
         dataset(tmp_path, ["image.png"], background="#12")
     assert colour("#ff800040") == (255, 128, 0)
@@ -339,9 +340,9 @@ ENCODED = list(encoded())
 def test_an_image_of_more_pixels_than_the_setting_is_a_bad_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"large{suffix}"
     picture(400, 300).save(path)
-    assert load_image(path, max_megapixels=0.12).size == (400, 300)
+    assert load_image(path, ImageSettings(max_megapixels=0.12)).size == (400, 300)
     with pytest.raises(BadImage, match=r"^400 x 300 pixels, 0\.12 million, are more than --max-megapixels 0\.1$"):
-        load_image(path, max_megapixels=0.1)
+        load_image(path, ImageSettings(max_megapixels=0.1))
     item = dataset(tmp_path, [path.name], train=False, max_megapixels=0.1)[0, 0]
     assert item.bad[0][1].endswith("more than --max-megapixels 0.1")
 

@@ -143,7 +143,7 @@ def test_latents_are_what_the_encoder_says_of_each_image_and_its_mirror_image(fi
     model = Pipeline.load(finished)
     latents = LatentSet(finished / "latents")
     for position in (0, 17, 39):
-        x = to_float(frame(load_image(faces / latents.index.name(position), "white"), 32))[None]
+        x = to_float(frame(load_image(faces / latents.index.name(position)), 32))[None]
         for mirror, image in ((0, x), (1, x.flip(-1))):
             mu, logvar = latents.gather([position], torch.tensor([mirror]))
             posterior = model.vae.encoder(image)

@@ -1,20 +1,21 @@
 """Decoded pixels of any kind -> 8-bit sRGB: embedded profiles, transparency, 16 bits, floats."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image, ImageCms, ImageColor, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from lightdiff.data.formats import BadImage
+from lightdiff.errors import UserError
+from lightdiff.settings import ImageSettings
 
-Colour = tuple[int, int, int]
 SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space -> Pillow's mode
 GREY = ("1", "L", "LA")
 SRGB = ImageCms.createProfile("sRGB")
@@ -31,47 +32,53 @@ LARGE = 90e6  # pixels
 REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "F")
 
 
-class Whites(NamedTuple):
-    """The values that are white in images of 16 or 32 bits; 0: by the format, or by an image's own values."""
-
-    integer: float = 0
-    float: float = 0
-
-
-UNKNOWN = Whites()
+def colour(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour's name or #rrggbb."""
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
 
 
-def to_rgb(image: Image.Image, background: Colour, whites: Whites = UNKNOWN, at_least: int = 0) -> Image.Image:
+def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Image.Image:
     """The decoded image, upright, in sRGB, transparent pixels on the background.
 
     Of a very large one, which takes gigabytes in every copy, the centre square is returned, reduced to a side of
     `at_least` pixels or more.
     """
-    sixteen = isinstance(image, (PngImageFile, TiffImageFile)) and ";16" in str(image.tile)
+    sixteen = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # in PNG and TIFF
     image.load()  # before the EXIF data, which may follow the pixels
-    profile = image.info.get("icc_profile")
     negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
     with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    reducible = image.mode in REDUCIBLE and "transparency" not in image.info  # which is a colour that means it
-    if at_least and reducible and image.width * image.height > LARGE:
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.reduce(max(1, side // at_least), (left, top, left + side, top + side))
+    if image.width * image.height > LARGE:
+        image = _reduced(image, at_least)
+    profile, transparent = image.info.get("icc_profile"), image.has_transparency_data
+    if image.mode == "RGB" and not (sixteen or profile or transparent):
+        return image.convert("RGB")
     if kind_of(image):
-        image = _eight_bits(image, whites, negative)
+        image = _eight_bits(image, settings, negative)
     elif image.mode == "La":
         image = image.convert("LA")
     elif sixteen and highest_value(image.convert("RGB") if image.mode in ("LA", "RGBA") else image) < 16:
         # Of the 16 bits of a colour, Pillow keeps the upper 8
         raise BadImage("colours of 12 bits or fewer in 16 would be nearly black; convert them to 8 bits")
-    if not image.has_transparency_data:
+    if not transparent:
         return _to_srgb(image, profile)
     rgba = image.convert("RGBA")
     srgb = _to_srgb(image if image.mode in GREY else rgba, profile)
     srgb.putalpha(rgba.getchannel("A"))
-    ground = Image.new("RGBA", image.size, background)
+    ground = Image.new("RGBA", image.size, colour(settings.background))
     return Image.alpha_composite(ground, srgb).convert("RGB")
+
+
+def _reduced(image: Image.Image, at_least: int) -> Image.Image:
+    """The centre square, reduced, where that is asked for and no colour stands for transparency."""
+    if not at_least or image.mode not in REDUCIBLE or "transparency" in image.info:
+        return image
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.reduce(max(1, side // at_least), (left, top, left + side, top + side))
 
 
 # --- profiles -----------------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def choose_white(kind: str, highest: Sequence[float]) -> float:
     return next((white for white in WHITES if top <= white * (16 if white == 1 else 1.05)), WHITES[-1])
 
 
-def _eight_bits(image: Image.Image, whites: Whites, negative: bool) -> Image.Image:
+def _eight_bits(image: Image.Image, settings: ImageSettings, negative: bool) -> Image.Image:
     """A grey image of 16 or 32 bits a pixel, as L or, with a transparent value, as LA; what exceeds white is white.
 
     In a negative, 0 is white. Of 8 bits and fewer, Pillow inverts them itself.
@@ -130,7 +137,7 @@ def _eight_bits(image: Image.Image, whites: Whites, negative: bool) -> Image.Ima
     values, kind = np.asarray(image).astype(np.float32, copy=False), kind_of(image)
     low, middle, high = _quantiles(values)
     default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
-    white = getattr(whites, kind) or default
+    white = getattr(settings, f"{kind}_white") or default
     found = f"pixel values from {values.min():g} to {values.max():g}"
     lowest = -0.1 * white if kind == "float" else 0  # sharpening overshoots below black, too
     if not lowest <= low <= high <= 1.05 * max(white, WHITES[-1]):  # false for NaN, too

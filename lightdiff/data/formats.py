@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
@@ -25,53 +24,47 @@ TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader, of uncompressed file
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # editors embed megabytes of history, and profiles
 # Other suffixes of pictures: such files are counted where images are listed, and not read.
 UNREAD_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in (
-        "heic heif hif avif avci jxl jp2 j2k j2c jpc jpf jpx jpm jxr wdp hdp psd psb xcf kra ora svg svgz ai eps tga "
-        "icb vda pcx dds exr hdr qoi ico icns cur apng mng flif bpg sgi rgb ras xpm xbm pfm dcm fits fts "
-        "dng raw arw srf sr2 cr2 cr3 crw nef nrw orf raf rw2 rwl pef ptx srw x3f 3fr fff erf dcr kdc mef mos mrw iiq"
+    (
+        ".heic .heif .hif .avif .avci .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .jpm .jxr .wdp .hdp .psd .psb .xcf .kra .ora "
+        ".svg .svgz .ai .eps .tga .icb .vda .pcx .dds .exr .hdr .qoi .ico .icns .cur .apng .mng .flif .bpg .sgi .rgb "
+        ".ras .xpm .xbm .pfm .dcm .fits .fts .dng .raw .arw .srf .sr2 .cr2 .cr3 .crw .nef .nrw .orf .raf .rw2 .rwl "
+        ".pef .ptx .srw .x3f .3fr .fff .erf .dcr .kdc .mef .mos .mrw .iiq"
     ).split()
 )
 # How a file begins -> the picture format it is of. Raw formats stand before TIFF, which some are variants of.
 BEGINNINGS = {
-    name: re.compile(pattern, re.DOTALL)
-    for name, pattern in {
-        "JPEG": rb"\xff\xd8\xff",
-        "PNG": rb"\x89PNG\r\n\x1a\n",
-        "GIF": rb"GIF8[79]a",
-        "WebP": rb"RIFF....WEBP",
-        "BMP": rb"BM....\0\0\0\0",
-        "PPM": rb"P[1-6]\s",
-        "AVIF": rb"....ftyp(avi[fs]|mif1.{4}(....)*?avif)",
-        "HEIC": rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
-        "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
-        "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-        "PSD": rb"8BPS",
-        "camera raw": rb"II\*\0....CR|II[UR][\0OS]|MMOR|FUJIFILMCCD-RAW|....ftypcrx|\0MRM",
-        "TIFF": rb"II[*+]\0|MM\0[*+]",
-        "OpenEXR": rb"v/1\x01",
-        "SVG": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg",
-    }.items()
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "GIF": rb"GIF8[79]a",
+    "WebP": rb"RIFF....WEBP",
+    "BMP": rb"BM....\0\0\0\0",
+    "PPM": rb"P[1-6]\s",
+    "AVIF": rb"....ftyp(avi[fs]|mif1.{4}(....)*?avif)",
+    "HEIC": rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "PSD": rb"8BPS",
+    "camera raw": rb"II\*\0....CR|II[UR][\0OS]|MMOR|FUJIFILMCCD-RAW|....ftypcrx|\0MRM",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "OpenEXR": rb"v/1\x01",
+    "SVG": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg",
 }
 # The same of what is no picture but comes under the name of one.
 IMPOSTORS = {
-    name: re.compile(pattern, re.DOTALL | re.IGNORECASE)
-    for name, pattern in {
-        "a web page": rb"\s*<(!doctype html|html|head|body)",
-        "a Git LFS pointer (git lfs pull fetches the image)": rb"version https://git-lfs",
-        "a video": rb"....ftyp(qt|mp4|isom|M4V)",
-        "a PDF document": rb"%PDF",
-        "a ZIP archive": rb"PK\x03\x04",
-        "a macOS metadata file": rb"\0\x05\x16\x07",
-    }.items()
+    "a web page": rb"(?i)\s*<(!doctype html|html|head|body)",
+    "a Git LFS pointer (git lfs pull fetches the image)": rb"version https://git-lfs",
+    "a video": rb"....ftyp(qt|mp4|isom|M4V)",
+    "a PDF document": rb"%PDF",
+    "a ZIP archive": rb"PK\x03\x04",
+    "a macOS metadata file": rb"\0\x05\x16\x07",
 }
 INSTALL = {"AVIF": "python -m pip install --upgrade pillow", "HEIC": "python -m pip install 'lightdiff[heic]'"}
 HEAD = 512  # bytes to look at
 
 
-def picture_format(head: bytes) -> str:
+def picture_format(head: bytes, beginnings: Mapping[str, bytes] = BEGINNINGS) -> str:
     """The picture format of a file that begins so, read or not; empty for what is no picture."""
-    return next((name for name, pattern in BEGINNINGS.items() if pattern.match(head)), "")
+    return next((name for name, pattern in beginnings.items() if re.match(pattern, head, re.DOTALL)), "")
 
 
 def how_to_read(name: str) -> str:
@@ -100,14 +93,12 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             stream.seek(0)
             image = Image.open(stream, formats=_others(stream.read(HEAD)))
         with image:
-            if isinstance(image, TiffImageFile) and _is_raw(image.tag_v2):
+            # A DNG (50706: DNGVersion), or a thumbnail (254: NewSubfileType) of others (330) in it.
+            if isinstance(image, TiffImageFile) and (
+                50706 in image.tag_v2 or (image.tag_v2.get(254) == 1 and 330 in image.tag_v2)
+            ):
                 raise BadImage(f"camera raw, which is not read: {how_to_read('camera raw')}")
             yield image
-
-
-def _is_raw(tags: Mapping[int, Any]) -> bool:
-    """Whether a TIFF is a camera's raw file: DNG, or one whose first image is a thumbnail of others inside it."""
-    return 50706 in tags or (tags.get(254) == 1 and 330 in tags)  # DNGVersion; NewSubfileType and SubIFDs
 
 
 def _others(head: bytes) -> tuple[str, ...]:
@@ -120,7 +111,7 @@ def _others(head: bytes) -> tuple[str, ...]:
         return ("HEIF",)
     if advice := how_to_read(name) if name else "":
         raise BadImage(f"{name}, which is not read: {advice}")
-    if impostor := next((what for what, pattern in IMPOSTORS.items() if pattern.match(head)), ""):
+    if impostor := picture_format(head, IMPOSTORS):
         raise BadImage(f"no image, but {impostor}")
     if name:
         raise BadImage(f"{name}, but of a kind that is not read, or too damaged")

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PpmImagePlugin import PpmImageFile
 from torch import Tensor
 
-from lightdiff.data.colours import UNKNOWN, Colour, Whites, to_rgb
+from lightdiff.data.colours import to_rgb
 from lightdiff.data.files import FOLDER, Source
 from lightdiff.data.formats import BadImage as BadImage
-from lightdiff.errors import LightdiffError, UserError
+from lightdiff.errors import LightdiffError
 from lightdiff.settings import ImageSettings
 
-MAX_MEGAPIXELS = ImageSettings().max_megapixels
+DEFAULTS = ImageSettings()
 LONGEST = 2**28  # bytes of a JPEG that are searched for scans; a file with holes may claim to have terabytes
 MAX_SCANS = 100  # of a JPEG: half a millisecond each for every million pixels
 MAX_SLOW_PPM = 4  # megapixels: Pillow reads these at seconds for each
@@ -41,19 +41,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # --- one file -----------------------------------------------------------------------------------------------------
 
 
-def colour(background: str) -> Colour:
-    """Red, green and blue of a colour's name or #rrggbb."""
-    try:
-        return ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
-
-
 @contextmanager
 def opened(
-    name: str | Path, folder: Path = Path(), source: Source = FOLDER, max_megapixels: float = MAX_MEGAPIXELS
+    name: str | Path, settings: ImageSettings = DEFAULTS, folder: Path = Path(), source: Source = FOLDER
 ) -> Iterator[Image.Image]:
     """The open, not yet decoded image; whatever is wrong with the file, then or inside the block, is a `BadImage`."""
+    max_megapixels = settings.max_megapixels
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, for all threads and for good; it is never lowered
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(max_megapixels * 1e6))
     try:
@@ -79,27 +72,20 @@ def _count_scans(image: JpegImageFile) -> int:
     """How often decoding a JPEG goes over all its pixels; an ordinary progressive one has ten scans."""
     stream = image.fp
     assert stream is not None  # the image is open
-    start = stream.tell()
-    stream.seek(max(0, start - 8 - 2 * image.layers))  # Pillow has read the first scan's header
+    stream.seek(max(0, stream.tell() - 8 - 2 * image.layers))  # Pillow has read the first scan's header
     head = stream.read(5)
     if SCAN.match(head) and head[4] == image.layers and not image.info.get("progressive"):
-        scans = 1  # of all components at once
-    else:
-        stream.seek(0)
-        scans = len(SCAN.findall(stream.read(LONGEST)))
-    stream.seek(start)
-    return scans
+        return 1  # of all components at once
+    stream.seek(0)
+    return len(SCAN.findall(stream.read(LONGEST)))
 
 
 def load_image(
     name: str | Path,
-    background: str = "white",
+    settings: ImageSettings = DEFAULTS,
     at_least: int = 0,
     folder: Path = Path(),
     source: Source = FOLDER,
-    *,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    whites: Whites = UNKNOWN,
 ) -> Image.Image:
     """The image as upright sRGB: first frame, transparent pixels on the background.
 
@@ -108,18 +94,16 @@ def load_image(
 
     Args:
         name: The file, or the image's name in another source.
-        background: A colour's name or #rrggbb.
+        settings: The colour behind transparent pixels, the value of white, the largest image to read.
         at_least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, and a very large image be
             cut to its centre square and reduced, as long as its shorter side keeps this many pixels; 0: full size.
         folder: What the name is relative to.
         source: How it is opened.
-        max_megapixels: The largest image to read, in millions of pixels.
-        whites: The values of white in images of 16 or 32 bits.
     """
-    with opened(name, folder, source, max_megapixels) as image:
+    with opened(name, settings, folder, source) as image:
         if at_least:
             image.draft(None, (at_least, at_least))
-        return to_rgb(image, colour(background), whites, at_least)
+        return to_rgb(image, settings, at_least)
 
 
 def _reason(error: Exception, path: str, max_megapixels: float) -> str:

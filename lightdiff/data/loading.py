@@ -19,9 +19,9 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from lightdiff.data.colours import Whites
+from lightdiff.data.colours import colour
 from lightdiff.data.files import ImageFile, full_paths, source_of
-from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame
+from lightdiff.data.images import BadImage, frame, load_image, random_frame
 from lightdiff.data.order import key
 from lightdiff.data.table import Fingerprint, fingerprint
 from lightdiff.errors import RunError
@@ -79,11 +79,9 @@ class ImageDataset(Dataset[Item]):
             fingerprints: Whether to tell what each file was like just before it was read (without `train` only).
         """
         colour(settings.background)  # a wrong name is found before any worker starts
-        self.files, self.settings, self.seed, self.train = files, settings, seed, train
-        self.fingerprints = fingerprints
+        self.files, self.settings, self.seed = files, settings, seed
+        self.train, self.fingerprints = train, fingerprints
         self.sources = [source_of(folder) for folder in settings.data]
-        whites = Whites(settings.integer_white, settings.float_white)
-        self.reading: dict[str, Any] = {"max_megapixels": settings.max_megapixels, "whites": whites}
         # The same for all uses, as it touches the pixels: twice the size needed, and enough for the smallest crop.
         self.at_least = math.ceil(settings.resolution * max(2, 1 / settings.random_crop))
         # The search for a stand-in ends somewhere: with far more bad files than max_bad allows, the run has to stop.
@@ -105,7 +103,7 @@ class ImageDataset(Dataset[Item]):
             where = s.data[file.root], self.sources[file.root]
             look = fingerprint(where[0], file.path, contents=True) if self.fingerprints else None
             try:
-                image = load_image(file.path, s.background, self.at_least, *where, **self.reading)
+                image = load_image(file.path, s, self.at_least, *where)
             except BadImage as error:
                 bad.append((index, str(error)))
                 continue

@@ -12,10 +12,10 @@ from lightdiff.data.files import ImageFile, source_of
 from lightdiff.data.images import BadImage, opened
 from lightdiff.settings import ImageSettings, with_changes
 
-T = TypeVar("T")
 Tell = Callable[[str], object]
 SAMPLE = 256  # images whose headers are read
 DECODED = 32  # images that are read whole
+T = TypeVar("T")
 DEEP = ((".tif", ".tiff", ".pgm", ".pnm"), (".png",))  # suffixes of formats with 16 bits; most PNGs have 8
 FEW = 0.05  # share of enlarged images that needs no word
 NAMES = {"integer": "16-bit", "float": "float"}
@@ -23,14 +23,14 @@ NAMES = {"integer": "16-bit", "float": "float"}
 
 def with_whites(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> ImageSettings:
     """The settings with the value of white in 16-bit and float images, found once for all of them and told."""
-    unknown = [kind for kind in NAMES if not getattr(images, f"{kind}_white")]
-    found: dict[str, list[ImageFile]] = {kind: [] for kind in NAMES}
-    for suffixes in DEEP if unknown else ():
-        some = evenly([file for file in files if file.path.lower().endswith(suffixes)], SAMPLE)
-        for file, kind in look_at(some, images, kind_of):
-            found.setdefault(kind, []).append(file)
+    deep = [[file for file in files if file.path.lower().endswith(suffixes)] for suffixes in DEEP]
+    unknown = [kind for kind in NAMES if any(deep) and not getattr(images, f"{kind}_white")]
+    if not unknown:
+        return images
+    kinds = [pair for some in deep for pair in look_at(evenly(some, SAMPLE), images, kind_of)]
     for kind in unknown:
-        if highest := [value for _, value in look_at(evenly(found[kind], DECODED), images, highest_value)]:
+        found = evenly([file for file, of in kinds if of == kind], DECODED)
+        if highest := [value for _, value in look_at(found, images, highest_value)]:
             white = choose_white(kind, highest)
             images = with_changes(images, **{f"{kind}_white": white})
             why = f"as the values of {len(highest)} of them suggest; --{kind}-white changes that"
@@ -54,8 +54,8 @@ def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], tell: Tell)
 
 def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:
     """At most so many of the files, at even distances from the first to the last."""
-    last = len(files) - 1
-    return files if last < count else [files[i * last // (count - 1)] for i in range(count)]
+    steps = count - 1
+    return files if len(files) <= count else [files[i * (len(files) - 1) // steps] for i in range(count)]
 
 
 def look_at(
@@ -64,7 +64,6 @@ def look_at(
     """The readable files with what `look` says of each, open and not yet decoded."""
     sources, found = [source_of(folder) for folder in images.data], list[tuple[ImageFile, T]]()
     for file in files:
-        where = images.data[file.root], sources[file.root], images.max_megapixels
-        with suppress(BadImage), opened(file.path, *where) as image:
+        with suppress(BadImage), opened(file.path, images, images.data[file.root], sources[file.root]) as image:
             found.append((file, look(image)))
     return found

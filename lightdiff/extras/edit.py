@@ -17,6 +17,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.settings import EditSettings
 from lightdiff.extras.trajectory import save_trajectory
 from lightdiff.pipeline import Pipeline, Start
+from lightdiff.settings import ImageSettings
 from lightdiff.stages.generate import open_samples
 
 STRENGTH = 0.6
@@ -100,7 +101,7 @@ def from_latent(x0: Float[Tensor, "1 c h w"], mask: Float[Tensor, "1 1 h w"] | N
 def framed(path: Path, resolution: int, flag: str, background: str) -> UInt8[Tensor, "3 r r"]:
     """An image's centre square."""
     try:
-        return frame(load_image(path, background), resolution)
+        return frame(load_image(path, ImageSettings(background=background)), resolution)
     except BadImage as error:
         raise UserError(f"{flag}: {path} cannot be read: {error}") from None
 

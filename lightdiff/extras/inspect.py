@@ -5,7 +5,6 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
@@ -14,9 +13,9 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
-from lightdiff.data.colours import Whites, to_rgb
+from lightdiff.data.colours import to_rgb
 from lightdiff.data.files import FOLDER, ImageFile, Source, find_images, source_of
-from lightdiff.data.images import BadImage, colour, opened
+from lightdiff.data.images import BadImage, opened
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
 from lightdiff.extras.tables import print_table
@@ -119,11 +118,10 @@ def inspect(
     paths = [os.path.join(folders[file.root], file.path) for file in files]
     sources = [(folder, source_of(folder)) for folder in folders]
     images = with_whites(ImageSettings(data=tuple(folders)), files, found.notes.append)
-    whites = Whites(images.integer_white, images.float_white)
     infos: list[_FileInfo] = []
     with ThreadPool(os.cpu_count()) as pool:
-        places = ((file.path, *sources[file.root]) for file in files)
-        for info in pool.imap(partial(_read_info, whites), places, chunksize=16):
+        places = ((file.path, images, *sources[file.root]) for file in files)
+        for info in pool.imap(_read_info, places, chunksize=16):
             infos.append(info)
             if progress:
                 progress(len(infos), len(files))
@@ -157,11 +155,11 @@ def inspect(
     )
 
 
-def _read_info(whites: Whites, where: tuple[str, Path, Source]) -> _FileInfo:
+def _read_info(where: tuple[str, ImageSettings, Path, Source]) -> _FileInfo:
     try:
         with opened(*where) as image:
             kind, mode = image.format or "", image.mode
-            return _FileInfo(kind, mode, to_rgb(image, colour("white"), whites).size)
+            return _FileInfo(kind, mode, to_rgb(image, where[1]).size)
     except BadImage as error:
         return _FileInfo(reason=str(error))
 
