@@ -7,7 +7,7 @@ import itertools
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,20 +42,6 @@ REST = "the rest"  # how images in none of the folders that are compared are cal
 LARGER = 1.2  # times as many pixels
 
 
-class Copies(NamedTuple):
-    """The images to take, which of them are copies of others that are taken, and what is to be said."""
-
-    kept: list[str]
-    of: dict[str, str]
-    notes: list[str]
-
-    def first(self, name: str) -> str:
-        """The image that decides on which side of the split this one and all its copies fall."""
-        while name in self.of:
-            name = self.of[name]
-        return name
-
-
 class Look(NamedTuple):
     """The pixels of a picture, reduced to 8 x 8, and its area."""
 
@@ -63,27 +49,39 @@ class Look(NamedTuple):
     area: int
 
 
-def find_copies(folder: Path, names: Sequence[str], open_image: Open) -> Copies:
-    """Find the copies among a source's images.
+def find_copies(
+    folder: Path, names: Sequence[str], open_image: Open, notes: list[str]
+) -> tuple[Sequence[str], dict[str, str]]:
+    """The images of a source to take and, for those that are copies of others that are taken, which ones.
 
     Of copies at several sizes the largest are taken. Where they have one size all are, on one side of the split.
+    `notes` takes what is to be said.
 
     Raises:
         UserError: Only the user can say which of them to take.
     """
-    found = Copies(list(names), {}, [])
-    suffix = posixpath.splitext(names[0])[1]
-    if not all(name.endswith(suffix) for name in names):
+    originals = dict[str, str]()
+    if not all(name.endswith(names[0].rpartition(".")[2]) for name in names):
         stems = dict[str, str]()
         for name in names:
             if (first := stems.setdefault(posixpath.splitext(name)[0], name)) != name:  # 1.png, after 1.jpg
-                found.of[name] = first
+                originals[name] = first
+    if set("-_@ /").isdisjoint("".join(names)):  # neither folders nor parts of names
+        return names, originals
     look = lru_cache(maxsize=None)(partial(_look, open_image))
+    judge = partial(_judge, folder, look, originals, notes)
     for depth in range(DEPTHS):
-        _judge(found, folder, _by_folder(depth, found.kept), look)
+        names = judge(names, _by_folder(depth, names))
     for pattern in (LAST, FIRST):
-        _judge(found, folder, _by_part(pattern, found.kept), look)
-    return found
+        names = judge(names, _by_part(pattern, names))
+    return names, {name: _first(name, originals) for name in originals}
+
+
+def _first(name: str, originals: Mapping[str, str]) -> str:
+    """The image that decides on which side of the split this one and all its copies fall."""
+    while name in originals:
+        name = originals[name]
+    return name
 
 
 def _variants(parts: set[str]) -> set[str]:
@@ -126,44 +124,48 @@ def _by_part(pattern: re.Pattern[str], names: Sequence[str]) -> list[tuple[str, 
     return [("", stem) if stem in others else (part, rest) for stem, part, rest in cut]  # IMG_1, beside small IMG_1
 
 
-def _judge(found: Copies, folder: Path, read: list[tuple[str, str]], look: Looker) -> None:
+def _judge(
+    folder: Path,
+    look: Looker,
+    originals: dict[str, str],
+    notes: list[str],
+    names: Sequence[str],
+    read: Sequence[tuple[str, str]],
+) -> Sequence[str]:
     """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
     images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
-    for name, (variant, rest) in zip(found.kept, read, strict=bool(read)):
+    for name, (variant, rest) in zip(names, read, strict=bool(read)):
         images[variant][rest] = name
-    smaller, left_out = dict[str, str](), set[tuple[str, str]]()
-    for pair in itertools.combinations(sorted(images), 2):
-        shared = [rest for rest in images[pair[0]] if rest in images[pair[1]]]
+    worse, better, left_out = set[str](), set[str](), set[tuple[str, str]]()
+    for one, other in itertools.combinations(sorted(images), 2):
+        shared = [rest for rest in images[one] if rest in images[other]]
         if not shared:
             continue
-        if all(map(MARGIN.search, pair)):
-            raise UserError(
-                f"--data: {folder} holds the same photographs in {' and in '.join(pair)}: name one of these"
-            )
-        order = _order(pair, [(images[pair[0]][rest], images[pair[1]][rest]) for rest in shared], look)
+        if MARGIN.search(one) and MARGIN.search(other):
+            raise UserError(f"--data: {folder} holds the same photographs in {one} and in {other}: name one of these")
+        order = _order((one, other), [(images[one][rest], images[other][rest]) for rest in shared], look)
         if order == "same size":
             for rest in shared:
-                first, second = (found.first(images[variant][rest]) for variant in pair)
+                first, second = (_first(images[variant][rest], originals) for variant in (one, other))
                 if first != second:
-                    found.of[second] = first
-            one, other = (variant or REST for variant in pair)
-            found.notes.append(
-                f"{folder}: {one} and {other} seem to hold the same photographs; both are used, and none is split from "
-                "its copy"
+                    originals[second] = first
+            notes.append(
+                f"{folder}: {one or REST} and {other or REST} seem to hold the same photographs; both are used, and "
+                "none is split from its copy"
             )
         elif order:
-            better, worse = pair if order == "first" else pair[::-1]
-            smaller[worse or REST] = better or REST
-            left_out.update((worse, rest) for rest in shared)
+            chosen, smaller = (one, other) if order == "first" else (other, one)
+            better.add(chosen or REST)
+            worse.add(smaller or REST)
+            left_out.update((smaller, rest) for rest in shared)
     if left_out:
-        kept = [name for name, of in zip(found.kept, read, strict=True) if of not in left_out]
-        taken = sorted(set(smaller.values()) - smaller.keys())
-        count, those = len(found.kept) - len(kept), ", ".join(sorted(smaller))
-        found.notes.append(
-            f"{folder}: {count:,} images in {those} are left out, copies of those in {', '.join(taken)}; "
-            "to take them instead, name their folder"
+        kept = [name for name, of in zip(names, read, strict=True) if of not in left_out]
+        notes.append(
+            f"{folder}: {len(names) - len(kept):,} images in {', '.join(sorted(worse))} are left out, copies of those "
+            f"in {', '.join(sorted(better - worse))}; to take them instead, name their folder"
         )
-        found.kept[:] = kept
+        return kept
+    return names
 
 
 def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker) -> Order:

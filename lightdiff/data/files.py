@@ -10,7 +10,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +22,18 @@ from rich.console import Console
 
 from lightdiff.data.copies import find_copies
 from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
-from lightdiff.data.labels import Images, layout_labels, match, read_table
-from lightdiff.data.layouts import Labels, Layout, Split, folder_roles, layout, own_split, stray_images
+from lightdiff.data.labels import Images, read_labels
+from lightdiff.data.layouts import (
+    LABELS,
+    Labels,
+    Layout,
+    Split,
+    folder_roles,
+    label_tables,
+    layout,
+    own_split,
+    stray_images,
+)
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
@@ -80,10 +90,11 @@ def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> It
                 folders.clear()
                 continue
             seen.add(identity)
-            skipped = {name: kind for name in folders if (kind := _skipped(name))} | _parts_of_run(path, folders)
-            passed_over.update(skipped.values())
-            folders[:] = [name for name in folders if name not in skipped]
-            starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            if folders:
+                skipped = {name: kind for name in folders if (kind := _skipped(name))} | _parts_of_run(path, folders)
+                passed_over.update(skipped.values())
+                folders[:] = [name for name in folders if name not in skipped]
+                starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
             for name in files:
                 # A broken link has an image's name too: it is to be named as unreadable, not passed over.
@@ -208,7 +219,8 @@ def find_images(
     path, a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out,
     as happens with two or three, the one with the largest hash is trained on.
     """
-    found, sources, roles = Listing([], [], Counter(), []), dict[int, Images](), folder_roles(folders)
+    found, labels, roles = Listing([], [], Counter(), []), dict[tuple[int, str], Labels](), folder_roles(folders)
+    indexed = dict[int, Images]()
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
@@ -217,39 +229,37 @@ def find_images(
             there = f"; {passed_over_note(passed_over)}" if passed_over else ""
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))}){there}")
         found.passed_over += passed_over
-        copies = find_copies(folder, names, partial(source.open, folder))
-        splits, note = own_split(copies.kept, roles[root])
-        found.notes += [*copies.notes, *([f"{folder}: {note}"] if note else [])]
-        found.layouts.append(layout(folder, copies.kept))
-        if found.layouts[-1] == "plain" and (stray := stray_images(copies.kept)):
-            found.notes.append(f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them")
-        labels = dict[tuple[int, str], Labels]()
+        kept, originals = find_copies(folder, names, partial(source.open, folder), found.notes)
+        found.layouts.append(layout(folder, kept))
+        splits = dict[str, Split | None].fromkeys(kept)
+        if roles[root] or any("/" in name for name in kept):
+            splits, note = own_split(kept, roles[root])
+            found.notes += [f"{folder}: {note}"] if note else []
+            if found.layouts[-1] == "plain" and (stray := stray_images(kept)):
+                note = f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them"
+                found.notes.append(note)
         if table:
-            sources[root] = Images(folder, names)
+            indexed[root] = Images(folder, names)
+        elif found.layouts[-1] in LABELS:
+            labels |= {(root, name): given for name, given in LABELS[found.layouts[-1]](kept).items()}
         else:
-            labels, notes = layout_labels(found.layouts[-1], folder, root, names, copies.kept)
-            found.notes += notes
+            for own_table in label_tables(folder, kept):
+                labels |= read_labels(own_table, "--data", {root: Images(folder, names)}, found.notes)
         for name, own in splits.items():
-            by_hash: Split = "val" if _position(copies.first(name)) < val_share else "train"
+            by_hash: Split = "val" if _position(originals.get(name, name)) < val_share else "train"
             found.files.append(ImageFile(root, name, own or by_hash, labels.get((root, name), {})))
     if found.passed_over:
         found.notes.insert(0, passed_over_note(found.passed_over))
     if table:
-        _label(found, table, sources)
+        labels = read_labels(table, "--labels", indexed, found.notes)
+        found.files = [replace(file, labels=labels.get((file.root, file.path), {})) for file in found.files]
+        if without := [file.path for file in found.files if not file.labels]:
+            images = f"{len(without):,} of {len(found.files):,} images"
+            found.notes.append(f"{images} have no label in {table} (such as {without[0]})")
     if all(file.split == "val" for file in found.files):
         last = max(range(len(found.files)), key=lambda i: _position(found.files[i].path))
         found.files[last] = replace(found.files[last], split="train")
     return found
-
-
-def _label(found: Listing, table: Path, sources: Mapping[int, Images]) -> None:
-    """Give the images the labels of a table."""
-    labels, notes = match(read_table(table, "--labels"), table, "--labels", sources)
-    found.files = [replace(file, labels=labels.get((file.root, file.path), {})) for file in found.files]
-    found.notes += notes
-    if without := [file for file in found.files if not file.labels]:
-        images = f"{len(without):,} of {len(found.files):,} images"
-        found.notes.append(f"{images} have no label in {table} (such as {without[0].path})")
 
 
 def passed_over_note(passed_over: Counter[str]) -> str:

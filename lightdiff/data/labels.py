@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightdiff.data.layouts import FAIRFACE_LABELS, LABELS, TABLES, Labels, Layout, common_folder
+from lightdiff.data.layouts import FAIRFACE_LABELS, FAIRFACE_TABLES, Labels, common_folder
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
 
@@ -25,49 +25,15 @@ class Row(NamedTuple):
     labels: Labels
 
 
-class Labelled(NamedTuple):
-    """The labels of images by the number of their source and their name, and what is to be said of them."""
-
-    of: dict[tuple[int, str], Labels]
-    notes: list[str]
-
-
-def layout_labels(recognised: Layout, folder: Path, root: int, names: Sequence[str], kept: Sequence[str]) -> Labelled:
-    """The labels that come with a source's layout, of the images that are kept."""
-    if recognised in LABELS:
-        return Labelled({(root, name): labels for name, labels in LABELS[recognised](kept).items()}, [])
-    found, images = Labelled({}, []), Images(folder, names)
-    columns = FAIRFACE_LABELS if recognised == "FairFace" else ()
-    for table in TABLES[recognised](folder, kept):
-        labels, notes = match(read_table(table, "--data", columns), table, "--data", {root: images})
-        found.of.update(labels)
-        found.notes.extend(notes)
-    return found
-
-
-def read_table(table: Path, flag: str, columns: Sequence[str] = ()) -> list[Row]:
-    """The rows of a CSV table, or of StyleGAN's dataset.json, that name a file.
-
-    Args:
-        table: The file.
-        flag: What named it.
-        columns: The labels to take, all of them needed; if not given, all that there are.
-
-    Raises:
-        UserError: It cannot be read, has not these columns, or rows that do not fit it.
-    """
+def _read_rows(table: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a CSV table, or of StyleGAN's dataset.json, that name a file."""
+    with open_regular(table) as stream:
+        raw = stream.read()
     try:
-        with open_regular(table) as stream:
-            raw = stream.read()
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        rows = _rows_of_json(text) if table.suffix.lower() == ".json" else _rows_of_csv(text, columns)
-    except UserError as error:
-        raise UserError(f"{flag}: {table} {error}") from None
     except UnicodeDecodeError as error:
-        line = 1 + raw[: error.start].count(b"\n")
-        raise UserError(f"{flag}: the table {table} cannot be read: line {line} is not UTF-8") from error
-    except (OSError, csv.Error, ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
+        raise ValueError(f"line {1 + raw[: error.start].count(10)} is not UTF-8") from error
+    rows = _rows_of_json(text) if table.suffix.lower() == ".json" else _rows_of_csv(text, columns)
     return [row for row in rows if row.file or row.labels]
 
 
@@ -166,14 +132,29 @@ def _key(name: str) -> str:
     return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
 
 
-def match(rows: Sequence[Row], table: Path, flag: str, sources: Mapping[int, Images]) -> Labelled:
-    """The labels that a table gives to the images of some sources, by their numbers.
+def read_labels(
+    table: Path, flag: str, sources: Mapping[int, Images], notes: list[str]
+) -> dict[tuple[int, str], Labels]:
+    """The labels that a table gives to the images of some sources, by the number of the source and the image's name.
 
-    A table inside a folder speaks of that folder alone.
+    A table inside a folder speaks of that folder alone. FairFace's has columns that are no labels.
+
+    Args:
+        table: The file.
+        flag: What named it.
+        sources: The images, by the numbers of their sources.
+        notes: Takes what is to be said.
 
     Raises:
-        UserError: It names no image that is there, one twice with different labels, or one that could be several.
+        UserError: It cannot be read, lacks columns, has rows that do not fit it, names no image that is there, one
+            twice with different labels, or one that could be several.
     """
+    try:
+        rows = _read_rows(table, FAIRFACE_LABELS if flag == "--data" and table.name in FAIRFACE_TABLES else ())
+    except UserError as error:
+        raise UserError(f"{flag}: {table} {error}") from None
+    except (OSError, csv.Error, ValueError, RecursionError) as error:
+        raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
     inside = {root: images for root, images in sources.items() if images.folder.resolve() in table.resolve().parents}
     labels: dict[tuple[int, str], Labels] = {}
     unmatched, respelt = list[Row](), list[tuple[Row, str]]()
@@ -193,7 +174,6 @@ def match(rows: Sequence[Row], table: Path, flag: str, sources: Mapping[int, Ima
         there = min(first.names)
         here = unmatched[0].file if unmatched else "none"
         raise UserError(f"{flag}: {table} names no image of {first.folder}: it has {here}, there is {there}")
-    notes = []
     if unmatched:
         example = f"{unmatched[0].where}: {unmatched[0].file}"
         notes.append(f"{len(unmatched):,} of {len(rows):,} rows of {table} name no image ({example})")
@@ -204,4 +184,4 @@ def match(rows: Sequence[Row], table: Path, flag: str, sources: Mapping[int, Ima
         values = [given[name] for given in labels.values() if name in given]
         if len(values) >= FEW and len(set(values)) > len(values) / 2:
             notes.append(f"{name} has {len(set(values)):,} values for {len(values):,} images: hardly a class")
-    return Labelled(labels, notes)
+    return labels

@@ -79,7 +79,9 @@ def _top_roles(folders: set[str]) -> dict[str, Role]:
 
 def folder_roles(folders: Sequence[Path]) -> list[Role]:
     """The role of each --data folder, if several are given and their own names are those of split folders."""
-    roles = _top_roles({folder.name for folder in folders}) if len(folders) > 1 else {}
+    if len(folders) == 1:
+        return [""]
+    roles = _top_roles({folder.name for folder in folders})
     of = [roles.get(folder.name, "") for folder in folders]
     if "val" not in of:  # some of the others are held out
         of = ["test" if role == "test" else "" for role in of]
@@ -111,16 +113,16 @@ def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split |
 
 def layout(folder: Path, names: Sequence[str]) -> Layout:
     """What the images of this source look like: a known data set, one folder a class, or neither."""
-    if fairface_tables(folder, names):
-        return "FairFace"
-    if stylegan_tables(folder, names):
-        return "StyleGAN"
+    if tables := label_tables(folder, names):
+        return "StyleGAN" if tables[0].name == STYLEGAN_TABLE else "FairFace"
     # Folders such as 00000 and 01000 number the images; they say nothing about them.
     return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in set(classes(names))) else "class folders"
 
 
 def classes(names: Sequence[str]) -> list[str]:
     """The class of each image: its first folder where these differ, split folders aside. Empty if any has none."""
+    if any("/" not in name for name in names):
+        return []
     lie = places(names)
     folders = {place: place.folders for place in set(lie)}
     while all(folders.values()):
@@ -141,35 +143,31 @@ def stray_images(names: Sequence[str]) -> list[str]:
     return stray if others and not all(map(str.isdigit, others)) else []
 
 
-def fairface_tables(folder: Path, names: Sequence[str]) -> list[Path]:
-    """FairFace's tables: beside its folders train/ and val/ or above them, at most one folder above --data."""
-    for place in (*_folders_down_to(names, folder), folder.parent):
-        if found := [place / table for table in FAIRFACE_TABLES if (place / table).is_file()]:
-            return found if any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names) else []
-    return []
+def label_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """FairFace's tables or StyleGAN's dataset.json, beside all images or above: in --data or, FairFace's, beside it.
+
+    FairFace's need its folders train/ or val/, StyleGAN's needs labels.
+    """
+    place = folder / common_folder(names)
+    above = (place, *place.parents[: len(place.parts) - len(folder.parts) + 1])
+    found = [path / table for path in above for table in (*FAIRFACE_TABLES, STYLEGAN_TABLE) if (path / table).is_file()]
+    return found and _own_tables(found, folder, names)
 
 
-def stylegan_tables(folder: Path, names: Sequence[str]) -> list[Path]:
-    """StyleGAN's dataset.json beside the images or above them, if it has labels."""
-    for place in _folders_down_to(names, folder):
-        if (table := place / STYLEGAN_TABLE).is_file():
+def _own_tables(found: Sequence[Path], folder: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the tables found, nearest first, that speak of these images."""
+    fairface = [table for table in found if table.name in FAIRFACE_TABLES]
+    if fairface and any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names):
+        return [table for table in fairface if table.parent == fairface[0].parent]
+    for table in found:
+        if table.name == STYLEGAN_TABLE and folder in table.parents:
             with table.open("rb") as file:
                 return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', file.read(200)) else []
     return []
 
 
-def _folders_down_to(names: Sequence[str], folder: Path) -> list[Path]:
-    """From the folder that holds all images to that of --data."""
-    start = common_folder(names)
-    return [folder / start, *(folder / start).parents[: start.count("/")]]
-
-
-# The labels of each image that has some, by layout, or the tables that give them.
+# The labels of each image that has some, by layout; those of other layouts come from their tables.
 LABELS: dict[Layout, Callable[[Sequence[str]], dict[str, Labels]]] = {
     "class folders": lambda names: {name: {"class": of} for name, of in zip(names, classes(names), strict=True)},
     "plain": lambda names: {},
-}
-TABLES: dict[Layout, Callable[[Path, Sequence[str]], list[Path]]] = {
-    "FairFace": fairface_tables,
-    "StyleGAN": stylegan_tables,
 }
