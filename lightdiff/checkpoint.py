@@ -33,8 +33,6 @@ STAGES = {
     "index": "an index of latents",
     "images": "a list of images",
 }
-
-
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
@@ -195,9 +193,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Metad
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
-    metadata = metadata.model_copy(
-        update={"digest": metadata.compute_digest({n: layout_of(t) for n, t in ready.items()})}
-    )
+    metadata.digest = metadata.compute_digest({n: (DTYPES[t.dtype], list(t.shape)) for n, t in ready.items()})
     header = {KEY: json.dumps(metadata.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
 
     def write(temporary: Path) -> None:
@@ -248,12 +244,7 @@ def check_fit(model: nn.Module, source: Checkpoint, prefix: str) -> None:
         raise UserError(f"{source.path} does not fit this architecture: {len(wrong)} tensors differ, {wrong[0]} first")
 
 
-def layout_of(tensor: Tensor) -> tuple[str, list[int]]:
-    """A tensor's dtype, in the words of safetensors, and shape."""
-    return DTYPES[tensor.dtype], list(tensor.shape)
-
-
-DTYPES = {
+DTYPES = {  # in the words of safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",

@@ -17,8 +17,7 @@ from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_
 from lightdiff.extras.commands import EXTRAS, add_commands
 from lightdiff.options import Layer, command
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, rank, restarted
-from lightdiff.runtime.streams import outlive_readers
+from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, outlive_readers, rank, restarted
 
 STAGES = "The five stages"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run

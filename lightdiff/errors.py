@@ -71,11 +71,11 @@ class Damaged(UserError):
 def from_os(error: OSError, path: object = None) -> RunError:
     """What the operating system has refused, in a sentence; `path` is what was to be written, if that is known."""
     where, why = path or error.filename or "a file", error.strerror or str(error)
+    failed = f"{where} could not be written: {why}; what was saved before is untouched"
     if error.errno in FULL:
-        untouched = "what was saved before is untouched; make room and run the same command again"
-        return NoRoom(f"{where} could not be written: {why}; {untouched}")
+        return NoRoom(f"{failed}; make room and run the same command again")
     if path:
-        return RunError(f"{where} could not be written: {why}; what was saved before is untouched")
+        return RunError(failed)
     return RunError(f"{where}: {why}" if error.filename else f"the system refused a file or connection: {why}")
 
 
@@ -84,10 +84,3 @@ def not_divisible(resolution: int, factor: int) -> UserError:
     below = resolution // factor * factor
     fits = f"{below} or {below + factor}" if below else str(factor)
     return UserError(f"--resolution: {resolution} is not divisible by {factor}; the nearest that fit: {fits}")
-
-
-def not_installed(command: str, *packages: str) -> UserError:
-    """That a command needs packages that lightdiff does without otherwise."""
-    names = " ".join(packages)
-    how = f"python -m pip install {names} (with pipx: pipx inject lightdiff {names})"
-    return UserError(f"{command} needs {' and '.join(packages)}: {how}")

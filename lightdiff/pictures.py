@@ -1,4 +1,4 @@
-"""Pictures on the disk: grids, animations, single images with their text chunks."""
+"""Pictures on the disk: grids, single images with their text chunks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,6 @@ from lightdiff.run_folder import atomic_write, open_regular
 
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row
-FRAME_MS = 60  # of an animation
 GAP = 2  # pixels between the images of a grid
 
 
@@ -67,18 +66,6 @@ def text_chunks(path: Path) -> dict[str, object]:
             return {str(name): value for name, value in picture.info.items()}
     except Exception:  # as above
         return {}
-
-
-def save_animation(path: Path, frames: Sequence[Image.Image], last_ms: int = FRAME_MS) -> None:
-    """Save pictures as an animation that repeats; the last one stays for `last_ms` milliseconds."""
-    first, *others = frames
-    durations = [FRAME_MS] * len(others) + [last_ms]
-    atomic_write(
-        path,
-        lambda temporary: first.save(
-            temporary, format="WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=True
-        ),
-    )
 
 
 def save_png(path: Path, image: Image.Image | UInt8[torch.Tensor, "3 h w"], info: PngInfo | None = None) -> None:

@@ -247,10 +247,9 @@ def append_text(path: Path, text: str) -> None:
 
 def open_own(path: str, flags: int) -> int:
     """An opener of files that a stage keeps writing to: those may be no links, pipes or devices."""
-    extra = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, "a link, a pipe or a device is in its place: remove it", path)
-    return os.open(path, flags | extra, 0o666)
+    return os.open(path, flags | NO_WAIT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def remove_temporaries(folder: Path) -> None:

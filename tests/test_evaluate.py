@@ -22,7 +22,7 @@ from lightdiff.extras.evidence import read_evaluation
 from lightdiff.extras.features import Features
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl
 from lightdiff.extras.settings import EvaluateSettings
-from lightdiff.models.lpips import cached_weights
+from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.settings import ImageSettings, VAELossSettings
@@ -176,7 +176,7 @@ def test_lpips_is_measured_where_its_weights_are(tmp_path, monkeypatch, capsys):
     named = EvaluateSettings(lpips_net="squeeze", lpips_weights=tmp_path / "w")
     chosen = evaluate.lpips_settings(untrained, named, Processes())
     assert (chosen.lpips_gamma, chosen.lpips_net, chosen.lpips_weights) == (1, "squeeze", tmp_path / "w")
-    kept = cached_weights("alex")
+    kept = cached(TRUNKS["alex"].url)
     kept.parent.mkdir(parents=True)
     kept.touch()
     chosen = evaluate.lpips_settings(untrained, EvaluateSettings(), Processes())

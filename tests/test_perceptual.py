@@ -252,7 +252,7 @@ def test_other_weights_are_told(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, net: Net, digits: str, named: bool
 ) -> None:
     """By content, whatever the file's name and its way onto the machine; the published ones are no reason to speak."""
-    file = ours.cached_weights(net)
+    file = ours.cached(ours.TRUNKS[net].url)
     file.parent.mkdir(parents=True)
     file.write_bytes(b"weights of another training")
     assert find_weights(net, file if named else None) == file

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 TALK = """
 import os, sys, warnings
 from rich.console import Console
-from lightdiff.runtime.streams import outlive_readers
+from lightdiff.runtime import outlive_readers
 outlive_readers()
 sys.stdin.readline()
 for n in range(3):

@@ -18,7 +18,8 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
-from lightdiff.errors import UserError, not_installed
+from lightdiff.errors import UserError
+from lightdiff.extras import not_installed
 from lightdiff.extras.distances import (
     CAUTION,
     MIN_IMAGES,
@@ -36,7 +37,7 @@ from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, cha
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.extras.tables import print_table
 from lightdiff.losses import lpips, psnr
-from lightdiff.models.lpips import cached_weights
+from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
@@ -209,7 +210,7 @@ def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Pro
     its_own = loss.lpips_weights if net == loss.lpips_net else None
     file = settings.lpips_weights or its_own
     weights = file if file and (settings.lpips_weights or file.is_file()) else None
-    available = ranks.run_on_main(lambda: weights is not None or cached_weights(net).is_file())
+    available = ranks.run_on_main(lambda: weights is not None or cached(TRUNKS[net].url).is_file())
     if not available:
         console.print(f"note: no LPIPS, as there are no weights of {net}; pass them with --lpips-weights FILE")
     chosen = {"lpips_net": net, "lpips_weights": weights, "lpips_gamma": float(available)}

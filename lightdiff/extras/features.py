@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
-from lightdiff.errors import UserError, not_installed
+from lightdiff.errors import UserError
+from lightdiff.extras import not_installed
 from lightdiff.models.lpips import check_finite, fetched, published_hash
 from lightdiff.run_folder import open_regular
 from lightdiff.runtime.processes import Processes

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
+from lightdiff.extras.animation import save_animation
 from lightdiff.extras.settings import TrajectorySettings
-from lightdiff.pictures import grid, save_animation, save_grid
+from lightdiff.pictures import grid, save_grid
 from lightdiff.pipeline import Pipeline, Start, from_noise
 from lightdiff.settings import SamplingSettings
 from lightdiff.stages.generate import Samples, open_samples

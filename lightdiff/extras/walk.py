@@ -11,8 +11,9 @@ from torch import Tensor
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
+from lightdiff.extras.animation import save_animation
 from lightdiff.extras.settings import WalkSettings
-from lightdiff.pictures import opened, save_animation
+from lightdiff.pictures import opened
 from lightdiff.pipeline import from_noise
 from lightdiff.settings import with_changes
 from lightdiff.stages.generate import open_samples

@@ -69,11 +69,6 @@ def cached(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
-def cached_weights(net: Net) -> Path:
-    """Where torch's cache keeps the network's ImageNet weights."""
-    return cached(TRUNKS[net].url)
-
-
 def published_hash(url: str) -> str:
     """The first digits of the SHA-256 of published weights, in which their names end: vgg16-397923af.pth."""
     return Path(url).stem.rpartition("-")[2]

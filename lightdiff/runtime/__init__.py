@@ -1,22 +1,24 @@
-"""What every stage runs on: processes, devices, signals, progress. Here: which process of a run this is."""
+"""What every stage runs on: processes, devices, signals, progress.
 
+Here, what is set up before anything else: which process of a run this is, and streams that outlive their readers.
+"""
+
+import errno
 import os
 import re
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 WORKER_FOLDER = "LIGHTDIFF_LAUNCH"  # variable that `--nproc-per-node` sets for its workers: where they leave reports
 LAUNCHER = "LIGHTDIFF_LAUNCHER"  # another one: the pid of the process that started them
 ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
-
-
-def is_worker() -> bool:
-    """Whether this process was started by `--nproc-per-node`."""
-    return WORKER_FOLDER in os.environ
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,55 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Lasting:
+    """A stream that outlives its reader: once nobody reads any more, what is written to it goes nowhere."""
+
+    def __init__(self, stream: Any, gone: Callable[[OSError], bool]) -> None:
+        """Wrap a stream; `gone` tells of an error whether nobody reads any more."""
+        self._stream, self._gone = stream, gone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, as far as somebody reads."""
+        with self._while_read():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what is written, as far as somebody reads."""
+        with self._while_read():
+            self._stream.flush()
+
+    @contextmanager
+    def _while_read(self) -> Iterator[None]:
+        """Once nobody reads, let this and all else that writes there, such as libraries in C++, write to nowhere."""
+        try:
+            yield
+        except OSError as error:
+            if not self._gone(error):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def outlive_readers() -> None:
+    """Let no message end a run: where nobody reads, or the log's disk is full, it goes on silently.
+
+    Results that cannot be written are another thing: there, only a reader that is gone is passed over.
+    """
+    for number in (0, 1, 2):  # a closed one would be the number of the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    out, messages = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout = Lasting(out, lambda error: error.errno == errno.EPIPE or (error.errno == errno.EIO and out.isatty()))
+    sys.stderr = Lasting(messages, lambda error: True)

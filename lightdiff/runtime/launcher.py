@@ -106,10 +106,10 @@ class Launch:
                 agent.start()
                 while agent.is_alive():
                     agent.join(0.05)
-                    for pid in self._workers() - self.reached if self.stop else ():  # also those that register late
-                        self.reached.add(pid)
-                        with suppress(OSError):
-                            os.kill(pid, signal.SIGTERM)
+                    if self.stop:
+                        late = self._workers() - self.reached  # those that register late, too
+                        self.reached |= late
+                        tell(late, signal.SIGTERM)
             finally:
                 del os.environ[WORKER_FOLDER], os.environ[LAUNCHER]
             self._conclude()
@@ -143,9 +143,7 @@ class Launch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask all workers to save and stop; a second Ctrl-C ends them at once. SIGUSR1 is passed on as it is."""
         if number == getattr(signal, "SIGUSR1", None):
-            for pid in self._workers():
-                with suppress(OSError):
-                    os.kill(pid, number)
+            tell(self._workers(), number)
         elif not self.stop:
             self.stop = number
         elif number == signal.SIGINT:
@@ -183,6 +181,13 @@ class Launch:
         if dead:
             raise RunError(f"{dead}; the others were ended; {untouched(self.settings)}")
         raise RunError(reports[0].message if reports else f"the processes could not be run: {self.failure}")
+
+
+def tell(pids: set[int], number: int) -> None:
+    """Send a signal to processes, as far as they are still there."""
+    for pid in pids:
+        with suppress(OSError):
+            os.kill(pid, number)
 
 
 def deaths(failure: Any, reported: set[int]) -> str:

@@ -1,5 +1,6 @@
 """generate: noise -> x0 -> z -> images. Whatever else samples from a U-Net does it through `Samples`, too."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -188,16 +189,15 @@ def new_folder(samples: Path) -> Path:
 
     After an automatic restart, it is the last one, to resume it.
     """
-    names = (path.name for path in samples.glob("[0-9]*"))
-    last = max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+    last = max((int(path.name) for path in samples.glob("[0-9]*") if path.name.isdecimal()), default=0)
     if last and restarted():
         return samples / f"{last:04d}"
     ensure_writable(samples)
-    while True:
-        last += 1
+    for number in itertools.count(last + 1):
         with suppress(FileExistsError):
-            (samples / f"{last:04d}").mkdir()
-            return samples / f"{last:04d}"
+            (folder := samples / f"{number:04d}").mkdir()
+            break
+    return folder
 
 
 def chosen(settings: GenerateSettings) -> dict[str, Any]:

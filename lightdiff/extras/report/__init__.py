@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightdiff.errors import UserError, not_installed
+from lightdiff.errors import UserError
+from lightdiff.extras import not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
 from lightdiff.run_folder import RunFolder, atomic_write_text, open_regular, remove_abandoned
