@@ -161,7 +161,7 @@ class Launch:
 
     def _conclude(self) -> None:
         """Report how it ended: in a worker's own words where there are any, the lowest rank's first."""
-        from lightdiff.runtime.stage import untouched
+        from lightdiff.runtime.resume import untouched
 
         reports = [WorkerReport(**json.loads(path.read_text())) for path in self.folder.glob("report-*.json")]
         reports.sort(key=lambda report: (report.lost_contact, report.rank))

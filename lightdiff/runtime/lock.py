@@ -53,7 +53,7 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
     ensure_writable(folder)
     file = folder / LOCK
     check_own(file)
-    lock, locked = FileLock(file, timeout=0, fallback_to_soft=False), True
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -61,19 +61,17 @@ def open_stage_dir(folder: Path, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise from_os(error, file) from error
-        locked = False
-    owner = lock_owner(file)
-    if owner and owner.host == here.host and not locked and process_runs(owner.pid, owner.started):
-        raise in_use(folder, owner)
-    if owner and owner.host != here.host and not force:
+        owner = lock_owner(file)
+        if owner and owner.host == here.host and process_runs(owner.pid, owner.started):
+            raise in_use(folder, owner) from None
+    if (owner := lock_owner(file)) and owner.host != here.host and not force:
         lock.release()
         raise UserError(
             f"{folder} was locked by {owner}, which exited without releasing the lock, or still runs: "
             "if you are sure that it has exited, give --force-unlock"
         )
     try:
-        with writing(file), open(file, "a", encoding="utf-8", opener=open_own) as words:
-            words.truncate(0)
+        with writing(file), open(file, "w", encoding="utf-8", opener=open_own) as words:
             words.write(" ".join(map(str, here)) + "\n")
         remove_temporaries(folder)
         yield folder

@@ -11,12 +11,14 @@ from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import StageFolder, atomic_link, free_name, set_aside
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
+from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
 RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad", "images.max_megapixels")
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
+AGAIN = "run the same command again to resume"
 
 
 def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) -> Checkpoint:
@@ -157,3 +159,11 @@ def history(saved: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> dict[s
         entry = {"step": saved.metadata.step, "changed": {name: list(pair) for name, pair in changed.items()}}
         extra["history"] = [*extra.get("history", []), entry]
     return extra
+
+
+def untouched(settings: StageSettings, again: str = AGAIN) -> str:
+    """What a run that ends early leaves, and how to go on; a training that has not saved yet leaves nothing."""
+    name = {TrainVAESettings: "vae", TrainUNetSettings: "unet"}.get(type(settings), "")
+    if name and not StageFolder(settings.run / name).resumable():
+        return "nothing was saved yet: the same command starts from the beginning"
+    return f"what was saved is untouched: {again}"

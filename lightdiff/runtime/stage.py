@@ -24,21 +24,12 @@ from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, r
 from lightdiff.runtime.lock import open_stage_dir
 from lightdiff.runtime.processes import Processes, distributed, pick_compile, pick_device, pick_precision, to_device
 from lightdiff.runtime.progress import console
-from lightdiff.settings import (
-    ComputeSettings,
-    LoopSettings,
-    StageSettings,
-    TrainingSettings,
-    TrainUNetSettings,
-    TrainVAESettings,
-    flat,
-    with_changes,
-)
+from lightdiff.runtime.resume import AGAIN, untouched
+from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
 
 S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
-AGAIN = "run the same command again to resume"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE, HANG_UP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # Windows has neither
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
@@ -150,10 +141,10 @@ class Stage(Generic[S]):
         on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
         how = f"batch size {self.loop.batch_size}, {on}{self.device.type}, {self.loop.precision}"
         console.print(f"{task.summary}; {self.total_steps} steps, {how}")
-        warmup, lr, total = self.loop.warmup_steps, self.loop.lr, self.total_steps
-        if warmup > total:
-            longer = f"note: --warmup-steps {warmup} is longer than this run of {total} steps"
-            console.print(f"{longer}: the learning rate ends at {lr * total / warmup:.2g}, not --lr {lr:g}")
+        if (warmup := self.loop.warmup_steps) > self.total_steps:
+            longer, lr = f"{warmup} is longer than this run of {self.total_steps} steps", self.loop.lr
+            ends = f"the learning rate ends at {lr * self.total_steps / warmup:.2g}, not --lr {lr:g}"
+            console.print(f"note: --warmup-steps {longer}: {ends}")
         if not task.val_items:
             newest = "best.safetensors is the newest state, not the best; a larger --val-share holds some images out"
             console.print(f"note: there are no validation images, so nothing is validated: {newest}", soft_wrap=True)
@@ -334,11 +325,3 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
         raise LostContact(
             f"process {rank()} has lost contact with the others ({reason}); {untouched(settings)}"
         ) from error
-
-
-def untouched(settings: StageSettings, again: str = AGAIN) -> str:
-    """What a run that ends early leaves, and how to go on; a training that has not saved yet leaves nothing."""
-    name = {TrainVAESettings: "vae", TrainUNetSettings: "unet"}.get(type(settings), "")
-    if name and not StageFolder(settings.run / name).resumable():
-        return "nothing was saved yet: the same command starts from the beginning"
-    return f"what was saved is untouched: {again}"

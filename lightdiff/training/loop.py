@@ -22,17 +22,10 @@ from lightdiff.run_folder import check_disk_space
 from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter
-from lightdiff.runtime.stage import OUT_OF_TIME, Stage
+from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
 from lightdiff.settings import LoopSettings
+from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
-from lightdiff.training.optimizers import (
-    MASKING,
-    STATE_KEYS,
-    Muon,
-    learning_rate,
-    make_optimizers,
-    optimizer_state_bytes,
-)
 from lightdiff.training.saving import write_snapshots
 
 Tensors = dict[str, Tensor]
@@ -41,14 +34,11 @@ SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
 NAMES_SHOWN = 8
 
 
-class Task(Protocol):
+class Task(Trainable, Protocol):
     """What the loop trains: data, a loss, and how to judge and picture the network.
 
     Of each batch, a process loads and prepares its share (`Processes.share`); of an empty one, the first item.
     """
-
-    model: nn.Module
-    train_items: int  # in the training split
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
         """This process's share of `steps` batches, the first of which begins after `start` images."""
@@ -81,7 +71,7 @@ class Trainer:
             EMA(copy.deepcopy(self.model).requires_grad_(False).eval(), loop.ema_decay) if loop.ema_decay else None
         )
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(self.model, loop)
+        self.optimizers = optimizers.make_optimizers(self.model, loop)
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
         self.skipped = 0  # steps without an update, as something was not finite
         self.unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated
@@ -136,8 +126,8 @@ class Trainer:
 
     def _update(self, finite: Tensor) -> None:
         """Let the optimizers step, or change nothing if not all is finite: on the device, without waiting for it."""
-        self.lr = learning_rate(self.loop, self.step, self.stage.total_steps)
-        masking = self.stage.device.type in MASKING
+        self.lr = optimizers.learning_rate(self.loop, self.step, self.stage.total_steps)
+        masking = self.stage.device.type in optimizers.MASKING
         if masking or finite:  # without masks, this waits for the device
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.lr
@@ -165,12 +155,11 @@ class Trainer:
     def snapshot_bytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
-        return (2 if self.ema else 1) * weights + optimizer_state_bytes(self.model, self.loop)
+        return (2 if self.ema else 1) * weights + optimizers.optimizer_state_bytes(self.model, self.loop)
 
-    @property
-    def disk_needed(self) -> int:
-        """Bytes that must be free for the next save: the new file lies beside the old ones until it is whole."""
-        return self.snapshot_bytes + SMALL_FILES
+    def check_room(self) -> None:
+        """Check that the disk has room for the next save: the new file lies beside the old ones until it is whole."""
+        check_disk_space(self.stage.folder.checkpoints, self.snapshot_bytes + SMALL_FILES)
 
     def optimizer_state(self) -> Tensors:
         """What the optimizers keep of each parameter, by kind and name."""
@@ -180,7 +169,7 @@ class Trainer:
         return {
             f"{kind}.{name}": known[parameter][kind]
             for name, parameter in self.trained.items()
-            for kind in STATE_KEYS
+            for kind in optimizers.STATE_KEYS
             if kind in known.get(parameter, ())
         }
 
@@ -219,7 +208,7 @@ class Trainer:
         extra = self.stage.metadata.extra | ({"best": self.best} if math.isfinite(self.best) else {})
         extra |= ({"skipped": self.skipped} if self.skipped else {}) | about
         progress = {"step": self.step, "images_seen": self.images_seen, "metrics": metrics, "extra": extra}
-        check_disk_space(folder.checkpoints, self.disk_needed)
+        self.check_room()
         metadata = self.stage.metadata.model_copy(update=progress)
         write_snapshots(folder, self.state, metadata, self.loop, keep_step, best)
 
@@ -241,7 +230,7 @@ class Trainer:
         self.unvalidated = saved.metadata.extra.get("unvalidated", {})
         self.stage.metadata.extra.pop("unvalidated", None)
         for optimizer in self.optimizers:
-            if isinstance(optimizer, Muon):
+            if isinstance(optimizer, optimizers.Muon):
                 optimizer.init_state()
             else:
                 self._init_adamw(optimizer)
@@ -251,10 +240,11 @@ class Trainer:
 
     def _init_adamw(self, adamw: torch.optim.Optimizer) -> None:
         """Give AdamW the state that it makes at its first step."""
-        where = self.stage.device if self.stage.device.type in MASKING else "cpu"  # where it counts its steps
+        on_device = self.stage.device.type in optimizers.MASKING  # that is where it counts its steps
         for parameter in adamw.param_groups[0]["params"]:
-            count = torch.tensor(float(self.step - self.skipped), device=where)
-            adamw.state[parameter] = {"step": count, **{kind: torch.empty_like(parameter) for kind in STATE_KEYS}}
+            count = torch.tensor(float(self.step - self.skipped), device=self.stage.device if on_device else "cpu")
+            averages = {kind: torch.empty_like(parameter) for kind in optimizers.STATE_KEYS}
+            adamw.state[parameter] = {"step": count, **averages}
 
 
 # --- what a trainer is made of ------------------------------------------------------------------------------------
@@ -281,7 +271,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     trainer = Trainer(task, stage)
     if stage.saved is not None:
         trainer.restore(stage.saved)
-    processes.run_on_main(lambda: check_disk_space(folder.checkpoints, trainer.disk_needed))
+    processes.run_on_main(trainer.check_room)
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
     began, images_before = time.monotonic(), trainer.images_seen
