@@ -94,7 +94,7 @@ def _variants(parts: set[str]) -> set[str]:
 
 def _by_folder(depth: int, names: Sequence[str]) -> list[tuple[str, str]]:
     """The folder of each image at this depth, split folders aside, and the rest of its path; empty if none matters."""
-    lie = places(names)
+    lie = places(tuple(names))
     variants = _variants({place.folders[depth] for place in set(lie) if len(place.folders) > depth})
     if not variants:
         return []

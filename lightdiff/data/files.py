@@ -6,7 +6,6 @@ data lie, nor on the machine or the order in which its file system lists them.
 
 import hashlib
 import itertools
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -43,6 +42,7 @@ SYSTEM_NAMES = frozenset(
     "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
     "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
 ) | {"system volume information"}
+Report = Callable[[int], object]  # of how many images have been found
 REPORT_EVERY = 1000
 PARTS_OF_RUN = frozenset({"vae", "latents", "unet", "samples", "evaluation", "sweeps"})
 KINDS = 8  # of what was passed over, that a note names
@@ -91,7 +91,7 @@ def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> It
                 continue
             seen.add(identity)
             if folders:
-                skipped = {name: kind for name in folders if (kind := _skipped(name))} | _parts_of_run(path, folders)
+                skipped = _not_entered(path, folders)
                 passed_over.update(skipped.values())
                 folders[:] = [name for name in folders if name not in skipped]
                 starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
@@ -104,16 +104,16 @@ def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> It
                     passed_over[kind] += 1
 
 
-def _skipped(folder: str) -> str:
-    """Why a folder of this name is not looked into; empty if it is."""
-    return f"folder {folder}" if folder.lower() in SYSTEM_NAMES else "hidden folder" if folder[0] == "." else ""
-
-
-def _parts_of_run(folder: str, folders: Sequence[str]) -> dict[str, str]:
-    """Where this tool keeps its own pictures, if a folder is a run, named with what they are counted as."""
+def _not_entered(folder: str, folders: Sequence[str]) -> dict[str, str]:
+    """The folders that are not looked into, with what they are counted as; parts of a run hold our own pictures."""
     parts = [name for name in folders if name.partition(".old-")[0] in PARTS_OF_RUN]
-    is_run = any(os.path.isfile(os.path.join(folder, name, "settings.json")) for name in parts)
-    return dict.fromkeys(parts, "folder of a run of lightdiff") if is_run else {}
+    if not any(os.path.isfile(os.path.join(folder, name, "settings.json")) for name in parts):
+        parts = []
+    return {
+        **{name: "hidden folder" for name in folders if name[0] == "."},
+        **{name: f"folder {name}" for name in folders if name.lower() in SYSTEM_NAMES},
+        **dict.fromkeys(parts, "folder of a run of lightdiff"),
+    }
 
 
 def _passed_over(folder: str, name: str, misses: Counter[str]) -> str:
@@ -195,20 +195,14 @@ def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
 
 
 def scan(
-    folders: Sequence[Path],
-    val_share: float,
-    report: Callable[[int], object] = lambda count: None,
-    table: Path | None = None,
+    folders: Sequence[Path], val_share: float, report: Report | None = None, table: Path | None = None
 ) -> list[ImageFile]:
     """The images that `find_images` finds."""
     return find_images(folders, val_share, report, table).files
 
 
 def find_images(
-    folders: Sequence[Path],
-    val_share: float,
-    report: Callable[[int], object] = lambda count: None,
-    table: Path | None = None,
+    folders: Sequence[Path], val_share: float, report: Report | None = None, table: Path | None = None
 ) -> Listing:
     """Every image of the sources, sorted by source and name (by code point), with its split and its labels.
 
@@ -219,8 +213,8 @@ def find_images(
     path, a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out,
     as happens with two or three, the one with the largest hash is trained on.
     """
-    found, labels, roles = Listing([], [], Counter(), []), dict[tuple[int, str], Labels](), folder_roles(folders)
-    indexed = dict[int, Images]()
+    found, roles = Listing([], [], Counter(), []), folder_roles(folders)
+    labels, indexed = dict[tuple[int, str], Labels](), dict[int, Images]()
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
@@ -236,8 +230,9 @@ def find_images(
             splits, note = own_split(kept, roles[root])
             found.notes += [f"{folder}: {note}"] if note else []
             if found.layouts[-1] == "plain" and (stray := stray_images(kept)):
-                note = f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them"
-                found.notes.append(note)
+                found.notes.append(
+                    f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them"
+                )
         if table:
             indexed[root] = Images(folder, names)
         elif found.layouts[-1] in LABELS:
@@ -271,10 +266,10 @@ def passed_over_note(passed_over: Counter[str]) -> str:
     return f"passed over: {', '.join(f'{kind} ({count:,})' for kind, count in kinds)}{more}{hint}"
 
 
-def _counted(names: Iterable[str], before: int, report: Callable[[int], object]) -> Iterator[str]:
+def _counted(names: Iterable[str], before: int, report: Report | None) -> Iterator[str]:
     """The names; now and then their number and the one before is reported."""
     for count, name in enumerate(names, before + 1):
-        if count % REPORT_EVERY == 0:
+        if report and count % REPORT_EVERY == 0:
             report(count)
         yield name
 
@@ -296,11 +291,6 @@ def _position(name: str) -> float:
     """The name's hash, a number in [0, 1). Unicode is normalised: some systems store "é" as two characters."""
     text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
-
-
-def data_digest(files: Sequence[ImageFile]) -> str:
-    """A digest of the list of images: names, labels and split, not pixels."""
-    return hashlib.sha256(json.dumps([(f.root, f.path, f.split, f.labels) for f in files]).encode()).hexdigest()
 
 
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:

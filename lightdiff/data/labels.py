@@ -157,29 +157,25 @@ def read_labels(
         raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
     inside = {root: images for root, images in sources.items() if images.folder.resolve() in table.resolve().parents}
     labels: dict[tuple[int, str], Labels] = {}
-    unmatched, respelt = list[Row](), list[tuple[Row, str]]()
+    unmatched, respelt = list[str](), list[str]()
     for row in rows:
         found = [(root, name) for root, images in (inside or sources).items() for name in images.find(row.file, table)]
         if len(found) > 1:
             one, other = (sources[root].folder / name for root, name in found[:2])
             raise UserError(f"{flag}: {table}, {row.where}: {row.file} can be {one} or {other}; write that path")
         if not found:
-            unmatched.append(row)
+            unmatched.append(f"{row.where}: {row.file}")
         elif labels.setdefault(found[0], row.labels) != row.labels:
             raise UserError(f"{flag}: {table}, {row.where}, names {row.file} again, with different labels")
         elif posixpath.basename(found[0][1]) != re.split(r"[/\\]", row.file)[-1]:
-            respelt.append((row, found[0][1]))
+            respelt.append(f"{row.where}: {row.file} for {found[0][1]}")
     if not labels and flag == "--labels":
         first = next(iter(sources.values()))
-        there = min(first.names)
-        here = unmatched[0].file if unmatched else "none"
-        raise UserError(f"{flag}: {table} names no image of {first.folder}: it has {here}, there is {there}")
-    if unmatched:
-        example = f"{unmatched[0].where}: {unmatched[0].file}"
-        notes.append(f"{len(unmatched):,} of {len(rows):,} rows of {table} name no image ({example})")
-    if respelt:
-        example = f"{respelt[0][0].where}: {respelt[0][0].file} for {respelt[0][1]}"
-        notes.append(f"{len(respelt):,} of {len(rows):,} rows of {table} spell an image's name differently ({example})")
+        example = f"it has {rows[0].file if rows else 'none'}, there is {min(first.names)}"
+        raise UserError(f"{flag}: {table} names no image of {first.folder}: {example}")
+    for which, what in ((unmatched, "name no image"), (respelt, "spell an image's name differently")):
+        if which:
+            notes.append(f"{len(which):,} of {len(rows):,} rows of {table} {what} ({which[0]})")
     for name in sorted({name for given in labels.values() for name in given}):
         values = [given[name] for given in labels.values() if name in given]
         if len(values) >= FEW and len(set(values)) > len(values) / 2:

@@ -37,16 +37,12 @@ def common_folder(names: Sequence[str]) -> str:
     return f"{common}/" if common else ""
 
 
-def places(names: Sequence[str]) -> list[Place]:
+@lru_cache(maxsize=1)  # asked for several times in a row
+def places(names: tuple[str, ...]) -> list[Place]:
     """The place of each image, counted from the folder that holds all.
 
     Split folders lie at the top (train/cat/1.jpg) or in every class (cat/train/1.jpg).
     """
-    return _places(tuple(names))
-
-
-@lru_cache(maxsize=1)  # asked for several times in a row
-def _places(names: tuple[str, ...]) -> list[Place]:
     start = len(common_folder(names))
     homes = [name[start:].rpartition("/")[0] for name in names]
     parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names
@@ -54,12 +50,10 @@ def _places(names: tuple[str, ...]) -> list[Place]:
     if not roles and all(len(part) > 1 and part[1].lower() in ROLES for part in parts.values()):
         depth, roles = 1, {part[1]: ROLES[part[1].lower()] for part in parts.values()}
         roles = roles if len(set(roles.values())) > 1 else {}
-    found = {
-        home: Place(roles[part[depth]], part[:depth] + part[depth + 1 :])
-        if len(part) > depth and part[depth] in roles
-        else Place("", part)
-        for home, part in parts.items()
-    }
+    found = {home: Place("", part) for home, part in parts.items()}
+    for home, part in parts.items():
+        if len(part) > depth and part[depth] in roles:
+            found[home] = Place(roles[part[depth]], part[:depth] + part[depth + 1 :])
     return [found[home] for home in homes]
 
 
@@ -94,10 +88,7 @@ def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split |
     Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
     `whole` is the role of the --data folder itself.
     """
-    lie = places(names)
-    if not whole and not any(place.role for place in set(lie)):
-        return dict.fromkeys(names), ""
-    roles = {name: whole or place.role for name, place in zip(names, lie, strict=True)}
+    roles = {name: whole or place.role for name, place in zip(names, places(tuple(names)), strict=True)}
     used = {name: role for name, role in roles.items() if role != "test"}
     if not used and not whole:
         return dict.fromkeys(names), ""
@@ -123,7 +114,7 @@ def classes(names: Sequence[str]) -> list[str]:
     """The class of each image: its first folder where these differ, split folders aside. Empty if any has none."""
     if any("/" not in name for name in names):
         return []
-    lie = places(names)
+    lie = places(tuple(names))
     folders = {place: place.folders for place in set(lie)}
     while all(folders.values()):
         if len({parts[0] for parts in folders.values()}) > 1:
@@ -135,7 +126,7 @@ def classes(names: Sequence[str]) -> list[str]:
 
 def stray_images(names: Sequence[str]) -> list[str]:
     """The few images beside the folders of all others, without which these would be classes."""
-    lie = places(names)
+    lie = places(tuple(names))
     stray = [name for name, place in zip(names, lie, strict=True) if not place.folders]
     if not 0 < len(stray) <= FEW_STRAY * len(names):
         return []

@@ -54,8 +54,7 @@ def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], tell: Tell)
 
 def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:
     """At most so many of the files, at even distances from the first to the last."""
-    steps = count - 1
-    return files if len(files) <= count else [files[i * (len(files) - 1) // steps] for i in range(count)]
+    return files if len(files) <= count else [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
 
 
 def look_at(

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import ImageFile, data_digest, full_paths, list_images, scan
+from lightdiff.data.files import ImageFile, full_paths, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
@@ -357,7 +357,8 @@ def cached_features(
     sources = [str(place) for place in images.data if place.is_file()]  # whose images are no files
     paths = sources + full_paths(files, images.data)
     fingerprints = ranks.run_on_main(lambda: [fingerprint(path) for path in paths])
-    what = [features.digest, data_digest(files), fingerprints, images.resolution, images.background]
+    listed = [(file.root, file.path, file.split, file.labels) for file in files]
+    what = [features.digest, listed, fingerprints, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
     if ranks.run_on_main(path.is_file):
         tensors = safetensors.torch.load_file(path)
