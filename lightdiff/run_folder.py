@@ -333,11 +333,9 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 def _open_regular(path: str, flags: int) -> int:
     handle = os.open(path, flags | NO_WAIT)
     kind = os.fstat(handle).st_mode
-    if stat.S_ISREG(kind):
+    if stat.S_ISREG(kind) or stat.S_ISDIR(kind):  # of a folder, `open` itself says so
         return handle
     os.close(handle)
-    if stat.S_ISDIR(kind):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     raise OSError(errno.EINVAL, "a named pipe or a device, not a regular file", path)
 
 

@@ -10,8 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -108,26 +107,23 @@ class Lasting:
 
     def write(self, text: str) -> int:
         """Write, as far as somebody reads."""
-        with self._while_read():
-            self._stream.write(text)
-        return len(text)
+        return self._as_long_as_read(self._stream.write, text)
 
     def flush(self) -> None:
         """Hand on what is written, as far as somebody reads."""
-        with self._while_read():
-            self._stream.flush()
+        self._as_long_as_read(self._stream.flush)
 
-    @contextmanager
-    def _while_read(self) -> Iterator[None]:
+    def _as_long_as_read(self, do: Callable[..., int | None], *given: str) -> int:
         """Once nobody reads, let this and all else that writes there, such as libraries in C++, write to nowhere."""
         try:
-            yield
+            return do(*given) or 0
         except OSError as error:
             if not self._gone(error):
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            return 0
 
 
 def outlive_readers() -> None:
