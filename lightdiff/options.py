@@ -261,13 +261,11 @@ def nest_dotted(layer: Layer) -> Layer:
     """
     result: Layer = {name: value for name, value in layer.items() if "." not in name}
     for name in layer.keys() - result.keys():
-        *groups, last = name.split(".")
-        group: Any = result
-        for inner in groups:
-            group = group.setdefault(inner, {}) if isinstance(group, dict) else None
-        if not isinstance(group, dict) or last in group:
+        head, _, rest = name.partition(".")
+        inner = result.get(head, {})
+        if not isinstance(inner, dict) or rest in inner:
             raise ValueError(f"{shorten(name)} is given twice")
-        group[last] = layer[name]
+        result[head] = nest_dotted(inner | {rest: layer[name]})
     return result
 
 
