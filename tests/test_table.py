@@ -142,6 +142,14 @@ def test_a_broken_link_is_known_as_such(three: Path) -> None:
     assert now.compare(before, [three], contents=True).changed.tolist() == [False, True]
 
 
+def test_names_whose_ends_overflow_are_refused() -> None:
+    table = ImageTable.of(FILES)
+    table.check()
+    for ends in ([2**63 - 1, -(2**63), -(2**63) + 1, len(table.text)], [5, 5, 6, len(table.text)]):
+        with pytest.raises(ValueError, match="what does not fit together"):
+            table.model_copy(update={"ends": np.array(ends)}).check()
+
+
 # --- hostile ones -------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.layouts import Split
-from lightdiff.data.table import COLUMN, FINGERPRINT, ImageTable, Mask
+from lightdiff.data.table import COLUMN, FINGERPRINT, MANY, ImageTable, Mask, check_ranges
 from lightdiff.errors import Damaged, RunError, UserError
 from lightdiff.run_folder import INDEX
 from lightdiff.settings import ImageSettings
@@ -93,16 +93,12 @@ class LatentIndex(ImageTable):
         super().check()
         s, c = self.statistics, self.shape[0]
         lengths = {len(x) for x in (s.channel_mean, s.channel_std, s.channel_sigma)} if s else {c}
-        if not (
-            {len(self.shard), len(self.row)} == {len(self)}
-            and -1 <= self.shard.min() <= self.shard.max() < len(self.shards)
-            and self.row.min() >= -1
-            and self.roots.max() < max(1, len(self.images.data))
-            and math.prod(self.shape) <= MAX_ELEMENTS
-            and lengths == {c}
-            and not (s and not {len(s.shift), len(s.scale)} <= {1, c})
-        ):
+        large = math.prod(self.shape) > MAX_ELEMENTS
+        scaled = not s or {len(s.shift), len(s.scale)} <= {1, c}
+        if {len(self.shard), len(self.row)} != {len(self)} or lengths != {c} or not scaled or large:
             raise ValueError("its parts do not fit together")
+        sources = max(1, len(self.images.data))
+        check_ranges((self.shard, -1, len(self.shards)), (self.row, -1, MANY), (self.roots, 0, sources))
         written = np.array([*map(bool, self.shards), False])[self.shard]  # the last is shard -1
         if (self.row[~written] >= 0).any() or (self.complete and not written.all()):
             raise ValueError("it names latents that are not written")

@@ -33,6 +33,7 @@ HASH_BYTES = 16
 READERS = 8  # threads that read files to compare their contents
 MAX_TIME = 2**63 - 1
 CHUNK = 1 << 17  # bytes read at a time
+MANY = 1 << 31  # more than an int32 holds
 Mask = NDArray[np.bool_]
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
 COLUMN: Any = Field(exclude=True)  # it is a tensor of the file, no part of its document
@@ -82,20 +83,16 @@ class ImageTable(BaseModel):
         Raises:
             ValueError: If not.
         """
-        known = np.array([len(values) for values in self.labels.values()], np.int64)
-        rows = [len(column) for column in (self.roots, self.splits, self.fingerprints, self.codes.T)]
-        if not (
-            len(self)
-            and {*rows} == {len(self)}
-            and len(self.codes) == len(known)
-            and (np.diff(self.ends, prepend=0) > 0).all()
-            and self.ends[-1] == len(self.text)
-            and (self.roots >= 0).all()
-            and (self.splits < len(SPLITS)).all()
-            and (self.codes >= -1).all()
-            and (self.codes < known[:, None]).all()
-        ):
+        known = np.array([[len(values)] for values in self.labels.values()], np.int64).reshape(-1, 1)
+        lengths = {len(column) for column in (self.roots, self.splits, self.fingerprints, self.codes.T)}
+        if not len(self) or lengths != {len(self)} or len(known) != len(self.codes) or self.ends[-1] != len(self.text):
             raise ValueError("its columns do not fit together")
+        check_ranges(
+            (np.diff(self.ends, prepend=0), 1, len(self.text) + 1),
+            (self.roots, 0, MANY),
+            (self.splits, 0, len(SPLITS)),
+            (self.codes, -1, known),
+        )
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -224,6 +221,16 @@ class Comparison:
                 f"{len(self.gone):,} of the {len(self.older):,} images behind {where} are gone ({example}), more than "
                 f"--max-bad {max_bad:g}: is every disk mounted, and --data right? --allow-missing goes on without them"
             )
+
+
+def check_ranges(*limits: tuple[NDArray[Any], int, Any]) -> None:
+    """Check that columns hold numbers from the first limit to below the second.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    if any(((column < low) | (column >= high)).any() for column, low, high in limits):
+        raise ValueError("its columns hold what does not fit together")
 
 
 def _composed(key: tuple[int, str]) -> tuple[int, str]:

@@ -32,6 +32,7 @@ ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE, HANG_UP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # Windows has neither
+SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP) if number}
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
 DISTRIBUTED_ERRORS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
 
@@ -77,11 +78,6 @@ class Stage(Generic[S]):
     def loop(self) -> LoopSettings:
         """How a training stage trains."""
         return self.settings.loop  # type: ignore[attr-defined, no-any-return]
-
-    def can_resume(self, settings: TrainingSettings) -> bool:
-        """Whether there is a state to resume from, and it is wanted; the same in all processes."""
-        wanted = not settings.restart and (settings.from_step > 0 or bool(self.folder.resumable()))
-        return self.processes.run_on_main(lambda: wanted)
 
     # --- settings and networks ------------------------------------------------------------------------------------
 
@@ -246,17 +242,16 @@ def open_stage(
     with translate_errors(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
-        force = settings.job.force_unlock
-        path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
+        path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), settings.job.force_unlock)))
         processes.run_on_main(lambda: remove_abandoned(RunFolder(settings.run)))
         stage = Stage(name, settings, device, processes, path)
         held.enter_context(signal_handler(stage.on_signal))
-        if isinstance(settings, TrainingSettings) and stage.can_resume(settings):
-            stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
-        restart = getattr(settings, "restart", False)
-        stage.begun = (
-            flat(stage.saved.settings(type(settings)).to_save()) if stage.saved else {} if restart else begun(path)
-        )
+        if not getattr(settings, "restart", False):
+            if not isinstance(settings, TrainingSettings):
+                stage.begun = begun(path)
+            elif processes.run_on_main(lambda: settings.from_step > 0 or bool(stage.folder.resumable())):
+                stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
+                stage.begun = flat(stage.saved.settings(type(settings)).to_save())
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
         try:
@@ -288,11 +283,9 @@ def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator
 
     A closed terminal (SIGHUP) stops no process that was started with nohup.
     """
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP) if number is not None]
-    if HANG_UP and signal.getsignal(HANG_UP) == signal.SIG_IGN:
-        numbers.remove(HANG_UP)
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if main}
+    nohup = {HANG_UP} if HANG_UP and signal.getsignal(HANG_UP) == signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handler) for number in SIGNALS - nohup if main}
     try:
         yield
     finally:
