@@ -172,8 +172,7 @@ def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker) -
     """Which of two variants is the better one, by what their names say or, where that is not enough, by a look."""
     if all(map(COPY.search, pair)) and _rank(pair[0]) != _rank(pair[1]):
         return "first" if _rank(pair[0]) > _rank(pair[1]) else "second"
-    chosen = shared[:: max(1, len(shared) // LOOKS)][:LOOKS]
-    looks = [(look(one), look(other)) for one, other in chosen]
+    looks = [(look(one), look(other)) for one, other in shared[:: max(1, len(shared) // LOOKS)][:LOOKS]]
     seen = [(a, b) for a, b in looks if a and b]
     if len(seen) < FEWEST:
         return ""

@@ -227,12 +227,10 @@ def find_images(
         found.layouts.append(layout(folder, kept))
         splits = dict[str, Split | None].fromkeys(kept)
         if roles[root] or any("/" in name for name in kept):
-            splits, note = own_split(kept, roles[root])
-            found.notes += [f"{folder}: {note}"] if note else []
+            splits, said = own_split(kept, roles[root])
             if found.layouts[-1] == "plain" and (stray := stray_images(kept)):
-                found.notes.append(
-                    f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them"
-                )
+                said.append(f"its folders are not taken for classes, as {stray[0]} lies in none of them")
+            found.notes += [f"{folder}: {note}" for note in said]
         if table:
             indexed[root] = Images(folder, names)
         elif found.layouts[-1] in LABELS:

@@ -82,7 +82,7 @@ def folder_roles(folders: Sequence[Path]) -> list[Role]:
     return of if set(of) != {"test"} else [""] * len(of)
 
 
-def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split | None], str]:
+def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split | None], list[str]]:
     """The images to use, each with the split that the user's folders give it, if they do; and what is to be said.
 
     Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
@@ -91,7 +91,7 @@ def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split |
     roles = {name: whole or place.role for name, place in zip(names, places(tuple(names)), strict=True)}
     used = {name: role for name, role in roles.items() if role != "test"}
     if not used and not whole:
-        return dict.fromkeys(names), ""
+        return dict.fromkeys(names), []
     held_out = sum(role == "val" for role in used.values())
     said, splits = [], dict[str, Split | None].fromkeys(used)
     if (used and whole) or 0 < held_out < len(used):
@@ -99,7 +99,7 @@ def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split |
         said.append(f"split by its folders into {len(used) - held_out:,} training and {held_out:,} validation images")
     if left_out := len(names) - len(used):
         said.append(f"{left_out:,} images in a folder for testing are left out")
-    return splits, "; ".join(said)
+    return splits, ["; ".join(said)] if said else []
 
 
 def layout(folder: Path, names: Sequence[str]) -> Layout:
