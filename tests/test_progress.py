@@ -45,6 +45,7 @@ def printed(*things, width=80, terminal=False, **how):
     """What a console of this width prints."""
     target = SafeConsole(**how)
     target.file, target.width, target._force_terminal, target._color_system = io.StringIO(), width, terminal, None
+    target.soft_wrap = not terminal
     for thing in things:
         print_table(target, thing) if isinstance(thing, Table) else target.print(thing)
     return target.file.getvalue()

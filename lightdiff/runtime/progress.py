@@ -47,6 +47,7 @@ class SafeConsole(Console):
         super().__init__(stderr=stderr, markup=markup, highlight=False, emoji=False)  # a path may hold [b] or :b:
         if not self.width:  # COLUMNS=0, as where the terminal's size is not known, would cut off everything
             self.width = 80
+        self.soft_wrap = not self.is_terminal  # no line is broken where there is no terminal
 
     def render_str(self, text: str, **how: Any) -> Text:
         """Text of one line, with control characters escaped before it is measured."""
@@ -61,10 +62,6 @@ class SafeConsole(Console):
     def status(self, status: RenderableType, **how: Any) -> Status:
         """A line that shows what is being done; a name in it is no markup."""
         return super().status(Text(printable(status)) if isinstance(status, str) else status, **how)
-
-    def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
-        """Print; no line is broken where there is no terminal."""
-        super().print(*objects, soft_wrap=not self.is_terminal if soft_wrap is None else soft_wrap, **how)
 
 
 console = SafeConsole(stderr=True)
