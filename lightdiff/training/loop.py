@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -67,9 +67,8 @@ class Trainer:
         self.task, self.stage, self.model = task, stage, task.model
         loop: LoopSettings = stage.settings.loop
         self.loop, self.processes = loop, stage.processes
-        self.ema = (
-            EMA(copy.deepcopy(self.model).requires_grad_(False).eval(), loop.ema_decay) if loop.ema_decay else None
-        )
+        copied = copy.deepcopy(self.model).requires_grad_(False).eval() if loop.ema_decay else None
+        self.ema = None if copied is None else EMA(copied, loop.ema_decay)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizers = optimizers.make_optimizers(self.model, loop)
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
@@ -106,9 +105,11 @@ class Trainer:
             weight = counts * len(next(iter(part.values()))) / loop.batch_size
             if loop.compile == "on":  # what a CUDA graph has returned may be overwritten now
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._accumulating(first + loop.micro < size):
+            # Gradients stay in this process while more micro-batches of this step come.
+            network, more = self.network, first + loop.micro < size
+            with network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext():
                 with autocast(device, loop.precision):
-                    losses = self.task.loss(self.network, part)
+                    losses = self.task.loss(network, part)
                 (losses["loss"] * (weight * processes.world_size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
@@ -118,11 +119,6 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model, self.step)
         return sums | {"grad_norm": norm / processes.world_size}  # the same in all processes, and sums are summed up
-
-    def _accumulating(self, more: bool) -> AbstractContextManager[None]:
-        """Keep gradients in this process while more micro-batches of this step come."""
-        network = self.network
-        return network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext()
 
     def _update(self, finite: Tensor) -> None:
         """Let the optimizers step, or change nothing if not all is finite: on the device, without waiting for it."""
