@@ -20,6 +20,8 @@ from PIL import Image
 from lightdiff.data.layouts import places
 from lightdiff.errors import UserError
 
+Names = Sequence[str]
+Read = Sequence[tuple[str, str]]  # of each name: its variant, and the rest of its path
 Open = Callable[[str], AbstractContextManager[Image.Image]]
 Looker = Callable[[str], "Look | None"]
 Order = Literal["first", "second", "same size", ""]
@@ -49,9 +51,7 @@ class Look(NamedTuple):
     area: int
 
 
-def find_copies(
-    folder: Path, names: Sequence[str], open_image: Open, notes: list[str]
-) -> tuple[Sequence[str], dict[str, str]]:
+def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) -> tuple[Names, dict[str, str]]:
     """The images of a source to take and, for those that are copies of others that are taken, which ones.
 
     Of copies at several sizes the largest are taken. Where they have one size all are, on one side of the split.
@@ -92,7 +92,7 @@ def _variants(parts: set[str]) -> set[str]:
     return words if len(words) <= MAX_VARIANTS else set()
 
 
-def _by_folder(depth: int, names: Sequence[str]) -> list[tuple[str, str]]:
+def _by_folder(depth: int, names: Names) -> Read:
     """The folder of each image at this depth, split folders aside, and the rest of its path; empty if none matters."""
     lie = places(tuple(names))
     variants = _variants({place.folders[depth] for place in set(lie) if len(place.folders) > depth})
@@ -107,7 +107,7 @@ def _by_folder(depth: int, names: Sequence[str]) -> list[tuple[str, str]]:
     return [(cut[place][0], f"{cut[place][1]}/{stem}") for place, stem in zip(lie, stems, strict=True)]
 
 
-def _by_part(pattern: re.Pattern[str], names: Sequence[str]) -> list[tuple[str, str]]:
+def _by_part(pattern: re.Pattern[str], names: Names) -> Read:
     """A part of each file's name, and the rest of its path; empty if the part is the same in all, or of many kinds."""
     parts = pattern.findall("\n".join(names))
     variants = _variants(set(parts))
@@ -124,14 +124,7 @@ def _by_part(pattern: re.Pattern[str], names: Sequence[str]) -> list[tuple[str, 
     return [("", stem) if stem in others else (part, rest) for stem, part, rest in cut]  # IMG_1, beside small IMG_1
 
 
-def _judge(
-    folder: Path,
-    look: Looker,
-    originals: dict[str, str],
-    notes: list[str],
-    names: Sequence[str],
-    read: Sequence[tuple[str, str]],
-) -> Sequence[str]:
+def _judge(folder: Path, look: Looker, originals: dict[str, str], notes: list[str], names: Names, read: Read) -> Names:
     """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
     images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
     for name, (variant, rest) in zip(names, read, strict=bool(read)):

@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lightdiff.data.copies import find_copies
 from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
-from lightdiff.data.labels import Images, read_labels
+from lightdiff.data.labels import Images, Labelled, read_labels
 from lightdiff.data.layouts import (
     LABELS,
     Labels,
@@ -128,13 +128,9 @@ def _passed_over(folder: str, name: str, misses: Counter[str]) -> str:
         return suffix if suffix in UNREAD_SUFFIXES else name
     if misses[suffix] == MISSES:
         return ""
-    try:
-        with open_regular(os.path.join(folder, name)) as file:
-            found = picture_format(file.read(HEAD))
-    except OSError:
-        found = ""
-    if found:
-        return f"{found} named {suffix}" if suffix else f"{found} without a suffix"
+    with suppress(OSError), open_regular(os.path.join(folder, name)) as file:
+        if found := picture_format(file.read(HEAD)):
+            return f"{found} named {suffix}" if suffix else f"{found} without a suffix"
     misses[suffix] += 1
     return ""
 
@@ -214,7 +210,7 @@ def find_images(
     as happens with two or three, the one with the largest hash is trained on.
     """
     found, roles = Listing([], [], Counter(), []), folder_roles(folders)
-    labels, indexed = dict[tuple[int, str], Labels](), dict[int, Images]()
+    labels, indexed = Labelled(), dict[int, Images]()
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names

@@ -13,6 +13,7 @@ from lightdiff.data.layouts import FAIRFACE_LABELS, FAIRFACE_TABLES, Labels, com
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
 
+Labelled = dict[tuple[int, str], Labels]  # by the number of the source and the image's name
 FEW = 10  # images, of which nothing is said about the number of a label's values
 SHOWN = 3  # lines of a table that a message names
 
@@ -132,9 +133,7 @@ def _key(name: str) -> str:
     return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
 
 
-def read_labels(
-    table: Path, flag: str, sources: Mapping[int, Images], notes: list[str]
-) -> dict[tuple[int, str], Labels]:
+def read_labels(table: Path, flag: str, sources: Mapping[int, Images], notes: list[str]) -> Labelled:
     """The labels that a table gives to the images of some sources, by the number of the source and the image's name.
 
     A table inside a folder speaks of that folder alone. FairFace's has columns that are no labels.
@@ -156,8 +155,7 @@ def read_labels(
     except (OSError, csv.Error, ValueError, RecursionError) as error:
         raise UserError(f"{flag}: the table {table} cannot be read: {error}") from error
     inside = {root: images for root, images in sources.items() if images.folder.resolve() in table.resolve().parents}
-    labels: dict[tuple[int, str], Labels] = {}
-    unmatched, respelt = list[str](), list[str]()
+    labels, unmatched, respelt = Labelled(), list[str](), list[str]()
     for row in rows:
         found = [(root, name) for root, images in (inside or sources).items() for name in images.find(row.file, table)]
         if len(found) > 1:
