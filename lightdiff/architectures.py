@@ -64,6 +64,14 @@ def with_changes(settings: S, **changes: Any) -> S:
     return type(settings).model_validate({**settings.model_dump(), **changes})
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"loop.lr": 0.1, ...}."""
+    rows: dict[str, Any] = {}
+    for name, value in settings.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return rows
+
+
 def parse_names(value: Any) -> Any:
     """A list that may be given as one text, `cat,dog`, as its items; one with a comma in it is quoted, as in CSV."""
     if not isinstance(value, str):

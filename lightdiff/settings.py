@@ -5,7 +5,6 @@ page are made from it. What a field says beyond that (`json_schema_extra`) is fo
 `needs`, `replaces`, `prefix`, `kind`, `repeated`, `panel`. Nothing here imports torch.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,6 +23,7 @@ from lightdiff.architectures import (
     VAEArchitecture,
     VAESettings,
     Width,
+    flat,
     parse_names,
     parse_numbers,
     with_changes,
@@ -31,7 +31,7 @@ from lightdiff.architectures import (
 from lightdiff.errors import UserError, not_divisible
 
 __all__ = ["Architecture", "Counts", "Settings", "UNetArchitecture", "UNetSettings"]
-__all__ += ["VAEArchitecture", "VAESettings", "Width", "parse_names", "parse_numbers", "with_changes"]
+__all__ += ["VAEArchitecture", "VAESettings", "Width", "flat", "parse_names", "parse_numbers", "with_changes"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -57,14 +57,6 @@ MEMORY: JsonDict = {"panel": "Memory"}
 FOLDERS: JsonDict = {"repeated": "FOLDER"}
 NETWORK: JsonDict = {"prefix": True, "kind": "architecture"}
 ALLOW_MISSING: Any = Field(False, description="resume although more images than --max-bad are gone")
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"loop.lr": 0.1, ...}."""
-    rows: dict[str, Any] = {}
-    for name, value in settings.items():
-        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return rows
 
 
 class ScheduleSettings(Settings):
@@ -169,6 +161,12 @@ class LatentsSettings(Settings):
     scale: Numbers = Field((1.0,), description="then multiplied with, one number or one a channel")
     only_mu: bool = Field(True, description="train on mu alone instead of draws of the posterior")
     labels: dict[str, tuple[str, ...]] = Field({}, description="names of the labels, each with the values it takes")
+
+    @model_validator(mode="after")
+    def _fit_channels(self) -> Self:
+        if not {len(self.shift), len(self.scale)} <= {1, self.channels}:
+            raise ValueError(f"shift and scale need one number, or one for each of {self.channels} channels")
+        return self
 
 
 # --- loops --------------------------------------------------------------------------------------------------------

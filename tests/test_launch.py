@@ -110,7 +110,7 @@ def test_signals_that_come_again_and_again_lose_no_save(faces, tmp_path, process
         command.send(signal.SIGHUP)
         time.sleep(0.02)
     code, said = command.end()
-    assert code == 143, said
+    assert code in (129, 143), said  # of signals that come together, a busy machine may hear the second one first
     assert said.count(f"stopped after step {saved_step(command)} of 100000, saved to") == 1
 
 
