@@ -80,10 +80,8 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
     index.look(index.images.data)
     if stage.settings.restart:
         start_over(stage.path)
-    unreadable: list[tuple[int, str]] = []
-    if old is not None:
-        stage.check_begun(index.depends_on, ADVICE)
-        unreadable = resume(stage, index, old)
+    stage.check_begun(index.depends_on, ADVICE)
+    unreadable = [] if old is None else resume(stage, index, old)
     stage.folder.bad_files.unlink(missing_ok=True)  # what it lists may have been repaired
     on_bad(unreadable)
     without = np.flatnonzero(index.shard < 0)
