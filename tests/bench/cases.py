@@ -23,7 +23,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, shard_path
 from lightdiff.data.latents import LatentSet
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
-from lightdiff.data.table import HASH_BYTES
+from lightdiff.data.table import FINGERPRINT
 from lightdiff.losses import VAELoss
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import UNet, build_unet
@@ -88,7 +88,11 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
         n = min(shard_size, count - first)
         mu, logvar = noise[:, :n]
         facts = ShardFacts(vae=index.vae_digest, plan=index.plan(index.planned(number)), bad=[])
-        tensors = {"mu": mu, "logvar": logvar - 6, **encode_stage.as_columns([(0, 0, bytes(HASH_BYTES))] * n)}
+        tensors = {
+            "mu": mu,
+            "logvar": logvar - 6,
+            "fingerprints": torch.zeros(n, FINGERPRINT.itemsize, dtype=torch.uint8),
+        }
         metadata = Metadata(stage="latents", extra=facts.model_dump())
         index.shards[number] = checkpoint.save(shard_path(folder, number), tensors, metadata).digest
     index.digest = index.compute_digest()
