@@ -190,7 +190,7 @@ def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(faces, tmp_pat
     code, said = command.end()
     assert code == 1
     assert f"process 1 (pid {workers[1]}) was ended by SIGKILL" in said
-    assert "the same command resumes from there" in said
+    assert "what was saved is untouched: run the same command again to resume" in said
     assert all(map(gone, workers))
     step = saved_step(command)
     code, said = Command(faces, tmp_path, steps=step + 5).end()

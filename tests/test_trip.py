@@ -17,11 +17,11 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 
 # From a command to the first optimizer step, or to the first call of the U-Net.
 TRIP = {
-    "train-vae": {"lines": 500, "files": 17},
-    "train-unet": {"lines": 552, "files": 17},
-    "generate": {"lines": 445, "files": 18},
+    "train-vae": {"lines": 768, "files": 28},
+    "train-unet": {"lines": 672, "files": 24},
+    "generate": {"lines": 516, "files": 21},
 }
-CORE_LINES = 4_480
+CORE_LINES = 5_960
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

@@ -242,13 +242,13 @@ def open_stage(
     with translate_errors(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
-        path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), settings.job.force_unlock)))
+        stage, force = Stage(name, settings, device, processes, settings.run / name), settings.job.force_unlock
+        held.enter_context(signal_handler(stage.on_signal))  # before the lock, whose end a second signal may meet
+        stage.path = processes.run_on_main(lambda: held.enter_context(open_stage_dir(choose(), force)))
         processes.run_on_main(lambda: remove_abandoned(RunFolder(settings.run)))
-        stage = Stage(name, settings, device, processes, path)
-        held.enter_context(signal_handler(stage.on_signal))
         if not getattr(settings, "restart", False):
             if not isinstance(settings, TrainingSettings):
-                stage.begun = begun(path)
+                stage.begun = begun(stage.path)
             elif processes.run_on_main(lambda: settings.from_step > 0 or bool(stage.folder.resumable())):
                 stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
                 stage.begun = flat(stage.saved.settings(type(settings)).to_save())
