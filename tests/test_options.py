@@ -291,7 +291,8 @@ def test_no_level_is_another_thing_than_not_given() -> None:
 
 
 def test_lists_of_real_numbers_and_of_folders(tmp_path: Path) -> None:
-    assert TrainUNetSettings.model_validate({"latent": {"shift": "0.5,-1"}}).latent.shift == (0.5, -1.0)
+    latent = TrainUNetSettings.model_validate({"latent": {"channels": 2, "shift": "0.5,-1"}}).latent
+    assert latent.shift == (0.5, -1.0)
     one, two = tmp_path / "a,b", tmp_path / "c"
     assert parsed(TrainVAESettings, "--data", str(one), "--data", str(two)).images.data == (one, two)
 
