@@ -193,19 +193,24 @@ def test_no_averaged_weights_when_turned_off(tmp_path):
     assert not Checkpoint(stage.last).names("ema.")
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 7, 10, 13])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
-    fit(tmp_path / "straight", micro_batch=4)
-    step = Trainer.train_step
+def stopping_at(step):
+    """A training step that is followed by SIGTERM, if it is this one."""
+    train_step = Trainer.train_step
 
     def stopping(self, batch):
-        losses = step(self, batch)
-        if self.step == stop_at:
+        losses = train_step(self, batch)
+        if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
 
+    return stopping
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7, 10, 13])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
+    fit(tmp_path / "straight", micro_batch=4)
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", stopping)
+        patched.setattr(Trainer, "train_step", stopping_at(stop_at))
         with pytest.raises(Stopped, match=f"stopped after step {stop_at} of 20") as stopped:
             fit(tmp_path / "stopped", micro_batch=4)
     assert stopped.value.exit_code == 143
@@ -449,16 +454,9 @@ def same_runs(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("step", [9, 10, 20])
 def test_a_signal_in_a_step_that_is_validated_saves_first(tmp_path, monkeypatch, step):
     fit(tmp_path / "straight", val_every=5)
-    task, train_step = Regression(), Trainer.train_step
-
-    def stopping(self, batch):
-        losses = train_step(self, batch)
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses
-
+    task = Regression()
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", stopping)
+        patched.setattr(Trainer, "train_step", stopping_at(step))
         with pytest.raises(Stopped, match=f"stopped after step {step} of 20, saved to"):
             fit(tmp_path / "stopped", task=task, val_every=5)
     assert task.validations == (step - 1) // 5

@@ -53,7 +53,7 @@ def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], tell: Tell)
 
 
 def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:
-    """At most so many of the files, at even distances from the first to the last."""
+    """At most `count` of the files, evenly spaced from the first to the last."""
     return files if len(files) <= count else [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
 
 

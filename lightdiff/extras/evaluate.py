@@ -42,7 +42,7 @@ from lightdiff.pictures import save_grid
 from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import Means, Processes, pick_workers
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     GenerateSettings,
@@ -102,7 +102,7 @@ def unet_of(settings: EvaluateSettings, here: RunFolder) -> Path | None:
     except UserError as error:
         if settings.of == "unet" or settings.unet or not here.vae.path.is_dir():
             raise
-        console.print(f"note: {error}; only the VAE is measured", soft_wrap=True)
+        print_note(f"{error}; only the VAE is measured")
         return None
 
 

@@ -23,7 +23,7 @@ from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensu
 from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
 from lightdiff.runtime.lock import open_stage_dir
 from lightdiff.runtime.processes import Processes, distributed, pick_compile, pick_device, pick_precision, to_device
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.resume import AGAIN, untouched
 from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
 
@@ -143,7 +143,7 @@ class Stage(Generic[S]):
             console.print(f"note: --warmup-steps {longer}: {ends}")
         if not task.val_items:
             newest = "best.safetensors is the newest state, not the best; a larger --val-share holds some images out"
-            console.print(f"note: there are no validation images, so nothing is validated: {newest}", soft_wrap=True)
+            print_note(f"there are no validation images, so nothing is validated: {newest}")
 
     def resume(self, saved: Checkpoint, task: Trainable) -> bool:
         """Prepare to resume a training from a snapshot; False if it has all its steps.

@@ -36,13 +36,14 @@ def run(settings: TrainVAESettings) -> Path:
         images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
         table = ImageTable.of(files)
-        stage.processes.check_same("list of images", table.list_digest())
+        digest = table.list_digest()
+        stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
         stage.processes.run_on_main(lambda: table.look(images.data))
         if stage.saved is not None:
             stage.processes.run_on_main(partial(compare_images, stage, stage.saved, table))
         stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
-        if stage.start_or_resume(task, {"data": table.list_digest()}):
+        if stage.start_or_resume(task, {"data": digest}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
             if task.bad.count:
@@ -62,7 +63,7 @@ def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: Ima
         older = ImageTable.read(stage.folder.image_list)
     except UserError as error:
         if saved.metadata.lineage.get("data") != table.list_digest():
-            console.print(f"note: this run was started with another list of images: {error}", soft_wrap=True)
+            print_note(f"this run was started with another list of images: {error}")
         return
     found = table.compare(older, images.data, contents=False)
     if found.nothing:
