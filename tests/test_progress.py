@@ -18,7 +18,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.tables import print_table
 from lightdiff.pictures import save_grid, save_grid_of_files
 from lightdiff.runtime import progress
-from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline
+from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline, trending
 
 
 def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:
@@ -165,9 +165,20 @@ def test_the_display_shows_progress_losses_and_files(tmp_path):
     display.files["last checkpoint"] = tmp_path / "last.safetensors"
     text = drawn(display, width=200)
     assert "200/300" in text
-    assert "img/s 68.2" in text
-    assert re.search("loss +1 +█", text)
+    assert "68.2 img/s" in text
+    assert re.search("^  loss +1 +█", text, re.M), "the bar has a line of its own"
     assert str(tmp_path / "last.safetensors") in text
+
+
+def test_the_display_shows_the_best_validation_loss_and_no_noise():
+    display = Display("vae", 300)
+    for loss, lr in ((0.5, 1e-3), (0.25, 2e-3), (0.375, 3e-3)):
+        display.remember(trending({"val_loss": loss, "val_psnr": 20 + loss, "lr": lr, "kl_sum": 99.0}))
+    text = drawn(display, 80)
+    assert re.search("val_loss +0.375 .*best 0.25$", text, re.M)
+    assert "20.4 dB" in text
+    assert "lr" not in text
+    assert "kl_sum" not in text
 
 
 def test_the_display_of_a_terminal_without_unicode_has_no_trends():

@@ -33,7 +33,8 @@ from lightdiff.settings import flat
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
-NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time"}
+NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time", "lr", "kl_sum", "val_kl_sum"}
+UNITS = {"val_psnr": " dB"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR = 60  # characters of the bar
 TREND = 32  # characters of a trend
@@ -260,7 +261,9 @@ class Display:
     total: int  # steps
     start: int = 0  # of them done before
     done: int = field(init=False)
-    now: dict[str, float] = field(default_factory=dict)  # numbers of which only the last matters, such as a speed
+    now: dict[str, float] = field(
+        default_factory=dict
+    )  # unit -> number of which only the last matters, such as a speed
     files: dict[str, Path] = field(default_factory=dict)  # the last file of each kind
     _past: dict[str, deque[float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -287,17 +290,19 @@ class Display:
             Text(self.title, style="bold"),
             Text(f"{self.done:,}/{self.total:,}"),
             Text(f"{elapsed} elapsed, {self.remaining()} left"),
-            *(Text(f"{name} {number(value)}") for name, value in self.now.items()),
+            *(Text(f"{number(value)} {unit}") for unit, value in self.now.items()),
         ]
         yield Text("  ").join(parts)  # broken between words
         yield ProgressBar(self.total, self.done, width=min(BAR, options.max_width))
-        numbers = {name: number(values[-1]) for name, values in self._past.items()}
+        yield Segment.line()  # the bar alone does not end its line
+        numbers = {name: number(values[-1]) + UNITS.get(name, "") for name, values in self._past.items()}
         names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
         room = 0 if options.ascii_only else options.max_width - names - widest - 7
         for name, values in self._past.items():
             trend = Text(sparkline([*values], min(TREND, room)) if room > 0 else "", style="cyan")
             label = Text(f"  {name:<{names}}", style="dim")
-            yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend])
+            best = [Text(f"best {number(min(values))}")] if name == "val_loss" and room > TREND else []
+            yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend, *best])
         for what, path in self.files.items():
             yield Text.assemble((f"  {what}  ", "dim"), printable(str(path)), overflow="fold")
 
