@@ -16,15 +16,18 @@ from lightdiff.run_folder import atomic_write, open_regular
 GRID_IMAGES = 64
 WIDEST = 12  # images in a row
 GAP = 2  # pixels between the images of a grid
+CELL = 64  # pixels of an image in a grid, at least
 
 
 def grid(x: Float[torch.Tensor, "n 3 h w"], columns: int) -> Image.Image:
-    """Images in [-1, 1] as one picture, row by row."""
-    n, _, h, w = x.shape
+    """Images in [-1, 1] as one picture, row by row; small ones are enlarged, each pixel to a square."""
+    times = -(-CELL // min(x.shape[2:]))
+    images = to_uint8(x.cpu()).repeat_interleave(times, 2).repeat_interleave(times, 3)
+    n, _, h, w = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)
     sheet = torch.full((3, rows * (h + GAP) - GAP, columns * (w + GAP) - GAP), 255, dtype=torch.uint8)
-    for i, image in enumerate(to_uint8(x.cpu())):
+    for i, image in enumerate(images):
         top, left = (i // columns) * (h + GAP), (i % columns) * (w + GAP)
         sheet[:, top : top + h, left : left + w] = image
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())
@@ -33,6 +36,14 @@ def grid(x: Float[torch.Tensor, "n 3 h w"], columns: int) -> Image.Image:
 def save_grid(path: Path, x: Float[torch.Tensor, "n 3 h w"], columns: int) -> None:
     """Save images in [-1, 1] as one picture, row by row."""
     save_png(path, grid(x, columns))
+
+
+def save_pairs(path: Path, x: Float[torch.Tensor, "n 3 h w"], x_hat: Float[torch.Tensor, "n 3 h w"], most: int) -> None:
+    """Save rows of at most so many images in [-1, 1], each row above one of what became of them."""
+    columns = min(most, len(x))
+    white = x.new_ones(2, -len(x) % columns, *x.shape[1:])
+    both = torch.cat([torch.stack([x, x_hat]), white], 1).view(2, -1, columns, *x.shape[1:])
+    save_grid(path, both.transpose(0, 1).flatten(0, 2), columns)
 
 
 def save_grid_of_files(path: Path, images: Sequence[Path], classes: int = 1) -> None:

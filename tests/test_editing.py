@@ -226,14 +226,14 @@ def test_a_trajectory_ends_at_the_image(trained, tmp_path):
     flags = ["--num-images", 5, "--seed", 3, "--out", tmp_path / "out"]
     succeed("trajectory", "--run", trained, *FAST, *flags)
     strip = pixels(tmp_path / "out/trajectory.png")
-    assert strip.shape == (8 * 18 - 2, 4 * 18 - 2, 3)  # two rows for each of four images, a column for each step
+    assert strip.shape == (8 * 66 - 2, 4 * 66 - 2, 3)  # two rows for each of four images, a column for each step
     for i in range(4):
         drawn = pixels(tmp_path / f"out/{i:05d}.png")
-        estimate = strip[(2 * i + 1) * 18 :][:16, 3 * 18 :]
+        estimate = strip[(2 * i + 1) * 66 :][:64:4, 3 * 66 :: 4]
         assert np.abs(drawn - estimate).max() <= 1
     with Image.open(tmp_path / "out/trajectory.webp") as animation:
         assert animation.n_frames == 4
-        assert animation.size == (4 * 18 - 2, 2 * 18 - 2)
+        assert animation.size == (4 * 66 - 2, 2 * 66 - 2)
 
 
 def test_a_trajectory_begins_with_noise_and_tells_every_call(trained):
@@ -255,7 +255,7 @@ def test_a_trajectory_of_an_edit_ends_at_the_image(trained, face, tmp_path):
     succeed("edit", "--run", trained, *FAST, *flags)
     strip = pixels(tmp_path / "out/me-trajectory.png")
     for i in range(2):
-        estimate = strip[(2 * i + 1) * 18 :][:16, 3 * 18 :]
+        estimate = strip[(2 * i + 1) * 66 :][:64:4, 3 * 66 :: 4]
         assert np.abs(pixels(tmp_path / f"out/me-{i:05d}.png") - estimate).max() <= 1
 
 

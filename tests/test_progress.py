@@ -6,17 +6,20 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import VAE_FLAGS, call
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
 from lightdiff.extras.tables import print_table
-from lightdiff.pictures import save_grid, save_grid_of_files
+from lightdiff.pictures import grid, save_grid, save_grid_of_files, save_pairs
 from lightdiff.runtime import progress
 from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline, trending
 
@@ -250,7 +253,7 @@ def test_tensorboard_gets_scalars_pictures_and_settings(tmp_path):
     seen = EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
     assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(1, 0.5)]
-    assert seen.Images("samples")[0].width == 4
+    assert seen.Images("samples")[0].width == 64
     told = seen.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"loop.lr" in told
     assert b"[1, 2]" in told
@@ -264,29 +267,50 @@ def test_numbers_are_short(value, words):
 
 
 def test_a_grid_shows_each_image_in_its_place(tmp_path):
-    from PIL import Image
-
-    x = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 4, 4)
+    x = torch.linspace(-1, 0.5, 6)[:, None, None, None].expand(6, 3, 72, 72)
     save_grid(tmp_path / "grid.png", x, columns=4)
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.size == (4 * 6 - 2, 2 * 6 - 2)
-    assert grid.getpixel((0, 0)) == (0, 0, 0)
-    assert grid.getpixel((7, 7)) == (255, 255, 255)  # the sixth image
-    assert grid.getpixel((13, 7)) == (255, 255, 255)  # nothing: the sheet
+    sheet = Image.open(tmp_path / "grid.png")
+    assert sheet.size == (4 * 74 - 2, 2 * 74 - 2)
+    assert sheet.getpixel((0, 0)) == (0, 0, 0)
+    assert sheet.getpixel((75, 75)) == (191, 191, 191)  # the sixth image
+    assert sheet.getpixel((149, 75)) == (255, 255, 255)  # nothing: the sheet
+
+
+@pytest.mark.parametrize(("side", "times"), [(1, 64), (24, 3), (32, 2), (63, 2), (64, 1), (100, 1)])
+def test_images_of_a_grid_are_enlarged_by_whole_numbers(side, times):
+    x = torch.rand(1, 3, side, side) * 2 - 1
+    picture = np.asarray(grid(x, 1))
+    assert picture.shape == (side * times, side * times, 3)
+    pixels = to_uint8(x[0]).movedim(0, -1).numpy()
+    assert (picture == np.kron(pixels, np.ones((times, times, 1), np.uint8))).all()
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_every_image_of_a_sheet_of_pairs_is_above_its_partner(tmp_path, count):
+    """Whatever their number: a last row that is not full is filled up."""
+    shade = torch.arange(1, count + 1) / 64  # 1/64 and more; its partner is the negative
+    x = shade[:, None, None, None].expand(count, 3, 64, 64)
+    save_pairs(tmp_path / "pairs.png", x, -x, 8)
+    picture = np.asarray(Image.open(tmp_path / "pairs.png"))[::66, ::66, 0].astype(int)
+    columns = min(8, count)
+    assert picture.shape == (2 * -(-count // columns), columns)
+    above, below = picture[::2].flatten(), picture[1::2].flatten()
+    wanted = to_uint8(torch.stack([shade, -shade])).int().numpy()
+    assert (above[:count] == wanted[0]).all()
+    assert (below[:count] == wanted[1]).all()
+    assert (above[count:] == 255).all()
+    assert (below[count:] == 255).all()
 
 
 @pytest.mark.parametrize(
     ("classes", "rows"), [(0, [[0, 1, 2], [3, 4, 5], [6]]), (2, [[0, 2, 4], [1, 3, 5]]), (9, None)]
 )
 def test_a_grid_of_classes_has_a_row_for_each(tmp_path, classes, rows):
-    from PIL import Image
-
     files = [tmp_path / f"{i}.png" for i in range(7)]
     for i, file in enumerate(files):
-        Image.new("RGB", (4, 4), (30 * i, 0, 0)).save(file)
+        Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(file)
     save_grid_of_files(tmp_path / "grid.png", files, classes)
-    grid = Image.open(tmp_path / "grid.png")
-    reds = [[grid.getpixel((6 * x, 6 * y))[0] for x in range(grid.width // 6 + 1)] for y in range(grid.height // 6 + 1)]
+    reds = np.asarray(Image.open(tmp_path / "grid.png"))[::66, ::66, 0].tolist()
     expected = rows or [[0, 1, 2], [3, 4, 5], [6]]  # fewer images than classes: as without
     assert [[red for red in row if red != 255] for row in reds] == [[30 * i for i in row] for row in expected]
 

@@ -21,7 +21,7 @@ from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
-from lightdiff.pictures import save_grid
+from lightdiff.pictures import save_pairs
 from lightdiff.runtime.processes import Means, autocast, pick_workers
 from lightdiff.runtime.progress import console, print_note, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
@@ -167,8 +167,7 @@ class VAETask:
         x = to_float(self._shown.to(self.device))
         model.eval()
         x_hat = model.decoder(model.encoder(x).mu)  # type: ignore[operator]
-        pairs = zip(torch.split(x, GRID[0]), torch.split(x_hat, GRID[0]), strict=True)
-        save_grid(path, torch.cat([row for pair in pairs for row in pair]), GRID[0])
+        save_pairs(path, x, x_hat, GRID[0])
 
     @cached_property
     def _shown(self) -> Tensor:
