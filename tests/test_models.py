@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from oracles import GOLDEN, needs_golden, normal
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import UserError
 from lightdiff.extras.import_original import import_checkpoint
-from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, group_norm
+from lightdiff.models.layers import Attention, PixelNorm, ResBlock, TimeEmbedding, Upsample, attend, group_norm
 from lightdiff.models.original import OriginalDecoder, OriginalUNetSettings, OriginalVAESettings, block_norm
 from lightdiff.models.unet import UNet, UNetBlock, build_unet
 from lightdiff.models.vae import VAE, Decoder, Encoder, Posterior, build_vae, soft_bound
@@ -316,6 +317,33 @@ def test_attention_is_torchs(heads: int) -> None:
     mixed = theirs(tokens, tokens, tokens, need_weights=False)[0]
     expected = x + mixed.transpose(1, 2).reshape(3, 16, 4, 5)
     torch.testing.assert_close(ours(x), expected.detach())
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_attention_is_two_products_and_a_softmax(tokens: int) -> None:
+    q, k, v = (normal(2, 4, tokens, 8, seed=i).requires_grad_() for i in range(3))
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    by_hand = weights @ v
+    back = normal(*by_hand.shape, seed=3)
+    expected = torch.autograd.grad(by_hand, (q, k, v), back)
+    torch.testing.assert_close(attend(q, k, v), by_hand)
+    torch.testing.assert_close(torch.autograd.grad(attend(q, k, v), (q, k, v), back), expected)
+    singles = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    found = torch.autograd.grad(attend(*singles), singles, back.float())
+    torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_on_a_cpu_is_computed_in_float32_also_where_all_else_is_bf16() -> None:
+    halves = tuple(normal(2, 4, 64, 8, seed=i).bfloat16().requires_grad_() for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*halves)
+    singles = tuple(x.detach().float().requires_grad_() for x in halves)
+    exact = F.scaled_dot_product_attention(*singles)
+    assert torch.equal(found, exact.bfloat16())
+    back = normal(*found.shape, seed=3).bfloat16()
+    expected = torch.autograd.grad(exact, singles, back.float())
+    gradients = torch.autograd.grad(found, halves, back)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(gradients, expected, strict=True))
 
 
 def test_attention_does_not_know_positions() -> None:

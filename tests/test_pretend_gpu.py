@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from pretend_gpu import TESTED_WITH, PretendGPU
+from torch import nn
 
 from lightdiff.data.latents import async_copy
 from lightdiff.extras.estimate import random_images, random_latents
@@ -149,6 +150,22 @@ def test_a_training_step_never_waits_for_the_device(trainer_of, loop: dict[str, 
         assert gpu.waits == []
         trainer.sync_metrics(losses)
         assert len(gpu.waits) == 2, "one for the numbers, one for the steps that were skipped"
+
+
+@pytest.mark.parametrize("trainer_of", [unet_trainer, vae_trainer])
+def test_feature_maps_stay_bf16_between_norms_and_convolutions(trainer_of) -> None:
+    seen = set()
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.add((type(module).__name__, inputs[0].dtype, output.dtype))
+
+    with PretendGPU():
+        trainer, batch = trainer_of()
+        for module in trainer.model.modules():
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                module.register_forward_hook(look)
+        trainer.train_step(batch)
+    assert {kinds[1:] for kinds in seen} == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_what_waits_is_seen() -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Real
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from lightdiff.models.layers import Time, at_least_float32, group_norm, level_plan
+from lightdiff.models.layers import GroupNorm, Time, at_least_float32, group_norm, level_plan
 from lightdiff.models.vae import OUTPUTS, VAE, Posterior, soft_bound
 from lightdiff.settings import Counts, UNetArchitecture, VAEArchitecture, Width, parse_numbers
 
@@ -147,7 +147,7 @@ HEADS = 4
 
 def block_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of groups of 4 channels, or of fewer where 4 does not divide the width."""
-    return nn.GroupNorm(channels // math.gcd(channels, 4), channels)
+    return GroupNorm(channels // math.gcd(channels, 4), channels)
 
 
 class OriginalResBlock(nn.Module):
