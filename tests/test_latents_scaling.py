@@ -1,15 +1,19 @@
 """z <-> x0, the latents of the VAE and those of diffusion; the statistics that `scale` computes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import normal
 
-from lightdiff.data.latents import Scaling
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.index import shard_path
+from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.extras.latent_facts import UnitMoments, sum_positions
 from lightdiff.settings import LatentsSettings, ScaleSettings
 from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
+from tests.bench.cases import made_up_latents
 
 GLOBAL = LatentsSettings(channels=3, shift=(0.25,), scale=(1.7,))
 CHANNEL = LatentsSettings(channels=3, shift=(0.5, -2.0, 0.0), scale=(2.0, 0.1, 30.0))
@@ -66,6 +70,18 @@ def test_mean_and_deviation_make_unit_variance() -> None:
 def test_the_type_is_kept(dtype: torch.dtype) -> None:
     z = normal(1, 3, 2, 2, dtype=dtype)
     assert Scaling.of(CHANNEL).to_x0(z).dtype == Scaling.of(CHANNEL).to_z(z).dtype == dtype
+
+
+def test_latents_gathered_are_the_rows_of_their_shards_in_float32(tmp_path: Path) -> None:
+    made_up_latents(tmp_path, 50, 4, shard_size=20)
+    latents, positions = LatentSet(tmp_path), [41, 3, 20, 19, 3]
+    shards = [Checkpoint(shard_path(tmp_path, number)) for number in range(3)]
+    for found, name in zip(latents.gather(positions), ("mu", "logvar"), strict=True):
+        rows = [shards[position // 20].tensor(name)[position % 20, 0] for position in positions]
+        assert rows[0].dtype == torch.float16
+        torch.testing.assert_close(found, torch.stack(rows).float(), rtol=0, atol=0)
+    elsewhere, _ = latents.gather(positions, device=torch.device("meta"))
+    assert (elsewhere.device.type, elsewhere.dtype, elsewhere.shape) == ("meta", torch.float32, (5, 4, 4, 4))
 
 
 @pytest.mark.parametrize("only_mu", [True, False])

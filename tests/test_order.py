@@ -36,6 +36,14 @@ def test_the_stream_does_not_depend_on_batch_sizes(count: int, seed: int, sizes:
     assert stream == [batch_at(p, 1, count, seed)[0] for p in range(total)]
 
 
+@PROPERTY
+@given(st.integers(0, 10**9), st.integers(1, 300), st.integers(1, 100), st.integers(0, 1000))
+def test_a_batch_is_that_of_its_positions_one_by_one(position: int, size: int, count: int, seed: int) -> None:
+    places = [divmod(p, count) for p in range(position, position + size)]
+    one_by_one = [(epoch, permutation(count, seed, epoch).tolist()[i]) for epoch, i in places]
+    assert batch_at(position, size, count, seed) == one_by_one
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 25])
 def test_each_item_comes_once_an_epoch(size: int) -> None:
     count, epochs = 7, 10

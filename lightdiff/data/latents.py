@@ -56,10 +56,11 @@ class LatentSet:
         with repairable():
             shards = [open_shard(folder, self.index, number) for number in used]
             self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
-        # The row after each shard's last, counted over all of them, and the row of each position, (n,).
-        self._ends = torch.tensor([len(mu) for mu in self._mu]).cumsum(0)
+        # The first row of each shard, counted over all of them, and the row of each position, (n,).
+        counts = torch.tensor([len(mu) for mu in self._mu])
+        self._starts = counts.cumsum(0) - counts
         first = np.zeros(len(self.index.shards), np.int64)
-        first[used] = self._ends - torch.tensor([len(mu) for mu in self._mu])
+        first[used] = self._starts
         self._row = torch.from_numpy(self.index.row + first[self.index.shard])
         self.train, self.val = (array("q", self.index.positions(split).tobytes()) for split in ("train", "val"))
 
@@ -71,28 +72,32 @@ class LatentSet:
     def to(self, device: torch.device) -> "LatentSet":
         """Put all latents on a device, as one tensor."""
         self._mu, self._logvar = ([torch.cat([x.to(device) for x in parts])] for parts in (self._mu, self._logvar))
-        self._ends = self._ends[-1:]
+        self._starts = self._starts[:1]
         return self
 
-    def gather(self, positions: Sequence[int], mirror: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mu and logvar (b, c, h, w), float32, of images at these positions; one copy for each shard they lie in.
+    def gather(
+        self, positions: Sequence[int], mirror: Tensor | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mu and logvar (b, c, h, w), float32, of images at these positions.
 
         Args:
             positions: Positions in the index.
             mirror: Which of them to take mirrored, (b,) of 0 and 1; none if not given.
+            device: Where they are wanted, if not where they lie; they travel as they are stored.
         """
         row = self._row[torch.as_tensor(positions)]
-        number = torch.bucketize(row, self._ends, right=True)
         side = mirror if mirror is not None and self.index.mirrored else torch.zeros_like(row)
-        device = self._mu[0].device
-        found = torch.empty(2, len(row), *self.index.shape, device=device)
-        for shard in set(number.tolist()):
-            chosen = (number == shard).nonzero().flatten()
-            row_in_shard = row[chosen] - (self._ends[shard] - len(self._mu[shard]))
-            to, rows, sides = (async_copy(index, device) for index in (chosen, row_in_shard, side[chosen]))
-            found[0, to] = self._mu[shard][rows, sides].float()
-            found[1, to] = self._logvar[shard][rows, sides].float()
-        return found[0], found[1]
+        both = self._mu, self._logvar
+        if len(self._starts) == 1:  # as on a GPU
+            rows, sides = (async_copy(index, self._mu[0].device) for index in (row, side))
+            found = torch.stack([latents[rows, sides] for (latents,) in both])
+        else:  # one by one, in half the time of an index for each shard
+            shard = torch.bucketize(row, self._starts, right=True) - 1
+            places = list(zip(shard.tolist(), (row - self._starts[shard]).tolist(), side.tolist(), strict=True))
+            one_by_one = [latents[n][at, m] for latents in both for n, at, m in places]
+            found = torch.stack(one_by_one).view(2, -1, *self.index.shape)
+        mu, logvar = async_copy(found, device or found.device).float()
+        return mu, logvar
 
 
 def async_copy(x: Tensor, device: torch.device) -> Tensor:

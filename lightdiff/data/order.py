@@ -13,7 +13,7 @@ from torch import Tensor
 
 def key(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for one purpose. Hashed, so that neighbouring seeds and steps share nothing."""
-    text = "\x1f".join(str(part) for part in (seed, *purpose))
+    text = "\x1f".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -38,5 +38,9 @@ def batch_at(position: int, size: int, count: int, seed: int) -> list[tuple[int,
 
     Epochs follow one another without a gap, so every batch is full and no item is dropped; `size` may exceed `count`.
     """
-    places = (divmod(p, count) for p in range(position, position + size))
-    return [(epoch, int(permutation(count, seed, epoch)[i])) for epoch, i in places]
+    batch: list[tuple[int, int]] = []
+    while len(batch) < size:
+        epoch, first = divmod(position + len(batch), count)
+        items = permutation(count, seed, epoch)[first : first + size - len(batch)]
+        batch += [(epoch, item) for item in items.tolist()]
+    return batch

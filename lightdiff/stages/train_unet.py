@@ -99,8 +99,7 @@ class UNetTask:
         """The posteriors of (epoch, item), items counting training latents, half of them mirrored; their classes."""
         mirror = torch.tensor([key(self.settings.loop.seed, "mirror", e, i) % 2 for e, i in batch])
         positions = [self.latents.train[i] for _, i in batch]
-        mu, logvar = (async_copy(x, self.device) for x in self.latents.gather(positions, mirror))
-        return Posterior(mu, logvar), self._classes(positions)
+        return Posterior(*self.latents.gather(positions, mirror, self.device)), self._classes(positions)
 
     def _classes(self, positions: list[int]) -> Tensor:
         """The classes of images at these positions, as the network counts them; empty without a label."""
@@ -153,7 +152,7 @@ class UNetTask:
         mine = self.stage.processes.share(len(items))
         for at in (mine[i : i + loop.micro] for i in range(0, len(mine), loop.micro)):
             positions = [items[i] for i in at]
-            x0 = self.scaling.to_x0(async_copy(self.latents.gather(positions)[0], self.device))
+            x0 = self.scaling.to_x0(self.latents.gather(positions, device=self.device)[0])
             label = {"label": self._classes(positions)} if self.settings.label else {}
             for band in range(BANDS):
                 shares = [(key(loop.seed, "validation level", band, i) % 4096 + 0.5) / 4096 for i in at]
