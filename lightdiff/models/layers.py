@@ -14,7 +14,7 @@ Time = Float[Tensor, "b t"]  # the time embedding
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He 2018, arXiv:1803.08494) in the dtype of its input, where CUDA's autocast makes bf16 float32."""
+    """GroupNorm (Wu & He 2018, arXiv:1803.08494) in its input's dtype, where CUDA's autocast makes bf16 float32."""
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalise each group of channels."""
