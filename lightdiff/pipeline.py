@@ -75,6 +75,13 @@ def usable_levels(settings: TrainUNetSettings) -> int:
     return int((schedule_of(settings).signal() >= min_signal(settings)).sum())
 
 
+def default_sampling(settings: TrainUNetSettings) -> SamplingSettings:
+    """Sampling as by default, the classes taking turns, with no more steps than the schedule has usable levels."""
+    usable = usable_levels(settings)
+    steps = min(SamplingSettings().num_steps, usable or settings.noise.timesteps)
+    return SamplingSettings(num_steps=steps, min_alpha_bar=None if usable else 0.0, class_=settings.classes)
+
+
 def guidance_for(
     settings: TrainUNetSettings, sampling: SamplingSettings, items: Sequence[int], device: torch.device | None = None
 ) -> Guidance | None:

@@ -99,6 +99,7 @@ def told(*what: Callable[[], object]) -> None:
 def looked_at(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], None]:
     """Look at a run with all that only looks; what takes long and reads no document is left out."""
     monkeypatch.setattr(collecting, "trajectory_pictures", lambda pipeline: [])
+    monkeypatch.setattr(collecting, "samples", lambda pipeline: None)
     monkeypatch.setattr(collecting, "nearest", lambda pipeline, latents: None)
     monkeypatch.setattr(collecting, "reconstructions", lambda folder, device: None)
 

@@ -15,10 +15,11 @@ from lightdiff.checkpoint import Metadata
 from lightdiff.data.index import read_index
 from lightdiff.extras import report
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, read_curves, read_grids, thin_out
-from lightdiff.extras.report.measure import encode_picture
+from lightdiff.extras.report.measure import encode_picture, samples
 from lightdiff.extras.report.page import HERE, differences, metrics_table
 from lightdiff.extras.settings_rows import Row
 from lightdiff.pictures import save_grid
+from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import StageFolder
 
 pytest.importorskip("plotly")
@@ -166,6 +167,17 @@ def test_histograms_are_densities(page):
         assert sum(series["y"]) * 0.2 == pytest.approx(1, abs=0.05), series["name"]
 
 
+def test_samples_are_of_a_fixed_seed_whatever_was_drawn_last(run):
+    """And the page says how they were drawn."""
+    before = samples(Pipeline.load(run, device="cpu"))
+    source = next((run / "samples").glob("*/00000.png"))
+    succeed("edit", "--run", run, "--from", source, "--strength", 0.5, "--num-images", 1, "--device", "cpu")
+    succeed("report", run)
+    text = (run / "report.html").read_text()
+    assert before.src in text
+    assert "16 samples of seed 0: dpm++2m, 20 steps, guidance 1" in text
+
+
 def test_the_trajectory_has_a_frame_for_each_call(page):
     (slider,) = [s for s in page.data["sliders"] if s["unit"] == "call"]
     assert len({frame["src"] for frame in slider["columns"][0]["frames"]}) == slider["last"] + 1 == 20
@@ -285,18 +297,18 @@ def test_a_damaged_part_is_named_and_the_rest_shown(run):
 
 
 def test_an_error_in_a_part_does_not_end_the_report(run):
-    grid = next((run / "samples").glob("*/*grid.png"))
+    (folder := run / "vae/images").mkdir(exist_ok=True)
+    grid = folder / "step-00000001.png"
     grid.write_bytes(b"no picture")
     evaluation = run / "evaluation" / "metrics.json"
     evaluation.parent.mkdir()
     evaluation.write_text('{"unet": 3, "vae": {"network": "gone", "rFID": 1.0}}')
-    from lightdiff.pipeline import Pipeline
 
     with patch.object(Pipeline, "load", side_effect=torch.OutOfMemoryError("no memory is left")):
         succeed("report", run)
     words = Page(run / "report.html").words
     assert "no memory is left" in words
-    assert "grid.png is no whole picture: remove it" in words
+    assert f"{grid.name} is no whole picture: remove it" in words
     assert "belong to other networks than these" in words
     assert "rFID" not in words
 

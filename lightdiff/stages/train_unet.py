@@ -16,12 +16,12 @@ from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import Pipeline, load_vae, usable_levels, vae_digest
+from lightdiff.pipeline import Pipeline, default_sampling, load_vae, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_latents
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import GRID, SamplingSettings, TrainUNetSettings
+from lightdiff.settings import GRID, TrainUNetSettings
 from lightdiff.training.loop import Tensors, train
 
 BANDS = 4  # bands of equal width that the levels are split into for validation
@@ -170,10 +170,8 @@ class UNetTask:
 
     def picture(self, model: nn.Module, path: Path) -> None:
         """A grid of samples, drawn always from the same noise."""
-        s, usable = self.settings, usable_levels(self.settings)
+        s = self.settings
         vae, vae_settings = load_vae(Checkpoint(self.latents.folder / VAE_COPY, "vae"), self.device)
         pipeline = Pipeline(vae, vae_settings, model.eval(), s, self.device, s.loop.precision)
-        steps = min(SamplingSettings().num_steps, usable or s.noise.timesteps)
-        sampling = SamplingSettings(num_steps=steps, min_alpha_bar=None if usable else 0.0, class_=s.classes)
-        z = pipeline.sample(GRID[0] * GRID[1] // 2, s.loop.seed, sampling)
+        z = pipeline.sample(GRID[0] * GRID[1] // 2, s.loop.seed, default_sampling(s))
         save_grid(path, pipeline.decode(z), GRID[0])

@@ -17,7 +17,14 @@ from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of, unsaved
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
-from lightdiff.extras.report.measure import Picture, encode_picture, nearest, reconstructions, trajectory_pictures
+from lightdiff.extras.report.measure import (
+    Picture,
+    encode_picture,
+    nearest,
+    reconstructions,
+    samples,
+    trajectory_pictures,
+)
 from lightdiff.extras.settings_rows import MODELS, Row, settings_changes, settings_rows
 from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import INDEX, RunFolder, StageFolder
@@ -118,15 +125,12 @@ def collect(path: Path, device: torch.device) -> RunFacts:
         with record_failure(found, "reconstructions"):
             found.reconstructions = reconstructions(run.vae, device)
     if found.unet:
-        with record_failure(found, "trajectory"):
+        with record_failure(found, "samples"):
             pipeline = Pipeline.load(path, device="cuda" if device.type == "cuda" else "cpu")
+            found.samples = samples(pipeline)
             found.trajectory = trajectory_pictures(pipeline)
             if found.index and latents:
                 found.nearest = nearest(pipeline, latents)
-    with record_failure(found, "samples"):
-        grids = sorted(run.samples.glob("*/*grid.png"), key=lambda p: p.stat().st_mtime)
-        if grids:
-            found.samples = encode_picture(grids[-1], f"New images, from {grids[-1].parent.name}")
     return found
 
 

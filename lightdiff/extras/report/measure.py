@@ -13,19 +13,19 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
-from lightdiff.errors import UserError
+from lightdiff.errors import UserError, shorten
 from lightdiff.extras.evidence import held_out, load_images
 from lightdiff.extras.latent_facts import evenly
 from lightdiff.extras.trajectory import TrajectoryStep, trajectory
 from lightdiff.pictures import grid, opened
-from lightdiff.pipeline import Pipeline, load_vae
+from lightdiff.pipeline import Pipeline, default_sampling, load_vae
 from lightdiff.run_folder import StageFolder
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ImageSettings, SamplingSettings
+from lightdiff.settings import ImageSettings
 
 SHOWN = 8  # images in a row
 ERROR_GAIN = 4  # factor by which differences are amplified
-STEPS = 20  # of a trajectory
+SEED = 0  # of the samples
 NEAREST = 3
 MAX_ELEMENTS = 100_000_000  # of the latents searched for neighbours
 QUALITY = 90
@@ -79,15 +79,23 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     return encode_picture(grid(torch.cat([x, x_hat, error]), len(x)), alt)
 
 
+def samples(pipeline: Pipeline) -> Picture:
+    """New images of seed 0, sampled as by default, and in words how."""
+    how = default_sampling(pipeline.settings)
+    alt = f"{2 * SHOWN} samples of seed {SEED}: {how.sampler}, {how.num_steps} steps, guidance {how.guidance:g}"
+    alt += f"; classes in turn: {shorten(', '.join(how.class_))}" if how.class_ else ""
+    return encode_picture(grid(pipeline.decode(pipeline.sample(2 * SHOWN, SEED, how)), SHOWN), alt)
+
+
 def trajectory_pictures(pipeline: Pipeline) -> list[tuple[str, Picture]]:
     """A label and a picture for each call of the network: x_t above the estimate of x0."""
-    steps = trajectory(pipeline, SHOWN, sampling=SamplingSettings(num_steps=STEPS))
-    return [draw_step(i, step) for i, step in enumerate(steps)]
+    steps = trajectory(pipeline, SHOWN, SEED, default_sampling(pipeline.settings))
+    return [draw_step(i, len(steps), step) for i, step in enumerate(steps)]
 
 
-def draw_step(call: int, step: TrajectoryStep) -> tuple[str, Picture]:
+def draw_step(call: int, calls: int, step: TrajectoryStep) -> tuple[str, Picture]:
     """The label and the picture of one sampling step."""
-    label = f"call {call + 1} of {STEPS}: alpha {step.level.alpha:.3f}, sigma {step.level.sigma:.3f}"
+    label = f"call {call + 1} of {calls}: alpha {step.level.alpha:.3f}, sigma {step.level.sigma:.3f}"
     alt = f"Two rows at {label}: the noisy latents, decoded, and the network's estimate of the clean ones"
     return label, encode_picture(grid(torch.cat([step.x_t, step.x0]), SHOWN), alt)
 
@@ -107,7 +115,7 @@ def nearest(pipeline: Pipeline, folder: Path) -> tuple[Picture, str]:
     sides = (0, 1) if latents.index.mirrored else (0,)  # mirror images count as well
     mu = torch.cat([latents.gather(positions, torch.full((len(positions),), side))[0] for side in sides])
     known = scaling.to_x0(mu).flatten(1)
-    z = pipeline.sample(SHOWN).cpu()
+    z = pipeline.sample(SHOWN, SEED, default_sampling(pipeline.settings)).cpu()
     distance, which = torch.cdist(scaling.to_x0(z).flatten(1), known).topk(min(NEAREST, len(known)), largest=False)
     columns = [z, *(mu[which[:, i]] for i in range(which.shape[1]))]
     rows = torch.stack([pipeline.decode(column) for column in columns])  # (1 + n, SHOWN, 3, h, w)
