@@ -183,8 +183,9 @@ def unexpected(error: Exception) -> LightdiffError:
 def fail(error: LightdiffError) -> None:
     """Report an error and exit: on stderr, or to the process that started this one, which reports it once for all."""
     if isinstance(error, Stopped) and error.exit_code > 128:  # whoever asks again need not be heard
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, signal.SIG_IGN)
+        for name in ("SIGTERM", "SIGHUP", "SIGXCPU"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
     if WORKER_FOLDER in os.environ:
         from lightdiff.runtime.launcher import send_report
 

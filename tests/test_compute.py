@@ -185,6 +185,18 @@ def test_without_a_compiler_it_is_said_in_a_line_and_the_network_runs_as_it_is(m
 
 
 @pytest.mark.parametrize(
+    ("cores", "processes", "device", "workers"),
+    [(192, 8, "cuda", 16), (64, 8, "cuda", 8), (6, 1, "cuda", 6), (64, 1, "cpu", 4), (2, 1, "cpu", 0)],
+)
+def test_loader_workers_follow_the_cores_of_a_process(monkeypatch, cores, processes, device, workers):
+    monkeypatch.setattr(compute, "usable_cores", lambda: cores)
+    for name, value in {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}.items():
+        monkeypatch.setenv(name, str(value))
+    assert compute.pick_workers(-1, torch.device(device)) == workers
+    assert compute.pick_workers(3, torch.device(device)) == 3
+
+
+@pytest.mark.parametrize(
     ("name", "device", "calls", "wanted"),
     [("off", "cuda", 10**6, False), ("auto", "cpu", 10**6, False), ("auto", "cuda", 100, False),
      ("auto", "cuda", 10**5, True), ("on", "cpu", 1, True)],

@@ -86,7 +86,9 @@ def saved_step(command: Command) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)]
+)
 def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, code, processes):
     command = Command(faces, tmp_path, processes=processes).wait_for_step(20)
     started = time.monotonic()

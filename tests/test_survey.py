@@ -14,7 +14,7 @@ from lightdiff.data import survey
 from lightdiff.data.files import scan
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageDataset
-from lightdiff.data.survey import note_enlarged, with_whites
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.settings import ImageSettings
 
 RAMP = np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)
@@ -32,7 +32,7 @@ def surveyed(folder: Path, **settings: Any) -> tuple[ImageSettings, str]:
     images, notes = ImageSettings(data=(folder,), resolution=16, **settings), list[str]()
     files = scan(images.data, 0)
     images = with_whites(images, files, notes.append)
-    note_enlarged(images, files, notes.append)
+    note_sizes(images, files, notes.append)
     return images, "\n".join(notes)
 
 
@@ -128,6 +128,20 @@ def test_a_few_small_images_are_not_worth_a_word(tmp_path: Path) -> None:
     for i in range(25):
         Image.new("RGB", (16, 15) if i < 1 else (17, 16)).save(tmp_path / f"{i}.png")
     assert surveyed(tmp_path)[1] == ""
+
+
+def test_large_images_that_are_no_jpegs_are_to_be_resized_once(tmp_path: Path) -> None:
+    for i in range(12):
+        size = (700, 512) if i < 3 else (511, 600)
+        Image.new("RGB", size).save(tmp_path / f"{i}.{'jpg' if i == 0 else 'png'}")
+    assert surveyed(tmp_path)[1] == (
+        "17% of 12 images looked at are no JPEGs and large for --resolution 16: a core decodes about 40 PNGs of 1024 "
+        "pixels a second; copies resized once load faster, as by "
+        "'magick mogrify -path COPIES -resize 32x32^ *.png'"
+    )
+    notes = list[str]()
+    note_sizes(ImageSettings(data=(tmp_path,), resolution=129), scan((tmp_path,), 0), notes.append)
+    assert notes == [], "4 x 129 are more than 512"
 
 
 # --- through the stages -------------------------------------------------------------------------------------------

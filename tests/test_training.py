@@ -329,6 +329,7 @@ def test_a_second_sigterm_changes_nothing(tmp_path):
         (signal.SIGINT, "interrupted; what was saved is untouched: run the same command again to resume", 130),
         (signal.SIGTERM, "stopped; what was saved is untouched: run the same command again to resume", 143),
         (signal.SIGHUP, "stopped; what was saved is untouched: run the same command again to resume", 129),
+        (signal.SIGXCPU, "stopped; what was saved is untouched: run the same command again to resume", 152),
     ],
 )
 def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):

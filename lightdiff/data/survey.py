@@ -1,4 +1,4 @@
-"""What a sample of the images says before a run: which value is white, and how many will be enlarged."""
+"""What a sample of the images says before a run: which value is white, and which sizes they have."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +17,9 @@ SAMPLE = 256  # images whose headers are read
 DECODED = 32  # images that are read whole
 T = TypeVar("T")
 DEEP = ((".tif", ".tiff", ".pgm", ".pnm"), (".png",))  # suffixes of formats with 16 bits; most PNGs have 8
-FEW = 0.05  # share of enlarged images that needs no word
+FEW = 0.05  # share of images, enlarged or large, that needs no word
+LARGE, LARGE_SIDE = 4, 512  # times the resolution, and pixels a side, from which decoding whole images takes long
+REDUCED = ("JPEG", "MPO")  # formats that are decoded at about the size needed
 NAMES = {"integer": "16-bit", "float": "float"}
 
 
@@ -43,13 +45,20 @@ def shorter_sides(images: ImageSettings, files: Sequence[ImageFile]) -> list[int
     return [side for _, side in look_at(evenly(files, SAMPLE), images, lambda image: min(image.size))]
 
 
-def note_enlarged(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> None:
-    """Tell how many images are smaller than the resolution, if they are more than a few."""
-    sides = shorter_sides(images, files)
-    share = sum(side < images.resolution for side in sides) / max(1, len(sides))
-    if share > FEW:
-        what = f"{share:.0%} of {len(sides)} images looked at are smaller than --resolution {images.resolution}"
-        tell(f"{what} and will be enlarged (median shorter side: {median(sides):g} pixels)")
+def note_sizes(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> None:
+    """Tell how many images are smaller than the resolution, or slow to decode, if they are more than a few."""
+    looked = [what for _, what in look_at(evenly(files, SAMPLE), images, lambda image: (min(image.size), image.format))]
+    wanted, whole = images.resolution, max(LARGE_SIDE, LARGE * images.resolution)
+    small = sum(side < wanted for side, _ in looked) / max(1, len(looked))
+    large = sum(side >= whole and kind not in REDUCED for side, kind in looked) / max(1, len(looked))
+    of = f"of {len(looked)} images looked at are"
+    if small > FEW:
+        middle = f"(median shorter side: {median(side for side, _ in looked):g} pixels)"
+        tell(f"{small:.0%} {of} smaller than --resolution {wanted} and will be enlarged {middle}")
+    if large > FEW:
+        slow = f"{large:.0%} {of} no JPEGs and large for --resolution {wanted}: a core decodes about 40 PNGs"
+        resize = f"magick mogrify -path COPIES -resize {2 * wanted}x{2 * wanted}^ *.png"
+        tell(f"{slow} of 1024 pixels a second; copies resized once load faster, as by '{resize}'")
 
 
 def evenly(files: Sequence[ImageFile], count: int) -> Sequence[ImageFile]:

@@ -122,11 +122,11 @@ def usable_cores() -> int:
 
 
 def pick_workers(asked: int, device: torch.device) -> int:
-    """Worker processes that load images: as asked, or as many as do not compete with a CPU's networks for cores."""
+    """Worker processes that load images: as asked, or as many as there are cores that no network computes on."""
     if asked >= 0:
         return asked
     cores = usable_cores() // DistEnv.from_env(os.environ).local_world_size
-    return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+    return min(16, cores) if device.type == "cuda" else min(4, cores // 4)
 
 
 # --- all processes ------------------------------------------------------------------------------------------------

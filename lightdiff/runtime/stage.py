@@ -31,8 +31,8 @@ S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
-SAVE, HANG_UP = getattr(signal, "SIGUSR1", None), getattr(signal, "SIGHUP", None)  # Windows has neither
-SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP) if number}
+SAVE, HANG_UP, OUT_OF_CPU = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP", "SIGXCPU"))  # not on Windows
+SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP, OUT_OF_CPU) if number}
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
 DISTRIBUTED_ERRORS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
 

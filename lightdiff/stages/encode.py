@@ -17,7 +17,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, OnBad, load_batches
-from lightdiff.data.survey import with_whites
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import FINGERPRINT, Fingerprint
 from lightdiff.errors import RunError, UserError, not_divisible
 from lightdiff.pipeline import load_vae, vae_digest
@@ -42,6 +42,7 @@ def run(settings: EncodeSettings) -> Path:
         files = list_images(settings.images, console)
         images = processes.run_on_main(lambda: with_whites(settings.images, files, print_note))
         settings = stage.settings = with_changes(settings, images=images)
+        processes.run_on_main(lambda: note_sizes(images, files, print_note))
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
         on_bad = partial(BadFiles(stage.folder.bad_files, len(files), settings.images.max_bad).add, files)

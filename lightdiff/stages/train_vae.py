@@ -16,7 +16,7 @@ from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import batch_at, item_noise
-from lightdiff.data.survey import note_enlarged, with_whites
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
@@ -42,7 +42,7 @@ def run(settings: TrainVAESettings) -> Path:
         stage.processes.run_on_main(lambda: table.look(images.data))
         if stage.saved is not None:
             stage.processes.run_on_main(partial(compare_images, stage, stage.saved, table))
-        stage.processes.run_on_main(lambda: note_enlarged(images, files, print_note))
+        stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))
         if stage.start_or_resume(task, {"data": digest}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
