@@ -15,9 +15,10 @@ import typer
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands
-from lightdiff.options import Layer, command
+from lightdiff.options import command
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, outlive_readers, rank, restarted
+from lightdiff.settings_file import Layer
 
 STAGES = "The five stages"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
@@ -127,20 +128,28 @@ class Command(NamedTuple):
     estimate: str = ""  # the module whose `estimate(settings)` a --dry-run calls
     presets: str = ""  # the family of presets to choose from
     inherit: Callable[[Layer], Layer] = lambda said: {}
+    start: str = ""  # the flags that --help shows; all if empty
+    example: str = ""
 
 
-VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"))
-UNET = ("extras.estimate", "unet", inherit_unet)
+VAE_START = "data run resolution steps epochs batch-size lpips-gamma"
+VAE_EXAMPLE = "lightdiff train-vae --data ~/faces --run runs/faces --resolution 64"
+VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"), VAE_START, VAE_EXAMPLE)
+UNET_EXAMPLE = "lightdiff train-unet --run runs/faces"
+UNET = ("extras.estimate", "unet", inherit_unet, "run steps epochs batch-size label", UNET_EXAMPLE)
+SAMPLE_START = "run num-images seed class guidance num-steps out"
+SAMPLE_EXAMPLE = "lightdiff generate --run runs/faces --num-images 16"
 COMMANDS = {
     "train-vae": Command(settings.TrainVAESettings, "stages.train_vae", STAGES, *VAE),
     "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode),
     "scale": Command(settings.ScaleSettings, "stages.scale"),
     "train-unet": Command(settings.TrainUNetSettings, "stages.train_unet", STAGES, *UNET),
-    "generate": Command(settings.GenerateSettings, "stages.generate"),
+    "generate": Command(settings.GenerateSettings, "stages.generate", start=SAMPLE_START, example=SAMPLE_EXAMPLE),
 } | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
     run, outlook = partial(run_stage, row.module), partial(estimate, row.estimate)
-    app.command(name, rich_help_panel=row.panel)(command(row.model, run, row.inherit, row.presets, outlook))
+    call = command(row.model, run, row.inherit, row.presets, outlook, row.start.split(), row.example)
+    app.command(name, rich_help_panel=row.panel, add_help_option=False)(call)
 add_commands(app)
 
 

@@ -7,8 +7,7 @@ override what a file or an earlier stage said.
 
 import inspect
 import json
-import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,19 +18,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError, shorten
+from lightdiff.settings_file import Layer, read_settings
 
-Layer = dict[str, Any]
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
 Preset = Literal["tiny", "small", "base", "original"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 PRESETS_SHOWN = "set of architecture settings; 'lightdiff presets' lists them"
 PRINTED = "print the settings as JSON (and, of a training, what it will take) and stop"
-SettingsFile = Annotated[Path | None, typer.Option(help="settings file, TOML or JSON; flags override it")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help=PRINTED)]
-PresetName = Annotated[Preset | None, typer.Option(help=PRESETS_SHOWN)]
+START, MORE = "Start here", "More"  # panels of help
+OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options that are no settings
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
-SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
@@ -140,34 +137,40 @@ def takes_commas(field: FieldInfo) -> bool:
     return get_origin(plain(field.annotation)) is tuple and not extra(field, "repeated")
 
 
-def bounds(field: FieldInfo) -> list[str]:
-    """The bounds of a number, each as in `>= 1`."""
-    return [f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
+def option(model: type[BaseModel], path: Where, field: FieldInfo, start: Collection[str] = ()) -> inspect.Parameter:
+    """One field as a parameter that Typer makes an option of; what it is not given is None.
 
-
-def option(model: type[BaseModel], path: Where, field: FieldInfo) -> inspect.Parameter:
-    """One field as a parameter that Typer makes an option of; what it is not given is None."""
-    kind, name, metavar = plain(field.annotation), flag(model, path), extra(field, "repeated") or None
-    shown, limits = format_value(default_of(model, path)), ", ".join(bounds(field))
-    note = "; ".join([f"default: {shown}"] * bool(shown) + [limits] * bool(limits))
+    Those of `start` are in a panel of their own.
+    """
+    kind, name, written = plain(field.annotation), flag(model, path), extra(field, "repeated")
+    place = START if name in start else panel(model, path)
+    shown = format_value(default_of(model, path))
     parser: Callable[[str], Any] | None = None
-    text = (field.description or "") + (rf" \[{note}]" if note else "")  # escaped, or rich takes it for markup
+    text = (field.description or "") + (
+        rf" \[default: {shown}]" if shown else ""
+    )  # escaped, or rich takes it for markup
     declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
     if takes_commas(field):
-        kind, metavar = str, "A,B,..."
+        kind = str
     elif get_origin(kind) is tuple:
         kind, parser = list[str], partial(not_empty, f"--{name}")
     elif kind is bool and "." in name:
         kind, declaration = Literal["on", "off"], f"--{name}"  # --model.no-... would squeeze the help of all others
     elif kind is Path:
-        kind, metavar, parser = str, "<path>", partial(not_empty, f"--{name}")
+        kind, parser = str, partial(not_empty, f"--{name}")
     elif kind in NUMBERS:  # `parse_number` says better than Typer what is wrong with one
         parser = partial(parse_number, kind, f"--{name}", example=f"--{name} {shown or 1}")
-        kind, metavar = str, f"<{kind.__name__}>"
-    if get_origin(kind) is Literal and "." in name:
-        text, metavar = f"{', '.join(get_args(kind))}: {text}", "CHOICE"  # listed there, they squeeze the flags
+        kind = str
+    if get_origin(kind) is Literal:
+        text = f"{', '.join(get_args(kind))}: {text}"
+    text = f"{written}: {text}" if "=" in written else text
     info = typer.Option(
-        declaration, help=text, rich_help_panel=panel(model, path), show_default=False, metavar=metavar, parser=parser
+        declaration,
+        help=text,
+        rich_help_panel=MORE if start and place == "Options" else place,
+        show_default=False,
+        metavar="",  # no column of types: the default and the description show them
+        parser=parser,
     )
     annotation: Any = Annotated[kind | None, info]
     return inspect.Parameter("__".join(path), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -210,63 +213,6 @@ def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] 
     kind = extra(field, "kind")
     held = old.get(kind, getattr(field.default, kind, None))  # a layer that names none is of the default's kind
     return nested_model(field) if new.get(kind, held) == held else None
-
-
-def read_settings(path: Path, leave_out: Collection[str] = ()) -> Layer:
-    """Settings from a TOML or JSON file; a saved settings.json is one.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    neither = f"--settings: {path} is neither TOML (named .toml) nor JSON"
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte order mark
-        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else load_json(text)
-    except OSError as error:
-        raise UserError(f"--settings: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{neither}: it is not in UTF-8; save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{neither}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--settings: {path} holds no settings")
-    inner = value.get("settings")  # in the file beside samples, one entry among others
-    layer = inner if isinstance(inner, dict) else value
-    try:
-        return {name: said for name, said in nest_dotted(layer).items() if name not in leave_out}
-    except ValueError as error:
-        raise UserError(f"--settings: {path} is contradictory: {error}") from None
-
-
-def load_json(text: str) -> Any:
-    """A JSON document, strictly: no key twice, which would lose the first, and no NaN or Infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{shorten(twice[0])} is given twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-
-
-def nest_dotted(layer: Layer) -> Layer:
-    """{"loop.lr": 1} -> {"loop": {"lr": 1}}: names may be written as messages show them.
-
-    Raises:
-        ValueError: If a setting is given both ways.
-    """
-    result: Layer = {name: value for name, value in layer.items() if "." not in name}
-    for name in layer.keys() - result.keys():
-        head, _, rest = name.partition(".")
-        inner = result.get(head, {})
-        if not isinstance(inner, dict) or rest in inner:
-            raise ValueError(f"{shorten(name)} is given twice")
-        result[head] = nest_dotted(inner | {rest: layer[name]})
-    return result
 
 
 def preset_layer(family: str, name: str) -> Layer:
@@ -355,14 +301,41 @@ def stated(layer: Any, path: Where) -> bool:
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
+def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspect.Parameter]:
+    """The options that are no settings; --help-all, if --help hides so many of those."""
+    about = partial(typer.Option, metavar="", rich_help_panel=MORE if hidden else None)
+
+    def show(context: typer.Context, parameter: typer.CallbackParam, wanted: bool | None) -> None:
+        if not wanted:
+            return
+        for other in context.command.params if hidden and parameter.name == "help" else ():
+            other.hidden = other.opts[0].lstrip("-") not in (*start, *OWN)  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+    asked = partial(about, is_eager=True, callback=show, expose_value=False)
+    first = about(help=PRESETS_SHOWN, rich_help_panel=START if hidden else None)
+    rows: list[tuple[str, Any, Any]] = [("preset", Preset | None, first)] if presets else []
+    rows += [("settings", Path | None, about(help="settings file, TOML or JSON; flags override it"))]
+    rows += [("dry_run", bool, about("--dry-run", help=PRINTED))]
+    rows += [("help_all", bool, asked("--help-all", help=f"show the other {hidden} settings, too"))] * bool(hidden)
+    rows += [("help", bool, asked("--help", "-h", help="show this page"))]
+    make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    return [make(name, default=None, annotation=Annotated[kind | None, info]) for name, kind, info in rows]
+
+
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
     inherit: Callable[[Layer], Layer] = lambda said: {},
     presets: str = "",
     estimate: Callable[[Any], object] = lambda built: None,
+    start: Sequence[str] = (),
+    example: str = "",
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field, that builds the model and calls `run`.
+
+    It has its own --help.
 
     Args:
         model: The settings; its docstring becomes the command's help.
@@ -370,12 +343,14 @@ def command(
         inherit: What file and flags say -> what an earlier stage or a stopped run saved, a layer below the file's.
         presets: The family of presets to choose from, if any.
         estimate: What --dry-run does with the settings, after it has printed them.
+        start: The flags, without dashes, that --help shows; all if empty.
+        example: A call that help shows.
     """
     fields = flag_fields(model)
     ruled = {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
 
     def call(
-        *, settings: SettingsFile = None, dry_run: DryRun = False, preset: PresetName = None, **values: Any
+        *, settings: Path | None = None, dry_run: bool | None = None, preset: Preset | None = None, **values: Any
     ) -> None:
         typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
         file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
@@ -388,10 +363,10 @@ def command(
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
         (estimate if dry_run else run)(built)
 
-    own = ("settings", "dry_run", "preset") if presets else ("settings", "dry_run")
-    parameters = [option(model, path, field) for path, field in fields.items()]
-    parameters += [inspect.signature(call).parameters[name] for name in own]
+    order = sorted(fields, key=lambda path: start.index(name) if (name := flag(model, path)) in start else len(start))
+    parameters = [option(model, path, fields[path], start) for path in order]
+    parameters += own_options(bool(presets), start, len(fields) - len(start) if start else 0)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
-    call.__doc__ = model.__doc__
+    call.__doc__ = f"{model.__doc__}\n\nExample: {example}" if example else model.__doc__
     return call

@@ -31,6 +31,7 @@ FIXED_FLAGS = (
     "--val-every --save-every --kl-beta --lpips-gamma --lpips-net --lpips-weights --only-mu --vae --latents --unet "
     "--num-images --num-steps --eta --out --name"
 ).split()
+SHORT = ["train-vae", "train-unet", "generate"]  # --help shows only what is needed first
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "lpips")
 
 ALL_HELP = f"""
@@ -38,17 +39,19 @@ import contextlib, io, json, os, sys
 from lightdiff.cli import main
 
 pages = {{}}
-for columns in ("200", "80"):
+asked = [(), *((name, "--help-all" if name in {SHORT!r} else "--help") for name in {COMMANDS!r})]
+asked += [(f"short {{name}}", name, "--help") for name in {SHORT!r}]
+for columns in ("200", "80", "40"):
     os.environ["COLUMNS"] = columns
-    for words in ([], *([name] for name in {COMMANDS!r})):
-        sys.argv = ["lightdiff", *words, "--help"]
+    for *words, flag in [("--help",), *asked[1:]]:
+        sys.argv = ["lightdiff", *words[-1:], flag]
         code, out = None, io.StringIO()
         with contextlib.redirect_stdout(out):
             try:
                 main()
             except SystemExit as stop:
                 code = stop.code or 0
-        pages[" ".join([columns, *words])] = [code, out.getvalue()]
+        pages[" ".join([columns, *words[:1]])] = [code, out.getvalue()]
 print(json.dumps([pages, [name for name in {HEAVY!r} if name in sys.modules]]))
 """
 
@@ -138,6 +141,29 @@ def test_no_flag_is_cut_off_at_80_columns(helped, name):
     assert [line for line in page.splitlines() if "…" in line] == []
     assert max(len(line.rstrip()) for line in page.splitlines()) <= 80
     assert flags_in(page) == flags_in(helped[0][f"200 {name}".strip()][1])
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_help_begins_with_what_is_needed_first(helped, name):
+    """On one screen, with an example that runs; no flag is cut in a terminal of half the usual width."""
+    page = helped[0][f"80 short {name}"][1]
+    wanted = [f"--{word}" for word in ROWS[name].start.split()]
+    rows = re.findall(r"^│ (--[\w-]+)", page, re.MULTILINE)
+    assert rows[: len(wanted)] == wanted
+    assert page.index(" Start here ") < page.index(" More ")
+    assert len(page.splitlines()) <= 32
+    assert page == page.replace("…", "")
+    hidden = int(re.search(r"the other (\d+) settings", page)[1])
+    assert hidden == len(flag_fields(MODELS[name])) - len(wanted)
+    example = re.search(r"Example: lightdiff (.*)", page)[1].split()
+    assert {word for word in example if word.startswith("--")} <= set(wanted)
+    narrow = helped[0][f"40 short {name}"][1]
+    assert set(wanted) <= flags_in(narrow)
+
+
+def test_help_shows_no_types_and_no_bounds(helped):
+    pages = " ".join(page for key, (_, page) in helped[0].items() if key.split()[-1] in MODELS)
+    assert re.findall(r"<(?:int|float|path|bool|str)>|; [<>]=? ", pages) == []
 
 
 def test_fixed_flags_exist(helped):

@@ -23,7 +23,6 @@ from lightdiff.extras.settings import DemoSettings
 from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.options import (
     PRESETS,
-    Layer,
     build,
     command,
     default_of,
@@ -37,7 +36,6 @@ from lightdiff.options import (
     option,
     panel,
     preset_layer,
-    read_settings,
 )
 from lightdiff.settings import (
     EncodeSettings,
@@ -50,6 +48,7 @@ from lightdiff.settings import (
     UNetSettings,
     VAESettings,
 )
+from lightdiff.settings_file import Layer, read_settings
 
 PRESET_FOLDER = Path(options.__file__).parent / "presets"
 PROPERTY = profile(deadline=None, max_examples=150, derandomize=True, database=None)

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lightdiff.cli import COMMANDS
-from lightdiff.options import bounds, default_of, extra, flag, flag_fields, format_value, panel, plain
+from lightdiff.options import default_of, extra, flag, flag_fields, format_value, panel, plain
 
 PAGE = Path(__file__).with_name("settings.md")
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
 # Every setting
 
@@ -26,8 +27,9 @@ that a stage saves. Lists take commas: `--model.channels 64,128,256`.
 
 The commands below also take `--settings FILE` (TOML or JSON; a saved `settings.json` is one), `--dry-run` (print the
 settings as JSON and stop; a training also times a few steps, and says what it will take: parameters, memory, time) and
-`--help`; `train-vae` and `train-unet` take `--preset NAME` too. Later wins: defaults,
-preset, what an earlier stage or a stopped run saved, the settings file, flags.
+`--help`, which for three of them shows only what is needed first; `--help-all` shows every setting. `train-vae` and
+`train-unet` take `--preset NAME` too. Later wins: defaults, preset, what an earlier stage or a stopped run saved, the
+settings file, flags.
 """
 
 
@@ -61,6 +63,11 @@ def row(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> str:
 def values(field: FieldInfo) -> str:
     """What a setting may be: its choices, its kind where that is not plain, its bounds."""
     return ", ".join([*kind(field), *bounds(field)])
+
+
+def bounds(field: FieldInfo) -> list[str]:
+    """The bounds of a number, each as in `>= 1`."""
+    return [f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
 
 
 def kind(field: FieldInfo) -> list[str]:

@@ -8,9 +8,10 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.evidence import latents_behind
-from lightdiff.options import Layer, Where, build, merge, nest
+from lightdiff.options import Where, build, merge, nest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_unet, find_vae
 from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings_file import Layer
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
 DERIVED: dict[type[StageSettings], dict[Where, Any]] = {  # settings that follow from others unless given

@@ -18,7 +18,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.sweep.axes import STAGES, Axis, parse_axis
 from lightdiff.extras.sweep.base import Base, finished
-from lightdiff.options import Layer, build, merge
+from lightdiff.options import build, merge
 from lightdiff.pipeline import guidance_for, levels_for, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder
 from lightdiff.settings import (
@@ -30,6 +30,7 @@ from lightdiff.settings import (
     TrainVAESettings,
     flat,
 )
+from lightdiff.settings_file import Layer
 
 Kind = Literal["vae", "latents", "unet", "samples"]
 # Results do not depend on these.
