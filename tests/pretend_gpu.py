@@ -1,12 +1,14 @@
 """A GPU that is not there: tensors on cuda have shapes, dtypes and devices, but no numbers.
 
 torch's FakeTensorMode finds out what each operation would return, and raises where devices are mixed, as CUDA does.
-Around it, `PretendGPU` lists what would wait for the device, counts what would be launched there, and notes on which
-GPUs anything was made. Tensors on the CPU stay real; what comes back from the device is zeros.
+Around it, `PretendGPU` lists what would wait for the device, counts what would be launched there, adds up the memory
+that tensors take there, and notes on which GPUs anything was made. Tensors on the CPU stay real; what comes back from
+the device is zeros.
 """
 
 import threading
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +35,9 @@ class PretendGPU:
         self.waits: list[str] = []  # what waited, and the line of lightdiff that asked for it
         self.kernels: Counter[str] = Counter()  # operations that are launched, by name
         self.used: set[int] = set()  # numbers of the GPUs that something was made on
+        self.live, self.peak = 0, 0  # bytes of all storages on the GPUs: now, and at most
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._unpacked: list[list[Tensor]] = []  # what autograd's node at work has taken of what the forward pass kept
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._current = threading.local()  # as CUDA has it: each thread begins at device 0
         self._pinned: list[Tensor] = []
@@ -52,7 +57,8 @@ class PretendGPU:
             "is_current_stream_capturing": lambda: False,
             "get_device_capability": lambda device=None: (9, 0),
             "mem_get_info": lambda device=None: (100 * GIB, 140 * GIB),
-            "max_memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: self.peak,
+            "reset_peak_memory_stats": lambda device=None: setattr(self, "peak", self.live),
         }
         for name, value in cuda.items():
             self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -81,13 +87,15 @@ class PretendGPU:
             (ThreadPoolExecutor, "submit", submit_and_wait),
             (torch, "tensor", tensor_on_cpu_first),
             (torch, "Generator", lambda device="cpu": generator("cpu")),  # there are no others here
-            (Tensor, "backward", backward),
+            (Tensor, "backward", lambda loss: backward(loss, self._free_unpacked)),
             (Tensor, "pin_memory", lambda x: self._pin(x)),
             (FakeTensor, "tolist", lambda x: tolist(x.cpu())),  # one copy, not one for each number
             (nn.Module, "_apply", _apply),
         ]
         for owner, name, value in replaced:
             self._patches.enter_context(mock.patch.object(owner, name, value))
+        # Each in a list of its own, so that it can be let go once it has been used, as autograd's engine does
+        self._patches.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: [x], self._unpack))
         self._patches.enter_context(_Operations(self))
         return self
 
@@ -112,6 +120,27 @@ class PretendGPU:
 
     def is_pinned(self, x: Tensor) -> bool:
         return any(x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in self._pinned)
+
+    def _unpack(self, kept: list[Tensor]) -> Tensor:
+        self._unpacked.append(kept)
+        return kept[0]
+
+    def _free_unpacked(self) -> None:
+        for kept in self._unpacked:
+            kept.clear()
+        self._unpacked.clear()
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage for as long as it lives."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.live -= size
 
     def _wait(self, what: str) -> None:
         frames = traceback.extract_stack()
@@ -143,7 +172,10 @@ class PretendGPU:
             kwargs["generator"] = None
         with self.fake:
             result = func(*tree_map(_hollow, args), **tree_map(_hollow, kwargs))
-        self.used |= {x.device.index for x in tree_leaves(result) if isinstance(x, Tensor) and x.device.type == "cuda"}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.device.type == "cuda":
+                self.used.add(x.device.index)
+                self._hold(x.untyped_storage())
         return tree_map(_from_device, result)
 
     def _check_copy(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,7 +240,7 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
     return module
 
 
-def backward(loss: Tensor) -> None:
+def backward(loss: Tensor, after_node: Callable[[], None]) -> None:
     """Autograd's walk from the loss to the parameters; its own engine asks for CUDA's streams."""
     order: list[Any] = []
     seen: set[Any] = {None}
@@ -221,14 +253,16 @@ def backward(loss: Tensor) -> None:
             seen.add(node)
             stack += [(node, True), *((n, False) for n, _ in node.next_functions)]
     inbox: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
-    with torch.no_grad(), torch.autocast("cuda", enabled=False):
+    walk = mock.patch.object(torch._C, "_current_graph_task_id", return_value=id(inbox))  # for checkpointing
+    with torch.no_grad(), torch.autocast("cuda", enabled=False), walk:
         for node in reversed(order):
             arrived = inbox.pop(node, {})
             if arrived and hasattr(node, "variable"):
                 parameter: nn.Parameter = node.variable
-                parameter.grad = arrived[0] if parameter.grad is None else parameter.grad + arrived[0]
+                parameter.grad = arrived[0] if parameter.grad is None else parameter.grad.add_(arrived[0])
             elif arrived:
-                sent = node(*(arrived.get(i) for i in range(len(node._input_metadata))))
+                sent = node(*(arrived.pop(i, None) for i in range(len(node._input_metadata))))
+                after_node()
                 for (to, i), gradient in zip(
                     node.next_functions, sent if isinstance(sent, tuple) else (sent,), strict=True
                 ):
@@ -237,3 +271,4 @@ def backward(loss: Tensor) -> None:
                         assert gradient.device == wanted.device, f"a gradient on {gradient.device}, not {wanted.device}"
                         gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
                         box[i] = box[i] + gradient if i in box else gradient
+                del sent, gradient  # not alive while the next node is at work

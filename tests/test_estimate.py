@@ -12,6 +12,7 @@ from torch import nn
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import scan
 from lightdiff.extras.estimate import batch_seconds
+from lightdiff.extras.gpu_memory import CARDS, GPUMemory
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
@@ -141,6 +142,44 @@ def test_lpips_without_weights_is_left_out_with_a_note(cli, faces, tmp_path):
     flags = [*VAE_FLAGS, "--lpips-gamma", "0.1", "--lpips-net", "squeeze", "--dry-run"]
     result = cli("train-vae", "--run", tmp_path / "run", "--data", faces, *flags, TORCH_HOME=str(tmp_path))
     assert (result.code, "LPIPS is left out of the estimate" in result.err) == (0, True), result.stderr
+
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@without_gpu
+def test_what_a_gpu_will_hold_is_told_without_one(cli, faces, tmp_path):
+    flags = ["--data", faces, "--resolution", 32, "--batch-size", 8, "--micro-batch", 2, "--device", "cuda"]
+    result = cli("train-vae", "--run", tmp_path / "run", *flags, "--dry-run", TORCH_HOME=str(tmp_path))
+    assert result.code == 0, result.stderr
+    model = VAE(VAESettings.model_validate(json.loads(result.stdout)["model"]).resolved(32))
+    megabytes = round(sum(4 * p.numel() for p in model.parameters()) / 1e6)
+    assert "memory of a GPU in bf16, with micro-batches of 2: " in result.err
+    assert f"weights {megabytes} MB, their gradients {megabytes} MB" in result.err
+    assert f"EMA {megabytes} MB, LPIPS 59 MB" in result.err, "14.7 M parameters of VGG, though none are downloaded"
+    assert all(f"{size} GB" in result.err for size in CARDS)
+    assert "no GPU here: nothing is timed" in result.err
+    assert "images/s" not in result.err
+    leaner = [*flags, "--ema-decay", 0, "--lpips-gamma", 0, "--precision", "fp32", "--dry-run"]
+    told = cli("train-vae", "--run", tmp_path / "run", *leaner).err
+    assert "memory of a GPU in fp32" in told
+    assert not re.search("EMA [0-9]|LPIPS [0-9]|weights in bf16", told)
+
+
+@without_gpu
+def test_processes_share_what_a_gpu_will_hold(run, cli):
+    flags = ["--run", run, "--preset", "tiny", "--batch-size", 16, "--device", "cuda", "--dry-run", "--restart"]
+    assert "with micro-batches of 16" in cli("train-unet", *flags).err
+    assert "with micro-batches of 4" in cli("train-unet", *flags, "--nproc-per-node", 4).err
+
+
+def test_the_largest_micro_batch_fits_and_no_larger_one():
+    memory = GPUMemory(weights=3, gradients=10**9, optimizer=5, averaged=7, lpips=11, copies=13, image=10**7)
+    card = 8e9
+    images = memory.largest_micro_batch(card)
+    assert memory.total(images, several=True) <= card < memory.total(images + 1, several=True)
+    assert memory.largest_micro_batch(memory.total(1, several=True)) == 1
+    assert memory.largest_micro_batch(memory.total(1, several=True) - 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from torch import nn
 
 from lightdiff.data.latents import async_copy
 from lightdiff.extras.estimate import random_images, random_latents
+from lightdiff.extras.gpu_memory import gpu_memory
+from lightdiff.models.lpips import PerceptualLoss
+from lightdiff.options import build, preset_layer
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.training.loop import Trainer
 from tests.conftest import UNET_FLAGS, VAE_FLAGS, Result, call
 
@@ -166,6 +169,81 @@ def test_feature_maps_stay_bf16_between_norms_and_convolutions(trainer_of) -> No
                 module.register_forward_hook(look)
         trainer.train_step(batch)
     assert {kinds[1:] for kinds in seen} == {(torch.bfloat16, torch.bfloat16)}
+
+
+def step_memory(settings: TrainVAESettings | TrainUNetSettings, lpips: str = "") -> tuple[int, int]:
+    """Bytes on the pretend GPU before a training step, without gradients, and at its peak."""
+    name = "vae" if isinstance(settings, TrainVAESettings) else "unet"
+    with PretendGPU() as gpu:
+        stage = Stage(name, settings, torch.device("cuda", 0), Processes(), Path(), total_steps=100)
+        task, batch = (random_images(stage) if name == "vae" else random_latents(stage))[:2]
+        if lpips:
+            distance = PerceptualLoss(lpips, None).to(stage.device)
+            task.vae_loss.terms["lpips"] = lambda x, x_hat, posterior: distance(x_hat, x).mean()
+        trainer = Trainer(task, stage)
+        trainer.train_step(batch)  # makes the optimizers' state
+        trainer.model.zero_grad()
+        gpu.peak = before = gpu.live
+        trainer.train_step(batch)
+        return before, gpu.peak
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "side", "images", "loop", "lpips", "tolerance"),
+    [
+        ("vae", "small", 256, 4, {}, "", 0.15),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [
+                ("vae", "small", 256, 2, {}, "vgg", 0.15),
+                ("vae", "base", 256, 4, {}, "", 0.15),
+                ("unet", "small", 32, 32, {}, "", 0.15),
+                ("unet", "base", 32, 32, {}, "", 0.15),
+                ("unet", "small", 32, 16, {"micro_batch": 8}, "", 0.15),
+                ("unet", "small", 16, 1, {"optimizer": "muon"}, "", 0.15),  # whose step takes more than the passes
+                ("vae", "small", 256, 4, {"checkpoint_activations": True}, "", 0.2),
+                ("unet", "small", 32, 32, {"checkpoint_activations": True}, "", 0.2),
+            ]
+        ),
+    ],
+)
+def test_what_a_dry_run_tells_is_what_a_step_takes(
+    family: str, preset: str, side: int, images: int, loop: dict[str, object], lpips: str, tolerance: float
+) -> None:
+    model = TrainVAESettings if family == "vae" else TrainUNetSettings
+    loop = {"batch_size": images, "precision": "bf16", "compile": "off", "optimizer": "adamw"} | loop
+    sizes = {"images": {"resolution": side}} if family == "vae" else {"latent": {"height": side, "width": side}}
+    without = {"loss": {"lpips_gamma": 0}} if family == "vae" else {}
+    settings = build(model, [preset_layer(family, preset), {"loop": loop}, sizes, without]).resolved()
+    chosen = with_changes(settings, loss={"lpips_net": lpips}) if lpips else settings
+    told = gpu_memory(chosen, "bf16")
+    always, peak = step_memory(settings, lpips)
+    expected = told.weights + told.optimizer + told.averaged + told.lpips
+    assert expected == pytest.approx(always, rel=0.01)
+    micro = settings.loop.micro
+    assert told.tensors(micro, several=micro < images) - expected == pytest.approx(peak - always, rel=tolerance)
+
+
+def test_live_storages_are_counted_once_and_while_they_live() -> None:
+    with PretendGPU() as gpu:
+        x = torch.zeros(1000, device="cuda")
+        view, y = x.view(10, 100), x.bfloat16()
+        assert (gpu.live, gpu.peak) == (6000, 6000)
+        del x
+        assert gpu.live == 6000, "a view keeps its storage"
+        del view, y
+        assert (gpu.live, gpu.peak) == (0, 6000)
+
+
+def test_what_the_forward_pass_kept_goes_as_the_backward_pass_uses_it() -> None:
+    with PretendGPU() as gpu:
+        x = torch.zeros(1000, device="cuda", requires_grad=True)
+        loss = x.exp().exp().exp().sum()
+        gpu.peak = before = gpu.live
+        assert before == 4 * 4000 + 4, "x, the three results, and the sum"
+        loss.backward()
+        assert gpu.live == 2 * 4000 + 4, "x, its gradient, the loss"
+        assert gpu.peak < before + 2 * 4000 + 100, "a gradient arrives, a gradient leaves"
 
 
 def test_what_waits_is_seen() -> None:

@@ -1,4 +1,7 @@
-"""--dry-run of a training: its cost, measured by building the network and timing a few steps on random data."""
+"""--dry-run of a training: its cost, measured by building the network and timing a few steps on random data.
+
+For a GPU, what it will hold is worked out; on a machine without one, nothing is timed.
+"""
 
 import time
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from lightdiff.data.files import list_images
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
-from lightdiff.extras.presets import activation_bytes
+from lightdiff.extras.gpu_memory import activation_bytes, gpu_memory
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
@@ -33,10 +36,12 @@ CPU_SECONDS = 3.0  # a whole batch is timed itself if a step takes less than thi
 
 def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     """Print parameters, the shape of latents, FLOPs and memory per image, and how long the training will take."""
-    device = pick_device(settings.loop.device)
-    precision = pick_precision(settings.loop.precision, device)
+    absent = settings.loop.device == "cuda" and not torch.cuda.is_available()
+    device = torch.device("meta") if absent else pick_device(settings.loop.device)
+    asked = settings.loop.precision
+    precision = pick_precision("bf16" if absent and asked == "auto" else asked, device)
     batch_size = settings.loop.batch_size
-    settings = without_missing_lpips(settings)
+    whole, settings = settings, without_lpips(settings) if absent else without_missing_lpips(settings)
 
     def prepare(size: int) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
         micro = min(settings.loop.micro, size)
@@ -53,18 +58,27 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     parameters = sum(p.numel() for p in task.model.parameters())
     with FlopCounterMode(display=False) as flops:
         task.model(*inputs)
-    activations = activation_bytes(task.model, inputs)
-    seconds = batch_seconds(
-        first, batch_size, lambda size: step_seconds(*prepare(size)[:2]), step_seconds(trainer, batch)
-    )
+    on_gpu = device.type in ("cuda", "meta")
+    activations = "" if on_gpu else f", {activation_bytes(task.model, inputs) / 1e6:.1f} MB of activations"
     console.print(
         f"{trainer.stage.name}: {parameters / 1e6:.2f} M parameters; an image of {shape_words(inputs[0].shape[1:])}"
         + (f" -> latents of {shape_words(inputs[1].shape[1:])}" if isinstance(settings, TrainVAESettings) else ""),
-        f"per image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward, {activations / 1e6:.1f} MB of activations",
+        f"per image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward{activations}",
         f"weights, gradients, optimizer state and EMA: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
         f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB",
         sep="\n",
         soft_wrap=True,
+    )
+    if on_gpu:
+        share = -(-batch_size // settings.job.nproc_per_node)  # of a GPU
+        micro = min(settings.loop.micro, share)
+        memory = gpu_memory((whole if absent else settings).resolved(), precision)
+        memory.show(console, micro, micro < share, precision)
+    if absent:
+        console.print("no GPU here: nothing is timed")
+        return
+    seconds = batch_seconds(
+        first, batch_size, lambda size: step_seconds(*prepare(size)[:2]), step_seconds(trainer, batch)
     )
     count = count_train_images(settings) if settings.loop.epochs else 0
     if settings.loop.epochs and not count:
@@ -108,6 +122,13 @@ def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> Tra
     if cached(url).is_file():
         return settings
     console.print(f"LPIPS is left out of the estimate: its weights have not been downloaded ({url})")
+    return without_lpips(settings)
+
+
+def without_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
+    """The settings without LPIPS."""
+    if isinstance(settings, TrainUNetSettings):
+        return settings
     return with_changes(settings, loss=with_changes(settings.loss, lpips_gamma=0))
 
 

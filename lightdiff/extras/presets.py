@@ -4,6 +4,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightdiff.extras.gpu_memory import activation_bytes
 from lightdiff.extras.tables import print_table
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
@@ -65,24 +66,6 @@ def add_row(
         f"{fixed / 1e6:.0f} MB",
         f"{image / 1e6:.1f} MB",
     )
-
-
-def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without the parameters."""
-    kept: dict[int, int] = {}
-    own = {id(p) for p in model.parameters()}
-    alive: list[Tensor] = []  # an id stands for one tensor only while the tensor lives
-
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in own:
-            alive.append(base)
-            kept[id(base)] = base.numel() * base.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(*inputs)
-    return sum(kept.values())
 
 
 def widths_of(model: Architecture) -> str:

@@ -108,16 +108,20 @@ def fetched(url: str, need: str, otherwise: str) -> Path:
     return file
 
 
-def load_lpips(net: Net, weights: Path) -> nn.Module:
+def load_lpips(net: Net, weights: Path | None) -> nn.Module:
     """The frozen `lpips.LPIPS` whose trunk comes from torchvision's file and whose linear layers come with lpips.
+
+    Without a file it is as it costs, not as it measures: its weights are random.
 
     Raises:
         UserError: If the file cannot be read or is another network's.
     """
     # Built on "meta": torchvision would fill 500 MB of VGG with random numbers, taken from the global generator.
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta" if weights else torch.get_default_device()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # lpips says pretrained=
         model: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    if weights is None:
+        return model.requires_grad_(False)
     trunk = model.get_submodule("net")
     trunk.load_state_dict(_read_trunk(net, weights, trunk.state_dict()), assign=True)
     linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
@@ -161,8 +165,8 @@ class PerceptualLoss(nn.Module):
     Keep it beside the network that is trained, not in it: so neither an optimizer, an EMA nor a checkpoint sees it.
     """
 
-    def __init__(self, net: Net, weights: Path) -> None:
-        """Build it from a file that `find_weights` found."""
+    def __init__(self, net: Net, weights: Path | None) -> None:
+        """Build it from a file that `find_weights` found, or, to learn what it costs, from none."""
         super().__init__()
         self.min_side = TRUNKS[net].min_side
         lpips_model = load_lpips(net, weights)
