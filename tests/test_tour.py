@@ -6,6 +6,7 @@ import doctest
 import importlib.util
 import math
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -145,6 +146,14 @@ def test_the_short_training_step_is_the_real_one(tmp_path: Path, faces: Path) ->
     compare(unet, trainer.model)
     compare(names["ema"], trainer.ema.model)  # type: ignore[arg-type]
     assert any(not torch.equal(p, q) for p, q in zip(before, unet.parameters(), strict=True))
+
+
+def test_the_mean_of_all_latents_is_drawn(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/demo")
+    (lines,) = blocks(TOUR / "4-sampling.md", "python")
+    exec(lines, {})
+    assert Path("mean.png").is_file()
 
 
 def test_the_evening_has_as_many_lines_as_the_readme_says() -> None:
