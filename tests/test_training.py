@@ -6,7 +6,9 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder, StageFolder
 from lightdiff.runtime import stage as stage_module
+from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import open_stage, signal_handler
 from lightdiff.settings import (
     EncodeSettings,
@@ -369,6 +372,48 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, steps=20)
     assert saved == [7]
     assert trainer.step == 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [(1e-4, [1, 65, 100, 164]), (0.025, [1, 41, 81, 100, 140, 180]), (10, [*range(1, 151)])],
+)
+def test_several_processes_agree_about_once_a_second_and_stop_after_the_same_step(
+    tmp_path, monkeypatch, seconds, rounds
+):
+    """Process 1 is the slower one, and alone receives SIGTERM, in step 150. A process that agreed alone would wait."""
+    clock, meet, said = threading.local(), threading.Barrier(2), [[], []]
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+
+    class Two(Processes):
+        def all_reduce_max(self, *numbers, patient=False):
+            said[self.rank] = numbers
+            meet.wait(10)
+            together = [*map(max, *said)]
+            meet.wait(10)
+            agreed_at[self.rank].append(step_of[self.rank])
+            return together
+
+    agreed_at, step_of = ([], []), [0, 0]
+
+    def run(rank):
+        clock.now = 0.0
+        stage = training_stage(tmp_path / str(rank), loop())
+        stage.processes, stage.defer_signals, stage._last = Two(rank, 2), True, 0.0
+        for step in range(1, 201):
+            step_of[rank] = step
+            clock.now += seconds * (1 if rank else 0.5)
+            if rank and step == 150:
+                stage.on_signal(signal.SIGTERM, None)
+            code, _ = stage.poll(due=step == 100)
+            if code:
+                return step, code
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        stopped = list(pool.map(run, (0, 1)))
+    assert stopped == [(rounds[-1], 143)] * 2
+    assert agreed_at == (rounds, rounds)
 
 
 def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, Tra
 S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
+AGREE_EVERY, AGREE_STEPS = 1.0, 64  # seconds, about, and steps at most until all processes agree again
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE, HANG_UP, OUT_OF_CPU = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP", "SIGXCPU"))  # not on Windows
 SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP, OUT_OF_CPU) if number}
@@ -66,6 +67,8 @@ class Stage(Generic[S]):
     defer_signals: bool = False  # for `poll`; a second Ctrl-C still leaves at once
     _signal: int = 0
     _save: bool = False
+    _steps_left: int = 0  # until all processes agree again
+    _slowest: float = 0.0  # step since they last did, in seconds
     _longest: float = 0.0
     _last: float = field(default_factory=time.monotonic)
 
@@ -178,20 +181,33 @@ class Stage(Generic[S]):
 
     # --- signals and the time limit -------------------------------------------------------------------------------
 
-    def poll(self, reserve: float = 0.0) -> tuple[int, bool]:
+    def poll(self, reserve: float = 0.0, due: bool = False) -> tuple[int, bool]:
         """The exit code to stop with after this step (0: none) and whether to save, agreed among all processes.
 
-        A signal may have reached only one of them. Called once a step; `reserve` seconds are kept free at the end.
+        A signal may have reached only one of them. Called once a step; one process acts at each. Several wait for one
+        another about once a second only, after as many steps as follow from the slowest: the same number in all.
+
+        Args:
+            reserve: Seconds that are kept free at the end.
+            due: Whether they agree now in any case; the same in all processes.
         """
-        code = 128 + self._signal if self._signal else OUT_OF_TIME if self.out_of_time(reserve) else 0
-        save, self._save = self._save, False
-        code, saving = self.processes.all_reduce_max(code, int(save))
+        several = self.processes.world_size > 1
+        late = self.out_of_time(reserve + several * AGREE_EVERY)
+        self._steps_left -= 1
+        if self._steps_left > 0 and not due:
+            return 0, False
+        code = 128 + self._signal if self._signal else OUT_OF_TIME if late else 0
+        save, self._save = self._save, False  # before all wait, as the next signal may come meanwhile
+        slowest, self._slowest = max(1, round(1e6 * self._slowest)), 0.0  # microseconds: whole numbers are agreed on
+        code, saving, slowest = self.processes.all_reduce_max(code, int(save), slowest)
+        self._steps_left = several * min(AGREE_STEPS, int(1e6 * AGREE_EVERY) // slowest)
         return code, bool(saving)
 
     def out_of_time(self, reserve: float = 0.0) -> bool:
         """Whether `--max-time` would pass during what comes next: twice the longest time between two calls."""
         now, minutes = time.monotonic(), self.settings.job.max_time
-        self._longest, self._last = max(self._longest, now - self._last), now
+        self._slowest, self._longest = (max(so_far, now - self._last) for so_far in (self._slowest, self._longest))
+        self._last = now
         return minutes > 0 and time.time() - STARTED + 2 * self._longest + reserve > 60 * minutes
 
     def finish_together(self, unfinished: bool) -> None:

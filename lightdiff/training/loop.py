@@ -282,8 +282,8 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
         for batch in task.batches(trainer.images_seen, total - trainer.step):
             losses = trainer.train_step(batch)
             step = trainer.step
-            exit_code, save_wanted = stage.poll(reserve)
             validating = is_validated(loop, step, total)
+            exit_code, save_wanted = stage.poll(reserve, due=validating)
             keep_step = step % loop.save_every == 0
             saving = validating or keep_step or exit_code or save_wanted
             logging = validating or step % loop.log_every == 0
