@@ -253,14 +253,23 @@ def test_the_exercises_of_the_vae_and_the_latents() -> None:
     assert f"{sum(row[3] for row in rows_of_scale()) / 4:.2f} bits" in page
 
 
-def best_loss(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a linear least-squares fit of eps - x0 to x_t leaves, on a million standard normal pairs."""
+def best_loss(alpha: Tensor, sigma: Tensor, a: float = -1, b: float = 1) -> Tensor:
+    """What a linear least-squares fit of a x0 + b eps to x_t leaves, on a million standard normal pairs."""
     x0, eps = normal(2, 1_000_000, seed=0)
     losses = []
-    for a, s in zip(alpha, sigma, strict=True):
-        x_t, target = a * x0 + s * eps, eps - x0
+    for signal, noise in zip(alpha, sigma, strict=True):
+        x_t, target = signal * x0 + noise * eps, a * x0 + b * eps
         losses.append((target - (x_t @ target) / (x_t @ x_t) * x_t).square().mean())
     return torch.stack(losses)
+
+
+def test_little_noise_hides_the_noise_and_much_noise_the_latent() -> None:
+    levels = torch.arange(99, 1000, 200)
+    of_x0, of_eps = (best_loss(FLOW.alpha[levels], FLOW.sigma[levels], *target).tolist() for target in ((1, 0), (0, 1)))
+    assert of_x0 == sorted(of_x0)
+    assert of_eps == sorted(of_eps, reverse=True)
+    assert of_x0[0] < 0.02
+    assert of_eps[0] > 0.98
 
 
 def test_the_exercise_of_the_unet() -> None:
