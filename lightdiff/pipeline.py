@@ -103,7 +103,8 @@ def guidance_for(
             raise UserError(f"--class: this U-Net knows no {shorten(name)}; {listed}")
     turns = [known.index(wanted[i % len(wanted)]) for i in items]
     first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
-    return Guidance(torch.tensor(turns, device=device), len(known), sampling.guidance, first, last)
+    label = async_copy(torch.tensor(turns), device or torch.device("cpu"))
+    return Guidance(label, len(known), sampling.guidance, first, last)
 
 
 def from_noise(denoise: Denoise, level: Level, noise: Latents) -> tuple[Denoise, Latents]:

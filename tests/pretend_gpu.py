@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 TESTED_WITH = "2.14"  # of torch: what is used of it is not all public
 WAITING = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::is_nonzero")
+NO_KERNEL = ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+WHOLE = ("aten::silu_backward",)  # has a kernel of its own on GPUs, and a way to do without
 GIB = 1 << 30
 
 
@@ -89,6 +91,7 @@ class PretendGPU:
             (torch, "Generator", lambda device="cpu": generator("cpu")),  # there are no others here
             (Tensor, "backward", lambda loss: backward(loss, self._free_unpacked)),
             (Tensor, "pin_memory", lambda x: self._pin(x)),
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True),  # but for fakes
             (FakeTensor, "tolist", lambda x: tolist(x.cpu())),  # one copy, not one for each number
             (nn.Module, "_apply", _apply),
         ]
@@ -163,7 +166,8 @@ class PretendGPU:
             indices = [x for x in args[1] if x is not None]
             if any(not isinstance(x, FakeTensor) or x.dtype == torch.bool for x in indices):
                 self._wait(f"{name} by a mask or from the CPU")
-        if not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and name not in NO_KERNEL:
             self.kernels[name] += 1
         if "_fused_adamw_" in name:
             assert len({x.device for x in tensors}) == 1, f"{name} on {sorted({str(x.device) for x in tensors})}"
@@ -202,10 +206,11 @@ class _Operations(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace == "prim":
             return args[0].device
-        with self:  # under inference_mode, what consists of other operations arrives whole
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if func._schema.name not in WHOLE:
+            with self:  # under inference_mode, what consists of other operations arrives whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         return self.gpu.operate(func, args, kwargs)
 
 

@@ -1,5 +1,8 @@
 """All stages on a GPU that is not there: no tensor on a wrong device, none on another process's GPU, few waits."""
 
+import re
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 from pretend_gpu import TESTED_WITH, PretendGPU
 from torch import nn
 
@@ -15,11 +19,12 @@ from lightdiff.extras.estimate import random_images, random_latents
 from lightdiff.extras.gpu_memory import gpu_memory
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.options import build, preset_layer
-from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.processes import Processes, autocast
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.training.loop import Trainer
-from tests.conftest import UNET_FLAGS, VAE_FLAGS, Result, call
+from tests.bench.cases import random_squeezenet
+from tests.conftest import UNET_FLAGS, VAE_FLAGS, Result, call, succeed
 
 pytestmark = [
     pytest.mark.skipif(not torch.__version__.startswith(TESTED_WITH), reason=f"made for torch {TESTED_WITH}"),
@@ -91,11 +96,28 @@ def test_train_vae(tmp_path: Path, faces: Path, rank: int, world_size: int, more
     right(result, gpu, rank)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "world_size"), RANKS)
+def test_train_vae_with_lpips(tmp_path: Path, faces: Path, rank: int, world_size: int) -> None:
+    lpips = ["--lpips-gamma", 0.1, "--lpips-net", "squeeze", "--lpips-weights", random_squeezenet(tmp_path)]
+    with process(rank, world_size) as gpu:
+        result = call("train-vae", "--run", tmp_path / "run", "--data", faces, *on_gpu(VAE_FLAGS, *lpips))
+    right(result, gpu, rank)
+
+
+def waits(gpu: PretendGPU) -> Counter[str]:
+    """What has waited, by file, but for weights on their way to the GPU."""
+    return Counter(re.sub(r":\d+$", "", what) for what in gpu.waits if "processes.py" not in what)
+
+
 @pytest.mark.parametrize(("rank", "world_size"), RANKS)
 def test_encode_and_scale(run: Path, rank: int, world_size: int) -> None:
+    flags = ["--restart", "--workers", 0, "--device", "cuda", "--shard-size", 4, "--batch-size", 2]
     with process(rank, world_size) as gpu, patch("lightdiff.stages.encode.finish"):
-        result = call("encode", "--run", run, "--restart", "--workers", 0, "--device", "cuda", "--shard-size", 4)
+        result = call("encode", "--run", run, *flags)
     right(result, gpu, rank)
+    batches = 2 * 6 if world_size == 1 else 2  # 24 images make 6 shards, dealt out
+    assert waits(gpu) == {"a copy to cpu at encode.py": batches}, "the latents, once a batch"
 
 
 @pytest.mark.slow
@@ -111,42 +133,71 @@ def test_train_unet(run: Path, rank: int, world_size: int, resident: bool, more:
     right(result, gpu, rank)
 
 
-@pytest.mark.parametrize(
-    ("rank", "world_size", "sampler"),
-    [(0, 1, "dpm++2m"), *(pytest.param(1, 8, name, marks=pytest.mark.slow) for name in ("ddim", "ddpm", "heun"))],
-)
-def test_generate(run: Path, rank: int, world_size: int, sampler: str) -> None:
+@pytest.fixture(scope="module")
+def labelled(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose U-Net knows classes. Not to be written to."""
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("labelled") / "run"))
+    succeed("train-unet", "--run", run, *UNET_FLAGS, "--label", "class", "--restart")
+    return run
+
+
+SCALING = {"a copy to cuda at latents.py": 2}  # the latents' shift and scale
+DRAWING = {  # command -> what waits beside a copy of the images, once a batch
+    "generate --sampler dpm++2m": SCALING,
+    "generate --sampler ddim": SCALING,
+    "generate --sampler ddpm": SCALING,
+    "generate --sampler heun": SCALING,
+    "generate --class glasses --guidance 3": SCALING,
+    "edit --from FACE": SCALING | {"a copy to cuda at pipeline.py": 1},
+    "edit --from FACE --mask MASK": SCALING | {"a copy to cuda at pipeline.py": 1, "a copy to cuda at edit.py": 1},
+    "walk --between 0,1 --frames 9": SCALING,
+}
+
+
+@pytest.mark.parametrize("command", DRAWING)
+@pytest.mark.parametrize(("rank", "world_size"), [RANKS[0], pytest.param(*RANKS[1], marks=pytest.mark.slow)])
+def test_drawing_waits_once_a_batch(
+    labelled: Path, faces: Path, tmp_path: Path, command: str, rank: int, world_size: int
+) -> None:
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    face = sorted(faces.rglob("*.png"))[0]
+    words = command.replace("FACE", str(face)).replace("MASK", str(tmp_path / "mask.png")).split()
+    count = [] if words[0] == "walk" else ["--num-images", 9]
+    flags = ["--num-steps", 3, "--device", "cuda", "--batch-size", 3 if world_size == 1 else 1]
     with process(rank, world_size) as gpu:
-        flags = ["--num-images", 9, "--num-steps", 3, "--sampler", sampler, "--device", "cuda", "--batch-size", 1]
-        result = call("generate", "--run", run, "--out", run / "new", *flags)
-    if world_size == 1:
+        result = call(*words, "--run", labelled, "--out", tmp_path / "new", *count, *flags)
+    if world_size == 1:  # else the others' images are missing in the end
         assert result.code == 0, result.stderr
     assert gpu.used == {rank}
+    drawn = sorted(path.name for path in (tmp_path / "new").glob("0*.png"))
+    assert drawn == [f"{i:05d}.png" for i in (range(9) if world_size == 1 else [rank])]
+    assert waits(gpu) == DRAWING[command] | {"a copy to cpu at pipeline.py": 3 if world_size == 1 else 1}
 
 
-def unet_trainer(**loop: object) -> tuple[Trainer, object]:
-    """A training of the default U-Net for small latents, on the pretend GPU, and a batch."""
-    sizes = {"batch_size": 8, "precision": "bf16", "compile": "off"} | loop
-    s = TrainUNetSettings(loop=sizes, latent={"height": 8, "width": 8}).resolved()
-    stage = Stage("unet", s, torch.device("cuda", 0), Processes(), Path(), total_steps=100)
-    task, batch, _ = random_latents(stage)
-    return Trainer(task, stage), batch
+def settings_of(family: str, preset: str, side: int, **loop: object) -> TrainVAESettings | TrainUNetSettings:
+    """A training's settings in bf16, without LPIPS, for images or latents of this side."""
+    model = TrainVAESettings if family == "vae" else TrainUNetSettings
+    sizes = {"images": {"resolution": side}} if family == "vae" else {"latent": {"height": side, "width": side}}
+    without = {"loss": {"lpips_gamma": 0}} if family == "vae" else {}
+    layers = [preset_layer(family, preset), sizes, without, {"loop": {"precision": "bf16", "compile": "off"} | loop}]
+    return build(model, layers).resolved()
 
 
-def vae_trainer(**loop: object) -> tuple[Trainer, object]:
-    """The same of the default VAE at 64 px, without LPIPS; its batch lies in pinned memory."""
-    sizes = {"batch_size": 8, "precision": "bf16", "compile": "off"} | loop
-    s = TrainVAESettings(loop=sizes, loss={"lpips_gamma": 0}).resolved()
-    stage = Stage("vae", s, torch.device("cuda", 0), Processes(), Path(), total_steps=100)
-    task, batch, _ = random_images(stage)
-    return Trainer(task, stage), batch.pin_memory()
+def trainer_of(settings: TrainVAESettings | TrainUNetSettings) -> tuple[Trainer, object]:
+    """A training on the pretend GPU, and a batch."""
+    family, random_batch = (
+        ("vae", random_images) if isinstance(settings, TrainVAESettings) else ("unet", random_latents)
+    )
+    stage = Stage(family, settings, torch.device("cuda", 0), Processes(), Path(), total_steps=100)
+    task, batch = random_batch(stage)[:2]
+    return Trainer(task, stage), batch.pin_memory() if family == "vae" else batch
 
 
-@pytest.mark.parametrize("trainer_of", [unet_trainer, vae_trainer])
+@pytest.mark.parametrize(("family", "side"), [("unet", 8), ("vae", 64)])
 @pytest.mark.parametrize("loop", [{}, {"micro_batch": 4}, {"optimizer": "adamw"}, {"ema_decay": 0.0}])
-def test_a_training_step_never_waits_for_the_device(trainer_of, loop: dict[str, object]) -> None:
+def test_a_training_step_never_waits_for_the_device(family: str, side: int, loop: dict[str, object]) -> None:
     with PretendGPU() as gpu:
-        trainer, batch = trainer_of(**loop)
+        trainer, batch = trainer_of(settings_of(family, "small", side, **({"batch_size": 8} | loop)))
         trainer.train_step(batch)  # makes the optimizers' state
         gpu.waits.clear()
         losses = trainer.train_step(batch)
@@ -155,15 +206,15 @@ def test_a_training_step_never_waits_for_the_device(trainer_of, loop: dict[str, 
         assert len(gpu.waits) == 2, "one for the numbers, one for the steps that were skipped"
 
 
-@pytest.mark.parametrize("trainer_of", [unet_trainer, vae_trainer])
-def test_feature_maps_stay_bf16_between_norms_and_convolutions(trainer_of) -> None:
+@pytest.mark.parametrize(("family", "side"), [("unet", 8), ("vae", 64)])
+def test_feature_maps_stay_bf16_between_norms_and_convolutions(family: str, side: int) -> None:
     seen = set()
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         seen.add((type(module).__name__, inputs[0].dtype, output.dtype))
 
     with PretendGPU():
-        trainer, batch = trainer_of()
+        trainer, batch = trainer_of(settings_of(family, "small", side, batch_size=8))
         for module in trainer.model.modules():
             if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                 module.register_forward_hook(look)
@@ -171,16 +222,46 @@ def test_feature_maps_stay_bf16_between_norms_and_convolutions(trainer_of) -> No
     assert {kinds[1:] for kinds in seen} == {(torch.bfloat16, torch.bfloat16)}
 
 
+KERNELS = {  # operations that a training step launches on a GPU; a call on many tensors is one. They may only fall
+    ("vae", 64): {"forward and backward": 404, "clipping": 8, "optimizers": 285, "EMA": 1},
+    ("unet", 16): {"forward and backward": 923, "clipping": 8, "optimizers": 662, "EMA": 1},
+}
+SLACK = 0.05  # a bound further than this above its figure is to be lowered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "side"), KERNELS)
+def test_a_training_step_launches_few_operations(family: str, side: int) -> None:
+    with PretendGPU() as gpu:
+        trainer, batch = trainer_of(settings_of(family, "small", side, batch_size=2))
+        trainer.train_step(batch)  # makes the optimizers' state
+        trainer.model.zero_grad()
+        whole = trainer.task.prepare(batch, torch.Generator())
+        launched: dict[str, Counter[str]] = {}
+        with gpu.counted() as launched["forward and backward"]:
+            with autocast(trainer.stage.device, "bf16"):
+                losses = trainer.task.loss(trainer.network, whole)
+            losses["loss"].backward()
+        with gpu.counted() as launched["clipping"]:
+            norm = nn.utils.clip_grad_norm_(trainer.trained.values(), 1.0)
+        finite = norm.isfinite()
+        with gpu.counted() as launched["optimizers"]:
+            trainer._update(finite)
+        with gpu.counted() as launched["EMA"]:
+            trainer.ema.update(trainer.model, trainer.step)
+    for part, bound in KERNELS[family, side].items():
+        count = launched[part].total()
+        assert count <= bound, f"{part}: {count}, at most {bound} allowed: {launched[part].most_common(20)}"
+        assert count >= bound * (1 - SLACK), f"{part}: {count}, well below {bound}: lower the bound"
+
+
 def step_memory(settings: TrainVAESettings | TrainUNetSettings, lpips: str = "") -> tuple[int, int]:
     """Bytes on the pretend GPU before a training step, without gradients, and at its peak."""
-    name = "vae" if isinstance(settings, TrainVAESettings) else "unet"
     with PretendGPU() as gpu:
-        stage = Stage(name, settings, torch.device("cuda", 0), Processes(), Path(), total_steps=100)
-        task, batch = (random_images(stage) if name == "vae" else random_latents(stage))[:2]
+        trainer, batch = trainer_of(settings)
         if lpips:
-            distance = PerceptualLoss(lpips, None).to(stage.device)
-            task.vae_loss.terms["lpips"] = lambda x, x_hat, posterior: distance(x_hat, x).mean()
-        trainer = Trainer(task, stage)
+            distance = PerceptualLoss(lpips, None).to(trainer.stage.device)
+            trainer.task.vae_loss.terms["lpips"] = lambda x, x_hat, posterior: distance(x_hat, x).mean()
         trainer.train_step(batch)  # makes the optimizers' state
         trainer.model.zero_grad()
         gpu.peak = before = gpu.live
@@ -210,11 +291,7 @@ def step_memory(settings: TrainVAESettings | TrainUNetSettings, lpips: str = "")
 def test_what_a_dry_run_tells_is_what_a_step_takes(
     family: str, preset: str, side: int, images: int, loop: dict[str, object], lpips: str, tolerance: float
 ) -> None:
-    model = TrainVAESettings if family == "vae" else TrainUNetSettings
-    loop = {"batch_size": images, "precision": "bf16", "compile": "off", "optimizer": "adamw"} | loop
-    sizes = {"images": {"resolution": side}} if family == "vae" else {"latent": {"height": side, "width": side}}
-    without = {"loss": {"lpips_gamma": 0}} if family == "vae" else {}
-    settings = build(model, [preset_layer(family, preset), {"loop": loop}, sizes, without]).resolved()
+    settings = settings_of(family, preset, side, **({"batch_size": images, "optimizer": "adamw"} | loop))
     chosen = with_changes(settings, loss={"lpips_net": lpips}) if lpips else settings
     told = gpu_memory(chosen, "bf16")
     always, peak = step_memory(settings, lpips)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightdiff.data.latents import async_copy
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
@@ -28,7 +29,7 @@ def run(settings: WalkSettings) -> Path:
         walk = noise_between(shape, settings.between, settings.frames, settings.seed)
 
         def images(items: range) -> Float[Tensor, "b 3 h w"]:
-            frames = walk[[min(i, count - 1) for i in items]].to(pipeline.device)
+            frames = async_copy(walk[[min(i, count - 1) for i in items]], pipeline.device)
 
             def start(denoise: Denoise, level: Level, noise: Latents) -> tuple[Denoise, Latents]:
                 return from_noise(denoise, level, frames)
