@@ -1,9 +1,12 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
 import os
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
@@ -47,9 +50,11 @@ def options(
     """From a folder of images to a latent diffusion model of your own."""
 
 
-def run_stage(module: str, chosen: settings.Settings) -> None:
-    """Run what a command stands for, and print the path of what it made to stdout."""
-    if WORKER_FOLDER not in os.environ and getattr(chosen, "job", settings.JobSettings()).nproc_per_node > 1:
+def run_stage(module: str, then: str, chosen: settings.Settings) -> None:
+    """Run what a command stands for; print the time it took, what comes next, and, to stdout, what it made."""
+    began = time.monotonic()
+    job = getattr(chosen, "job", settings.JobSettings())
+    if WORKER_FOLDER not in os.environ and job.nproc_per_node > 1:
         from lightdiff.runtime.launcher import launch
 
         return launch(chosen, sys.argv[1:])  # type: ignore[arg-type]
@@ -57,6 +62,11 @@ def run_stage(module: str, chosen: settings.Settings) -> None:
         made = import_module(f"lightdiff.{module}").run(chosen)
     except KeyboardInterrupt:  # here, as Typer would leave without a word
         raise Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT) from None
+    if rank() == 0 and not job.quiet:
+        from lightdiff.runtime.progress import console
+
+        following = f"; next: lightdiff {then} --run {shlex.quote(str(chosen.run))}" if then else ""  # type: ignore[attr-defined]
+        console.print(f"took {timedelta(seconds=round(time.monotonic() - began))}{following}", soft_wrap=True)
     if rank() == 0:
         typer.echo("\n".join(map(printable, str(made).split("\n"))) if sys.stdout.isatty() else made)
 
@@ -128,26 +138,27 @@ class Command(NamedTuple):
     estimate: str = ""  # the module whose `estimate(settings)` a --dry-run calls
     presets: str = ""  # the family of presets to choose from
     inherit: Callable[[Layer], Layer] = lambda said: {}
+    then: str = ""  # the stage that comes next
     start: str = ""  # the flags that --help shows; all if empty
     example: str = ""
 
 
 VAE_START = "data run resolution steps epochs batch-size lpips-gamma"
 VAE_EXAMPLE = "lightdiff train-vae --data ~/faces --run runs/faces --resolution 64"
-VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"), VAE_START, VAE_EXAMPLE)
+VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"), "encode", VAE_START, VAE_EXAMPLE)
 UNET_EXAMPLE = "lightdiff train-unet --run runs/faces"
-UNET = ("extras.estimate", "unet", inherit_unet, "run steps epochs batch-size label", UNET_EXAMPLE)
+UNET = ("extras.estimate", "unet", inherit_unet, "generate", "run steps epochs batch-size label", UNET_EXAMPLE)
 SAMPLE_START = "run num-images seed class guidance num-steps out"
 SAMPLE_EXAMPLE = "lightdiff generate --run runs/faces --num-images 16"
 COMMANDS = {
     "train-vae": Command(settings.TrainVAESettings, "stages.train_vae", STAGES, *VAE),
-    "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode),
-    "scale": Command(settings.ScaleSettings, "stages.scale"),
+    "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode, then="scale"),
+    "scale": Command(settings.ScaleSettings, "stages.scale", then="train-unet"),
     "train-unet": Command(settings.TrainUNetSettings, "stages.train_unet", STAGES, *UNET),
     "generate": Command(settings.GenerateSettings, "stages.generate", start=SAMPLE_START, example=SAMPLE_EXAMPLE),
 } | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
-    run, outlook = partial(run_stage, row.module), partial(estimate, row.estimate)
+    run, outlook = partial(run_stage, row.module, row.then), partial(estimate, row.estimate)
     call = command(row.model, run, row.inherit, row.presets, outlook, row.start.split(), row.example)
     app.command(name, rich_help_panel=row.panel, add_help_option=False)(call)
 add_commands(app)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_the_five_stages_come_first(helped):
     assert listed[:5] == list(STAGES)
     assert sorted(listed) == sorted(COMMANDS)
     assert page.index("The five stages") < page.index("Looking at images and runs")
+
+
+def test_a_stage_ends_with_its_time_and_the_next_command(run, cli, tmp_path):
+    named, chain = tmp_path / "my faces", ["train-vae"]
+    shutil.copytree(run, named)
+    said = cli("scale", "--run", named)
+    assert re.search(r"took 0:00:\d\d; next: lightdiff train-unet --run '[^']*/my faces'\n", said.stderr)
+    assert cli("scale", "--run", named, "--quiet").err == ""
+    while then := ROWS[chain[-1]].then:
+        chain.append(then)
+    assert chain == list(STAGES)
 
 
 def test_short_help_and_no_command_at_all(cli):
