@@ -14,6 +14,7 @@ from conftest import UNET_FLAGS, call, succeed
 from lightdiff.checkpoint import Metadata
 from lightdiff.data.index import read_index
 from lightdiff.extras import report
+from lightdiff.extras.evidence import seconds_an_image
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, read_curves, read_grids, thin_out
 from lightdiff.extras.report.measure import encode_picture, samples
 from lightdiff.extras.report.page import HERE, differences, metrics_table
@@ -214,6 +215,21 @@ def test_losses_with_different_definitions_are_not_ranked():
     assert ranked(run("flow", 0.5), run("flow", 0.4)) == [[1], [1]]
     assert ranked(run("flow", 0.5), run("eps", 0.4)) == [[], []]
     assert ranked(run("flow", 0.5), run("flow", 0.4, latents="b")) == [[], []]
+
+
+def test_a_trainings_time_counts_validations_and_no_pause():
+    """Lines 5 s apart, 25 s after a validation, and an hour between two starts."""
+    seconds = {40: 25, 60: 3605, 80: 25}
+    rows, now = [], 1e9
+    for images in range(10, 101, 10):
+        rows.append({"step": images // 10, "images_seen": images, "time": now, "images_per_s": 4.0})
+        rows[-1] |= {"val_loss": 1.0} if images in (40, 80) else {}
+        now += seconds.get(images, 5)
+    assert seconds_an_image(rows) == pytest.approx((7 * 5 + 2 * 25) / 90)
+    assert seconds_an_image(rows[:1]) == 0.25
+    assert seconds_an_image([]) == 0
+    assert seconds_an_image([rows[0] | {"time": -1e308}, rows[1] | {"time": 1e308}]) == 0
+    assert seconds_an_image([{"step": 1, "images_per_s": 0.0}]) == 0
 
 
 def test_settings_of_a_stage_that_only_one_run_has_do_not_differ():

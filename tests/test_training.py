@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ from lightdiff.settings import (
 from lightdiff.stages import encode, scale, train_unet, train_vae
 from lightdiff.training.loop import Trainer
 from lightdiff.training.optimizers import learning_rate
+from lightdiff.training.timing import SAVING, Stopwatch
 
 TIMING = ("time", "images_per_s", "memory_mb")
 
@@ -147,6 +149,54 @@ def test_learning_rate_follows_its_formula():
     constant = loop(lr=1.0, warmup_steps=4, lr_schedule="constant")
     assert [learning_rate(constant, step, 24) for step in (3, 4, 23, 1000)] == [1.0] * 4
     assert learning_rate(loop(lr=1.0, warmup_steps=0), 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("stop_at", [None, 12])
+def test_images_a_second_are_those_of_steps_and_a_line_says_where_the_time_went(tmp_path, monkeypatch, capsys, stop_at):
+    """Each batch takes half a second, a step 1 s (the first 9 s), a validation 20 s, its picture 10 s, a save 4 s."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def slow(method, seconds):
+        def spend(self, *arguments, **named):
+            clock[0] += seconds(self) if callable(seconds) else seconds
+            return method(self, *arguments, **named)
+
+        return spend
+
+    class Slow(Regression):
+        def batches(self, start, steps):
+            for batch in super().batches(start, steps):
+                clock[0] += 0.5
+                yield batch
+
+        validate, picture = slow(Regression.validate, 20), slow(Regression.picture, 10)
+
+    step = stopping_at(stop_at)
+    monkeypatch.setattr(Trainer, "train_step", slow(step, lambda trainer: 1 if trainer.step else 9))
+    monkeypatch.setattr(Trainer, "save", slow(Trainer.save, 4))
+    with nullcontext() if stop_at is None else pytest.raises(Stopped):
+        fit(tmp_path, task=Slow())
+    speeds = [row["images_per_s"] for row in lines(StageFolder(tmp_path).metrics)]
+    assert speeds == [round(10 / 9.5, 2)] + [round(10 / 1.5, 2)] * ((stop_at or 20) - 1)
+    # of 20 steps 19 + 9.5 + 9.5 + 2 x 30 + 4 x 4 = 114 s; of 12, 11 + 5.5 + 9.5 + 30 + 3 x 4 = 68 s
+    shares = {
+        None: "steps 17%, waiting for data 8%, validation and pictures 53%, saving 14%, "
+        "first step (with loading and compiling) 8%",
+        12: "steps 16%, waiting for data 8%, validation and pictures 44%, saving 18%, "
+        "first step (with loading and compiling) 14%",
+    }
+    assert f"where the time went: {shares[stop_at]}\n" in capsys.readouterr().err
+
+
+def test_parts_that_took_no_time_are_not_named(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    watch = Stopwatch()
+    clock[0] = 199.2
+    with watch.measure(SAVING):
+        clock[0] = 200.0
+    assert watch.shares() == "where the time went: steps 100%"
 
 
 def test_clipping_limits_the_gradient(tmp_path):

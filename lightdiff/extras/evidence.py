@@ -1,10 +1,12 @@
 """What a run's files hold, read as far as possible: missing and damaged ones are left out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -136,6 +138,23 @@ def rows_of(folder: StageFolder) -> list[Row]:
     rows = try_read(lambda: read_metrics(folder.metrics)) or []
     numbers = [{n: v for n, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)} for row in rows]
     return sorted(numbers, key=lambda row: row["step"])
+
+
+def seconds_an_image(rows: Sequence[Row]) -> float:
+    """How long a training took for each image, with validations and saves, by its lines of metrics; 0 if unknown.
+
+    Times up to a line count by their median, and those after a validation by theirs: a pause between two starts, which
+    is in one of them, does not count.
+    """
+    taken: dict[bool, list[float]] = {False: [], True: []}  # by whether the line before is of a validation
+    timed = [row for row in rows if {"time", "images_seen"} <= row.keys()]
+    for before, row in pairwise(timed):
+        taken["val_loss" in before].append(row["time"] - before["time"])
+    seconds = sum(len(some) * median(some) for some in taken.values() if some)
+    images = timed[-1]["images_seen"] - timed[0]["images_seen"] if timed else 0.0
+    if images <= 0:
+        images, seconds = next((row["images_per_s"] for row in rows if "images_per_s" in row), 0.0), 1.0
+    return seconds / images if images > 0 and 0 < seconds < math.inf else 0.0
 
 
 def unsaved(folder: StageFolder, model: type[StageSettings], stage: str) -> Metadata | None:

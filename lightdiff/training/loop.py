@@ -27,6 +27,7 @@ from lightdiff.settings import LoopSettings
 from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
 from lightdiff.training.saving import write_snapshots
+from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch
 
 Tensors = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
@@ -270,17 +271,20 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     processes.run_on_main(trainer.check_room)
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
-    began, images_before = time.monotonic(), trainer.images_seen
+    watch, images_before, exit_code = Stopwatch(), trainer.images_seen, 0
     metrics_file = folder.metrics if processes.is_main else None
     stage.defer_signals = True
     start = trainer.step - bool(trainer.unvalidated)
     with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings) as reporter:
         if trainer.unvalidated:
             validating = is_validated(loop, trainer.step, total)
-            metrics = finish_step(trainer, reporter, trainer.unvalidated, metrics, validating)
-            trainer.save(metrics, trainer.step % loop.save_every == 0, validating)
-        for batch in task.batches(trainer.images_seen, total - trainer.step):
-            losses = trainer.train_step(batch)
+            with watch.measure(VALIDATION):
+                metrics = finish_step(trainer, reporter, trainer.unvalidated, metrics, validating)
+            with watch.measure(SAVING):
+                trainer.save(metrics, trainer.step % loop.save_every == 0, validating)
+        for batch in watch.waiting(task.batches(trainer.images_seen, total - trainer.step)):
+            with watch.measure(FIRST, trainer.images_seen == images_before):
+                losses = trainer.train_step(batch)
             step = trainer.step
             validating = is_validated(loop, step, total)
             exit_code, save_wanted = stage.poll(reserve, due=validating)
@@ -292,26 +296,31 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
                 continue
             values, skipped = trainer.sync_metrics(losses)
             check_nonfinite(trainer, skipped, reporter)
-            speed = (trainer.images_seen - images_before) / (time.monotonic() - began)
+            speed = watch.speed(trainer.images_seen - images_before, loop.batch_size)
             row = {"step": step, "images_seen": trainer.images_seen, **values}
             row |= {"skipped": trainer.skipped} if trainer.skipped else {}
             row |= {"lr": trainer.lr, "images_per_s": round(speed, 2)}
             row |= {"memory_mb": round(memory_in_use(stage.device) / 1e6), "time": round(time.time(), 3)}
             if exit_code and validating:  # which may take longer than a cluster waits
-                reporter.flush()
-                trainer.save_unvalidated(metrics, row)
+                with watch.measure(SAVING):
+                    reporter.flush()
+                    trainer.save_unvalidated(metrics, row)
             else:
-                metrics = finish_step(trainer, reporter, row, metrics, validating) if logging else metrics
+                with watch.measure(VALIDATION, validating):
+                    metrics = finish_step(trainer, reporter, row, metrics, validating) if logging else metrics
                 reporter.advance(step, values, {"img/s": speed, "GB": row["memory_mb"] / 1000})
                 if saving:  # last: what a kill cuts off before is done again
-                    reporter.flush()
-                    trainer.save(metrics, keep_step, validating)
+                    with watch.measure(SAVING):
+                        reporter.flush()
+                        trainer.save(metrics, keep_step, validating)
                     reporter.saved(folder.last)
             if exit_code:
-                limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
-                raise Stopped(
-                    f"{limit}stopped after step {step} of {total}, saved to {folder.last}; {stage.again}", exit_code
-                )
+                break
+        reporter.note(watch.shares())
+    if exit_code:
+        limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
+        said = f"{limit}stopped after step {trainer.step} of {total}, saved to {folder.last}; {stage.again}"
+        raise Stopped(said, exit_code)
     return trainer
 
 

@@ -14,7 +14,14 @@ import torch
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.evidence import first_readable, latents_behind, read_evaluation, rows_of, unsaved
+from lightdiff.extras.evidence import (
+    first_readable,
+    latents_behind,
+    read_evaluation,
+    rows_of,
+    seconds_an_image,
+    unsaved,
+)
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.latent_facts import LatentFacts, latent_facts
 from lightdiff.extras.report.measure import (
@@ -50,6 +57,7 @@ class Training:
     rows: list[Row]
     curves: dict[str, Curve]
     grids: list[tuple[int, Picture]]  # step, picture
+    seconds_an_image: float = 0.0  # 0 where it is not known
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -155,6 +163,7 @@ def read_training(stage: str, folder: StageFolder) -> Training | None:
         settings_rows(MODELS[stage], saved.settings(MODELS[stage]).to_save() if saved else metadata.settings),
         read_curves(folder),
         read_grids(folder, stage),
+        seconds_an_image(rows_of(folder)),
     )
 
 

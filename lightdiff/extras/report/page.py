@@ -189,7 +189,9 @@ def describe_cost(training: Training | None) -> str:
     speed, memory = training.median_of("images_per_s"), training.curves.get("memory_mb")
     text = f"{training.metadata.step:,} steps, {training.metadata.images_seen:,} images"
     if speed:
-        text += f", {speed:.3g} images/s, about {format_duration(training.metadata.images_seen / speed)}"
+        text += f", {speed:.3g} images/s"
+    if training.seconds_an_image:
+        text += f", about {format_duration(training.metadata.images_seen * training.seconds_an_image)}"
     return text + (f", {max(memory.values) / 1000:.2f} GB" if memory else "")
 
 

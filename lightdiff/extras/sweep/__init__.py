@@ -8,13 +8,14 @@ from typing import Any
 
 from lightdiff.data.index import read_index
 from lightdiff.errors import UserError
+from lightdiff.extras.evidence import rows_of, seconds_an_image
 from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.extras.sweep.outcome import write_results
 from lightdiff.extras.sweep.plan import Kind, Plan, Result, latents_of, vae_of
-from lightdiff.run_folder import INDEX, atomic_link, atomic_write_text
+from lightdiff.run_folder import INDEX, StageFolder, atomic_link, atomic_write_text
 from lightdiff.runtime import DistEnv
-from lightdiff.runtime.progress import console, read_metrics
+from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     JobSettings,
@@ -130,9 +131,8 @@ def cost(plan: Plan, todo: Sequence[Result]) -> tuple[float, int]:
         if place is None or result.twin:
             continue
         size += sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        speeds = [row["images_per_s"] for row in read_metrics(place / "metrics.jsonl") if "images_per_s" in row]
-        if speeds and loop is not None and not loop.epochs:
-            seconds += loop.steps * loop.batch_size / speeds[-1]
+        if loop is not None and not loop.epochs:
+            seconds += loop.steps * loop.batch_size * seconds_an_image(rows_of(StageFolder(place)))
     return seconds, size
 
 
