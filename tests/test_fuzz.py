@@ -202,3 +202,18 @@ def test_sealed_checkpoints(run: Path, looked_at: Callable[[], None], data: st.D
             result = call(command, "--run", run, "--dry-run")
             assert "should not happen" not in result.err
     shutil.copy(kept, path)
+
+
+@pytest.mark.parametrize("group", ["loop", "images", "model"])
+def test_a_group_of_settings_that_is_none(run: Path, group: str) -> None:
+    path = RunFolder(run).vae.last
+    saved = Checkpoint(path)
+    metadata = saved.metadata.model_copy(update={"settings": saved.metadata.settings | {group: ""}})
+    checkpoint.save(path, saved.tensors(""), metadata)
+    shutil.copy(path, path.with_name("best.safetensors"))
+    picture = next((run / "samples").glob("*/00000.png"))
+    sweep = call("sweep", "--vary", "kl-beta=1,2", "--until", "vae", "--dry-run", "--run", run)
+    edit = call("edit", "--from", next((run / "samples").glob("*/00000.png")), "--run", run)
+    assert sweep.code
+    assert edit.code or group == "loop"  # which it does not ask for
+    assert "should not happen" not in sweep.err + edit.err

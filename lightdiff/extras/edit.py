@@ -58,8 +58,10 @@ class Source:
         """
         assert settings.from_ is not None
         resolution = size[0] * pipeline.vae_settings.factor
-        images = pipeline.checkpoints["vae"].metadata.settings.get("images", {})
-        pixels = framed(settings.from_, resolution, "--from", images.get("background", "white"))
+        saved, background = pipeline.checkpoints["vae"], "white"
+        if "images" in saved.metadata.settings:  # an imported VAE was trained elsewhere
+            background = saved.settings(ImageSettings, "images").background
+        pixels = framed(settings.from_, resolution, "--from", background)
         digest, mask = hashlib.sha256(pixels.numpy().tobytes()), None
         if settings.mask:
             check_shape(settings.mask, settings.from_)

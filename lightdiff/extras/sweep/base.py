@@ -10,7 +10,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.evidence import latents_behind
 from lightdiff.options import Where, build, merge, nest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_unet, find_vae
-from lightdiff.settings import EncodeSettings, StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import EncodeSettings, LoopSettings, StageSettings, TrainUNetSettings, TrainVAESettings
 from lightdiff.settings_file import Layer
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
@@ -108,6 +108,5 @@ def reset_derived(settings: T) -> T:
 
 def finished(saved: Checkpoint, steps: int) -> bool:
     """Whether a checkpoint was trained for this number of steps, with the same settings throughout."""
-    metadata = saved.metadata
-    epochs = metadata.settings.get("loop", {}).get("epochs", 0)
-    return metadata.step == steps and not epochs and not metadata.extra.get("history")
+    epochs = saved.settings(LoopSettings, "loop").epochs
+    return saved.metadata.step == steps and not epochs and not saved.metadata.extra.get("history")
