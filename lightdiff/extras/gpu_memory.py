@@ -17,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightdiff.extras.tables import print_table
 from lightdiff.losses import VAELoss
-from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.runtime.progress import SafeConsole
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings, VAELossSettings
+from lightdiff.settings import LPIPSNet, TrainUNetSettings, TrainVAESettings, VAELossSettings
 from lightdiff.training.optimizers import optimizer_state_bytes
 
 CARDS = (8, 24, 80, 141)  # GB
@@ -93,11 +92,9 @@ def gpu_memory(settings: TrainVAESettings | TrainUNetSettings, precision: str) -
     """What a training with these resolved settings takes, in fp32 or bf16."""
     loop = settings.loop
     with FakeTensorMode(), torch.device("cuda"):
-        lpips = None
+        lpips: nn.Module | None = None
         if isinstance(settings, TrainVAESettings):
-            lpips = PerceptualLoss(settings.loss.lpips_net, None) if settings.loss.lpips_gamma else None
-            if lpips:
-                lpips.scaling.to("cuda")  # which lpips makes on the CPU
+            lpips = lpips_network(settings.loss.lpips_net) if settings.loss.lpips_gamma else None
             model, forward = vae_pass(settings, lpips)
         else:
             model, forward = unet_pass(settings)
@@ -115,7 +112,16 @@ def gpu_memory(settings: TrainVAESettings | TrainUNetSettings, precision: str) -
         )
 
 
-def vae_pass(s: TrainVAESettings, lpips: PerceptualLoss | None) -> tuple[nn.Module, Forward]:
+def lpips_network(net: LPIPSNet) -> nn.Module:
+    """LPIPS without its weights."""
+    from lightdiff.models.lpips import PerceptualLoss  # imports torchvision: 1.5 s
+
+    lpips = PerceptualLoss(net, None)
+    lpips.scaling.to("cuda")  # which lpips makes on the CPU
+    return lpips
+
+
+def vae_pass(s: TrainVAESettings, lpips: nn.Module | None) -> tuple[nn.Module, Forward]:
     """The VAE of resolved settings, and its loss of some images."""
     model, loss = build_vae(s.model), VAELoss(VAELossSettings(lpips_gamma=0))
     model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
