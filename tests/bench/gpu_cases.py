@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightdiff.data.images import to_float
 from lightdiff.extras.estimate import random_images, random_latents
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import build_unet
-from lightdiff.models.vae import build_vae
+from lightdiff.models.vae import VAE, build_vae
 from lightdiff.options import build, preset_layer
 from lightdiff.pipeline import Pipeline, cast_weights
 from lightdiff.runtime.compile import compile_network
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     unets: tuple[str, ...] = ("original", "base")  # presets; the original's U-Net has 201 M parameters
     vaes: tuple[str, ...] = ("base", "small")
     original: tuple[int, ...] = ()  # widths of the original's networks, if not their own
-    diffusers: tuple[int, ...] = (128, 256, 384, 512)  # widths of diffusers' networks
+    diffusers: tuple[int, ...] = (128, 256, 384, 512)  # widths of diffusers' U-Net; those of its VAE are half of them
     lpips: Any = "vgg"
     side: int = 256  # of images, in pixels
     latent: int = 32
@@ -94,7 +94,8 @@ def flops(network: Callable[[], Any], z: Sizes, what: str = "step", lpips: str =
     """Operations that an image takes, counted on tensors without numbers: of a training step, or forward alone."""
     with torch.device("meta"):
         x, latent, made = torch.zeros(1, 3, z.side, z.side), torch.zeros(1, 4, z.latent, z.latent), network()
-        inputs = {"vae": (x, latent), "encoder": (x,), "decoder": (latent,), "unet": (latent, torch.zeros(1))}
+        vae = (x, latent) if isinstance(made, VAE) else (x,)  # diffusers' draws its noise itself
+        inputs = {"vae": vae, "encoder": (x,), "decoder": (latent,), "unet": (latent, torch.zeros(1))}
         kind = what if what in inputs else "vae" if hasattr(made, "encoder") else "unet"
         part = getattr(made, what) if what in ("encoder", "decoder") else made
         found = flops_of(part, *inputs[kind], backward=what == "step")
@@ -134,15 +135,21 @@ def their_unet_step(z: Sizes, batch: int, device: torch.device, diffusers: bool 
     return Work(step, batch, count, parameters_of(network))
 
 
-def their_vae_step(z: Sizes, lpips: str, device: torch.device) -> Work:
-    """Training steps of the original's VAE in float32."""
-    make = partial(network_of, settings_of("vae", "original", z))
-    network, x = make(), torch.rand(z.batch, 3, z.side, z.side, device=device) * 2 - 1
+def their_vae_step(z: Sizes, lpips: str, device: torch.device, diffusers: bool = False) -> Work:
+    """Training steps of the original's VAE, or of diffusers', in float32."""
+    x = torch.rand(z.batch, 3, z.side, z.side, device=device) * 2 - 1
+    make = partial(peers.diffusers_vae, tuple(width // 2 for width in z.diffusers), 2)  # about as large as `base`
+    if not diffusers:
+        make = partial(network_of, settings_of("vae", "original", z))
 
-    def reconstruct(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(net: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if diffusers:
+            posterior = net.encode(x).latent_dist
+            return net.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
         x_hat, posterior = net(x, torch.randn(len(x), 4, z.latent, z.latent, device=device))
         return x_hat, posterior.mu, posterior.logvar
 
+    network = make()
     step = peers.VAESteps(network, reconstruct, x, lpips_of(lpips, device) if lpips else None).step
     return Work(step, z.batch, flops(make, z, lpips=lpips), parameters_of(network))
 
@@ -208,6 +215,8 @@ def ways(z: Sizes, device: torch.device) -> list[Way]:
                 found.append(Way(case, f"lightdiff, preset {name}{more}", make))
             if not compiled:
                 found.append(Way(case, original, partial(their_vae_step, z, lpips, device)))
+            if not compiled and diffusers:
+                found.append(Way(case, "diffusers, float32", partial(their_vae_step, z, lpips, device, True)))
         case, (unet, vae) = f"generate, {z.steps} steps, {z.drawn} images at a time", (z.unets[-1], z.vaes[0])
         found.append(Way(case, f"lightdiff, preset {vae}{more}", partial(generate, unet, vae, z, compiled, device)))
         if not compiled:
