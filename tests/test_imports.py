@@ -16,6 +16,7 @@ LIGHT = [
     "lightdiff",
     "lightdiff.architectures",
     "lightdiff.settings",
+    "lightdiff.settings_file",
     "lightdiff.options",
     "lightdiff.errors",
     "lightdiff.run_folder",
@@ -25,6 +26,7 @@ LIGHT += LIGHT_EXTRAS
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
     ["errors"],
+    ["settings_file"],
     ["architectures", "options"],
     ["settings"],
     ["run_folder"],
