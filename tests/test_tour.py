@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightdiff.data.latents import LatentSet
 from lightdiff.data.order import generator
-from lightdiff.diffusion.schedules import Schedule, random_levels
+from lightdiff.diffusion.schedules import Schedule, random_levels, sampling_levels
 from lightdiff.losses import VAELoss, kl_per_element
 from lightdiff.models.vae import Posterior
 from lightdiff.options import build
@@ -238,6 +238,26 @@ def test_the_table_of_scale_agrees_with_itself() -> None:
     formula = r"$\frac12 \log_2(1 + \text{std}^2 / \sigma^2)$"
     for page in ("docs/tour/2-latents.md", "docs/how-to/choose-beta-and-lpips.md"):
         assert formula in text_of(page)
+
+
+def test_where_noise_is_as_strong_as_latents_of_a_wrong_scale() -> None:
+    page, rows = text_of("docs/tour/2-latents.md"), rows_of_scale()
+    mean = sum(row[0] for row in rows) / 4
+    std = math.sqrt(sum(row[0] ** 2 + row[1] ** 2 for row in rows) / 4 - mean**2)
+    assert f"computed, here {1 / std:.2f}." in page
+    levels = random_levels((torch.arange(100_000) + 0.5) / 100_000, LevelSettings(stratified=False), 1000)
+    equal, noisier = [], []
+    for factor in (0.1, 1 / std, 10):
+        hidden = FLOW.sigma >= FLOW.alpha * factor * std
+        equal.append(FLOW.sigma[hidden].min().item())
+        noisier.append(100 * hidden[levels].double().mean().item())
+    assert "$\\sigma_t$ = {:.2f} in the first row, {:.2f} in the second and {:.2f} in the third".format(*equal) in page
+    said = re.search(r"So ([\d.]+) % of .*?, ([\d.]+) % of the second's, and ([\d.]+) % of the third's", page)
+    assert said is not None
+    assert [float(share) for share in said.groups()] == pytest.approx(noisier, rel=0.05)
+    third = sampling_levels(FLOW, 20)
+    assert sum(level.sigma >= level.alpha * 10 * std for level in third) == 3
+    assert "first three of its twenty steps" in page
 
 
 def test_the_exercises_of_the_vae_and_the_latents() -> None:
