@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightdiff.models.vae import Posterior
 from lightdiff.settings import VAELossSettings
@@ -23,6 +23,19 @@ def kl_per_element(posterior: Posterior) -> Float[Tensor, "b c h w"]:
     return 0.5 * (posterior.mu.square() + posterior.logvar.exp() - 1 - posterior.logvar)
 
 
+class MeanDistance(nn.Module):
+    """The mean of a distance between images and their reconstructions."""
+
+    def __init__(self, distance: nn.Module) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, x: Images, x_hat: Images, posterior: Posterior) -> Float[Tensor, ""]:
+        """Measure a batch."""
+        mean: Tensor = self.distance(x_hat, x).mean()
+        return mean
+
+
 def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> LossFn:
     """LPIPS, whose weights are found, or downloaded, first.
 
@@ -32,8 +45,7 @@ def lpips(settings: VAELossSettings, device: torch.device, fetch: Fetch) -> Loss
     from lightdiff.models.lpips import PerceptualLoss, find_weights  # imports torchvision: 1.5 s
 
     weights = fetch(lambda: find_weights(settings.lpips_net, settings.lpips_weights))
-    distance = PerceptualLoss(settings.lpips_net, weights).to(device)
-    return lambda x, x_hat, posterior: distance(x_hat, x).mean()
+    return MeanDistance(PerceptualLoss(settings.lpips_net, weights)).to(device)
 
 
 class Term(NamedTuple):
@@ -66,6 +78,11 @@ class VAELoss:
         """
         self.settings, device = settings, device or torch.device("cpu")
         self.terms = {n: t.make(settings, device, fetch) for n, t in TERMS.items() if getattr(settings, t.weight)}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The terms that are networks."""
+        return [term for term in self.terms.values() if isinstance(term, nn.Module)]
 
     def __call__(self, x: Images, x_hat: Images, posterior: Posterior) -> dict[str, Tensor]:
         """The weighted sum and its parts, each a mean over the batch.

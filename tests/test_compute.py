@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_gpu import TESTED_WITH, PretendGPU
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightdiff.data.latents import prefetch
 from lightdiff.models.original import OriginalVAESettings
@@ -16,12 +18,26 @@ from lightdiff.models.unet import UNet
 from lightdiff.models.vae import VAE, build_vae
 from lightdiff.pipeline import cast_weights
 from lightdiff.runtime import processes as compute
-from lightdiff.runtime.compile import cache_folder, compile_network, enable_activation_checkpointing
-from lightdiff.runtime.processes import autocast, keep_memory, pick_compile
+from lightdiff.runtime.compile import (
+    PassTime,
+    cache_folder,
+    compile_network,
+    compiler_works,
+    enable_activation_checkpointing,
+    pick_compile,
+)
+from lightdiff.runtime.processes import autocast, keep_memory
 from lightdiff.settings import UNetSettings, VAESettings
 from lightdiff.training.ema import EMA
 
 CPU = torch.device("cpu")
+
+
+def a_second() -> PassTime:
+    """A pass of a second, of which compiling saves a quarter."""
+    return PassTime(1, 1.0, 0.0)
+
+
 UNET = UNetSettings(width=16, blocks=1, time_dim=16).resolved(8)
 NETWORKS = {
     "unet": (lambda: UNet(UNET, 4), (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]))),
@@ -124,7 +140,7 @@ def test_compiled_code_is_kept_at_home_or_where_there_is_none_until_the_process_
 @pytest.mark.filterwarnings("ignore")  # torch's own, on the way to a compiled network
 def test_a_compiled_network_computes_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    if pick_compile("on", CPU, 1) == "off":
+    if not compiler_works(CPU):
         pytest.skip("there is no C++ compiler")
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
@@ -142,7 +158,7 @@ def test_a_compiled_training_learns_the_same(tmp_path, monkeypatch):
     from tests.bench.cases import train_unet_step
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    if pick_compile("on", CPU, 1) == "off":
+    if not compiler_works(CPU):
         pytest.skip("there is no C++ compiler")
     model, found = {"channels": (8, 8), "blocks": 1, "time_dim": 8, "zero_init": False}, []
     for compiling in ("off", "on"):
@@ -157,14 +173,11 @@ def test_a_compiled_training_learns_the_same(tmp_path, monkeypatch):
     assert (same - weights).abs().mean() < 1e-5  # a twentieth of a step of the learning rate
 
 
-@pytest.mark.parametrize(
-    ("device", "graphs", "mode"),
-    [("cuda", True, "reduce-overhead"), ("cuda", False, None), ("cpu", True, None)],
-)
-def test_cuda_graphs_only_on_a_gpu_and_where_one_call_makes_a_gradient(monkeypatch, device, graphs, mode):
+@pytest.mark.parametrize(("graphs", "mode"), [(True, "reduce-overhead"), (False, None)])
+def test_cuda_graphs_where_they_are_asked_for(monkeypatch, graphs, mode):
     seen = []
     monkeypatch.setattr(nn.Module, "compile", lambda _, **options: seen.append(options))
-    compile_network(made("unet")[0], torch.device(device), graphs=graphs)
+    compile_network(made("unet")[0], torch.device("cuda"), graphs=graphs)
     assert seen == [{"mode": mode, "dynamic": False}]
 
 
@@ -178,10 +191,38 @@ def test_without_a_compiler_it_is_said_in_a_line_and_the_network_runs_as_it_is(m
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
-    assert pick_compile("on", CPU, 10) == "off"
+    assert pick_compile("on", CPU, 10, a_second) == "off"
     said = " ".join(capsys.readouterr().err.split())
     assert "so the network is not compiled (InvalidCxxCompiler: No working C++ compiler found)" in said
     assert "and much more" not in said
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_time_of_a_pass_follows_from_the_flops_that_torch_counts(monkeypatch, name):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    network, inputs = made(name)
+    one = [x[:1] for x in inputs]
+    with FlopCounterMode(display=False) as counter:
+        network(*one)
+    found = PassTime.of(network, one, 7, "fp32")
+    assert found.computing == pytest.approx(7 * counter.get_total_flops() / 6e10, rel=0.02)  # attention is left out
+    assert found.launching == 0
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.skipif(not torch.__version__.startswith(TESTED_WITH), reason=f"made for torch {TESTED_WITH}")
+def test_small_passes_wait_for_launches_and_large_ones_for_the_gpu():
+    network = UNet(UNetSettings().resolved(8), 4)
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in network.modules())
+    with PretendGPU():
+        network.to("cuda")
+        one = torch.zeros(1, 4, 8, 8, device="cuda"), torch.zeros(1, device="cuda")
+        small, large = (PassTime.of(network, one, images, "bf16") for images in (32, 32_000))
+    assert small.launching == large.launching == pytest.approx(layers * 8 * 5e-6)
+    assert small.launch_bound
+    assert not large.launch_bound
+    assert small.saved(64) == 2 * (small.launching - small.computing)
+    assert large.saved(64_000) == large.computing / 2
 
 
 @pytest.mark.parametrize(
@@ -197,30 +238,24 @@ def test_loader_workers_follow_the_cores_of_a_process(monkeypatch, cores, proces
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "calls", "wanted"),
-    [("off", "cuda", 10**6, False), ("auto", "cpu", 10**6, False), ("auto", "cuda", 100, False),
-     ("auto", "cuda", 10**5, True), ("on", "cpu", 1, True)],
+    ("name", "device", "images", "training", "wanted"),
+    [("off", "cuda", 10**6, True, False), ("auto", "cpu", 10**6, True, False), ("auto", "mps", 10**6, False, False),
+     ("auto", "cuda", 80, True, False), ("auto", "cuda", 81, True, True), ("auto", "cuda", 240, False, False),
+     ("auto", "cuda", 241, False, True), ("auto", "cpu", 241, False, True), ("on", "cpu", 1, True, True)],
 )  # fmt: skip
-def test_when_compiling_a_training_pays(monkeypatch, name, device, calls, wanted):
+def test_compiling_pays_if_it_saves_more_than_a_minute(monkeypatch, name, device, images, training, wanted):
     tried = []
     monkeypatch.setattr(torch, "compile", lambda _: tried.append)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: 1)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
-    assert pick_compile(name, torch.device(device), calls) == ("on" if wanted else "off")
+    assert pick_compile(name, torch.device(device), images, a_second, training) == ("on" if wanted else "off")
     assert bool(tried) == wanted
-
-
-def test_when_compiling_for_samples_pays_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda _: lambda _: None)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
-    found = [pick_compile("auto", CPU, calls, training=False) for calls in (4999, 5000)]
-    assert found == ["off", "on"]
 
 
 def test_compiled_code_has_a_home_that_outlives_tmp(monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(torch, "compile", lambda _: lambda _: None)
-    pick_compile("on", CPU, 1)
+    pick_compile("on", CPU, 1, a_second)
     assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR").endswith("lightdiff/compiled")
 
 

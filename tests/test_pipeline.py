@@ -28,7 +28,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, guidance_for, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import pick_compile
+from lightdiff.runtime.compile import PassTime, pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
@@ -415,7 +415,7 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, on the way to a compiled network
 def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypatch):
-    if pick_compile("on", torch.device("cpu"), 1) == "off":
+    if pick_compile("on", torch.device("cpu"), 1, lambda: PassTime(1, 1.0, 0.0)) == "off":
         pytest.skip("there is no C++ compiler")
     from torch._inductor import config
 

@@ -56,7 +56,7 @@ class LatentTransform(NamedTuple):
         if self.quarters < 4:
             size = [factor * max(1, side // factor * self.quarters // 4) for side in x.shape[2:]]
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        return torch.rot90(x, self.turns, (2, 3))
+        return torch.rot90(x, self.turns, (2, 3)).contiguous()  # strides, too, would make compiled networks new ones
 
 
 def res_blocks(settings: VAESettings, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:

@@ -4,17 +4,81 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightdiff.runtime.progress import console
+from lightdiff.runtime.processes import autocast
+from lightdiff.runtime.progress import console, print_note
+from lightdiff.settings import Compile
 
-GRAPHED_PARAMETERS = 50e6
+GPU_FLOPS, CPU_FLOPS = 1e14, 3e10  # reached in a second: a third of an A100's bf16 peak; by a core of a CPU
+LAYER_SECONDS = 8 * 5e-6  # to launch a layer: the default networks' 62 launch 547 kernels, each in about 5 us
+COMPILE_SECONDS = 60.0  # that compiling takes
+
+
+class PassTime(NamedTuple):
+    """About how many seconds a forward pass takes: to compute, and, on a GPU, to launch its kernels from Python."""
+
+    images: int
+    computing: float
+    launching: float
+
+    @classmethod
+    def of(cls, network: nn.Module, inputs: Sequence[Tensor], images: int, precision: str) -> "PassTime":
+        """Of a pass of this many images, from a pass of one, whose `inputs` are on the device.
+
+        torch.utils.flop_counter finds the same, but imports the compiler, which takes seconds.
+        """
+        layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+        flops, device = 0, inputs[0].device
+
+        def count(layer: Any, x: tuple[Tensor], output: Tensor) -> None:
+            nonlocal flops
+            pixels = x[0] if isinstance(layer, nn.ConvTranspose2d) else output
+            flops += 2 * images * pixels.numel() * layer.weight.numel() // len(layer.weight)
+
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        with torch.no_grad(), autocast(device, precision):
+            network(*inputs)
+        for hook in hooks:
+            hook.remove()
+        if device.type == "cpu":
+            return cls(images, flops / (CPU_FLOPS * torch.get_num_threads()), 0.0)
+        return cls(images, flops / GPU_FLOPS, len(layers) * LAYER_SECONDS)
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the GPU waits for Python."""
+        return self.launching > self.computing
+
+    def saved(self, images: int) -> float:
+        """What compiling saves of passes of these many images: waiting for launches, or a quarter of computing.
+
+        The latter as fused kernels read less; on CPUs, a sixth to two fifths were measured (docs/benchmarks.md).
+        """
+        return images / self.images * max(self.launching - self.computing, self.computing / 4)
+
+
+def pick_compile(
+    name: Compile, device: torch.device, images: int, one_pass: Callable[[], PassTime], training: bool = True
+) -> Literal["on", "off"]:
+    """Whether to compile a network that so many images will go through, a pass taking as long as `one_pass` says.
+
+    `auto` compiles where that saves more time than it takes; in training, an image takes three passes, as the way back
+    takes two. On a CPU, training gains nothing: convolutions take most of its time, and stay as they are. Where
+    there is no compiler, a line says so and nothing is compiled.
+    """
+    if name == "auto":
+        able = device.type == "cuda" or (device.type == "cpu" and not training)
+        name = "on" if able and one_pass().saved((3 if training else 1) * images) > COMPILE_SECONDS else "off"
+    return "on" if name == "on" and compiler_works(device) else "off"
 
 
 def compiler_works(device: torch.device) -> bool:
@@ -45,19 +109,28 @@ def cache_folder() -> str:
     return passing
 
 
-def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = True) -> None:
-    """Let a network be compiled at its first call; its tensors and their names stay as they are.
+def compile_network(network: nn.Module, device: torch.device, training: bool = True, graphs: bool = False) -> None:
+    """Let a network be compiled at its first call, and again for each other shape; its tensors' names stay.
 
-    A small network on a GPU spends its time launching kernels: there they are recorded and replayed as CUDA graphs,
-    if `graphs`: each call overwrites the output of the last, so that gradients cannot be accumulated over calls.
-    On a CPU, when not training, weights are laid out once as convolutions want them.
+    With `graphs`, kernels are recorded and replayed as CUDA graphs, for where launching takes longer than computing:
+    each call overwrites the output of the last, so that gradients cannot be accumulated over calls. On a CPU, when not
+    training, weights are laid out once as convolutions want them.
     """
-    graphs = graphs and device.type == "cuda" and sum(p.numel() for p in network.parameters()) < GRAPHED_PARAMETERS
     if device.type == "cpu" and not training:
         from torch._inductor import config  # not before: it takes a second
 
         config.freezing = True  # as an option of this network alone it would not reach all places
     network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
+
+
+def note_recompiled(known: int) -> int:
+    """The number of graphs compiled so far; a line says if they are more than were `known`, 0 at first."""
+    from torch._dynamo.utils import counters  # not before: torch's compiler takes seconds to import
+
+    graphs = int(counters["stats"]["unique_graphs"])
+    if 0 < known < graphs:
+        print_note(f"{graphs - known} more compiled for shapes that are new: {graphs} graphs")
+    return graphs
 
 
 def enable_activation_checkpointing(network: nn.Module) -> None:

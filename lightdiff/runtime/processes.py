@@ -5,7 +5,6 @@ Between processes everything goes through torch.distributed: NCCL between GPUs, 
 
 import ctypes
 import itertools
-import math
 import os
 import re
 import socket
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 
 from lightdiff.errors import LightdiffError, LostContact, RunError, UserError, from_os
 from lightdiff.runtime import DistEnv, end_with_parent
-from lightdiff.settings import Compile, Device, Precision
+from lightdiff.settings import Device, Precision
 
 T = TypeVar("T")
-COMPILED_CALLS, COMPILED_CALLS_CPU = 2000, 5000  # forward passes that pay for compiling a network
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 NO_TIMEOUT: list[Any] = []  # the group of all processes for waits without the usual time limit
 RENDEZVOUS = itertools.count()  # how often this process has joined the others
@@ -58,6 +56,8 @@ def pick_device(name: Device) -> torch.device:
         if number >= count:
             raise UserError(f"{number + 1} processes were started here, but there are {count} GPUs: start one for each")
         torch.cuda.set_device(number)
+        torch.backends.cudnn.benchmark = True  # the fastest way of each convolution is looked for once: shapes recur
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is float32 in convolutions, as it is in matrix products
         return torch.device("cuda", number)
     return torch.device(chosen)
 
@@ -73,20 +73,6 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
     products = [partial(torch.mm, a, a) for a in (torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16))]
     fp32, bf16 = (min(timeit.repeat(product, number=1, repeat=8)) for product in products)
     return "bf16" if bf16 < 0.8 * fp32 else "fp32"
-
-
-def pick_compile(name: Compile, device: torch.device, calls: int, training: bool = True) -> Literal["on", "off"]:
-    """Whether to compile a network that will be called this often.
-
-    `auto` compiles where the minute or two that it takes is won back. On a CPU, training gains nothing: convolutions
-    take most of its time, and stay as they are. Where there is no compiler, a line says so and nothing is compiled.
-    """
-    enough = COMPILED_CALLS if device.type == "cuda" else math.inf if training else COMPILED_CALLS_CPU
-    if name == "off" or (name == "auto" and calls < enough):
-        return "off"
-    from lightdiff.runtime.compile import compiler_works
-
-    return "on" if compiler_works(device) else "off"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -21,8 +22,9 @@ from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.errors import LostContact, RunError, Stopped, UserError, from_os
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
 from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
+from lightdiff.runtime.compile import PassTime, pick_compile
 from lightdiff.runtime.lock import open_stage_dir
-from lightdiff.runtime.processes import Processes, distributed, pick_compile, pick_device, pick_precision, to_device
+from lightdiff.runtime.processes import Processes, distributed, pick_device, pick_precision, to_device
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.resume import AGAIN, untouched
 from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
@@ -44,6 +46,10 @@ class Trainable(Protocol):
     model: nn.Module
     train_items: int  # in the training split
     val_items: int  # held out for validation
+
+    @property
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """What the network is called with for one image, on the device."""
 
     @property
     def summary(self) -> str:
@@ -81,6 +87,11 @@ class Stage(Generic[S]):
     def loop(self) -> LoopSettings:
         """How a training stage trains."""
         return self.settings.loop  # type: ignore[attr-defined, no-any-return]
+
+    def pass_time(self, task: Trainable) -> PassTime:
+        """How long the network takes for as many images as it sees at a time, in this process."""
+        share = -(-self.loop.batch_size // self.processes.world_size)
+        return PassTime.of(task.model, task.example, min(self.loop.micro, share), self.loop.precision)
 
     # --- settings and networks ------------------------------------------------------------------------------------
 
@@ -125,7 +136,9 @@ class Stage(Generic[S]):
             UserError: If settings or data are not those of the run to resume, or the weights do not fit.
         """
         self.total_steps = self.loop.total_steps(task.train_items)
-        self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, self.total_steps))
+        images, one_pass = self.total_steps * self.loop.batch_size, partial(self.pass_time, task)
+        images //= self.processes.world_size
+        self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, images, one_pass))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
             return self.resume(self.saved, task)

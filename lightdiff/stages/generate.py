@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -20,8 +21,8 @@ from lightdiff.pictures import save_grid_of_files, save_png, text_chunks
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for
 from lightdiff.run_folder import RunFolder, atomic_write_text, ensure_writable, find_unet, read_json
 from lightdiff.runtime import restarted
-from lightdiff.runtime.compile import compile_network
-from lightdiff.runtime.processes import pick_compile, usable_cores
+from lightdiff.runtime.compile import PassTime, compile_network, note_recompiled, pick_compile
+from lightdiff.runtime.processes import usable_cores
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GenerateSettings, SamplingSettings, TrainUNetSettings, flat
@@ -98,18 +99,22 @@ class Samples:
         """
         s, stage = self.settings, self.stage
         check(self.pipeline.settings, s.sampling, strength)
-        calls = -(-s.num_images // (s.batch_size * stage.processes.world_size)) * s.sampling.num_steps
-        stage.resolve_auto("compile", lambda asked: pick_compile(asked, stage.device, calls, training=False))
+        passed = s.num_images * s.sampling.num_steps // stage.processes.world_size  # images through the U-Net
+        shape, device = (1, self.pipeline.settings.latent.channels, *self.size), stage.device
+        example = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+        one_pass = partial(PassTime.of, self.pipeline.unet, example, s.batch_size, self.pipeline.precision)
+        stage.resolve_auto("compile", lambda asked: pick_compile(asked, device, passed, one_pass, training=False))
         mine = stage.processes.strided(stage.processes.run_on_main(lambda: self.missing(about)))
         if compiled := stage.settings.compute.compile == "on":
-            compile_network(self.pipeline.unet, stage.device, training=False)
+            compile_network(self.pipeline.unet, device, training=False, graphs=one_pass().launch_bound)
         writers = max(1, min(8, usable_cores() // 2))
         with Reporter("generate", sum(map(len, mine))) as reporter, ThreadPoolExecutor(writers) as pool:
-            done, writing, unfinished = 0, iter([None]), False
+            done, writing, unfinished, graphs = 0, iter([None]), False, 0
             for batch in mine:
                 # A compiled network is made for one size of batch: the last batch is filled up
                 filled = range(batch.start, batch.start + len(mine[0])) if compiled else batch
                 pixels = to_uint8(images(filled)[: len(batch)])
+                graphs = note_recompiled(graphs) if compiled else 0
                 list(writing)  # the batch before, saved while this one was generated
                 writing = pool.map(self.save, batch, pixels)
                 done += len(batch)

@@ -84,6 +84,16 @@ class UNetTask:
             console.print(f"note: the latents have labels: {named}; {hint}")
 
     @property
+    def example(self) -> tuple[Tensor, Tensor]:
+        """A latent and its level."""
+        return torch.zeros(1, *self.shape, device=self.device), torch.zeros(1, device=self.device)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is compiled."""
+        return [self.model]
+
+    @property
     def summary(self) -> str:
         """What is trained on what."""
         size, latents = sum(p.numel() for p in self.model.parameters()) / 1e6, self.latents

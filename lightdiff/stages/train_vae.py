@@ -22,7 +22,7 @@ from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
 from lightdiff.pictures import save_pairs
-from lightdiff.runtime.processes import Means, autocast, pick_workers
+from lightdiff.runtime.processes import Means, autocast, pick_workers, to_device
 from lightdiff.runtime.progress import console, print_note, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GRID, TrainVAESettings, with_changes
@@ -86,6 +86,8 @@ class VAETask:
         s = self.settings = stage.settings
         self.stage, self.device = stage, stage.device
         self.vae_loss = VAELoss(s.loss, self.device, stage.processes.fetch)
+        for network in self.vae_loss.networks:
+            to_device(network, self.device)
         if s.freeze_encoder and not (stage.saved or s.init_from):
             raise UserError("--freeze-encoder needs the VAE that it belongs to: --init-from CHECKPOINT")
         self.model = stage.new_network(lambda: build_vae(s.model))
@@ -96,6 +98,17 @@ class VAETask:
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
         side = s.images.resolution // s.model.factor
         self.latent_shape = (s.model.latent_channels, side, side)
+
+    @property
+    def example(self) -> tuple[Tensor, Tensor]:
+        """An image and its posterior's noise."""
+        sides = 2 * [self.settings.images.resolution]
+        return torch.zeros(1, 3, *sides, device=self.device), torch.zeros(1, *self.latent_shape, device=self.device)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is compiled: with `--equivariance`, the encoder sees images of one size, all others four sizes."""
+        return [*self.model.children(), *self.vae_loss.networks]
 
     @property
     def summary(self) -> str:

@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import signature
@@ -19,7 +19,7 @@ from lightdiff.checkpoint import Checkpoint, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import check_disk_space
-from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing
+from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing, note_recompiled
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
@@ -40,6 +40,10 @@ class Task(Trainable, Protocol):
 
     Of each batch, a process loads and prepares its share (`Processes.share`); of an empty one, the first item.
     """
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The networks to compile: each alone, as each is called with fewer shapes than all of them together."""
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
         """This process's share of `steps` batches, the first of which begins after `start` images."""
@@ -76,11 +80,14 @@ class Trainer:
         self.skipped = 0  # steps without an update, as something was not finite
         self.unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated
         self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
-        if loop.checkpoint_activations:
-            enable_activation_checkpointing(self.model)
+        self.graphs = 0  # compiled so far
         if loop.compile == "on":
             one_pass = self.processes.world_size == 1 and loop.micro == loop.batch_size
-            compile_network(self.model, stage.device, graphs=one_pass)
+            graphs = one_pass and stage.pass_time(task).launch_bound
+            for part in task.parts:
+                compile_network(part, stage.device, graphs=graphs)
+        if loop.checkpoint_activations:
+            enable_activation_checkpointing(self.model)
         self.network = wrap_ddp(self.model) if self.processes.world_size > 1 else self.model
 
     @property
@@ -249,8 +256,9 @@ class Trainer:
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
+    options = {"gradient_as_bucket_view": True}  # gradients are kept once
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
-    options: dict[str, bool] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    options["forward_sync_buffers" if newer else "broadcast_buffers"] = False
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
 
 
@@ -294,6 +302,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             if not (saving or logging):
                 reporter.advance(step)
                 continue
+            trainer.graphs = note_recompiled(trainer.graphs) if loop.compile == "on" else 0
             values, skipped = trainer.sync_metrics(losses)
             check_nonfinite(trainer, skipped, reporter)
             speed = watch.speed(trainer.images_seen - images_before, loop.batch_size)
@@ -334,19 +343,22 @@ def finish_step(
 ) -> dict[str, float]:
     """Validate and draw, if it is time, and record the step's numbers; the metrics of the last validation.
 
-    What fails in it costs no steps: they are saved, and what has failed is done again by the run that resumes.
+    What fails in it costs no steps: they are saved, and what has failed is done again by the run that resumes. Nothing
+    is compiled for the few batches that it takes.
     """
     task, stage, step, before = trainer.task, trainer.stage, trainer.step, metrics
+    compiled = trainer.loop.compile == "on"
     try:
-        if validating:
-            metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
-        reporter.record(row | metrics if validating else row)
-        if validating:
-            picture = stage.folder.images / f"step-{step:08d}.png"
-            trainer.processes.run_on_main(partial(task.picture, trainer.averaged, picture))
-            reporter.picture(picture, step)
-            numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
-            reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            if validating:
+                metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
+            reporter.record(row | metrics if validating else row)
+            if validating:
+                picture = stage.folder.images / f"step-{step:08d}.png"
+                trainer.processes.run_on_main(partial(task.picture, trainer.averaged, picture))
+                reporter.picture(picture, step)
+                numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+                reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
     except Exception:
         with suppress(RunError):  # as on the disk that has failed already
             trainer.save_unvalidated(before, row)

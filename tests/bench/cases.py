@@ -30,8 +30,8 @@ from lightdiff.models.unet import UNet, build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import preset_layer
 from lightdiff.run_folder import INDEX, RunFolder
-from lightdiff.runtime.compile import compile_network
-from lightdiff.runtime.processes import Processes, keep_memory, pick_compile, pick_precision, to_device
+from lightdiff.runtime.compile import PassTime, compile_network, pick_compile
+from lightdiff.runtime.processes import Processes, keep_memory, pick_precision, to_device
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (
     ImageSettings,
@@ -132,7 +132,8 @@ def train_unet_step(
 
 def defaults(device: torch.device, **changes: Any) -> LoopSettings:
     """The loop's settings, with every `auto` decided as for a long run; AdamW, as the peers have it."""
-    precision, compiling = pick_precision("auto", device), pick_compile("auto", device, 10**5)
+    precision = pick_precision("auto", device)
+    compiling = pick_compile("auto", device, 10**5, lambda: PassTime(1, computing=1.0, launching=0.0))
     chosen = {"precision": precision, "compile": compiling, "steps": STEPS, "optimizer": "adamw"}
     return LoopSettings.model_validate(chosen | changes)
 
@@ -187,6 +188,9 @@ class VAEStepTask:
         to_device(self.model, device)
         side = settings.images.resolution // settings.model.factor
         self.latent_shape = (settings.model.latent_channels, side, side)
+        self.parts = [*self.model.children(), *self.vae_loss.networks]
+        image = torch.zeros(1, 3, *2 * [settings.images.resolution], device=device)
+        self.example = image, torch.zeros(1, *self.latent_shape, device=device)
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> dict[str, Tensor]:
         noise = torch.randn((len(batch.x), *self.latent_shape), generator=rng, device=self.device)
@@ -412,7 +416,10 @@ def lightdiff_sampling(
     precision = pick_precision("auto", device)
     pipeline = Pipeline.load(home, unet_path, vae_path, "cuda" if device.type == "cuda" else "cpu", precision)
     if compiled:
-        compile_network(pipeline.unet, device, training=False)
+        size = (pipeline.settings.latent.channels, *pipeline.latent_size())
+        example = torch.zeros(1, *size, device=device), torch.zeros(1, device=device)
+        time = PassTime.of(pipeline.unet, example, batch, precision)
+        compile_network(pipeline.unet, device, training=False, graphs=time.launch_bound)
     chosen = SamplingSettings(num_steps=steps, sampler="ddim")
     return Work(lambda: pipeline.sample(batch, 0, chosen), batch, flops, parameters_of(model), precision)
 
