@@ -19,7 +19,7 @@ from lightdiff.extras.estimate import random_images, random_latents
 from lightdiff.extras.gpu_memory import gpu_memory
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.options import build, preset_layer
-from lightdiff.runtime.processes import Processes, autocast
+from lightdiff.runtime.processes import Processes, autocast, pick_device, to_device
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.training.loop import Trainer
@@ -321,6 +321,18 @@ def test_what_the_forward_pass_kept_goes_as_the_backward_pass_uses_it() -> None:
         loss.backward()
         assert gpu.live == 2 * 4000 + 4, "x, its gradient, the loss"
         assert gpu.peak < before + 2 * 4000 + 100, "a gradient arrives, a gradient leaves"
+
+
+def test_on_a_gpu_convolutions_are_channels_last_chosen_by_trial_and_without_tf32(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with PretendGPU():
+        to_device(network := nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)), pick_device("cuda"))
+    # 1 x 1, too, as their gradients are where images are: DDP warns where strides differ, even of a size of 1
+    assert [layer.weight.stride() for layer in network] == [(27, 1, 9, 3), (8, 1, 8, 8)]
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_what_waits_is_seen() -> None:

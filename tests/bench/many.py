@@ -102,13 +102,17 @@ class DoubleUNet(train_unet.UNetTask):
 
 
 def float64(folder: Path, processes: Processes) -> None:
-    """20 steps of both trainings in float64, with micro-batches and a batch that 3 processes share unevenly."""
+    """20 steps of both trainings in float64, with micro-batches and a batch that 3 processes share unevenly.
+
+    Two processes compute activations again, more keep them.
+    """
     torch.set_num_threads(1)
-    settings = vae_settings(folder, batch_size=7, micro_batch=2)
+    again = processes.world_size == 2
+    settings = vae_settings(folder, batch_size=7, micro_batch=2, checkpoint_activations=again)
     files = scan(settings.images.data, 0.2)
     run = RunFolder(folder / f"double-{processes.world_size}")
     latents = LatentSet(RunFolder(folder / "run").latents)
-    unet = unet_settings(folder / "run", batch_size=7, micro_batch=2)
+    unet = unet_settings(folder / "run", batch_size=7, micro_batch=2, checkpoint_activations=again)
     vae_stage = Stage("vae", settings, CPU, processes, run.vae.path, total_steps=20, metadata=Metadata(stage="vae"))
     unet_stage = Stage("unet", unet, CPU, processes, run.unet.path, total_steps=20, metadata=Metadata(stage="unet"))
     for task, stage in ((DoubleVAE(vae_stage, files), vae_stage), (DoubleUNet(unet_stage, latents), unet_stage)):
