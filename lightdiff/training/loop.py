@@ -256,9 +256,8 @@ class Trainer:
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
-    options = {"gradient_as_bucket_view": True}  # gradients are kept once
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
-    options["forward_sync_buffers" if newer else "broadcast_buffers"] = False
+    options = {"gradient_as_bucket_view": True, "forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
 
 
@@ -343,13 +342,11 @@ def finish_step(
 ) -> dict[str, float]:
     """Validate and draw, if it is time, and record the step's numbers; the metrics of the last validation.
 
-    What fails in it costs no steps: they are saved, and what has failed is done again by the run that resumes. Nothing
-    is compiled for the few batches that it takes.
+    What fails in it costs no steps: what has failed is done again by the run that resumes. Nothing is compiled for it.
     """
     task, stage, step, before = trainer.task, trainer.stage, trainer.step, metrics
-    compiled = trainer.loop.compile == "on"
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with torch.compiler.set_stance("force_eager") if trainer.loop.compile == "on" else nullcontext():
             if validating:
                 metrics = {f"val_{name}": value for name, value in task.validate(trainer.averaged).items()}
             reporter.record(row | metrics if validating else row)
