@@ -232,6 +232,14 @@ def test_a_trainings_time_counts_validations_and_no_pause():
     assert seconds_an_image([{"step": 1, "images_per_s": 0.0}]) == 0
 
 
+def test_losses_stand_beside_what_the_noise_level_alone_tells():
+    settings = {"target": {"objective": "flow"}, "noise": {"schedule": "flow"}}
+    metadata = Metadata(stage="unet", settings=settings, metrics={"val_loss": 0.6, "val_loss_band_1": 1.413})
+    vae = Metadata(stage="vae", metrics={"val_loss": 0.6})
+    run = RunFacts(Path("run"), vae=Training(vae, 1, [], {}, []), unet=Training(metadata, 1, [], {}, []))
+    assert [row["values"] for row in metrics_table([run])] == [["0.6"], ["0.6 (1.571)"], ["1.413 (1.288)"]]
+
+
 def test_settings_of_a_stage_that_only_one_run_has_do_not_differ():
     def run(*values):
         rows = [Row("lr", value, "1") for value in values]

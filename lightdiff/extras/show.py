@@ -11,6 +11,7 @@ from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.data.table import SPLITS
 from lightdiff.errors import UserError
+from lightdiff.extras.baselines import baselines_of
 from lightdiff.extras.evidence import unsaved
 from lightdiff.extras.health import Finding, examine
 from lightdiff.extras.settings_rows import MODELS, Row, format_setting, settings_changes, settings_rows
@@ -108,8 +109,11 @@ def print_metadata(console: SafeConsole, metadata: Metadata) -> None:
     written = f"written by lightdiff {metadata.lightdiff}" if saved else "not saved yet (of settings and metrics)"
     pairs.add_row("stage", f"{metadata.stage}, {written}")
     pairs.add_row("step", f"{metadata.step:,}  ({metadata.images_seen:,} images seen)")
+    known = baselines_of(metadata)
     for name, value in metadata.metrics.items():
-        pairs.add_row(name, f"{value:.5g}")
+        pairs.add_row(
+            name, f"{value:.5g}" + (f"  ({known[name]:.4g} from the noise level alone)" if name in known else "")
+        )
     for name, digest in metadata.lineage.items():
         pairs.add_row(f"from {name}", digest[:16])
     for step, changes in settings_changes(metadata):

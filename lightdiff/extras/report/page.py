@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightdiff import __version__
+from lightdiff.extras.baselines import baselines_of
 from lightdiff.extras.evidence import loss_definition
 from lightdiff.extras.latent_facts import EDGES
 from lightdiff.extras.report.collect import Curve, RunFacts, Training
@@ -123,11 +124,15 @@ def unique(names: list[str]) -> list[str]:
 def metrics_table(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     """Measures of the runs: a name, a value for each run, and which of them are best."""
     measured: dict[str, dict[int, float]] = {}
+    known: dict[str, dict[int, float]] = {}
     for number, run in enumerate(runs):
         for stage, training in run.trainings():
+            baselines = baselines_of(training.metadata)
             for name, value in training.metadata.metrics.items():
-                measure = MEASURES.get(name, name.removeprefix("val_"))
-                measured.setdefault(f"{STAGES[stage]}: {measure}", {})[number] = value
+                measure = f"{STAGES[stage]}: {MEASURES.get(name, name.removeprefix('val_'))}"
+                measured.setdefault(measure, {})[number] = value
+                if name in baselines:
+                    known.setdefault(measure, {})[number] = baselines[name]
         for stage, results in run.evaluation.items():
             for name, value in results.items():
                 if isinstance(value, (int, float)) and not name.endswith("+-"):
@@ -135,7 +140,7 @@ def metrics_table(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "values": [format_number(values.get(i)) for i in range(len(runs))],
+            "values": [format_loss(values.get(i), known.get(name, {}).get(i)) for i in range(len(runs))],
             "best": best(runs, name, values),
         }
         for name, values in measured.items()
@@ -200,6 +205,11 @@ def format_number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def format_loss(value: float | None, known: float | None) -> str:
+    """A number for a table, in parentheses what knowing the noise level alone reaches, where that is known."""
+    return format_number(value) + (f" ({format_number(known)})" if known is not None else "")
 
 
 def describe_scaling(run: RunFacts) -> str:

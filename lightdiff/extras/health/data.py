@@ -2,30 +2,17 @@
 
 from collections.abc import Iterator
 from statistics import median
-from typing import Literal
-
-from pydantic import BaseModel
 
 from lightdiff.data.files import ImageFile, full_paths, scan
 from lightdiff.data.survey import shorter_sides
 from lightdiff.extras.evidence import try_read
+from lightdiff.extras.health.finding import Finding, quote_path
 from lightdiff.extras.inspect import duplicate_groups
 from lightdiff.settings import ImageSettings
 
 DUPLICATES = 0.01
 ENLARGED = 0.2
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of a search for duplicates; larger data sets are left to `inspect`
-
-
-class Finding(BaseModel):
-    """Something unusual: what was measured, what is usual, and what to change."""
-
-    code: str
-    stage: Literal["data", "vae", "latents", "unet", "samples"]
-    title: str
-    measured: str
-    usual: str
-    advice: str
 
 
 def check_data(images: ImageSettings) -> Iterator[Finding]:
@@ -56,7 +43,7 @@ def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[
             title="The data contain duplicates",
             measured=f"{spare:,} of {len(files):,} files repeat another one, byte for byte{also}",
             usual=f"less than {DUPLICATES:.0%}; duplicates are memorised first",
-            advice=f"lightdiff inspect {images.data[0]} lists them: remove them, and train again with --restart",
+            advice=f"lightdiff inspect {quote_path(images.data[0])} lists them: remove them, and use --restart",
         )
 
 

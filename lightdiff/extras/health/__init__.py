@@ -1,0 +1,63 @@
+"""Health: what a run's own numbers show to be wrong with it, what is usual, and what to change."""
+
+import re
+from pathlib import Path
+
+from lightdiff.extras.evidence import gather, try_read
+from lightdiff.extras.health.data import check_data
+from lightdiff.extras.health.finding import Finding as Finding
+from lightdiff.extras.health.finding import quote_path
+from lightdiff.extras.health.latents import check_latents, check_lineage
+from lightdiff.extras.health.samples import check_quality, check_samples
+from lightdiff.extras.health.training import check_rise, check_training
+from lightdiff.extras.health.unet import check_baseline, check_ema, check_labels, check_overfitting, check_schedule
+from lightdiff.extras.health.vae import check_grid, check_vae
+from lightdiff.run_folder import RunFolder
+
+
+def examine(run: Path) -> list[Finding]:
+    """What is unusual about a run, stage by stage; empty for a healthy one.
+
+    A stage that is missing or damaged is left out: other commands report that.
+    """
+    found = gather(RunFolder(run))
+    images = len(found.index.positions("train")) if found.index else 0
+    facts, findings = found.facts, list[Finding]()
+    if found.vae:
+        file, loop, own = found.vae_file, found.vae.loop, facts if found.same_vae else None
+        findings += check_data(found.vae.images)
+        findings += check_training(loop, "vae", found.vae_rows, images)
+        findings += check_rise(loop, "vae", found.vae_rows)
+        findings += check_vae(found.vae, found.vae_metrics, own)
+        findings += (try_read(lambda: list(check_grid(file, own, loop))) or []) if file and own else []
+    if facts and found.index and found.index.statistics:
+        regular = not any(finding.code == "no-kl" for finding in findings)
+        findings += check_latents(facts, regular)
+    findings += check_lineage(found)
+    if found.unet:
+        loop, rows = found.unet.loop, found.unet_rows
+        z_std = found.index.statistics.channel_std if found.index and found.index.statistics else []
+        findings += check_training(loop, "unet", rows, images)
+        findings += check_labels(found.unet)
+        findings += check_baseline(found.unet, rows, images, z_std)
+        findings += check_schedule(found.unet)
+        findings += check_ema(loop, rows)
+        findings += list(check_overfitting(rows, images)) or check_rise(loop, "unet", rows)
+        findings += check_quality(found.evaluation, loop)
+    findings += check_samples(found.evaluation, found.unet_rows, images)
+    for finding in findings:
+        finding.advice = complete_commands(finding.advice, run)
+    return findings
+
+
+def complete_commands(advice: str, run: Path) -> str:
+    """Advice whose commands can be typed as they are: with --run, and on --restart with the saved settings."""
+
+    def complete(found: re.Match[str]) -> str:
+        command, restart = found[1], found[2] or ""
+        saved = run / command.removeprefix("train-") / "settings.json"
+        settings = f" --settings {quote_path(saved)}" if restart and saved.is_file() else ""
+        return f"lightdiff {command} --run {quote_path(run)}{restart}{settings}"
+
+    advice = advice.replace("RUN/unet/checkpoints/best.safetensors", quote_path(RunFolder(run).unet.best))
+    return re.sub(r"lightdiff (train-vae|encode|scale|train-unet|generate|evaluate)( --restart)?", complete, advice)
