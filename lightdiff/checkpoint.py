@@ -185,14 +185,17 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Metadata:
-    """Write a snapshot, atomically, and return its metadata with all digests.
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Metadata, digests: Mapping[str, str] | None = None
+) -> Metadata:
+    """Write a snapshot, atomically, and return its metadata with all digests; `digests` are those known already.
 
     Raises:
         RunError: If it cannot be written; what was there before is untouched.
     """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = metadata.model_copy(update={"digests": {name: tensor_digest(t) for name, t in ready.items()}})
+    ready, known = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, digests or {}
+    found = {name: known[name] if name in known else tensor_digest(tensor) for name, tensor in ready.items()}
+    metadata = metadata.model_copy(update={"digests": found})
     metadata.digest = metadata.compute_digest({n: (DTYPES[t.dtype], list(t.shape)) for n, t in ready.items()})
     header = {KEY: json.dumps(metadata.model_dump(mode="json"))}  # in ASCII: a path need not be valid UTF-8
 

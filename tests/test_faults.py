@@ -35,7 +35,7 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.stages import encode, train_vae
-from lightdiff.training.loop import memory_in_use
+from lightdiff.training.timing import memory_in_use
 
 HOME = Path(__file__).parent.parent
 

@@ -185,7 +185,7 @@ def test_neither_optimizer_nor_average_nor_checkpoint_sees_it(
     own = sum(parameter.numel() for parameter in build_vae(settings.model).parameters())
     optimized = {id(p): p.numel() for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     assert sum(optimized.values()) == own
-    saved = [tensor for name, tensor in trainer.state(resumable=False).items() if not name.startswith("optimizer.")]
+    saved = [tensor for name, tensor in trainer.state().items() if not name.startswith("optimizer.")]
     assert sum(tensor.numel() for tensor in saved) == 2 * own  # the network, and its average
 
 

@@ -335,6 +335,16 @@ def test_on_a_gpu_convolutions_are_channels_last_chosen_by_trial_and_without_tf3
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_saving_waits_for_the_device_once() -> None:
+    with PretendGPU() as gpu:
+        trainer, batch = trainer_of(settings_of("unet", "small", 8, batch_size=8))
+        trainer.train_step(batch)
+        gpu.waits.clear()
+        trainer.writer.start(trainer.state(), lambda copies: None)
+        trainer.writer.wait()
+        assert len(gpu.waits) == 1
+
+
 def test_what_waits_is_seen() -> None:
     with PretendGPU() as gpu:
         x, on_cpu, first = torch.ones(3, device="cuda:0"), torch.ones(3), torch.arange(2)

@@ -172,6 +172,14 @@ def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
         assert words in said[0]
 
 
+def test_a_snapshot_that_cannot_be_written_ends_all_processes(tmp_path):
+    draw_dataset(tmp_path / "faces", 20, 0, 16)
+    run_many("full_disk", tmp_path, 2)
+    said = [(tmp_path / f"full-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert "last.safetensors could not be written: No space left on device; what was saved before is" in said[0]
+
+
 def test_stages_in_turn_meet_again_under_torchs_agent(tmp_path):
     draw_dataset(tmp_path / "faces", 12, 0, 16)
     agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

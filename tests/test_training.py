@@ -43,6 +43,7 @@ from lightdiff.settings import (
 from lightdiff.stages import encode, scale, train_unet, train_vae
 from lightdiff.training.loop import Trainer
 from lightdiff.training.optimizers import learning_rate
+from lightdiff.training.saving import SnapshotWriter
 from lightdiff.training.timing import SAVING, Stopwatch
 
 TIMING = ("time", "images_per_s", "memory_mb")
@@ -246,17 +247,22 @@ def test_no_averaged_weights_when_turned_off(tmp_path):
     assert not Checkpoint(stage.last).names("ema.")
 
 
-def stopping_at(step):
-    """A training step that is followed by SIGTERM, if it is this one."""
+def at_step(step, do):
+    """A training step that is followed by something, if it is this one."""
     train_step = Trainer.train_step
 
-    def stopping(self, batch):
+    def stepping(self, batch):
         losses = train_step(self, batch)
         if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            do()
         return losses
 
-    return stopping
+    return stepping
+
+
+def stopping_at(step):
+    """A training step that is followed by SIGTERM, if it is this one."""
+    return at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 10, 13])
@@ -338,19 +344,163 @@ def test_muon_keeps_one_average_a_matrix_and_adamw_two(tmp_path):
     assert trainer.snapshot_bytes == sum(t.nbytes for t in tensors(stage.last).values())
 
 
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_says_so_and_spares_the_checkpoint(tmp_path, monkeypatch):
     fit(tmp_path, steps=5)
     before = tensors(StageFolder(tmp_path).last)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(RunError, match="No space left on device; what was saved before is untouched"):
         fit(tmp_path, steps=20, saved=Checkpoint(StageFolder(tmp_path).last))
     after = tensors(StageFolder(tmp_path).last)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(StageFolder(tmp_path).checkpoints.glob(".*"))
+
+
+# --- while a snapshot is written ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds each write of the snapshot of step 5 up, until the test lets go of it."""
+    release, save = threading.Event(), checkpoint.save
+
+    def holding(path, tensors, metadata, *more):
+        if metadata.step == 5:
+            assert release.wait(60)
+        return save(path, tensors, metadata, *more)
+
+    monkeypatch.setattr(checkpoint, "save", holding)
+    return release
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch, held):
+    """The write of step 5 ends after step 8, and what it holds is of step 5."""
+    stage, found = StageFolder(tmp_path / "held"), []
+
+    def let_go():
+        found.append(stage.last.exists())
+        held.set()
+
+    changes = {"save_every": 5, "val_every": 5, "lr_schedule": "constant"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", at_step(8, let_go))
+        fit(tmp_path / "held", steps=9, **changes)
+    assert found == [False]
+    fit(tmp_path / "straight", steps=9, **changes)
+    same_runs(tmp_path / "straight", tmp_path / "held")
+    _, short = fit(tmp_path / "short", steps=5, **changes)
+    assert_same_files(short.step(5), stage.step(5))
+
+
+def test_memory_for_copies_is_found_once():
+    writer, state, seen = SnapshotWriter(torch.device("cpu")), {"a": torch.zeros(3)}, []
+    for value in (1.0, 2.0):
+        state["a"].fill_(value)
+        writer.start(state, lambda copies: seen.append((copies["a"].data_ptr(), copies["a"].tolist())))
+        writer.wait()
+    assert seen == [(seen[0][0], [1.0] * 3), (seen[0][0], [2.0] * 3)]
+    assert seen[0][0] != state["a"].data_ptr()
+
+
+def test_a_signal_while_a_snapshot_is_written(tmp_path, monkeypatch, held):
+    def stop_then_let_go():
+        os.kill(os.getpid(), signal.SIGTERM)
+        held.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", at_step(7, stop_then_let_go))
+        with pytest.raises(Stopped, match="stopped after step 7 of 20, saved to"):
+            fit(tmp_path / "stopped")
+    saved = Checkpoint(StageFolder(tmp_path / "stopped").last).verify()
+    assert saved.metadata.step == 7
+    assert Checkpoint(StageFolder(tmp_path / "stopped").step(5)).verify().metadata.step == 5
+    fit(tmp_path / "stopped", saved=saved)
+    fit(tmp_path / "straight")
+    same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_an_error_while_a_snapshot_is_written_waits_for_it(tmp_path, monkeypatch, held):
+    def let_go_and_fail():
+        held.set()
+        raise RuntimeError("no colours left")
+
+    monkeypatch.setattr(Trainer, "train_step", at_step(7, let_go_and_fail))
+    with pytest.raises(RuntimeError, match="no colours left"):
+        fit(tmp_path)
+    assert Checkpoint(StageFolder(tmp_path).last).verify().metadata.step == 5
+
+
+def test_a_write_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    """The write of step 10 fails before step 11 is made; the run is told of it then, and resumes from step 5."""
+    made, train_step, save_file = [], Trainer.train_step, checkpoint.save_file
+
+    def stepping(self, batch):
+        if self.step == 9:
+            monkeypatch.setattr(checkpoint, "save_file", full)
+        if self.step == 10:
+            while not self.writer.failed:
+                time.sleep(0.001)
+        made.append(self.step + 1)
+        return train_step(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stepping)
+        with pytest.raises(RunError, match="could not be written: No space left on device; what was saved before is"):
+            fit(tmp_path / "failed", log_every=7)
+    assert made == list(range(1, 12))
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    folder = StageFolder(tmp_path / "failed")
+    assert not list(folder.checkpoints.glob(".*"))
+    saved = Checkpoint(folder.last).verify()
+    assert saved.metadata.step == 5
+    fit(tmp_path / "failed", saved=saved, log_every=7)
+    fit(tmp_path / "straight", log_every=7)
+    same_runs(tmp_path / "straight", tmp_path / "failed")
+
+
+def test_a_write_that_fails_is_told_beside_another_error(tmp_path, monkeypatch, held, capsys):
+    """Which is what the run ends with, be it a signal that leaves at once."""
+
+    def let_go_and_fail():
+        held.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_step", at_step(7, let_go_and_fail))
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: " in said
+    assert "could not be written: No space left on device; what was saved before is untouched" in said
+
+
+def test_the_last_write_may_fail(tmp_path, monkeypatch):
+    """Nothing follows it: neither the end of the run nor `stopped ..., saved to` is said."""
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        fit(tmp_path / "ended", steps=4)
+    monkeypatch.setattr(Trainer, "train_step", stopping_at(3))
+    with pytest.raises(RunError, match="No space left on device"):
+        fit(tmp_path / "stopped")
+
+
+def test_best_and_last_of_a_step_are_of_one_digest_that_is_computed_once(tmp_path, monkeypatch):
+    computed, digest = [], checkpoint.tensor_digest
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "tensor_digest", lambda tensor: computed.append(tensor.shape) or digest(tensor))
+        _, stage = fit(tmp_path, steps=10, save_every=10, ema_decay=0.9)
+    best, last = (Checkpoint(path).verify().metadata for path in (stage.best, stage.last))
+    assert best.step == last.step == 10
+    weights = {name: found for name, found in last.digests.items() if not name.startswith("optimizer.")}
+    assert best.digests == weights
+    assert best.weights_digest("ema.") == last.weights_digest("ema.")
+    assert len(computed) == len(last.digests)
+
+
+# --- signals, limits, intervals -------------------------------------------------------------------------------------
 
 
 def test_a_second_signal_leaves_at_once(tmp_path):
@@ -412,6 +562,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
 
     def asking(self, batch):
         if self.step == 7:
+            self.writer.wait()
             saved.append(Checkpoint(StageFolder(tmp_path).last).metadata.step)
         losses = step(self, batch)
         if self.step == 7:

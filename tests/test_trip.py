@@ -17,11 +17,11 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 
 # From a command to the first optimizer step, or to the first call of the U-Net.
 TRIP = {
-    "train-vae": {"lines": 768, "files": 28},
-    "train-unet": {"lines": 672, "files": 24},
+    "train-vae": {"lines": 782, "files": 29},
+    "train-unet": {"lines": 686, "files": 25},
     "generate": {"lines": 516, "files": 21},
 }
-CORE_LINES = 5_960
+CORE_LINES = 6_020
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

@@ -65,7 +65,7 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         + (f" -> latents of {shape_words(inputs[1].shape[1:])}" if isinstance(settings, TrainVAESettings) else ""),
         f"per image: {flops.get_total_flops() / 1e9:.3g} GFLOP forward{activations}",
         f"weights, gradients, optimizer state and EMA: {(trainer.snapshot_bytes + 4 * parameters) / 1e6:.0f} MB; "
-        f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB",
+        f"a checkpoint: {trainer.snapshot_bytes / 1e6:.0f} MB, of which the host's memory holds a copy",
         sep="\n",
         soft_wrap=True,
     )

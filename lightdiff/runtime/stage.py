@@ -194,7 +194,7 @@ class Stage(Generic[S]):
 
     # --- signals and the time limit -------------------------------------------------------------------------------
 
-    def poll(self, reserve: float = 0.0, due: bool = False) -> tuple[int, bool]:
+    def poll(self, reserve: float = 0.0, due: bool = False, save: bool = False) -> tuple[int, bool]:
         """The exit code to stop with after this step (0: none) and whether to save, agreed among all processes.
 
         A signal may have reached only one of them. Called once a step; one process acts at each. Several wait for one
@@ -203,6 +203,7 @@ class Stage(Generic[S]):
         Args:
             reserve: Seconds that are kept free at the end.
             due: Whether they agree now in any case; the same in all processes.
+            save: Whether this process has a reason to save.
         """
         several = self.processes.world_size > 1
         late = self.out_of_time(reserve + several * AGREE_EVERY)
@@ -210,7 +211,7 @@ class Stage(Generic[S]):
         if self._steps_left > 0 and not due:
             return 0, False
         code = 128 + self._signal if self._signal else OUT_OF_TIME if late else 0
-        save, self._save = self._save, False  # before all wait, as the next signal may come meanwhile
+        save, self._save = save or self._save, False  # before all wait, as the next signal may come meanwhile
         slowest, self._slowest = max(1, round(1e6 * self._slowest)), 0.0  # microseconds: whole numbers are agreed on
         code, saving, slowest = self.processes.all_reduce_max(code, int(save), slowest)
         self._steps_left = several * min(AGREE_STEPS, int(1e6 * AGREE_EVERY) // slowest)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -26,8 +25,8 @@ from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
 from lightdiff.settings import LoopSettings
 from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
-from lightdiff.training.saving import write_snapshots
-from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch
+from lightdiff.training.saving import SnapshotWriter, write_snapshots
+from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch, memory_in_use
 
 Tensors = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
@@ -79,6 +78,7 @@ class Trainer:
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
         self.skipped = 0  # steps without an update, as something was not finite
         self.unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated
+        self.writer = SnapshotWriter(stage.device)
         self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
         self.graphs = 0  # compiled so far
         if loop.compile == "on":
@@ -177,20 +177,20 @@ class Trainer:
             if kind in known.get(parameter, ())
         }
 
-    def state(self, resumable: bool) -> Tensors:
-        """All tensors of a snapshot."""
+    def state(self) -> Tensors:
+        """All tensors of a resumable snapshot."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
-        if resumable:
-            tensors |= {f"optimizer.{name}": value for name, value in self.optimizer_state().items()}
-        return tensors
+        return tensors | {f"optimizer.{name}": value for name, value in self.optimizer_state().items()}
 
     def save(self, metrics: dict[str, float], keep_step: bool, validated: bool) -> None:
-        """Write `last`, a step file if wanted, and `best` if the validation of this step found it to be that.
+        """Begin to write `last`, a step file if wanted, and `best` if the validation of this step found it to be that.
+
+        `writer.wait` returns when they are there; in between, training may go on.
 
         Raises:
-            RunError: If the disk is too full, or fails; what was saved before is untouched.
+            RunError: If the disk is too full, or the last save has failed; what was saved before is untouched.
         """
         loss = metrics.get("val_loss")
         best = validated and (loss is None or loss < self.best)
@@ -206,15 +206,17 @@ class Trainer:
         """
         if self.processes.is_main:
             self._write(metrics, keep_step=False, best=False, unvalidated=row)
+            self.writer.wait()
 
     def _write(self, metrics: dict[str, float], keep_step: bool, best: bool, **about: dict[str, float]) -> None:
         folder = self.stage.folder
         extra = self.stage.metadata.extra | ({"best": self.best} if math.isfinite(self.best) else {})
         extra |= ({"skipped": self.skipped} if self.skipped else {}) | about
         progress = {"step": self.step, "images_seen": self.images_seen, "metrics": metrics, "extra": extra}
-        self.check_room()
         metadata = self.stage.metadata.model_copy(update=progress)
-        write_snapshots(folder, self.state, metadata, self.loop, keep_step, best)
+        self.writer.wait()  # what it still writes takes room
+        self.check_room()
+        self.writer.start(self.state(), partial(write_snapshots, folder, metadata, self.loop, keep_step, best))
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a snapshot.
@@ -278,11 +280,12 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     processes.run_on_main(trainer.check_room)
     metrics = dict(stage.saved.metadata.metrics) if stage.saved else {}
     reserve = 2 * trainer.snapshot_bytes / SLOW_DISK  # seconds for the last save
-    watch, images_before, exit_code = Stopwatch(), trainer.images_seen, 0
+    watch, writer, images_before, exit_code = Stopwatch(), trainer.writer, trainer.images_seen, 0
     metrics_file = folder.metrics if processes.is_main else None
     stage.defer_signals = True
     start = trainer.step - bool(trainer.unvalidated)
-    with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings) as reporter:
+    with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings) as reporter, writer:
+        writer.on_written = partial(reporter.saved, folder.last)
         if trainer.unvalidated:
             validating = is_validated(loop, trainer.step, total)
             with watch.measure(VALIDATION):
@@ -293,8 +296,11 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             with watch.measure(FIRST, trainer.images_seen == images_before):
                 losses = trainer.train_step(batch)
             step = trainer.step
+            if step == start + 1 and processes.is_main:  # the first, after which optimizers have a state
+                writer.prepare(trainer.state())
             validating = is_validated(loop, step, total)
-            exit_code, save_wanted = stage.poll(reserve, due=validating)
+            # A write that has failed is a reason to save: all processes meet its error there.
+            exit_code, save_wanted = stage.poll(reserve + 2 * writer.longest, due=validating, save=writer.failed)
             keep_step = step % loop.save_every == 0
             saving = validating or keep_step or exit_code or save_wanted
             logging = validating or step % loop.log_every == 0
@@ -321,9 +327,10 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
                     with watch.measure(SAVING):
                         reporter.flush()
                         trainer.save(metrics, keep_step, validating)
-                    reporter.saved(folder.last)
             if exit_code:
                 break
+        with watch.measure(SAVING):
+            processes.run_on_main(writer.wait)
         reporter.note(watch.shares())
     if exit_code:
         limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
@@ -379,6 +386,7 @@ def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) ->
     if trainer.skipped <= loop.skip_nonfinite:
         reporter.note(*what, f"{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
         return
+    trainer.writer.wait()
     folder = trainer.stage.folder
     kept = f"The last good state is in {folder.checkpoints}" if folder.resumable() else "Nothing was saved yet"
     raise RunError(
@@ -386,15 +394,3 @@ def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) ->
         f"{kept}. Look at those images, try a lower "
         "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite",
     )
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

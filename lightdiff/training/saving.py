@@ -1,41 +1,111 @@
-"""Snapshots of a training on the disk: `last`, step files, `best`."""
+"""Snapshots of a training on the disk: `last`, step files, `best`. They are written while training goes on."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Metadata
+from lightdiff.errors import RunError
 from lightdiff.run_folder import StageFolder, atomic_link
+from lightdiff.runtime.progress import print_note
 from lightdiff.settings import LoopSettings
 
 
+class SnapshotWriter:
+    """Writes one snapshot at a time, in a thread; a context manager that waits for it at the end.
+
+    What is written is a copy in the host's memory, which stays for the next one: as many bytes as a snapshot has.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self.longest = 0.0  # seconds that one took to be written
+        self.on_written: Callable[[], None] = lambda: None  # called in that thread
+        self._pool = ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, device) if self._on_gpu else None)
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    def prepare(self, tensors: dict[str, Tensor]) -> "Future[None]":
+        """Let the thread find memory for copies of tensors like these: if it is new, that takes longer than copying."""
+        return self._pool.submit(self._prepare, tensors)
+
+    def _prepare(self, tensors: dict[str, Tensor]) -> None:
+        for name in tensors.keys() - self._copies.keys():
+            empty = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+            self._copies[name] = empty.pin_memory() if self._on_gpu else empty.zero_()
+
+    def start(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
+        """Copy tensors, and return while `write` is called with the copies. The last snapshot was waited for."""
+        assert self._writing is None
+        self.prepare(tensors).result()
+        for name, tensor in tensors.items():
+            self._copies[name].copy_(tensor, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()  # once for all copies
+        self._writing = self._pool.submit(self._write, write, {name: self._copies[name] for name in tensors})
+
+    def _write(self, write: Callable[[dict[str, Tensor]], None], copies: dict[str, Tensor]) -> None:
+        began = time.monotonic()
+        write(copies)
+        self.on_written()
+        self.longest = max(self.longest, time.monotonic() - began)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last snapshot could not be written; `wait` raises what went wrong."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return when the last snapshot is written.
+
+        Raises:
+            RunError: If it could not be; what was saved before is untouched.
+        """
+        if self._writing is not None:
+            wait([self._writing])
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def __enter__(self) -> "SnapshotWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except RunError as failure:
+            if error is None:
+                raise
+            print_note(str(failure))  # beside what else has ended the training
+
+
 def write_snapshots(
-    folder: StageFolder,
-    state: Callable[[bool], dict[str, Tensor]],
-    metadata: Metadata,
-    loop: LoopSettings,
-    keep_step: bool,
-    best: bool,
+    folder: StageFolder, metadata: Metadata, loop: LoopSettings, keep_step: bool, best: bool, tensors: dict[str, Tensor]
 ) -> None:
     """Write `last`, and, where wanted, a step file and `best`.
 
     Args:
         folder: Where they lie.
-        state: Whether it can be resumed -> the tensors of a snapshot.
         metadata: What they say of the run.
         loop: How many step files stay.
         keep_step: Whether to write a step file.
         best: Whether this is the best state so far.
+        tensors: The state, from which training can be resumed.
     """
+    digests: dict[str, str] = {}
     if best:
-        checkpoint.save(folder.best, state(False), metadata)
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        digests = checkpoint.save(folder.best, weights, metadata).digests
+    newest = folder.step(metadata.step) if keep_step else folder.last
+    checkpoint.save(newest, tensors, metadata, digests)
     if not keep_step:
-        checkpoint.save(folder.last, state(True), metadata)
         return
-    kept = folder.step(metadata.step)
-    checkpoint.save(kept, state(True), metadata)
-    atomic_link(folder.last, kept)
+    atomic_link(folder.last, newest)
     for path in folder.steps()[: -loop.keep]:
         if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0):
             path.unlink()

@@ -1,9 +1,12 @@
-"""Where the time of a training goes."""
+"""Where the time of a training goes, and what memory it takes."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 DATA, VALIDATION, SAVING = "waiting for data", "validation and pictures", "saving"
@@ -51,3 +54,15 @@ class Stopwatch:
         parts = {"steps": whole - sum(self.seconds.values())} | self.seconds
         shown = [f"{name} {seconds / whole:.0%}" for name, seconds in parts.items() if round(100 * seconds / whole)]
         return f"where the time went: {', '.join(shown)}"
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -3,12 +3,15 @@
 Without other processes it computes the same in one. Rank 0 writes the results into FOLDER.
 """
 
+import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
+from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, latents_settings
@@ -32,7 +35,7 @@ from lightdiff.settings import (
     VAESettings,
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
-from lightdiff.training.loop import train
+from lightdiff.training.loop import Trainer, train
 
 CPU = torch.device("cpu")
 
@@ -171,12 +174,33 @@ def in_turn(folder: Path, processes: Processes) -> None:
         train_vae.run(vae_settings(folder, steps=steps))
 
 
+def full_disk(folder: Path, processes: Processes) -> None:
+    """A write that fails while training goes on ends it in all processes, long before the next save."""
+    train_step = Trainer.train_step
+
+    def asking(trainer, batch):
+        losses = train_step(trainer, batch)
+        if trainer.step == 3:
+            checkpoint.save_file = full
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return losses
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Trainer.train_step = asking
+    try:
+        train_vae.run(vae_settings(folder, steps=100_000, val_every=0, save_every=100_000))
+    except LightdiffError as error:
+        (folder / f"full-{processes.rank}").write_text(str(error))
+
+
 def main() -> None:
     job, folder = sys.argv[1:]
     processes = init_distributed(CPU, 30)
     assert processes.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
-    jobs = {"float64": float64, "pipeline": pipeline, "corners": corners, "refused": refused, "in_turn": in_turn}
-    jobs[job](Path(folder), processes)
+    jobs = (float64, pipeline, corners, refused, full_disk, in_turn)
+    {work.__name__: work for work in jobs}[job](Path(folder), processes)
     shutdown()
 
 
