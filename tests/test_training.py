@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -747,6 +748,16 @@ def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path, faces, capsys):
     assert "note: --warmup-steps 8 is longer than this run of 2 steps: the learning rate ends at 0.00025, not" in said
     train_vae.run(vae_settings(tmp_path / "b", faces, steps=2, warmup_steps=2))
     assert "warmup" not in capsys.readouterr().err
+
+
+def test_the_first_lines_tell_passes_and_where_pictures_will_be(tmp_path, faces, capsys):
+    settings = vae_settings(tmp_path / "run", faces, steps=4)
+    train_vae.run(settings)
+    said = capsys.readouterr().err
+    images = int(re.search(r"(\d+) training", said)[1])
+    passes = f"{4 * settings.loop.batch_size / images:.3g} passes over the data"
+    assert f"4 steps, batch size {settings.loop.batch_size}: {passes}; cpu, fp32" in said
+    assert f"pictures: {tmp_path / 'run/vae/images'}\n" in said
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):

@@ -151,8 +151,10 @@ class Stage(Generic[S]):
     def announce(self, task: Trainable) -> None:
         """Print what is about to be trained, and how."""
         on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
-        how = f"batch size {self.loop.batch_size}, {on}{self.device.type}, {self.loop.precision}"
-        console.print(f"{task.summary}; {self.total_steps} steps, {how}")
+        passes = self.total_steps * self.loop.batch_size / task.train_items
+        steps = f"{self.total_steps} steps, batch size {self.loop.batch_size}: {passes:.3g} passes over the data"
+        how = f"{on}{self.device.type}, {self.loop.precision}"
+        console.print(task.summary, f"{steps}; {how}; pictures: {self.folder.images}", sep="\n", soft_wrap=True)
         if (warmup := self.loop.warmup_steps) > self.total_steps:
             longer, lr = f"{warmup} is longer than this run of {self.total_steps} steps", self.loop.lr
             ends = f"the learning rate ends at {lr * self.total_steps / warmup:.2g}, not --lr {lr:g}"
