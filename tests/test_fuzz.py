@@ -31,6 +31,7 @@ from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import Reporter
 from lightdiff.settings import SamplingSettings, TrainUNetSettings, VAELossSettings
+from lightdiff.training.saving import Progress
 
 collecting = import_module("lightdiff.extras.report.collect")
 MANY = int(os.environ.get("FUZZ", "25"))
@@ -184,6 +185,7 @@ def test_sealed_checkpoints(run: Path, looked_at: Callable[[], None], data: st.D
     looked_at()
     told(
         lambda: Pipeline.load(run, device="cpu").sample(1, sampling=SamplingSettings(num_steps=2)),
+        lambda: Progress.of(Checkpoint(unet)),
         lambda: levels_for(Checkpoint(unet, "unet").settings(TrainUNetSettings), SamplingSettings()),
         lambda: images_of(Checkpoint(vae, "vae"), EvaluateSettings()),
         lambda: lpips_settings(
@@ -215,3 +217,14 @@ def test_a_group_of_settings_that_is_none(run: Path, group: str) -> None:
     edit = call("edit", "--vae", path, "--from", next((run / "samples").glob("*/00000.png")), "--run", run)
     assert sweep.code
     assert "should not happen" not in sweep.err + edit.err
+
+
+@pytest.mark.parametrize("change", [{"best": "low"}, {"skipped": -1}, {"unvalidated": {"loss": None}}])
+def test_a_training_whose_progress_makes_no_sense_is_refused(run: Path, change: dict[str, Any]) -> None:
+    for path in (RunFolder(run).unet.last, *RunFolder(run).unet.steps()):
+        saved = Checkpoint(path)
+        metadata = saved.metadata.model_copy(update={"extra": saved.metadata.extra | change})
+        checkpoint.save(path, saved.tensors(""), metadata)
+    result = call("train-unet", "--run", run, "--steps", 99)
+    assert result.code == 2
+    assert f"is damaged: {next(iter(change))}: " in result.err

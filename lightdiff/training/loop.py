@@ -25,7 +25,7 @@ from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
 from lightdiff.settings import LoopSettings
 from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
-from lightdiff.training.saving import SnapshotWriter, write_snapshots
+from lightdiff.training.saving import Progress, SnapshotWriter, write_snapshots
 from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch, memory_in_use
 
 Tensors = dict[str, Tensor]
@@ -231,9 +231,8 @@ class Trainer:
         if self.ema:
             load_weights(self.ema.model, saved, saved.weights_prefix())
         self.step, self.images_seen = saved.metadata.step, saved.metadata.images_seen
-        self.best = saved.metadata.extra.get("best", math.inf)
-        self.skipped = saved.metadata.extra.get("skipped", 0)
-        self.unvalidated = saved.metadata.extra.get("unvalidated", {})
+        progress = Progress.of(saved)
+        self.best, self.skipped, self.unvalidated = progress.best, progress.skipped, progress.unvalidated
         self.stage.metadata.extra.pop("unvalidated", None)
         for optimizer in self.optimizers:
             if isinstance(optimizer, optimizers.Muon):

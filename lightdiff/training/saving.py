@@ -1,5 +1,6 @@
 """Snapshots of a training on the disk: `last`, step files, `best`. They are written while training goes on."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -7,14 +8,36 @@ from functools import partial
 from types import TracebackType
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Metadata
-from lightdiff.errors import RunError
+from lightdiff.checkpoint import Checkpoint, Count, Metadata
+from lightdiff.errors import Damaged, RunError
 from lightdiff.run_folder import StageFolder, atomic_link
 from lightdiff.runtime.progress import print_note
 from lightdiff.settings import LoopSettings
+
+
+class Progress(BaseModel):
+    """What a snapshot says of its training beside its step."""
+
+    best: float = math.inf  # the lowest validation loss so far
+    skipped: Count = 0  # steps without an update
+    unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated
+
+    @classmethod
+    def of(cls, saved: Checkpoint) -> "Progress":
+        """Read it.
+
+        Raises:
+            Damaged: If it makes no sense.
+        """
+        try:
+            return cls.model_validate(saved.metadata.extra)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise Damaged(f"{saved.path} is damaged: {wrong['loc'][0]}: {wrong['msg']}") from None
 
 
 class SnapshotWriter:
