@@ -285,25 +285,26 @@ class Display:
         return str(timedelta(seconds=round(seconds)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        past = {name: [*values] for name, values in [*self._past.items()]}  # copied: training adds to it meanwhile
         elapsed = timedelta(seconds=round(time.monotonic() - self._began))
         parts = [
             Text(self.title, style="bold"),
             Text(f"{self.done:,}/{self.total:,}"),
             Text(f"{elapsed} elapsed, {self.remaining()} left"),
-            *(Text(f"{number(value)} {unit}") for unit, value in self.now.items()),
+            *(Text(f"{number(value)} {unit}") for unit, value in [*self.now.items()]),
         ]
         yield Text("  ").join(parts)  # broken between words
         yield ProgressBar(self.total, self.done, width=min(BAR, options.max_width))
         yield Segment.line()  # the bar alone does not end its line
-        numbers = {name: number(values[-1]) + UNITS.get(name, "") for name, values in self._past.items()}
+        numbers = {name: number(values[-1]) + UNITS.get(name, "") for name, values in past.items()}
         names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
         room = 0 if options.ascii_only else options.max_width - names - widest - 7
-        for name, values in self._past.items():
-            trend = Text(sparkline([*values], min(TREND, room)) if room > 0 else "", style="cyan")
+        for name, values in past.items():
+            trend = Text(sparkline(values, min(TREND, room)) if room > 0 else "", style="cyan")
             label = Text(f"  {name:<{names}}", style="dim")
             best = [Text(f"best {number(min(values))}")] if name == "val_loss" and room > TREND else []
             yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend, *best])
-        for what, path in self.files.items():
+        for what, path in [*self.files.items()]:
             yield Text.assemble((f"  {what}  ", "dim"), printable(str(path)), overflow="fold")
 
 
