@@ -33,7 +33,6 @@ class Evidence:
     """What a run holds, each part None or empty where it is missing or damaged."""
 
     vae: TrainVAESettings | None = None
-    vae_file: Checkpoint | None = None
     vae_rows: list[Row] = field(default_factory=list)
     vae_metrics: Row = field(default_factory=dict)
     index: LatentIndex | None = None
@@ -69,7 +68,7 @@ def gather(run: RunFolder) -> Evidence:
     )  # encode takes the best
     if vae:
         found.vae = try_read(lambda: vae.settings(TrainVAESettings))
-        found.vae_file, found.vae_rows = vae, rows_of(run.vae)
+        found.vae_rows = rows_of(run.vae)
         found.vae_metrics = metrics_of(vae.metadata, found.vae_rows)
         found.vae_digest = vae_digest(vae)
     found.evaluation = (try_read(lambda: read_evaluation(run)) or {}).get("unet", {})

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lightdiff.extras.evidence import gather, try_read
+from lightdiff.extras.evidence import gather
 from lightdiff.extras.health.data import check_data
 from lightdiff.extras.health.finding import Finding as Finding
 from lightdiff.extras.health.finding import quote_path
@@ -11,7 +11,7 @@ from lightdiff.extras.health.latents import check_latents, check_lineage
 from lightdiff.extras.health.samples import check_quality, check_samples
 from lightdiff.extras.health.training import check_rise, check_training
 from lightdiff.extras.health.unet import check_baseline, check_ema, check_labels, check_overfitting, check_schedule
-from lightdiff.extras.health.vae import check_grid, check_vae
+from lightdiff.extras.health.vae import check_vae
 from lightdiff.run_folder import RunFolder
 
 
@@ -24,12 +24,11 @@ def examine(run: Path) -> list[Finding]:
     images = len(found.index.positions("train")) if found.index else 0
     facts, findings = found.facts, list[Finding]()
     if found.vae:
-        file, loop, own = found.vae_file, found.vae.loop, facts if found.same_vae else None
+        loop = found.vae.loop
         findings += check_data(found.vae.images)
         findings += check_training(loop, "vae", found.vae_rows, images)
         findings += check_rise(loop, "vae", found.vae_rows)
-        findings += check_vae(found.vae, found.vae_metrics, own)
-        findings += (try_read(lambda: list(check_grid(file, own, loop))) or []) if file and own else []
+        findings += check_vae(found.vae, found.vae_metrics, facts if found.same_vae else None)
     if facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
         findings += check_latents(facts, regular)

@@ -42,7 +42,7 @@ def check_warmup(loop: LoopSettings, stage: Stage, images: int) -> Iterator[Find
 def check_unused(loop: LoopSettings, stage: Stage, rows: list[Row], images: int) -> Iterator[Finding]:
     """A training that has ended and has not seen all of its images."""
     seen = rows[-1].get("images_seen", images) if rows else images
-    if seen < images and rows[-1]["step"] >= loop.total_steps(images):
+    if 0 <= seen < images and rows[-1]["step"] >= loop.total_steps(images):
         yield Finding(
             code="unused-images",
             stage=stage,

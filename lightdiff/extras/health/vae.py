@@ -1,17 +1,12 @@
-"""What is wrong with a VAE: a KL term with too much weight or none, poor reconstructions, a grid in its pictures."""
+"""What is wrong with a VAE: a KL term with too much weight or none, poor reconstructions."""
 
 import math
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
-
-from lightdiff.checkpoint import Checkpoint
 from lightdiff.extras.health.finding import Finding, double_length, mean, value_range
 from lightdiff.extras.latent_facts import ChannelFacts, LatentFacts
-from lightdiff.pipeline import load_vae
 from lightdiff.runtime.progress import Row
-from lightdiff.settings import LoopSettings, TrainVAESettings
+from lightdiff.settings import TrainVAESettings
 from lightdiff.stages.scale import DEAD_BITS
 
 COLLAPSED_KL = 0.02  # nats per element: of a normal channel, all but 1 - exp(-2 KL) = 4 % of the variance is noise
@@ -22,9 +17,6 @@ KL_SHARE, KL_PSNR = 0.5, 25.0
 # beta 1e-4 leaves a sigma of 0.02 of the std or more; below 0.003, the decoder has learnt nothing about small errors.
 MIN_SIGMA = 0.003
 LOW_PSNR = 20.0  # dB: an error of a tenth of the range, 26 of 256 grey levels
-GRID = 0.02  # RMS, of a range of 2: 2.5 of 255 grey levels, as much contrast as an eye sees in an even surface
-SIDE, EDGE = 16, 4  # elements of the even latent that is decoded, and of each edge, where padding shows
-MAX_FACTOR = 32  # of a decoder that is looked at: its picture has 16 times as many pixels a side
 
 
 def check_vae(settings: TrainVAESettings, metrics: Row, facts: LatentFacts | None) -> Iterator[Finding]:
@@ -111,36 +103,3 @@ def check_no_kl(settings: TrainVAESettings, metrics: Row, channels: list[Channel
         "take any size and shape, and small errors of the U-Net show in the pixels",
         advice="lightdiff train-vae --restart --kl-beta 3e-3, then encode, scale and train-unet again",
     )
-
-
-def check_grid(saved: Checkpoint, facts: LatentFacts, loop: LoopSettings) -> Iterator[Finding]:
-    """A grid that the decoder draws (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts")."""
-    vae, model = load_vae(saved, torch.device("cpu"))
-    if model.factor > MAX_FACTOR:
-        return
-    amplitude = grid_amplitude(vae.decoder, [c.mean for c in facts.channels], model.factor)
-    if amplitude > GRID:
-        yield Finding(
-            code="grid",
-            stage="vae",
-            title="The decoder draws a grid into even surfaces",
-            measured=f"decoded from the mean latent at every position: a pattern as wide as a latent element, of "
-            f"{amplitude * 127.5:.1f} of 255 grey levels (RMS)",
-            usual=f"below {GRID * 127.5:.1f}; 0 for decoders that double by nearest neighbour and convolution",
-            advice=f"lightdiff train-vae {double_length(loop)} continues the training; if that does not help, a "
-            "new run with a decoder of that kind: all presets but original have one",
-        )
-
-
-@torch.inference_mode()
-def grid_amplitude(decoder: nn.Module, mean_of_channels: list[float], factor: int) -> float:
-    """RMS of what repeats with every latent element in the picture of an even latent, without each colour's mean.
-
-    The mean over all squares of factor x factor pixels keeps the frequencies that are multiples of 1 / factor, which
-    are those of the upsampling, and averages out all others.
-    """
-    z = torch.tensor(mean_of_channels)[None, :, None, None].expand(1, -1, SIDE, SIDE)
-    inner: Tensor = decoder(z)[0, :, EDGE * factor : -EDGE * factor, EDGE * factor : -EDGE * factor]
-    count = SIDE - 2 * EDGE
-    square = inner.reshape(3, count, factor, count, factor).mean((1, 3))  # (3, factor, factor)
-    return float((square - square.mean((1, 2), keepdim=True)).square().mean().sqrt())
