@@ -28,6 +28,7 @@ from lightdiff.runtime import DistEnv, first_host, rank
 from lightdiff.runtime.processes import Processes, check_env
 from lightdiff.runtime.stage import translate_errors
 from lightdiff.settings import StageSettings
+from tests.bench import many
 
 HOME = Path(__file__).parent.parent
 
@@ -103,6 +104,17 @@ def test_in_float64_both_trainings_are_those_of_one_process(one, tmp_path, size)
         for left, right in zip(rows(straight / "metrics.jsonl"), rows(shared / "metrics.jsonl"), strict=True):
             for name in left.keys() - {"time", "images_per_s", "memory_mb"}:
                 assert right[name] == pytest.approx(left[name], rel=1e-9), (stage, left["step"], name)
+
+
+def test_muon_is_that_of_one_process_bit_for_bit_and_the_same_in_all(tmp_path):
+    """Each orthogonalizes a share of the matrices; some have none of a size."""
+    many.muon(tmp_path, Processes())
+    run_many("muon", tmp_path, 3)
+    alone, *others = (torch.load(tmp_path / f"muon-{name}.pt") for name in ("0-of-1", "0-of-3", "1-of-3", "2-of-3"))
+    assert all(torch.isfinite(value).all() for value in alone.values())
+    for other in others:
+        assert other.keys() == alone.keys()
+        assert [name for name, value in alone.items() if not torch.equal(other[name], value)] == []
 
 
 def test_in_float32_losses_and_weights_agree_closely(one, several):

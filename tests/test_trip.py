@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 686, "files": 25},
     "generate": {"lines": 516, "files": 21},
 }
-CORE_LINES = 6_020
+CORE_LINES = 6_096
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

@@ -74,7 +74,7 @@ class Trainer:
         copied = copy.deepcopy(self.model).requires_grad_(False).eval() if loop.ema_decay else None
         self.ema = None if copied is None else EMA(copied, loop.ema_decay)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizers = optimizers.make_optimizers(self.model, loop)
+        self.optimizers = optimizers.make_optimizers(self.model, loop, self.processes)
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
         self.skipped = 0  # steps without an update, as something was not finite
         self.unvalidated: dict[str, float] = {}  # the numbers of a step that was saved before it could be validated

@@ -36,6 +36,7 @@ from lightdiff.settings import (
 )
 from lightdiff.stages import encode, generate, scale, train_unet, train_vae
 from lightdiff.training.loop import Trainer, train
+from lightdiff.training.optimizers import Muon
 
 CPU = torch.device("cpu")
 
@@ -138,6 +139,25 @@ def pipeline(folder: Path, processes: Processes) -> None:
     )
 
 
+def muon(folder: Path, processes: Processes) -> None:
+    """Some steps of Muon alone: one large matrix, two alike, one of a shape of its own; then one whose loss is NaN."""
+    torch.set_num_threads(1)
+    weights = {}
+    for dtype in (torch.float64, torch.float32):
+        rng = torch.Generator().manual_seed(0)
+        params = [torch.randn(*shape, generator=rng) for shape in ((40, 30, 3, 3), (20, 24), (20, 24), (70, 17))]
+        params = [torch.nn.Parameter(p.to(dtype)) for p in params]
+        optimizer = Muon(params, {"lr": 0.1, "weight_decay": 0.1, "tf32": False}, processes)
+        for step in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=rng).to(p.dtype) if step < 3 else torch.full_like(p, torch.nan)
+            optimizer.found_inf = torch.tensor(float(step == 3))
+            optimizer.step()
+        weights |= {f"{dtype} {i}": p.detach() for i, p in enumerate(params)}
+        weights |= {f"{dtype} momentum {i}": optimizer.state[p]["exp_avg"].clone() for i, p in enumerate(params)}
+    torch.save(weights, folder / f"muon-{processes.rank}-of-{processes.world_size}.pt")
+
+
 def corners(folder: Path, processes: Processes) -> None:
     """More processes than items in a batch, no validation images, other settings on resuming."""
     torch.set_num_threads(1)
@@ -199,7 +219,7 @@ def main() -> None:
     job, folder = sys.argv[1:]
     processes = init_distributed(CPU, 30)
     assert processes.world_size == int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
-    jobs = (float64, pipeline, corners, refused, full_disk, in_turn)
+    jobs = (float64, muon, pipeline, corners, refused, full_disk, in_turn)
     {work.__name__: work for work in jobs}[job](Path(folder), processes)
     shutdown()
 
