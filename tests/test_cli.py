@@ -515,12 +515,14 @@ def test_show_a_run(cli, trained):
     assert "vae, written by lightdiff" in result.out
     assert "val_loss" in result.out
     assert "complete" in result.out
-    assert result.out.index("vae/checkpoints") < result.out.index("unet/checkpoints")
+    parts = [result.out.index(part) for part in ("health", "vae/checkpoints", "unet/checkpoints")]
+    assert parts == sorted(parts)
 
 
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_show_puts_settings_that_differ_first(cli, trained, stage):
-    page = cli("show", trained / stage / "checkpoints" / "last.safetensors").stdout
+    file = trained / stage / "checkpoints" / "last.safetensors"
+    page = cli("show", file, "--all").stdout
     rows = [line.split() for line in page.splitlines() if line.startswith("--")]
     differs = [len(row) == 3 for row in rows]
     assert differs == sorted(differs, reverse=True)
@@ -528,6 +530,9 @@ def test_show_puts_settings_that_differ_first(cli, trained, stage):
     assert table["--steps"] == ["3", "20000" if stage == "vae" else "50000"]
     assert table["--batch-size"] == ["6", "16" if stage == "vae" else "32"]
     assert table["--lr"] == ["0.002"]
+    short = cli("show", file).stdout
+    assert [line.split() for line in short.splitlines() if line.startswith("--")] == [r for r in rows if len(r) == 3]
+    assert f"{len(differs) - sum(differs)} more settings are at their defaults (--all)" in short
     model = MODELS[f"train-{stage}"]
     assert set(table) == {f"--{flag(model, path)}" for path in flag_fields(model) if path[0] not in model.NOT_SAVED}
 

@@ -73,12 +73,13 @@ def inspect(
 
 def show(
     place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
+    every: Annotated[bool, typer.Option("--all", help="settings at their defaults, too")] = False,
     json: AsJSON = False,
 ) -> None:
-    """Show a checkpoint's or a run's settings, lineage and metrics."""
+    """Show a checkpoint's or a run's health, metrics, lineage and settings."""
     from lightdiff.extras.show import show as look
 
-    look(place, as_json=json)
+    look(place, as_json=json, all_settings=every)
 
 
 def report(

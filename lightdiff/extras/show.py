@@ -1,4 +1,4 @@
-"""show: settings (those that differ from the defaults first), lineage, metrics and health of a checkpoint or a run."""
+"""show: health, metrics, lineage and settings of a checkpoint or a run; those at their defaults only on request."""
 
 import json
 from collections.abc import Iterator
@@ -22,8 +22,13 @@ from lightdiff.runtime.progress import SafeConsole
 STAGE_OF = {"data": "vae", "samples": "unet"}  # the part of --json that lists these findings
 
 
-def show(path: Path, as_json: bool = False) -> None:
+def show(path: Path, as_json: bool = False, all_settings: bool = False) -> None:
     """Print what a file or a run folder holds, to stdout.
+
+    Args:
+        path: The file or folder.
+        as_json: Whether to print it as JSON.
+        all_settings: Whether to print settings at their defaults, too.
 
     Raises:
         UserError: If it holds nothing of lightdiff.
@@ -37,15 +42,15 @@ def show(path: Path, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(as_objects(found, findings), indent=2))
         return
+    if findings is not None:
+        print_heading(console, "health")
+        print_findings(console, findings)
     for file, part in found:
         print_heading(console, str(file))
         if isinstance(part, LatentIndex):
             print_latents(console, part)
         else:
-            print_metadata(console, part)
-    if findings is not None:
-        print_heading(console, "health")
-        print_findings(console, findings)
+            print_metadata(console, part, all_settings)
 
 
 def print_heading(console: SafeConsole, text: str) -> None:
@@ -102,7 +107,7 @@ def print_findings(console: SafeConsole, findings: list[Finding]) -> None:
             console.print(f"  {name + ':':<9} {getattr(finding, name)}", soft_wrap=True)
 
 
-def print_metadata(console: SafeConsole, metadata: Metadata) -> None:
+def print_metadata(console: SafeConsole, metadata: Metadata, all_settings: bool) -> None:
     """Print a checkpoint's metadata."""
     pairs = Table(box=None, show_header=False, pad_edge=False)
     saved = metadata.extra.get("saved", True)
@@ -121,18 +126,21 @@ def print_metadata(console: SafeConsole, metadata: Metadata) -> None:
     print_table(console, pairs)
     model = MODELS.get(metadata.stage)
     if model is not None:
-        print_settings(console, settings_rows(model, metadata.settings))
+        print_settings(console, settings_rows(model, metadata.settings), all_settings)
 
 
-def print_settings(console: SafeConsole, rows: list[Row]) -> None:
-    """Print settings as a table of flags."""
+def print_settings(console: SafeConsole, rows: list[Row], all_settings: bool) -> None:
+    """Print settings as a table of flags, those that differ from the defaults first."""
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "default"):
         table.add_column(heading)
-    for row in rows:
+    shown = [row for row in rows if row.differs or all_settings]
+    for row in shown:
         style = "bold" if row.differs else "dim"
         table.add_row(f"--{row.flag}", row.value, row.default if row.differs else "", style=style)
     print_table(console, table)
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more settings are at their defaults (--all)", style="dim")
 
 
 def print_latents(console: SafeConsole, index: LatentIndex) -> None:
