@@ -758,6 +758,8 @@ def test_the_first_lines_tell_passes_and_where_pictures_will_be(tmp_path, faces,
     passes = f"{4 * settings.loop.batch_size / images:.3g} passes over the data"
     assert f"4 steps, batch size {settings.loop.batch_size}: {passes}; cpu, fp32" in said
     assert f"pictures: {tmp_path / 'run/vae/images'}\n" in said
+    assert "val_kl " in said
+    assert "kl_sum" not in said, "the same number, times the size of a latent"
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):

@@ -138,7 +138,9 @@ class Reporter:
         now = time.monotonic()
         if losses is not None and not self._live and (now - self._printed > PLAIN_EVERY or done == self.total):
             self._printed = now
-            words = "  ".join(f"{name} {number(value)}" for name, value in {**losses, **(speed or {})}.items())
+            words = "  ".join(
+                f"{name} {number(value)}" for name, value in {**trending(losses), **(speed or {})}.items()
+            )
             console.print(f"{self.title} {done}/{self.total}  {words}", soft_wrap=True)
 
     def note(self, *lines: str) -> None:

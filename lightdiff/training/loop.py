@@ -20,7 +20,7 @@ from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import check_disk_space
 from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing, note_recompiled
 from lightdiff.runtime.processes import autocast
-from lightdiff.runtime.progress import Reporter
+from lightdiff.runtime.progress import Reporter, trending
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
 from lightdiff.settings import LoopSettings
 from lightdiff.training import optimizers
@@ -360,7 +360,7 @@ def finish_step(
                 picture = stage.folder.images / f"step-{step:08d}.png"
                 trainer.processes.run_on_main(partial(task.picture, trainer.averaged, picture))
                 reporter.picture(picture, step)
-                numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+                numbers = [f"{name} {value:.4g}" for name, value in trending(metrics).items()]
                 reporter.note("  ".join([f"{stage.name} step {step}", *numbers, str(picture)]))
     except Exception:
         with suppress(RunError):  # as on the disk that has failed already
