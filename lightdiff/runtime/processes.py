@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,9 +70,15 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "mps":
         return "fp32"
+    return "bf16" if multiplies_bf16_faster() else "fp32"
+
+
+@cache
+def multiplies_bf16_faster() -> bool:
+    """Whether this CPU does, measured once: on a busy machine, another measurement may find something else."""
     products = [partial(torch.mm, a, a) for a in (torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16))]
     fp32, bf16 = (min(timeit.repeat(product, number=1, repeat=8)) for product in products)
-    return "bf16" if bf16 < 0.8 * fp32 else "fp32"
+    return bf16 < 0.8 * fp32
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
