@@ -26,7 +26,7 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 PRESETS_SHOWN = "set of architecture settings; 'lightdiff presets' lists them"
 PRINTED = "print the settings as JSON (and, of a training, what it will take) and stop"
 START, MORE = "Start here", "More"  # panels of help
-OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options that are no settings
+OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside the settings
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 MAX_TOLD = 20  # wrong values told at once
@@ -302,7 +302,7 @@ def stated(layer: Any, path: Where) -> bool:
 
 
 def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspect.Parameter]:
-    """The options that are no settings; --help-all, if --help hides so many of those."""
+    """Options beside the settings; --help-all is one where --help hides `hidden` settings."""
     about = partial(typer.Option, metavar="", rich_help_panel=MORE if hidden else None)
 
     def show(context: typer.Context, parameter: typer.CallbackParam, wanted: bool | None) -> None:

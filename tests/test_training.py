@@ -435,7 +435,7 @@ def test_an_error_while_a_snapshot_is_written_waits_for_it(tmp_path, monkeypatch
 
 
 def test_a_write_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
-    """The write of step 10 fails before step 11 is made; the run is told of it then, and resumes from step 5."""
+    """The write of step 10 fails before step 11 is made; the run then ends with its error, and resumes from step 5."""
     made, train_step, save_file = [], Trainer.train_step, checkpoint.save_file
 
     def stepping(self, batch):

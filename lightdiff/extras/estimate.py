@@ -134,12 +134,11 @@ def without_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESet
 
 def random_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a random batch, and the network's inputs for one image: pixels and posterior noise."""
-    s, device, task = stage.settings, stage.device, train_vae.VAETask(stage, [])
+    s, task = stage.settings, train_vae.VAETask(stage, [])
     side, count = s.images.resolution, s.loop.batch_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
-    x = torch.zeros(1, 3, side, side, device=device)
-    return task, batch, (x, torch.zeros(1, *task.latent_shape, device=device))
+    return task, batch, task.example
 
 
 def random_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
@@ -150,7 +149,7 @@ def random_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Ten
     task = train_unet.UNetTask(stage, latents)
     mu = torch.randn(s.loop.batch_size, *task.shape, device=device)
     batch = Posterior(mu, mu), torch.zeros(len(mu), dtype=torch.long, device=device)
-    return task, batch, (mu[:1], torch.zeros(1, device=device))
+    return task, batch, task.example
 
 
 def step_seconds(trainer: Trainer, batch: Any) -> float:

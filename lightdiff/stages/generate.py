@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class Samples:
         passed = s.num_images * s.sampling.num_steps // stage.processes.world_size  # images through the U-Net
         shape, device = (1, self.pipeline.settings.latent.channels, *self.size), stage.device
         example = torch.zeros(shape, device=device), torch.zeros(1, device=device)
-        one_pass = partial(PassTime.of, self.pipeline.unet, example, s.batch_size, self.pipeline.precision)
+        one_pass = cache(partial(PassTime.of, self.pipeline.unet, example, s.batch_size, self.pipeline.precision))
         stage.resolve_auto("compile", lambda asked: pick_compile(asked, device, passed, one_pass, training=False))
         mine = stage.processes.strided(stage.processes.run_on_main(lambda: self.missing(about)))
         if compiled := stage.settings.compute.compile == "on":
