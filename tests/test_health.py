@@ -94,7 +94,7 @@ def loss_settings(run: Path) -> tuple[int, str, int]:
 def test_a_healthy_run_gets_no_finding(healthy: Path, cli: Callable[..., Result]) -> None:
     assert examine(healthy) == []
     page = cli("show", healthy).out
-    assert page.endswith("nothing unusual found")
+    assert page.startswith("health nothing unusual found")
     assert re.search(r"val_loss_band_1 [\d.]+ \(1.288 from the noise level alone\)", page)
     parts = json.loads(cli("show", healthy, "--json").stdout)
     assert [part["findings"] for part in parts] == [[], [], []]

@@ -56,6 +56,7 @@ def test_where_there_are_no_locks_a_process_that_runs_on_this_host_is_respected(
             (tmp_path / ".lock").write_text(f"{HERE} {other.pid} 1\n")
             assert take(tmp_path)
         other.kill()
+        other.wait()
     (tmp_path / ".lock").write_text(words)
     assert take(tmp_path)
     with open_stage_dir(tmp_path, force=False), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
@@ -118,8 +119,9 @@ def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path):
         with pytest.raises(UserError, match=rf"vae is in use by process {other.pid} on {HERE}: wait"):
             take(tmp_path / "vae")
         other.kill()
-    assert take(tmp_path / "vae")
-    os.kill(child, signal.SIGKILL)
+        other.wait()
+        assert take(tmp_path / "vae")
+        os.kill(child, signal.SIGKILL)
 
 
 HOLD_LOCK = """
@@ -127,11 +129,10 @@ import os, sys, time
 from pathlib import Path
 from lightdiff.runtime.lock import open_stage_dir
 with open_stage_dir(Path(sys.argv[1]), force=False):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # after the hooks that a fork runs in the child
         os.close(1)
-        time.sleep(30)
+        time.sleep(600)
         os._exit(0)
-    print(child, flush=True)
-    time.sleep(30)
+    time.sleep(600)
 """
