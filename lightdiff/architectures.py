@@ -150,6 +150,7 @@ class VAEArchitecture(Architecture):
     ARCHITECTURES: ClassVar = {
         "default": "lightdiff.architectures:VAESettings",
         "original": "lightdiff.models.original:OriginalVAESettings",
+        "kl": "lightdiff.models.kl:KLVAESettings",
     }
 
     latent_channels: Width = Field(4, description="channels of a latent")

@@ -21,7 +21,7 @@ from lightdiff.errors import UserError, shorten
 from lightdiff.settings_file import Layer, read_settings
 
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
-Preset = Literal["tiny", "small", "base", "original"]
+Preset = Literal["tiny", "small", "base", "kl-f8", "original"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 PRESETS_SHOWN = "set of architecture settings; 'lightdiff presets' lists them"
 PRINTED = "print the settings as JSON (and, of a training, what it will take) and stop"
