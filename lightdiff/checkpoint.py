@@ -32,6 +32,7 @@ STAGES = {
     "latents": "a shard of latents",
     "index": "an index of latents",
     "images": "a list of images",
+    "archive": "an index of archives",
 }
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 

@@ -135,7 +135,9 @@ class ImageSettings(Settings):
     """Which images, and how each becomes a square tensor."""
 
     data: tuple[AbsolutePath, ...] = Field(
-        (), json_schema_extra=FOLDERS, description="folder of images; can be repeated"
+        (),
+        json_schema_extra=FOLDERS,
+        description="folder of images, .zip or .tar file of them, or a pattern: 'shards/*.tar'; can be repeated",
     )
     resolution: int = Field(64, ge=8, description="side of the square images, in pixels")
     background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")

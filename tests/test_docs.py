@@ -246,6 +246,8 @@ def place(tmp_path: Path, trained: Path, faces: Path, monkeypatch: pytest.Monkey
         shutil.copy(image, scene / f"{number}.png")
     shutil.copy(images[0], "me.jpg")  # what a file is, its content says
     shutil.copy(images[1], "mask.png")
+    shutil.make_archive("faces", "zip", "photos")
+    shutil.make_archive("shards/faces-0", "tar", "photos")
     for name in ("runs/faces", "runs/demo"):
         shutil.copytree(trained, name)
     shutil.copytree(faces, "runs/demo/faces-32-seed-0")
@@ -341,7 +343,7 @@ def edited(package: Path) -> None:
     files, layouts = package / "data/files.py", package / "data/layouts.py"
     put(layouts, r"^Layout = .*\n", layout)
     put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
-    put(files, r"^SOURCES: .*\n", source)
+    put(files, r"^SOURCES: .*\n", rf"\g<0>{source}")
     put(layouts, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
     put(layouts, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
     put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\n\\g<0>{term_row}")

@@ -56,9 +56,9 @@ def test_what_a_source_raises_says_that_an_image_is_unreadable(array: Path) -> N
 def test_a_source_is_known_by_its_suffix_and_only_one_that_is_there(array: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.npy does not exist$"):
         scan([tmp_path / "absent.npy"], 0)
-    (tmp_path / "faces.zip").touch()
-    with pytest.raises(UserError, match=r"faces\.zip is a file; name the folder that holds the images$"):
-        scan([tmp_path / "faces.zip"], 0)
+    (tmp_path / "faces.lmdb").touch()
+    with pytest.raises(UserError, match=r"faces\.lmdb is a file; name the folder that holds the images, or a \.zip or"):
+        scan([tmp_path / "faces.lmdb"], 0)
     with pytest.raises(UserError, match=r"faces\.npy is given twice$"):
         scan([array, array], 0)
     with pytest.raises(UserError, match=r"faces\.npy lies inside"):

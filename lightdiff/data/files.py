@@ -1,4 +1,4 @@
-"""What --data names -> a list of images, each with its split and its labels. Decodes no image and imports no torch.
+"""What --data names -> a list of images, each with its split and its labels. Decodes no image.
 
 The list depends on the names of the images alone, and on a look at a few where folders share names: not on where the
 data lie, nor on the machine or the order in which its file system lists them.
@@ -19,11 +19,22 @@ from typing import NamedTuple, NoReturn
 from PIL import Image
 from rich.console import Console
 
+from lightdiff.data.archives import (
+    ARCHIVES,
+    archives_at,
+    labels_in_archive,
+    look_in_archive,
+    names_in_archive,
+    open_archive,
+    open_in_archive,
+    read_beside_images,
+)
 from lightdiff.data.copies import find_copies
 from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
 from lightdiff.data.labels import Images, Labelled, read_labels
 from lightdiff.data.layouts import (
     LABELS,
+    SYSTEM_NAMES,
     Labels,
     Layout,
     Split,
@@ -31,32 +42,20 @@ from lightdiff.data.layouts import (
     label_tables,
     layout,
     own_split,
+    read_table,
     stray_images,
 )
+from lightdiff.data.table import Fingerprint, Look, fingerprint
+from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
-# What systems keep for themselves in the folders of users, in lower case: thumbnails, deleted files, other versions.
-SYSTEM_NAMES = frozenset(
-    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
-    "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
-) | {"system volume information"}
 Report = Callable[[int], object]  # of how many images have been found
 REPORT_EVERY = 1000
 PARTS_OF_RUN = frozenset({"vae", "latents", "unet", "samples", "evaluation", "sweeps"})
 KINDS = 8  # of what was passed over, that a note names
 MISSES = 200  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """One image: `path` (with "/") is its name in the `root`-th --data source, a path below a folder."""
-
-    root: int
-    path: str
-    split: Split
-    labels: Labels
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
@@ -66,11 +65,16 @@ class Source(NamedTuple):
     """What --data can name: a folder of images, or a file that holds many.
 
     `names` lists its images in any order, by names that stay (with "/" between folders, if it has any); `open` opens
-    one of them as Pillow does. Whatever `open` raises says that this image is unreadable.
+    one of them as Pillow does. Whatever `open` raises says that this image is unreadable. The others may be left as
+    they are: `look` tells whether an image has been changed, `read` reads a table of labels in the source or beside
+    it, or raises an OSError, and `labels` are what the source itself says of its images.
     """
 
     names: Callable[[Path], Iterable[str]]
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
+    look: Callable[[Path, str, bool], Fingerprint] = fingerprint
+    read: Callable[[Path, Path], bytes] = lambda place, table: read_table(table)
+    labels: Callable[[Path], dict[str, Labels]] = lambda place: {}
 
 
 def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
@@ -145,7 +149,8 @@ def open_in_folder(folder: Path, name: str) -> AbstractContextManager[Image.Imag
 
 
 FOLDER = Source(names_in_folder, open_in_folder)
-SOURCES: dict[str, Source] = {}  # files that hold many images, by suffix
+ARCHIVE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside_images, labels_in_archive)
+SOURCES: dict[str, Source] = dict.fromkeys(ARCHIVES, ARCHIVE)  # files that hold many images, by suffix
 
 
 def source_of(place: Path) -> Source:
@@ -156,11 +161,10 @@ def source_of(place: Path) -> Source:
     """
     if os.path.isdir(place):
         return FOLDER
-    if not os.path.isfile(place):
-        raise UserError(f"--data: {place} does not exist")
-    if place.suffix.lower() not in SOURCES:
-        raise UserError(f"--data: {place} is a file; name the folder that holds the images")
-    return SOURCES[place.suffix.lower()]
+    if os.path.isfile(place) and place.suffix.lower() in SOURCES:
+        return SOURCES[place.suffix.lower()]
+    archives_at(place)
+    return ARCHIVE
 
 
 # --- the list -----------------------------------------------------------------------------------------------------
@@ -215,12 +219,16 @@ def find_images(
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
         names = sorted(_counted(list_names(folder), len(found.files), report))
+        passed_over += open_archive(folder).passed_over if source is ARCHIVE else Counter()
         if not names:
             there = f"; {passed_over_note(passed_over)}" if passed_over else ""
+            held = [suffix for suffix in ARCHIVES if source is FOLDER and any(folder.glob(f"*{suffix}"))]
+            there += f"; for the archives in it: --data '{folder}/*{held[0]}'" if held else ""
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))}){there}")
         found.passed_over += passed_over
         kept, originals = find_copies(folder, names, partial(source.open, folder), found.notes)
-        found.layouts.append(layout(folder, kept))
+        read = partial(source.read, folder)
+        found.layouts.append(layout(folder, kept, read))
         splits = dict[str, Split | None].fromkeys(kept)
         if roles[root] or any("/" in name for name in kept):
             splits, said = own_split(kept, roles[root])
@@ -229,14 +237,16 @@ def find_images(
             found.notes += [f"{folder}: {note}" for note in said]
         if table:
             indexed[root] = Images(folder, names)
+        elif own := source.labels(folder):
+            labels |= {(root, name): given for name, given in own.items()}
         elif found.layouts[-1] in LABELS:
             labels |= {(root, name): given for name, given in LABELS[found.layouts[-1]](kept).items()}
         else:
-            for own_table in label_tables(folder, kept):
-                labels |= read_labels(own_table, "--data", {root: Images(folder, names)}, found.notes)
-        for name, own in splits.items():
+            for own_table in label_tables(folder, kept, read):
+                labels |= read_labels(own_table, "--data", {root: Images(folder, names)}, found.notes, read)
+        for name, given in splits.items():
             by_hash: Split = "val" if _position(originals.get(name, name)) < val_share else "train"
-            found.files.append(ImageFile(root, name, own or by_hash, labels.get((root, name), {})))
+            found.files.append(ImageFile(root, name, given or by_hash, labels.get((root, name), {})))
     if found.passed_over:
         found.notes.insert(0, passed_over_note(found.passed_over))
     if table:
@@ -285,6 +295,11 @@ def _position(name: str) -> float:
     """The name's hash, a number in [0, 1). Unicode is normalised: some systems store "é" as two characters."""
     text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+
+def lookers(folders: Sequence[Path]) -> list[Look]:
+    """For each source, what tells whether an image of it has been changed."""
+    return [partial(source_of(folder).look, folder) for folder in folders]
 
 
 def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import BinaryIO
 
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
@@ -86,19 +87,23 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         BadImage: It is of a format that is not read.
         UnidentifiedImageError: It is no image, or too damaged.
     """
-    with open_regular(path) as stream:
-        try:
-            image = Image.open(stream, formats=FORMATS)
-        except UnidentifiedImageError:
-            stream.seek(0)
-            image = Image.open(stream, formats=_others(stream.read(HEAD)))
-        with image:
-            # A DNG (50706: DNGVersion), or a thumbnail (254: NewSubfileType) of others (330) in it.
-            if isinstance(image, TiffImageFile) and (
-                50706 in image.tag_v2 or (image.tag_v2.get(254) == 1 and 330 in image.tag_v2)
-            ):
-                raise BadImage(f"camera raw, which is not read: {how_to_read('camera raw')}")
-            yield image
+    with open_regular(path) as stream, open_stream(stream) as image:
+        yield image
+
+
+def open_stream(stream: BinaryIO) -> Image.Image:
+    """The image in the bytes of a file; raises what `open_image` does."""
+    try:
+        image = Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:
+        stream.seek(0)
+        image = Image.open(stream, formats=_others(stream.read(HEAD)))
+    # A DNG (50706: DNGVersion), or a thumbnail (254: NewSubfileType) of others (330) in it.
+    if isinstance(image, TiffImageFile) and (
+        50706 in image.tag_v2 or (image.tag_v2.get(254) == 1 and 330 in image.tag_v2)
+    ):
+        raise BadImage(f"camera raw, which is not read: {how_to_read('camera raw')}")
+    return image
 
 
 def _others(head: bytes) -> tuple[str, ...]:

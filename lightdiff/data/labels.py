@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightdiff.data.layouts import FAIRFACE_LABELS, FAIRFACE_TABLES, Labels, common_folder
+from lightdiff.data.layouts import FAIRFACE_LABELS, FAIRFACE_TABLES, Labels, Read, common_folder, read_table
 from lightdiff.errors import UserError
-from lightdiff.run_folder import open_regular
 
 Labelled = dict[tuple[int, str], Labels]  # by the number of the source and the image's name
 FEW = 10  # images, of which nothing is said about the number of a label's values
@@ -26,10 +25,8 @@ class Row(NamedTuple):
     labels: Labels
 
 
-def _read_rows(table: Path, columns: Sequence[str]) -> list[Row]:
+def _read_rows(table: Path, raw: bytes, columns: Sequence[str]) -> list[Row]:
     """The rows of a CSV table, or of StyleGAN's dataset.json, that name a file."""
-    with open_regular(table) as stream:
-        raw = stream.read()
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,7 +130,9 @@ def _key(name: str) -> str:
     return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
 
 
-def read_labels(table: Path, flag: str, sources: Mapping[int, Images], notes: list[str]) -> Labelled:
+def read_labels(
+    table: Path, flag: str, sources: Mapping[int, Images], notes: list[str], read: Read = read_table
+) -> Labelled:
     """The labels that a table gives to the images of some sources, by the number of the source and the image's name.
 
     A table inside a folder speaks of that folder alone. FairFace's has columns that are no labels.
@@ -143,13 +142,16 @@ def read_labels(table: Path, flag: str, sources: Mapping[int, Images], notes: li
         flag: What named it.
         sources: The images, by the numbers of their sources.
         notes: Takes what is to be said.
+        read: Reads it.
 
     Raises:
         UserError: It cannot be read, lacks columns, has rows that do not fit it, names no image that is there, one
             twice with different labels, or one that could be several.
     """
     try:
-        rows = _read_rows(table, FAIRFACE_LABELS if flag == "--data" and table.name in FAIRFACE_TABLES else ())
+        rows = _read_rows(
+            table, read(table), FAIRFACE_LABELS if flag == "--data" and table.name in FAIRFACE_TABLES else ()
+        )
     except UserError as error:
         raise UserError(f"{flag}: {table} {error}") from None
     except (OSError, csv.Error, ValueError, RecursionError) as error:

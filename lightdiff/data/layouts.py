@@ -3,15 +3,19 @@
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from lightdiff.run_folder import open_regular
 
 Split = Literal["train", "val"]
 Role = Literal["train", "val", "test", ""]
 Layout = Literal["FairFace", "StyleGAN", "class folders", "plain"]
 Labels = dict[str, str]
+Read = Callable[[Path], bytes]
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -21,6 +25,11 @@ ROLES: dict[str, Role] = {
 FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
 FAIRFACE_LABELS = ("age", "gender", "race")
 STYLEGAN_TABLE = "dataset.json"
+# What systems keep for themselves in the folders of users, in lower case: thumbnails, deleted files, other versions.
+SYSTEM_NAMES = frozenset(
+    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
+    "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
+) | {"system volume information"}
 FEW_STRAY = 0.05  # share of images beside class folders that is hardly meant
 
 
@@ -102,9 +111,15 @@ def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split |
     return splits, ["; ".join(said)] if said else []
 
 
-def layout(folder: Path, names: Sequence[str]) -> Layout:
+def read_table(table: Path) -> bytes:
+    """The bytes of a table of labels, in a folder or beside it."""
+    with open_regular(table) as stream:
+        return stream.read()
+
+
+def layout(folder: Path, names: Sequence[str], read: Read = read_table) -> Layout:
     """What the images of this source look like: a known data set, one folder a class, or neither."""
-    if tables := label_tables(folder, names):
+    if tables := label_tables(folder, names, read):
         return "StyleGAN" if tables[0].name == STYLEGAN_TABLE else "FairFace"
     # Folders such as 00000 and 01000 number the images; they say nothing about them.
     return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in set(classes(names))) else "class folders"
@@ -134,26 +149,28 @@ def stray_images(names: Sequence[str]) -> list[str]:
     return stray if others and not all(map(str.isdigit, others)) else []
 
 
-def label_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+def label_tables(folder: Path, names: Sequence[str], read: Read) -> list[Path]:
     """FairFace's tables or StyleGAN's dataset.json, beside all images or above: in --data or, FairFace's, beside it.
 
-    FairFace's need its folders train/ or val/, StyleGAN's needs labels.
+    FairFace's need its folders train/ or val/, StyleGAN's needs labels. `read` reads a table, or raises an OSError.
     """
     place = folder / common_folder(names)
     above = (place, *place.parents[: len(place.parts) - len(folder.parts) + 1])
-    found = [path / table for path in above for table in (*FAIRFACE_TABLES, STYLEGAN_TABLE) if (path / table).is_file()]
-    return found and _own_tables(found, folder, names)
+    found = dict[Path, bytes]()
+    for path in (path / table for path in above for table in (*FAIRFACE_TABLES, STYLEGAN_TABLE)):
+        with suppress(OSError):
+            found[path] = read(path)
+    return _own_tables(found, folder, names) if found else []
 
 
-def _own_tables(found: Sequence[Path], folder: Path, names: Sequence[str]) -> list[Path]:
+def _own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str]) -> list[Path]:
     """Those of the tables found, nearest first, that speak of these images."""
     fairface = [table for table in found if table.name in FAIRFACE_TABLES]
     if fairface and any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names):
         return [table for table in fairface if table.parent == fairface[0].parent]
-    for table in found:
+    for table, text in found.items():
         if table.name == STYLEGAN_TABLE and folder in table.parents:
-            with table.open("rb") as file:
-                return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', file.read(200)) else []
+            return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', text) else []
     return []
 
 

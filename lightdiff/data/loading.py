@@ -23,7 +23,7 @@ from lightdiff.data.colours import colour
 from lightdiff.data.files import ImageFile, full_paths, source_of
 from lightdiff.data.images import BadImage, frame, load_image, random_frame
 from lightdiff.data.order import key
-from lightdiff.data.table import Fingerprint, fingerprint
+from lightdiff.data.table import Fingerprint
 from lightdiff.errors import RunError
 from lightdiff.settings import ImageSettings
 
@@ -100,8 +100,8 @@ class ImageDataset(Dataset[Item]):
         (epoch, asked), s, bad = position, self.settings, list[tuple[int, str]]()
         for index in ((asked + i) % len(self.files) for i in range(self.tries)):
             file = self.files[index]
-            where = s.data[file.root], self.sources[file.root]
-            look = fingerprint(where[0], file.path, contents=True) if self.fingerprints else None
+            where = folder, source = s.data[file.root], self.sources[file.root]
+            look = source.look(folder, file.path, True) if self.fingerprints else None
             try:
                 image = load_image(file.path, s, self.at_least, *where)
             except BadImage as error:

@@ -7,7 +7,7 @@ been changed, added or removed. Half a million images load in a fraction of a se
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import ImageFile
-from lightdiff.data.layouts import Split
+from lightdiff.data.layouts import Labels, Split
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import open_regular
 
@@ -36,8 +35,19 @@ CHUNK = 1 << 17  # bytes read at a time
 MANY = 1 << 31  # more than an int32 holds
 Mask = NDArray[np.bool_]
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
+Look = Callable[[str, bool], Fingerprint]  # of an image of a source, by its name; with its hash, if so wanted
 COLUMN: Any = Field(exclude=True)  # it is a tensor of the file, no part of its document
 FINGERPRINT = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("hash", f"S{HASH_BYTES}")])  # a row of 32 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One image: `path` (with "/") is its name in the `root`-th --data source, a path below a folder."""
+
+    root: int
+    path: str
+    split: Split
+    labels: Labels
 
 
 class ImageTable(BaseModel):
@@ -141,6 +151,11 @@ class ImageTable(BaseModel):
         for root, start, end in zip(self.roots[at].tolist(), starts, self.ends[at].tolist(), strict=True):
             yield root, str(text[start:end], "utf-8", "surrogateescape")
 
+    def labels_of(self, position: int) -> Labels:
+        """The labels of an image."""
+        of = zip(self.labels.items(), self.codes[:, position].tolist(), strict=True)
+        return {name: values[code] for (name, values), code in of if code >= 0}
+
     def list_digest(self) -> str:
         """A digest of the list: names, sources and splits."""
         columns = (self.text, self.ends, self.roots, self.splits)
@@ -161,12 +176,12 @@ class ImageTable(BaseModel):
 
     # --- what has changed -----------------------------------------------------------------------------------------
 
-    def look(self, folders: Sequence[Path]) -> None:
-        """Find out size and time of change of each image's file."""
-        found = (fingerprint(folders[root], name) for root, name in self.keys(range(len(self))))
+    def look(self, lookers: Sequence[Look]) -> None:
+        """Find out size and time of change of each image's file; one of `lookers` for each source."""
+        found = (lookers[root](name, False) for root, name in self.keys(range(len(self))))
         self.fingerprints = np.fromiter(found, FINGERPRINT, len(self))[:, None].view(np.uint8)
 
-    def compare(self, older: "ImageTable", folders: Sequence[Path], contents: bool) -> "Comparison":
+    def compare(self, older: "ImageTable", lookers: Sequence[Look], contents: bool) -> "Comparison":
         """What has become of the images of an older table.
 
         A file is another one when its size is. Where only the time of change differs, as after copying, its contents
@@ -184,7 +199,7 @@ class ImageTable(BaseModel):
         if contents:
             touched = np.flatnonzero((before >= 0) & ~changed & (now["mtime"] != then["mtime"]))
             with ThreadPoolExecutor(READERS) as pool:
-                read = pool.map(lambda key: fingerprint(folders[key[0]], key[1], contents=True), self.keys(touched))
+                read = pool.map(lambda key: lookers[key[0]](key[1], True), self.keys(touched))
                 now["hash"][touched] = [hashed for _, _, hashed in read]
             known = now["hash"] != b""
             changed[touched] = ((now["hash"] != then["hash"]) | ~known)[touched]

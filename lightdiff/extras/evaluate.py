@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import ImageFile, full_paths, list_images, scan
+from lightdiff.data.files import ImageFile, list_images, lookers, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
@@ -354,9 +353,8 @@ def cached_features(
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
     """Features of a set of images, computed once and cached in `home`."""
-    sources = [str(place) for place in images.data if place.is_file()]  # whose images are no files
-    paths = sources + full_paths(files, images.data)
-    fingerprints = ranks.run_on_main(lambda: [fingerprint(path) for path in paths])
+    look = lookers(images.data)
+    fingerprints = ranks.run_on_main(lambda: [look[file.root](file.path, False)[:2] for file in files])
     listed = [(file.root, file.path, file.split, file.labels) for file in files]
     what = [features.digest, listed, fingerprints, images.resolution, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
@@ -367,15 +365,6 @@ def cached_features(
     tensors = {"features": found.contiguous(), "numbers": torch.tensor(numbers)}
     ranks.run_on_main(lambda: atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary)))
     return found, numbers
-
-
-def fingerprint(path: str) -> list[int]:
-    """Size and modification time of a file, which show whether it has changed; empty if it is missing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
 
 
 def draw_nearest(

@@ -1,6 +1,5 @@
 """inspect: counts, sizes, formats, labels, duplicates and unreadable files of image folders, before any training."""
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightdiff.data.colours import to_rgb
-from lightdiff.data.files import FOLDER, ImageFile, Source, find_images, source_of
+from lightdiff.data.files import ImageFile, Source, find_images, full_paths, lookers, source_of
 from lightdiff.data.images import BadImage, opened
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
 from lightdiff.extras.tables import print_table
-from lightdiff.run_folder import open_regular
 from lightdiff.runtime.progress import SafeConsole
 from lightdiff.settings import ImageSettings
 
@@ -115,7 +113,7 @@ def inspect(
     """
     found = find_images(folders, val_share, table=labels)
     files = found.files
-    paths = [os.path.join(folders[file.root], file.path) for file in files]
+    paths = full_paths(files, folders)
     sources = [(folder, source_of(folder)) for folder in folders]
     images = with_whites(ImageSettings(data=tuple(folders)), files, found.notes.append)
     infos: list[_FileInfo] = []
@@ -126,8 +124,7 @@ def inspect(
             if progress:
                 progress(len(infos), len(files))
     readable = [i for i, info in enumerate(infos) if not info.reason]
-    in_folders = [i for i in readable if sources[files[i].root][1] is FOLDER]
-    groups = [[in_folders[i] for i in group] for group in duplicate_groups([paths[i] for i in in_folders])]
+    groups = [[readable[i] for i in group] for group in duplicate_groups([files[i] for i in readable], folders)]
     splits = Counter(file.split for file in files)
     return Report(
         folders=[_folder_report(folders, root, files, found.layouts[root]) for root in range(len(folders))],
@@ -164,29 +161,27 @@ def _read_info(where: tuple[str, ImageSettings, Path, Source]) -> _FileInfo:
         return _FileInfo(reason=str(error))
 
 
-def duplicate_groups(paths: Sequence[str], max_bytes: float = float("inf")) -> list[list[int]]:
-    """Groups of files with the same bytes, as indices into `paths`; none if that took reading more than `max_bytes`.
+def duplicate_groups(
+    files: Sequence[ImageFile], folders: Sequence[Path], max_bytes: float = float("inf")
+) -> list[list[int]]:
+    """Groups of files with the same bytes, as indices into `files`; none if that took reading more than `max_bytes`.
 
-    Only regular files that share their size with another are read.
+    Only those that share their size with another are read.
     """
     by_size: dict[int, list[int]] = defaultdict(list)
-    for i, path in enumerate(paths):
-        if os.path.isfile(path):
-            by_size[os.path.getsize(path)].append(i)
+    look = lookers(folders)
+    for i, file in enumerate(files):
+        by_size[look[file.root](file.path, False)[0]].append(i)
     candidates = [(size, i) for size, group in by_size.items() if len(group) > 1 for i in group]
     if sum(size for size, _ in candidates) > max_bytes:
         return []
     by_digest: dict[bytes, list[int]] = defaultdict(list)
     with ThreadPool(os.cpu_count()) as pool:
-        digests = pool.imap(lambda pair: _file_digest(paths[pair[1]]), candidates, 16)
-        for (_, i), digest in zip(candidates, digests, strict=True):
-            by_digest[digest].append(i)
+        looks = pool.imap(lambda pair: look[files[pair[1]].root](files[pair[1]].path, True), candidates, 16)
+        for (_, i), (_, _, digest) in zip(candidates, looks, strict=True):
+            if any(digest):  # there is none of images that are no files
+                by_digest[digest].append(i)
     return sorted(group for group in by_digest.values() if len(group) > 1)
-
-
-def _file_digest(path: str) -> bytes:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _folder_report(folders: list[Path], root: int, files: list[ImageFile], layout: Layout) -> FolderReport:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, list_images
+from lightdiff.data.files import ImageFile, list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
@@ -78,7 +78,7 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
         UserError: If it holds latents of other settings, or too many of their images are gone.
     """
     old: LatentIndex | None = stage.begun.get("index")
-    index.look(index.images.data)
+    index.look(lookers(index.images.data))
     if stage.settings.restart:
         start_over(stage.path)
     stage.check_begun(index.depends_on, ADVICE)
@@ -116,7 +116,7 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
             old.forget(number)
     with console.status("comparing the images with those that were encoded"):
-        found = index.compare(old, index.images.data, contents=True)
+        found = index.compare(old, lookers(index.images.data), contents=True)
     found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
     if not found.nothing:
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)

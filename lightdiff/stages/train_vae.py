@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, list_images
+from lightdiff.data.files import ImageFile, list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
@@ -39,7 +39,7 @@ def run(settings: TrainVAESettings) -> Path:
         digest = table.list_digest()
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
-        stage.processes.run_on_main(lambda: table.look(images.data))
+        stage.processes.run_on_main(lambda: table.look(lookers(images.data)))
         if stage.saved is not None:
             stage.processes.run_on_main(partial(compare_images, stage, stage.saved, table))
         stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))
@@ -65,7 +65,7 @@ def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: Ima
         if saved.metadata.lineage.get("data") != table.list_digest():
             print_note(f"this run was started with another list of images: {error}")
         return
-    found = table.compare(older, images.data, contents=False)
+    found = table.compare(older, lookers(images.data), contents=False)
     if found.nothing:
         return
     moved = saved.settings(TrainVAESettings).images.data != images.data and not stage.settings.allow_missing

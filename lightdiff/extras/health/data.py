@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
-from lightdiff.data.files import ImageFile, full_paths, scan
+from lightdiff.data.files import ImageFile, scan
 from lightdiff.data.survey import shorter_sides
 from lightdiff.extras.evidence import try_read
 from lightdiff.extras.health.finding import Finding, quote_path
@@ -30,8 +30,8 @@ def check_data(images: ImageSettings) -> Iterator[Finding]:
 
 def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[Finding]:
     """Files with the same bytes."""
-    paths = full_paths(files, images.data)
-    groups = [[files[i].split for i in group] for group in try_read(lambda: duplicate_groups(paths, MAX_BYTES)) or []]
+    found = try_read(lambda: duplicate_groups(files, images.data, MAX_BYTES)) or []
+    groups = [[files[i].split for i in group] for group in found]
     spare = sum(len(splits) - 1 for splits in groups)
     leaks = sum(splits.count("val") for splits in groups if "train" in splits)
     held_out = sum(file.split == "val" for file in files)

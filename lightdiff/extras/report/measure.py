@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import list_images
+from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.errors import UserError, shorten
@@ -61,8 +61,10 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
     """
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
     images = saved.settings(ImageSettings, "images")
-    if gone := [str(d) for d in images.data if not d.exists()]:
-        raise UserError(f"the images are no longer where they were: {', '.join(gone)}")
+    try:
+        lookers(images.data)
+    except UserError as gone:
+        raise UserError(f"the images are no longer where they were: {str(gone).removeprefix('--data: ')}") from None
     chosen = held_out(list_images(images, console))[:SHOWN]
     readable = load_images(chosen, images)
     if not readable:

@@ -1,0 +1,355 @@
+"""Archives as data: zip files and tar shards are read as the folders that they were made of."""
+
+import io
+import json
+import os
+import random
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VAE_FLAGS
+from PIL import Image
+
+from lightdiff.checkpoint import Checkpoint
+from lightdiff.data import archives
+from lightdiff.data.archives import Archive, open_archive
+from lightdiff.data.files import ARCHIVE, find_images, lookers, scan
+from lightdiff.data.images import BadImage, load_image
+from lightdiff.errors import UserError
+from lightdiff.run_folder import RunFolder
+
+Content = dict[str, bytes]
+
+
+def picture(value: int = 0, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 10), (value % 256, 7, 9)).save(stream, kind)
+    return stream.getvalue()
+
+
+def make_zip(path: Path, content: Content, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_tar(path: Path, content: Content, prefix: str = "") -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in content.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def content_of(folder: Path) -> Content:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    random.Random(0).shuffle(paths)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def names(found: list) -> list[str]:
+    return [file.path for file in found]
+
+
+# --- what a training sees -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forms(faces: Path, tmp_path: Path) -> dict[str, Path]:
+    """The same images as a folder and as archives of each kind."""
+    content = content_of(faces)
+    parts = [dict(list(content.items())[i::3]) for i in range(3)]
+    for i, part in enumerate(parts):
+        make_tar(tmp_path / f"shard-{i:03d}.tar", part)
+    return {
+        "folder": faces,
+        "stored": make_zip(tmp_path / "stored.zip", content),
+        "deflated": make_zip(tmp_path / "deflated.zip", content, zipfile.ZIP_DEFLATED),
+        "tar": make_tar(tmp_path / "one.tar", content, "./"),
+        "shards": tmp_path / "shard-*.tar",
+    }
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return Checkpoint(RunFolder(run).vae.last, "vae").tensors("")
+
+
+def test_each_form_of_the_same_images_trains_to_the_same_weights(cli, forms, tmp_path):
+    made = {}
+    for name, data in forms.items():
+        flags = ("--run", tmp_path / name, *VAE_FLAGS, "--workers", 2 if name == "shards" else 0)
+        if name == "deflated":  # stopped and resumed
+            assert cli("train-vae", "--data", data, *flags, "--steps", 2, "--lr-schedule", "constant").code == 0
+            done = cli("train-vae", *flags, "--steps", 3, "--lr-schedule", "constant")
+            assert "resuming from step 2" in done.err
+        else:
+            done = cli("train-vae", "--data", data, *flags, "--lr-schedule", "constant")
+        assert done.code == 0, done.stderr
+        made[name] = weights(tmp_path / name)
+    for name, found in made.items():
+        assert found.keys() == made["folder"].keys()
+        assert all(torch.equal(found[key], made["folder"][key]) for key in found), name
+
+
+def test_latents_made_of_a_folder_are_those_of_its_archive(cli, forms, tmp_path):
+    run = ("--run", tmp_path / "run")
+    assert cli("train-vae", *run, "--data", forms["folder"], *VAE_FLAGS).code == 0
+    encode = ("encode", *run, "--workers", 0, "--device", "cpu")
+    assert cli(*encode).code == 0
+    again = cli(*encode, "--data", forms["shards"])
+    assert again.code == 0
+    assert "has the latents of all 24 images already" in again.err  # by their contents
+    content = content_of(forms["folder"])
+    changed = content | {min(name for name in content if name.endswith(".png")): picture(200)}
+    again = cli(*encode, "--data", make_zip(tmp_path / "changed.zip", changed))
+    assert "1 changed, 0 added, 0 gone" in again.err
+
+
+def test_archives_mix_with_folders(forms: dict[str, Path]) -> None:
+    both = [forms["folder"], forms["stored"]]
+    found = scan(both, 0.3)
+    half = len(found) // 2
+    assert names(found[:half]) == names(found[half:])
+    assert [file.split for file in found[:half]] == [file.split for file in found[half:]]  # a hash of the name
+    folder, archive = lookers(both)
+    name = found[0].path
+    assert folder(name, True)[0::2] == archive(name, True)[0::2]  # size and hash
+    assert archive("absent.png", True) == (-1, 0, bytes(16))
+
+
+def test_an_archive_that_changes_while_it_is_read(forms: dict[str, Path]) -> None:
+    path = forms["tar"]
+    (name, *_) = names(scan([path], 0))
+    os.utime(path, (1, 1))
+    with pytest.raises(BadImage, match=r"^its archive has been changed since its list was made$"):
+        load_image(name, folder=path, source=ARCHIVE)
+    scan([path], 0)
+    assert load_image(name, folder=path, source=ARCHIVE).size == (16, 16)
+
+
+# --- what is listed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_what_systems_leave_in_archives_is_passed_over(make: Callable[..., Path], tmp_path: Path) -> None:
+    suffix = make.__name__.removeprefix("make_")
+    content = {name: picture() for name in ("a/b/1.png", "a/2.JPG", "./3.png", "/4.png", "../5.png")}
+    content |= {
+        name: b""
+        for name in ("__MACOSX/a/._2.jpg", "__MACOSX/._a.png", ".git/x.png", "a/._2.jpg", "6.heif.txt", "a/.x")
+    }
+    content |= {"7.psd": b"8BPS", "notes.txt": b"none"}
+    found = find_images([make(tmp_path / f"all.{suffix}", content)], 0)
+    assert names(found.files) == ["3.png", "4.png", "a/2.JPG", "a/b/1.png"]
+    assert found.passed_over == {"folder __MACOSX": 1, "hidden folder": 1, "hidden file": 1, ".psd": 1}
+
+
+def test_a_pattern_names_all_that_fit(tmp_path: Path) -> None:
+    for i in (1, 0):
+        make_tar(tmp_path / f"s{i}.tar", {f"x/{i}{k}.png": picture() for k in range(2)})
+    pattern = tmp_path / "s*.tar"
+    assert names(scan([pattern], 0)) == ["x/00.png", "x/01.png", "x/10.png", "x/11.png"]
+    make_tar(tmp_path / "s2.tar", {"x/00.png": picture(3)})  # one more of the same name
+    found = names(scan([pattern], 0))
+    assert found == ["x/s0:00.png", "x/s0:01.png", "x/s1:10.png", "x/s1:11.png", "x/s2:00.png"]
+    assert load_image("x/s2:00.png", folder=pattern, source=ARCHIVE).getpixel((0, 0)) == (3, 7, 9)
+    with pytest.raises(UserError, match=r"holds no image .*; for the archives in it: --data '.*/\*\.tar'$"):
+        scan([tmp_path], 0)
+    with pytest.raises(UserError, match=r"^--data: no file fits .*none-\*\.zip$"):
+        scan([tmp_path / "none-*.zip"], 0)
+
+
+def test_of_two_members_of_one_name_the_later_one_counts(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for value in (1, 2):
+            member = tarfile.TarInfo("1.png")
+            member.size = len(picture(value))
+            archive.addfile(member, io.BytesIO(picture(value)))
+    assert names(scan([tmp_path / "a.tar"], 0)) == ["1.png"]
+    assert load_image("1.png", folder=tmp_path / "a.tar", source=ARCHIVE).getpixel((0, 0)) == (2, 7, 9)
+
+
+def test_the_index_of_a_large_archive_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(archives, "KEPT_FROM", 3)
+    content = {f"é{i}.png": picture(i) for i in range(5)} | {f"é{i}.cls": str(i % 2).encode() for i in range(4)}
+    path = make_zip(tmp_path / "a.zip", content)
+    first = scan([path], 0.5)
+    (kept,) = (tmp_path / "home").rglob("*.safetensors")
+    assert len(Archive.read(kept)) == 5
+    archives._indexed.cache_clear()
+    monkeypatch.setattr(archives, "_index", lambda parts: pytest.fail("it is kept"))
+    assert scan([path], 0.5) == first
+    assert first[3].labels == {"class": "1"}
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    make_zip(path, content | {"new.png": picture()})
+    assert len(scan([path], 0)) == 6
+    kept.write_bytes(b"nothing")
+    archives._indexed.cache_clear()
+    assert len(scan([path], 0)) == 6
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_from_folders_tables_and_files_beside_images(tmp_path: Path) -> None:
+    def labels(content: Content, make: Callable[..., Path], name: str, **more: object) -> list[dict[str, str]]:
+        return [file.labels for file in find_images([make(tmp_path / name, content)], 0, **more).files]
+
+    images = {f"{of}/{i}.png": picture() for of in ("cat", "dog") for i in range(2)}
+    classes = [{"class": "cat"}] * 2 + [{"class": "dog"}] * 2
+    assert labels(images, make_zip, "folders.zip") == labels(images, make_tar, "folders.tar") == classes
+    one_deeper = {f"animals/{name}": data for name, data in images.items()}
+    assert labels(one_deeper, make_zip, "deeper.zip") == classes
+    stylegan = {f"00000/img{i:08d}.png": picture() for i in range(3)}
+    table = json.dumps({"labels": [[name, i] for i, name in enumerate(stylegan)]}).encode()
+    wanted = [{"class": str(i)} for i in range(3)]
+    assert labels(stylegan | {"dataset.json": table}, make_zip, "edm.zip") == wanted
+    fairface = {f"{split}/{i}.jpg": picture(0, "JPEG") for split in ("train", "val") for i in (1, 2)}
+    rows = {split: f"file,age,gender,race\n{split}/1.jpg,3-9,Male,White\n".encode() for split in ("train", "val")}
+    tables = {f"fairface_label_{split}.csv": text for split, text in rows.items()}
+    found = find_images([make_zip(tmp_path / "fairface.zip", fairface | tables)], 0)
+    assert [file.labels.get("age") for file in found.files] == ["3-9", None, "3-9", None]
+    assert [file.split for file in found.files] == ["train", "train", "val", "val"]
+    assert found.layouts == ["FairFace"]
+    (tmp_path / "labels.csv").write_text("file,kind\ncat/0.png,odd\nfolders.zip/dog/1.png,even\n")
+    given = labels(images, make_zip, "folders.zip", table=tmp_path / "labels.csv")
+    assert given == [{"kind": "odd"}, {}, {}, {"kind": "even"}]
+
+
+def test_webdataset_files_beside_an_image_are_its_labels(tmp_path: Path) -> None:
+    tar = make_tar(
+        tmp_path / "a.tar",
+        {
+            "s/000.cls": b"3\n",
+            "s/000.jpg": picture(0, "JPEG"),
+            "s/000.txt": b"a caption",
+            "s/001.json": json.dumps({"kind": "cat", "year": 1999, "tags": ["a"], "score": 0.5, "none": None}).encode(),
+            "s/001.input.png": picture(),
+            "s/001.output.png": picture(1),
+            "s/002.png": picture(),
+            "s/002.json": b"{broken",
+            "s/003.cls": b"no image",
+        },
+    )
+    found = find_images([tar], 0)
+    assert {file.path: file.labels for file in found.files} == {
+        "s/000.jpg": {"class": "3"},
+        "s/001.input.png": {"kind": "cat", "year": "1999"},
+        "s/001.output.png": {"kind": "cat", "year": "1999"},
+        "s/002.png": {},
+    }
+
+
+# --- what cannot be read ------------------------------------------------------------------------------------------
+
+
+def compressed(tmp_path: Path) -> Path:
+    with tarfile.open(tmp_path / "faces.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "1.png")
+    return tmp_path / "faces.tar.gz"
+
+
+def encrypted(tmp_path: Path) -> Path:
+    path = make_zip(tmp_path / "faces.zip", {"1.png": picture()})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1  # the flag of the directory's entry
+    path.write_bytes(data)
+    return path
+
+
+def lzma(tmp_path: Path) -> Path:
+    return make_zip(tmp_path / "faces.zip", {"1.png": picture()}, zipfile.ZIP_LZMA)
+
+
+def overlapping(tmp_path: Path) -> Path:
+    path = make_zip(tmp_path / "faces.zip", {"1.png": picture(), "2.png": picture()})
+    data = bytearray(path.read_bytes())
+    first, second = (i for i in range(len(data)) if data[i : i + 4] == b"PK\1\2")
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]  # where the member begins
+    path.write_bytes(data)
+    return path
+
+
+def no_archive(tmp_path: Path) -> Path:
+    (tmp_path / "faces.zip").write_bytes(b"PK\3\4 and no more")
+    return tmp_path / "faces.zip"
+
+
+def cut_off(tmp_path: Path) -> Path:
+    path = make_tar(tmp_path / "faces.tar", {f"{i}.png": os.urandom(3000) for i in range(4)})
+    path.write_bytes(path.read_bytes()[:6000])
+    return path
+
+
+def bad_header(tmp_path: Path) -> Path:
+    path = make_tar(tmp_path / "faces.tar", {f"{i}.png": os.urandom(500) for i in range(4)})
+    data = bytearray(path.read_bytes())
+    data[1024 + 150] ^= 1  # the sum of the second header
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            compressed,
+            r"faces\.tar\.gz is compressed as a whole.*: run 'gunzip faces\.tar\.gz' and name the \.tar file$",
+        ),
+        (encrypted, r"faces\.zip is encrypted \(1\.png\): unpack it and name the folder$"),
+        (lzma, r"faces\.zip is compressed by LZMA \(1\.png\): unpack it, or pack it again without compression$"),
+        (overlapping, r"faces\.zip is damaged or made to do harm: [12]\.png lies within the file before it$"),
+        (no_archive, r"faces\.zip is damaged, or no archive of that kind: File is not a zip file$"),
+        (cut_off, r"faces\.tar is damaged, or no archive of that kind: unexpected end of data$"),
+        (bad_header, r"faces\.tar is damaged: at byte 1,024 there is neither a file nor its end$"),
+    ],
+)
+def test_archives_that_cannot_be_read_are_named(make: Callable[[Path], Path], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^--data: .*" + words):
+        scan([make(tmp_path)], 0)
+
+
+def test_a_damaged_member_is_an_unreadable_image(tmp_path: Path) -> None:
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = make_zip(tmp_path / "faces.zip", {"1.png": picture(), "2.png": picture()}, method)
+        data = bytearray(path.read_bytes())
+        data[60] ^= 255
+        path.write_bytes(data)
+        scan([path], 0)
+        with pytest.raises(BadImage, match=r"^damaged: its bytes are not those that the archive's directory tells of$"):
+            load_image("1.png", folder=path, source=ARCHIVE)
+        load_image("2.png", folder=path, source=ARCHIVE)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_zip(tmp_path / "bomb.zip", {"1.png": bytes(1 << 20)}, zipfile.ZIP_DEFLATED)
+    scan([path], 0)
+    monkeypatch.setattr(archives, "LARGEST", 1 << 19)
+    with pytest.raises(BadImage, match=r"^more than 524,288 bytes in an archive"):
+        load_image("1.png", folder=path, source=ARCHIVE)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\1\2")
+    data[at + 24 : at + 28] = struct.pack("<I", 100)  # it says that it is small
+    path.write_bytes(data)
+    scan([path], 0)
+    with pytest.raises(BadImage, match=r"^damaged"):
+        load_image("1.png", folder=path, source=ARCHIVE)
+    assert len(open_archive(path)) == 1
+
+
+def test_inspect_looks_into_archives(cli, forms, tmp_path):
+    content = content_of(forms["folder"])
+    twice = dict(list(content.items())[:1])
+    (copy,) = twice.values()
+    report = json.loads(cli("inspect", make_zip(tmp_path / "a.zip", content | {"copy.png": copy}), "--json").stdout)
+    assert (report["images"], report["bad"], report["duplicates"]["images"]) == (25, [], 1)
+    assert report["formats"] == {"PNG": 25}
