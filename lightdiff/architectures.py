@@ -151,6 +151,7 @@ class VAEArchitecture(Architecture):
         "default": "lightdiff.architectures:VAESettings",
         "original": "lightdiff.models.original:OriginalVAESettings",
         "kl": "lightdiff.models.kl:KLVAESettings",
+        "taesd": "lightdiff.extras.taesd:TinyVAESettings",
     }
 
     latent_channels: Width = Field(4, description="channels of a latent")

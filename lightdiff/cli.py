@@ -90,6 +90,12 @@ def saved_layer(stage: str, said: Layer) -> Layer:
     return {name: value for name, value in saved.items() if name not in ONLY_NOW}
 
 
+def inherit_vae(said: Layer) -> Layer:
+    """A new VAE takes its architecture from the one it starts from."""
+    saved, source = saved_layer("vae", said), said.get("init_from")
+    return saved if saved or not source else inherited("train_vae", said, source)
+
+
 def inherit_encode(said: Layer) -> Layer:
     """Encode takes the image settings from the VAE."""
     return inherited("encode", said, said.get("vae"))
@@ -145,7 +151,7 @@ class Command(NamedTuple):
 
 VAE_START = "data run resolution steps epochs batch-size lpips-gamma"
 VAE_EXAMPLE = "lightdiff train-vae --data ~/faces --run runs/faces --resolution 64"
-VAE = ("extras.estimate", "vae", partial(saved_layer, "vae"), "encode", VAE_START, VAE_EXAMPLE)
+VAE = ("extras.estimate", "vae", inherit_vae, "encode", VAE_START, VAE_EXAMPLE)
 UNET_EXAMPLE = "lightdiff train-unet --run runs/faces"
 UNET = ("extras.estimate", "unet", inherit_unet, "generate", "run steps epochs batch-size label", UNET_EXAMPLE)
 SAMPLE_START = "run num-images seed class guidance num-steps out"

@@ -229,7 +229,8 @@ def checked_preset(model: type[BaseModel], family: str, name: str, saved: Layer)
     chosen = preset_layer(family, name)
     for group in chosen.keys() & saved.keys():
         if extra(model.model_fields[group], "prefix") and merge(model, saved, chosen)[group] != saved[group]:
-            raise UserError(f"--preset {name}: this run holds another architecture: --restart, or choose another --run")
+            also = "this run holds another architecture, or --init-from does"
+            raise UserError(f"--preset {name}: {also}: leave it out, or choose another --run")
     return chosen
 
 

@@ -137,7 +137,7 @@ def test_settings_are_of_the_architecture_they_name(model: type[TrainVAESettings
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        ({"architecture": "gothic"}, "architecture: there is no gothic; there are default, original, kl"),
+        ({"architecture": "gothic"}, "architecture: there is no gothic; there are default, original, kl, taesd"),
         ({"architecture": ["original"]}, "architecture: there is no ['original']"),
         (
             {"architecture": "original", "mid_blocks": 1},

@@ -49,7 +49,7 @@ def add_commands(app: typer.Typer) -> None:
     for function in (inspect, show, report):
         app.command(rich_help_panel=LOOKING)(function)
     app.command(rich_help_panel=STARTING)(presets)
-    app.command("import", rich_help_panel=STARTING)(import_original)
+    app.command("import", rich_help_panel=STARTING)(import_model)
 
 
 def inspect(
@@ -106,12 +106,19 @@ def presets(
     show_presets(resolution)
 
 
-def import_original(
-    file: Annotated[Path, typer.Argument(help="checkpoint of the original scripts (.pth), VAE or U-Net")],
+def import_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="diffusers folder of a VAE or pipeline, file of a VAE (.safetensors, .ckpt), hf://OWNER/NAME, or "
+            "checkpoint of the original scripts (.pth)",
+        ),
+    ],
     run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
-    resolution: Annotated[int, number(int, "resolution", "side of the images it was trained on, in pixels")] = 256,
+    resolution: Annotated[int, number(int, "resolution", "side of the images it is for, in pixels")] = 256,
 ) -> None:
-    """Convert a checkpoint of the original scripts."""
-    from lightdiff.extras.import_original import import_checkpoint
+    """Start from a VAE that others have trained, or convert a checkpoint of the original scripts."""
+    from lightdiff.extras.import_vae import import_model
 
-    typer.echo(import_checkpoint(file, run, resolution))
+    typer.echo(import_model(source, run, resolution))

@@ -51,6 +51,13 @@ def import_checkpoint(file: Path, run: Path, resolution: int) -> Path:
         UserError: If the file is none, a network of that kind is there already, or a U-Net comes without its VAE.
     """
     content = read(file)
+    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
+        raise UserError(f"{file} is no checkpoint of the original scripts: it has no model_state_dict")
+    return import_content(file, content, run, resolution)
+
+
+def import_content(file: Path, content: dict[str, Any], run: Path, resolution: int) -> Path:
+    """The same for a file's content."""
     kinds = {"VAE_CFG": import_vae, "UNET_CFG": import_unet}
     kind = next((name for name in kinds if isinstance(content.get(name), (dict, argparse.Namespace))), None)
     if kind is None:
@@ -90,8 +97,8 @@ def empty_dict(*factory: Any) -> dict[Any, Any]:
     return {}
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The content of an original checkpoint.
+def read(file: Path, kind: str = "checkpoint of the original scripts") -> Any:
+    """The content of a pickle of some kind, whose tensors stay in the file until they are used.
 
     Raises:
         UserError: If it cannot be read, or would run code.
@@ -103,7 +110,7 @@ def read(file: Path) -> dict[str, Any]:
             if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
                 raise UserError(f"{file} is compressed, which torch.save does not do: unpack it, and save it again")
         with safe_globals(harmless()):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
     except FileNotFoundError:
@@ -112,10 +119,7 @@ def read(file: Path) -> dict[str, Any]:
         if found := re.search(r"GLOBAL ([\w.]+) ", str(error)):  # torch's own words advise to load it unsafely
             raise UserError(f"{file} holds a {found[1]}, which could run code: save it anew without that") from None
         what = type(error).__name__
-        raise UserError(f"{file} is damaged or no checkpoint of the original scripts: {what} in reading it") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
-        raise UserError(f"{file} is no checkpoint of the original scripts: it has no model_state_dict")
-    return content
+        raise UserError(f"{file} is damaged or no {kind}: {what} in reading it") from None
 
 
 def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: int) -> Path:

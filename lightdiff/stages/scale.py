@@ -3,15 +3,16 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index, repairable
 from lightdiff.data.latents import prefetch
 from lightdiff.errors import RunError, UserError
-from lightdiff.run_folder import INDEX, RunFolder, find_latents
+from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_latents
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import ScaleSettings
@@ -37,6 +38,8 @@ def run(settings: ScaleSettings) -> Path:
         index.statistics = statistics(moments, settings).model_copy(update={"latents": index.digest})
         stage.processes.run_on_main(lambda: index.write(stage.path / INDEX))
         print_statistics(index.statistics, settings)
+        if (vae := stage.path / VAE_COPY).is_file():
+            compare_imported(index.statistics, Checkpoint(vae, "vae").metadata.extra.get("imported"))
         return stage.path / INDEX
 
 
@@ -133,6 +136,16 @@ def print_statistics(s: Statistics, settings: ScaleSettings) -> None:
         console.print(f"The scaling factor {settings.scaling_factor} was set by hand: x0 has a std of {std:.3f}.")
     for warning in channel_warnings(s):
         console.print(f"warning: {warning}", style="yellow")
+
+
+def compare_imported(s: Statistics, imported: Any) -> None:
+    """Say how an imported VAE's own factors, by which its makers scaled latents, compare with those measured here."""
+    factors = imported if isinstance(imported, dict) else {}
+    factor, shift = (factors.get(name) or 0.0 for name in ("scaling_factor", "shift_factor"))
+    if isinstance(factor, float) and isinstance(shift, float) and factor:
+        measured = f"scaling factor {1 / max(s.std, 1e-6):.4f}, shift {s.mean:.4f}"
+        console.print(f"The VAE came with scaling factor {factor:g}, shift {shift:g}; these latents have {measured}.")
+        console.print("What is measured is used; where it is far from that, these images are unlike the VAE's.")
 
 
 def channel_bits(s: Statistics) -> list[float]:

@@ -22,6 +22,7 @@ from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
 from lightdiff.pictures import save_pairs
+from lightdiff.run_folder import RunFolder, find_vae
 from lightdiff.runtime.processes import Means, autocast, pick_workers, to_device
 from lightdiff.runtime.progress import console, print_note, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
@@ -50,6 +51,11 @@ def run(settings: TrainVAESettings) -> Path:
                 said = f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}"
                 console.print(said, soft_wrap=True)
         return stage.folder.best
+
+
+def inherited(run: Path, init_from: Path | None) -> dict[str, object]:
+    """The architecture of the VAE whose weights to start from."""
+    return {"model": Checkpoint(find_vae(init_from, RunFolder(run)), "vae").metadata.settings.get("model", {})}
 
 
 def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: ImageTable) -> None:
