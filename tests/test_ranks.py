@@ -55,7 +55,9 @@ def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORC
         subprocess.Popen(
             [sys.executable, "-m", "tests.bench.many", job, str(folder)],
             cwd=HOME,
-            env=shared | dict(zip(launcher, map(str, (size, number, number, size)), strict=True)),
+            env=shared
+            | dict(zip(launcher, map(str, (size, number, number, size)), strict=True))
+            | {"TORCHELASTIC_RESTART_COUNT": str(number)},  # agents with a store for each attempt count differently
             stderr=subprocess.PIPE,
             text=True,
         )

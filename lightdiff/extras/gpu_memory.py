@@ -24,7 +24,7 @@ from lightdiff.settings import LPIPSNet, TrainUNetSettings, TrainVAESettings, VA
 from lightdiff.training.optimizers import optimizer_state_bytes
 
 CARDS = (8, 24, 80, 141)  # GB
-GRADIENTS = 3  # of the largest activation, that the backward pass has at a time: the one it is given, its own, a copy
+GRADIENTS = 3  # of an activation, that the backward pass has at a time: the one it is given, its own, a copy
 RESERVED = 1e9  # bytes: CUDA's context, the workspaces of cuDNN and cuBLAS
 UNUSED = 0.1  # of activations, on top: gaps between the allocator's blocks, or in the pool of CUDA graphs
 MOST_IMAGES = 1 << 20
@@ -169,7 +169,7 @@ def cuda_autocast() -> Iterator[None]:
 def held(model: nn.Module, forward: Callable[[], object], recompute: bool) -> int:
     """Peak bytes between a forward pass and the end of its backward pass, without parameters and their gradients.
 
-    With `recompute`, of each checkpointable block its input is kept, and while it is computed again, all of one block.
+    With `recompute`, each checkpointable block keeps its input, and while it is computed again, all that it needs.
     """
     blocks = [block for block in model.modules() if recompute and getattr(block, "checkpointable", False)]
     kept = Kept(model)
@@ -179,7 +179,7 @@ def held(model: nn.Module, forward: Callable[[], object], recompute: bool) -> in
             hooks.callback(block.register_forward_hook(kept.leave).remove)
         with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
             forward()
-    return kept.nbytes + kept.block + GRADIENTS * kept.largest
+    return kept.peak
 
 
 def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
@@ -198,20 +198,16 @@ class Kept:
         self.tensors: list[dict[int, Tensor]] = [
             {}
         ]  # outside of blocks that are computed again, and in the one at work
-        self.block = 0  # bytes of all that the largest such block keeps
-        self.largest = 0  # bytes of the largest tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept where the forward pass is."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors[-1].values())
+        self.nbytes = 0  # of all these
+        self.peak = 0  # bytes of the backward pass at most; on its way back, what was kept later is gone
 
     def add(self, tensor: Tensor) -> Tensor:
         """Keep a tensor, alive, as its number stands for it only as long."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.parameters:
+        if not any(storage._cdata in known for known in (self.parameters, *self.tensors)):
             self.tensors[-1][storage._cdata] = tensor
-            self.largest = max(self.largest, storage.nbytes())
+            self.nbytes += storage.nbytes()
+            self.peak = max(self.peak, self.nbytes + GRADIENTS * storage.nbytes())
         return tensor
 
     def enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -222,5 +218,4 @@ class Kept:
 
     def leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Let all else go that such a block keeps."""
-        self.block = max(self.block, self.nbytes)
-        self.tensors.pop()
+        self.nbytes -= sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.pop().values())

@@ -277,13 +277,21 @@ def init_distributed(device: torch.device, timeout: float) -> Processes:
         began, wait = time.monotonic(), timedelta(seconds=timeout)
         try:
             store, _, _ = next(rendezvous(method, env.rank, env.world_size, timeout=wait))
-            # The agent's store still has addresses of before a restart, and of this process's last stage.
-            store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(RENDEZVOUS)}", store)
+            store = PrefixStore(f"{attempt(os.environ)}-{next(RENDEZVOUS)}", store)  # it has those of the last stage
             dist.init_process_group(backend, timeout=wait, world_size=env.world_size, rank=env.rank, store=store)
             NO_TIMEOUT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=7))]
         except (ValueError, OSError, RuntimeError) as error:
             raise LostContact(no_meeting(env, time.monotonic() - began, str(error))) from error
     return Processes(env.rank, env.world_size)
+
+
+def attempt(environment: Mapping[str, str]) -> str:
+    """Which attempt of torch's agent this is, where its store still has the addresses of the last one; else 0.
+
+    Agents on several machines count differently: one that is told to start again by another one does not count that.
+    """
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
 
 
 def check_env(env: DistEnv) -> None:

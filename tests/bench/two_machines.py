@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -31,6 +32,7 @@ ADDRESSES = ("10.231.77.1", "10.231.77.2")
 CABLE = ("ldcable-a", "ldcable-b")
 APART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # each attempt to meet gets a store of its own
 TIMEOUT = 20  # seconds that a process waits for the other one
+PATIENCE = 900  # seconds after which a run that should have ended hangs, on a busy machine, too
 
 
 def ip(*arguments: str, check: bool = True) -> None:
@@ -118,18 +120,26 @@ def wait(machines: list[Machine], seconds: float) -> float:
     began = time.monotonic()
     while not all(machine.ended() for machine in machines):
         if time.monotonic() - began > seconds:
-            for machine in machines:
-                machine.process.kill()
-            sys.exit("a machine hangs:\n" + "\n".join(machine.said for machine in machines))
+            hangs(machines)
         time.sleep(0.2)
     return time.monotonic() - began
 
 
 def finished(machines: list[Machine]) -> None:
-    """Wait until both agents have ended, with exit code 0."""
-    wait(machines, 120)
-    codes = [machine.process.wait(60) for machine in machines]
+    """Wait until both agents have ended, with exit code 0; the first of their processes may have ended in an error."""
+    until = time.monotonic() + PATIENCE
+    try:
+        codes = [machine.process.wait(until - time.monotonic()) for machine in machines]
+    except subprocess.TimeoutExpired:
+        hangs(machines)
     assert codes == [0, 0], "\n".join(machine.said for machine in machines)
+
+
+def hangs(machines: list[Machine]) -> NoReturn:
+    """End the script, and what it has started."""
+    for machine in machines:
+        machine.process.kill()
+    sys.exit("a machine hangs:\n" + "\n".join(machine.said for machine in machines))
 
 
 def difference(a: Path, b: Path) -> float:
