@@ -5,11 +5,12 @@ see `settings.py`.
 """
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -17,12 +18,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from lightdiff.errors import shorten
+from lightdiff.errors import not_divisible, shorten
 
 S = TypeVar("S", bound="Settings")
 MAX_INTEGER = 1 << 53
@@ -92,6 +94,56 @@ def absolute(path: Path) -> Path:
         raise ValueError(f"{path.parts[0]}: there is no such user") from None
 
 
+class Size(NamedTuple):
+    """Height and width in pixels: `192x256`, or one number for a square."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
+
+    @classmethod
+    def of(cls, value: "int | str | Size") -> "Size":
+        """The size that a number, a text or a size says; ValueError if it says none."""
+        return cls(*parse_size(value))
+
+    @property
+    def plain(self) -> int | str:
+        """As it is saved: a square as one number."""
+        return self.height if self.height == self.width else str(self)
+
+    def divided(self, factor: int) -> tuple[int, int]:
+        """Height and width of the latents of a VAE with this factor.
+
+        Raises:
+            UserError: If they are not divisible by it.
+        """
+        if self.height % factor or self.width % factor:
+            raise not_divisible(self, factor)
+        return self.height // factor, self.width // factor
+
+
+def parse_size(value: Any) -> Any:
+    """What was given for a size."""
+    if isinstance(value, str) and (sides := re.fullmatch("([0-9]{1,5})(?:x([0-9]{1,5}))?", value.strip())):
+        value = int(sides[1]), int(sides[2] or sides[1])
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (tuple, list)):
+        raise ValueError("a number of pixels, or height x width as in 192x256")
+    return value
+
+
+def check_size(size: Size) -> Size:
+    """Refuse images that are too small for any network."""
+    if min(size) < 8:
+        raise ValueError("the sides of images are 8 pixels or more")
+    return size
+
+
+SizeOrZero = Annotated[Size, BeforeValidator(parse_size), PlainSerializer(lambda size: size.plain)]
+Resolution = Annotated[SizeOrZero, AfterValidator(check_size)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]

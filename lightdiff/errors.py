@@ -79,8 +79,9 @@ def from_os(error: OSError, path: object = None) -> RunError:
     return RunError(f"{where}: {why}" if error.filename else f"the system refused a file or connection: {why}")
 
 
-def not_divisible(resolution: int, factor: int) -> UserError:
-    """That images of this side do not fit networks that halve them, with the nearest sides that do."""
-    below = resolution // factor * factor
-    fits = f"{below} or {below + factor}" if below else str(factor)
-    return UserError(f"--resolution: {resolution} is not divisible by {factor}; the nearest that fit: {fits}")
+def not_divisible(size: tuple[int, int], factor: int) -> UserError:
+    """That images of this height and width do not fit networks that halve them, with the nearest that do."""
+    below = [side // factor * factor for side in size]
+    above = [-(-side // factor) * factor for side in size]
+    shown, *fits = (str(h) if h == w else f"{h}x{w}" for h, w in (size, below, above) if h and w)
+    return UserError(f"--resolution: {shown} is not divisible by {factor}; the nearest that fit: {' or '.join(fits)}")

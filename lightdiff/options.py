@@ -103,6 +103,8 @@ def all_defaults(model: type[BaseModel]) -> BaseModel:
 
 def format_value(value: Any) -> str:
     """A value as help shows it and as one types it; nothing for none."""
+    if hasattr(value, "_fields"):  # a named tuple has a text of its own
+        return str(value)
     if isinstance(value, (tuple, list)):
         return ",".join(map(format_value, value))
     if isinstance(value, bool):
@@ -150,7 +152,7 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo, start: Collect
         rf" \[default: {shown}]" if shown else ""
     )  # escaped, or rich takes it for markup
     declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
-    if takes_commas(field):
+    if takes_commas(field) or hasattr(kind, "_fields"):
         kind = str
     elif get_origin(kind) is tuple:
         kind, parser = list[str], partial(not_empty, f"--{name}")

@@ -24,7 +24,7 @@ from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, denoiser
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
-from lightdiff.errors import UserError, not_divisible, shorten
+from lightdiff.errors import UserError, shorten
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_unet, find_vae, named_latents
@@ -35,6 +35,7 @@ from lightdiff.settings import (
     Device,
     Precision,
     SamplingSettings,
+    Size,
     TrainUNetSettings,
     VAEArchitecture,
 )
@@ -159,23 +160,21 @@ class Pipeline:
         return {name: checkpoint.metadata.digest for name, checkpoint in self.checkpoints.items()}
 
     @property
-    def resolution(self) -> int:
-        """Side of the images trained on, in pixels."""
-        return self.settings.latent.height * self.vae_settings.factor
+    def resolution(self) -> Size:
+        """Height and width of the images trained on, in pixels."""
+        return Size(*(side * self.vae_settings.factor for side in self.latent_size()))
 
-    def latent_size(self, resolution: int = 0) -> tuple[int, int]:
+    def latent_size(self, resolution: Size | int = 0) -> tuple[int, int]:
         """Height and width of the latents of images of this size, in pixels; 0 is the size trained on.
 
         Raises:
             UserError: If the networks cannot make images of this size.
         """
-        if not resolution:
+        size = Size.of(resolution)
+        if not any(size):
             return self.settings.latent.height, self.settings.latent.width
-        step = self.vae_settings.factor * self.settings.model.factor
-        if resolution % step:
-            raise not_divisible(resolution, step)
-        side = resolution // self.vae_settings.factor
-        return side, side
+        size.divided(self.vae_settings.factor * self.settings.model.factor)
+        return size.divided(self.vae_settings.factor)
 
     @cached_property
     def scaling(self) -> Scaling:

@@ -17,7 +17,10 @@ from lightdiff.architectures import (
     Counts,
     Names,
     Numbers,
+    Resolution,
     Settings,
+    Size,
+    SizeOrZero,
     UNetArchitecture,
     UNetSettings,
     VAEArchitecture,
@@ -28,9 +31,9 @@ from lightdiff.architectures import (
     parse_numbers,
     with_changes,
 )
-from lightdiff.errors import UserError, not_divisible
+from lightdiff.errors import UserError
 
-__all__ = ["Architecture", "Counts", "Settings", "UNetArchitecture", "UNetSettings"]
+__all__ = ["Architecture", "Counts", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
 __all__ += ["VAEArchitecture", "VAESettings", "Width", "flat", "parse_names", "parse_numbers", "with_changes"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -132,14 +135,16 @@ class SamplingSettings(Settings):
 
 
 class ImageSettings(Settings):
-    """Which images, and how each becomes a square tensor."""
+    """Which images, and how each becomes a tensor of one size."""
 
     data: tuple[AbsolutePath, ...] = Field(
         (),
         json_schema_extra=FOLDERS,
         description="folder of images, .zip or .tar file of them, or a pattern: 'shards/*.tar'; can be repeated",
     )
-    resolution: int = Field(64, ge=8, description="side of the square images, in pixels")
+    resolution: Resolution = Field(
+        Size(64, 64), description="side of square images in pixels, or height x width: 192x256"
+    )
     background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")
     flip: bool = Field(True, description="mirror half of the training images, and cache a second latent of each")
     random_crop: float = Field(0.9, gt=0, le=1, description="smallest random crop, as a share of the frame; 1: no crop")
@@ -298,9 +303,8 @@ class TrainVAESettings(TrainingSettings):
 
     def resolved(self) -> Self:
         """The same settings with the network's empty sizes filled in; UserError if the resolution does not fit it."""
-        resolution, model = self.images.resolution, self.model.resolved(self.images.resolution)
-        if resolution % model.factor:
-            raise not_divisible(resolution, model.factor)
+        model = self.model.resolved(min(self.images.resolution))
+        self.images.resolution.divided(model.factor)
         return with_changes(self, model=model)
 
 
@@ -392,7 +396,9 @@ class GenerateSettings(StageSettings):
     batch_size: int = Field(32, ge=1, description="images generated at a time by each process")
     out: Path | None = Field(None, description="folder for the images; default: a new one below samples/")
     name: str = Field("", pattern=r"^[^/\\]*$", description="prefix of the file names: NAME-00000.png")
-    resolution: int = Field(0, ge=0, description="side of the images, in pixels; 0: the size trained on")
+    resolution: SizeOrZero = Field(
+        Size(0, 0), description="side of square images in pixels, or height x width; 0: the size trained on"
+    )
     ema: bool = Field(True, description="use the EMA weights, or the raw ones")
     sampling: SamplingSettings = Field(SamplingSettings(), title="Sampling")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")

@@ -412,8 +412,8 @@ def test_enlarged_images_are_found(pictures: ImageSettings) -> None:
     (finding,) = check_data(with_changes(pictures, resolution=32))
     assert (finding.code, finding.stage) == ("enlarged", "data")
     assert finding.measured == "100% of 30 images looked at; median shorter side: 16 pixels"
-    assert [f.code for f in check_sizes(pictures, [16] * 9 + [15])] == []
-    assert [f.code for f in check_sizes(pictures, [16] * 7 + [15] * 3)] == ["enlarged"]
+    assert [f.code for f in check_sizes(pictures, [(16, 20)] * 9 + [(15, 20)])] == []
+    assert [f.code for f in check_sizes(pictures, [(16, 20)] * 7 + [(20, 15)] * 3)] == ["enlarged"]
 
 
 def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:

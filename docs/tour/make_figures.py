@@ -349,7 +349,8 @@ def draw_levels(path: Path) -> None:
 def draw_noised(run: Path, path: Path) -> None:
     """A drawn face, and its latent at five levels, decoded at unit variance as `trajectory` does it."""
     model = Pipeline.load(run)
-    x = to_float(torch.from_numpy(np.array(draw_face(random_face(0, 0), model.resolution)))).permute(2, 0, 1)[None]
+    face = draw_face(random_face(0, 0), model.resolution.height)
+    x = to_float(torch.from_numpy(np.array(face))).permute(2, 0, 1)[None]
     x0 = model.scaling.to_x0(model.encode(x))
     eps = item_noise(tuple(x0.shape[1:]), [0], 0, "tour")
     noised = [((1 - s) * x0 + s * eps) / math.hypot(1 - s, s) for s in SIGMAS]

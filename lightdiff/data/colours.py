@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from lightdiff.data.formats import BadImage
 from lightdiff.errors import UserError
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, Size
 
 SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space -> Pillow's mode
 GREY = ("1", "L", "LA")
@@ -43,8 +43,8 @@ def colour(background: str) -> tuple[int, int, int]:
 def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Image.Image:
     """The decoded image, upright, in sRGB, transparent pixels on the background.
 
-    Of a very large one, which takes gigabytes in every copy, the centre square is returned, reduced to a side of
-    `at_least` pixels or more.
+    A very large one, which takes gigabytes in every copy, is reduced, its shorter side to `at_least` pixels or more;
+    for square images, only its centre square is returned.
     """
     sixteen = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # in PNG and TIFF
     image.load()  # before the EXIF data, which may follow the pixels
@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Im
     with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.width * image.height > LARGE:
-        image = _reduced(image, at_least)
+        image = _reduced(image, at_least, settings.resolution)
     profile, transparent = image.info.get("icc_profile"), image.has_transparency_data
     if image.mode == "RGB" and not (sixteen or profile or transparent):
         return image.convert("RGB")
@@ -72,13 +72,14 @@ def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Im
     return Image.alpha_composite(ground, srgb).convert("RGB")
 
 
-def _reduced(image: Image.Image, at_least: int) -> Image.Image:
-    """The centre square, reduced, where that is asked for and no colour stands for transparency."""
+def _reduced(image: Image.Image, at_least: int, size: Size) -> Image.Image:
+    """The image, or its centre square, reduced, where that is asked for and no colour stands for transparency."""
     if not at_least or image.mode not in REDUCIBLE or "transparency" in image.info:
         return image
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
-    return image.reduce(max(1, side // at_least), (left, top, left + side, top + side))
+    square = (left, top, left + side, top + side) if size.height == size.width else None
+    return image.reduce(max(1, side // at_least), square)
 
 
 # --- profiles -----------------------------------------------------------------------------------------------------

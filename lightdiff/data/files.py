@@ -61,6 +61,16 @@ MISSES = 200  # files of an unknown suffix that are no pictures, after which no 
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
+def read_in_folder(folder: Path, table: Path) -> bytes:
+    """A table of labels, in a folder or beside it."""
+    return read_table(table)
+
+
+def no_labels(place: Path) -> dict[str, Labels]:
+    """What most sources say of their images beside the names."""
+    return {}
+
+
 class Source(NamedTuple):
     """What --data can name: a folder of images, or a file that holds many.
 
@@ -73,8 +83,8 @@ class Source(NamedTuple):
     names: Callable[[Path], Iterable[str]]
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
     look: Callable[[Path, str, bool], Fingerprint] = fingerprint
-    read: Callable[[Path, Path], bytes] = lambda place, table: read_table(table)
-    labels: Callable[[Path], dict[str, Labels]] = lambda place: {}
+    read: Callable[[Path, Path], bytes] = read_in_folder
+    labels: Callable[[Path], dict[str, Labels]] = no_labels
 
 
 def names_in_folder(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:

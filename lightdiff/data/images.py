@@ -1,7 +1,7 @@
-"""Image files -> square uint8 tensors.
+"""Image files -> uint8 tensors of one size.
 
-Training, encoding and validation share one framing: the shorter side is resized, the centre is cut out. Training alone
-then varies it a little, by a number that depends on (seed, epoch, index) and on nothing else.
+Training, encoding and validation share one framing: the largest centred part of the right shape is cut out and
+resized. Training alone then varies it a little, by a number that depends on (seed, epoch, index) and on nothing else.
 """
 
 import math
@@ -26,7 +26,7 @@ from lightdiff.data.colours import to_rgb
 from lightdiff.data.files import FOLDER, Source
 from lightdiff.data.formats import BadImage as BadImage
 from lightdiff.errors import LightdiffError
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, Size
 
 DEFAULTS = ImageSettings()
 LONGEST = 2**28  # bytes of a JPEG that are searched for scans; a file with holes may claim to have terabytes
@@ -122,30 +122,41 @@ def _reason(error: Exception, path: str, max_megapixels: float) -> str:
 # --- framing ------------------------------------------------------------------------------------------------------
 
 
-def frame(image: Image.Image, resolution: int) -> UInt8[Tensor, "3 r r"]:
-    """The centre square of an RGB image: shorter side resized to `resolution`, the rest cut off."""
-    side = min(image.size)
-    return _square(image, (image.width - side) // 2, (image.height - side) // 2, side, resolution)
+def frame(image: Image.Image, resolution: Size | int) -> UInt8[Tensor, "3 h w"]:
+    """The centre of an RGB image, as much of it as has the shape of the resolution, resized to it."""
+    size = Size.of(resolution)
+    width, height = whole_frame(image, size)
+    return _cut(image, (image.width - width) // 2, (image.height - height) // 2, width, height, size)
 
 
 def random_frame(
-    image: Image.Image, resolution: int, smallest: float, flip: bool, rng: random.Random
-) -> UInt8[Tensor, "3 r r"]:
-    """A random square within the centre square, its side at least `smallest` of it; mirrored half of the time.
+    image: Image.Image, resolution: Size | int, smallest: float, flip: bool, rng: random.Random
+) -> UInt8[Tensor, "3 h w"]:
+    """A random part of that centre, its sides at least `smallest` of it; mirrored half of the time.
 
     Cut from the original and resized once: nothing is enlarged that was reduced before.
     """
-    whole = min(image.size)
-    side = rng.randint(math.ceil(whole * smallest), whole)
-    left, top = ((length - whole) // 2 + rng.randint(0, whole - side) for length in image.size)
-    x = _square(image, left, top, side, resolution)
+    size = Size.of(resolution)
+    whole = whole_frame(image, size)
+    height = rng.randint(math.ceil(whole[1] * smallest), whole[1])
+    width = round(height * whole[0] / whole[1])
+    left = (image.width - whole[0]) // 2 + rng.randint(0, whole[0] - width)
+    top = (image.height - whole[1]) // 2 + rng.randint(0, whole[1] - height)
+    x = _cut(image, left, top, width, height, size)
     return x.flip(2) if flip and rng.random() < 0.5 else x
 
 
-def _square(image: Image.Image, left: int, top: int, side: int, resolution: int) -> UInt8[Tensor, "3 r r"]:
-    """Cut out a square and resize it as Pillow does, bicubic with antialiasing; torch does that four times as fast."""
-    square = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side))))  # (side, side, 3)
-    x = F.interpolate(square.permute(2, 0, 1)[None], (resolution, resolution), mode="bicubic", antialias=True)
+def whole_frame(image: Image.Image, size: Size) -> tuple[int, int]:
+    """Width and height of the largest part of an image that has the shape of `size`."""
+    if image.width * size.height >= image.height * size.width:
+        return max(1, round(image.height * size.width / size.height)), image.height
+    return image.width, max(1, round(image.width * size.height / size.width))
+
+
+def _cut(image: Image.Image, left: int, top: int, width: int, height: int, size: Size) -> UInt8[Tensor, "3 h w"]:
+    """Cut out a part and resize it as Pillow does, bicubic with antialiasing; torch does that four times as fast."""
+    part = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))  # (height, width, 3)
+    x = F.interpolate(part.permute(2, 0, 1)[None], tuple(size), mode="bicubic", antialias=True)
     return x[0].contiguous()
 
 

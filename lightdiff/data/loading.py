@@ -41,7 +41,7 @@ WORKERS_NEED = (
 class Item:
     """One image."""
 
-    x: UInt8[Tensor, "3 r r"] | None
+    x: UInt8[Tensor, "3 h w"] | None
     index: int  # of the image in x, which is another than asked for when that one is bad
     bad: list[tuple[int, str]]  # index and reason
     fingerprint: Fingerprint | None = None  # of its file, before it was read
@@ -51,7 +51,7 @@ class Item:
 class ImageBatch:
     """The readable images of a batch; `bad` lists the others, with their reasons."""
 
-    x: UInt8[Tensor, "b 3 r r"]
+    x: UInt8[Tensor, "b 3 h w"]
     index: Int64[Tensor, " b"]
     bad: list[tuple[int, str]]
     missing: int  # images asked for that are not in x
@@ -83,7 +83,7 @@ class ImageDataset(Dataset[Item]):
         self.train, self.fingerprints = train, fingerprints
         self.sources = [source_of(folder) for folder in settings.data]
         # The same for all uses, as it touches the pixels: twice the size needed, and enough for the smallest crop.
-        self.at_least = math.ceil(settings.resolution * max(2, 1 / settings.random_crop))
+        self.at_least = math.ceil(max(settings.resolution) * max(2, 1 / settings.random_crop))
         # The search for a stand-in ends somewhere: with far more bad files than max_bad allows, the run has to stop.
         self.tries = min(len(files), 100 + int(2 * settings.max_bad * len(files))) if train else 1
 
@@ -115,8 +115,8 @@ class ImageDataset(Dataset[Item]):
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:
         """The items as one batch, without those that have no image."""
-        found, side = [item.x for item in items if item.x is not None], self.settings.resolution
-        x = torch.stack(found) if found else torch.empty(0, 3, side, side, dtype=torch.uint8)
+        found = [item.x for item in items if item.x is not None]
+        x = torch.stack(found) if found else torch.empty(0, 3, *self.settings.resolution, dtype=torch.uint8)
         index = torch.tensor([item.index for item in items if item.x is not None], dtype=torch.int64)
         bad, looks = [entry for item in items for entry in item.bad], [item.fingerprint for item in items]
         return ImageBatch(x, index, bad, len(items) - len(found), [look for look in looks if look])

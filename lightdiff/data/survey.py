@@ -40,24 +40,29 @@ def with_whites(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -
     return images
 
 
-def shorter_sides(images: ImageSettings, files: Sequence[ImageFile]) -> list[int]:
-    """The shorter side of each readable image of a sample."""
-    return [side for _, side in look_at(evenly(files, SAMPLE), images, lambda image: min(image.size))]
+def sizes(images: ImageSettings, files: Sequence[ImageFile]) -> list[tuple[int, int]]:
+    """Width and height of each readable image of a sample."""
+    return [size for _, size in look_at(evenly(files, SAMPLE), images, lambda image: image.size)]
+
+
+def scale_of(size: tuple[int, int], images: ImageSettings) -> float:
+    """How many times as large as needed an image of this width and height is; below 1, it is enlarged."""
+    return min(size[0] / images.resolution.width, size[1] / images.resolution.height)
 
 
 def note_sizes(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> None:
     """Tell how many images are smaller than the resolution, or slow to decode, if they are more than a few."""
-    looked = [what for _, what in look_at(evenly(files, SAMPLE), images, lambda image: (min(image.size), image.format))]
-    wanted, whole = images.resolution, max(LARGE_SIDE, LARGE * images.resolution)
-    small = sum(side < wanted for side, _ in looked) / max(1, len(looked))
-    large = sum(side >= whole and kind not in REDUCED for side, kind in looked) / max(1, len(looked))
+    looked = [what for _, what in look_at(evenly(files, SAMPLE), images, lambda image: (image.size, image.format))]
+    wanted, whole = images.resolution, max(LARGE_SIDE / min(images.resolution), LARGE)
+    small = sum(scale_of(size, images) < 1 for size, _ in looked) / max(1, len(looked))
+    large = sum(scale_of(size, images) >= whole and kind not in REDUCED for size, kind in looked) / max(1, len(looked))
     of = f"of {len(looked)} images looked at are"
     if small > FEW:
-        middle = f"(median shorter side: {median(side for side, _ in looked):g} pixels)"
+        middle = f"(median shorter side: {median(min(size) for size, _ in looked):g} pixels)"
         tell(f"{small:.0%} {of} smaller than --resolution {wanted} and will be enlarged {middle}")
     if large > FEW:
         slow = f"{large:.0%} {of} no JPEGs and large for --resolution {wanted}: a core decodes about 40 PNGs"
-        resize = f"magick mogrify -path COPIES -resize {2 * wanted}x{2 * wanted}^ *.png"
+        resize = f"magick mogrify -path COPIES -resize {2 * wanted.width}x{2 * wanted.height}^ *.png"
         tell(f"{slow} of 1024 pixels a second; copies resized once load faster, as by '{resize}'")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lightdiff.architectures import Size
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.settings import (
     DemoSettings,
@@ -96,14 +97,18 @@ def report(
 
 
 def presets(
-    resolution: Annotated[int, number(int, "resolution", "side of the images, in pixels")] = 64,
+    resolution: Annotated[str, typer.Option(help="side of square images in pixels, or height x width")] = "64",
 ) -> None:
     """List the presets with parameters and memory, for images of a size."""
-    if not 8 <= resolution <= 1 << 14:
+    try:
+        size = Size.of(resolution)
+    except ValueError as error:
+        raise UserError(f"--resolution: {error} (found {shorten(resolution)})") from None
+    if not 8 <= min(size) <= max(size) <= 1 << 14:
         raise UserError(f"--resolution: {shorten(resolution)} is not between 8 and {1 << 14}")
     from lightdiff.extras.presets import show_presets
 
-    show_presets(resolution)
+    show_presets(size)
 
 
 def import_model(

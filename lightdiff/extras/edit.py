@@ -17,7 +17,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.settings import EditSettings
 from lightdiff.extras.trajectory import save_trajectory
 from lightdiff.pipeline import Pipeline, Start
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, Size
 from lightdiff.stages.generate import open_samples
 
 STRENGTH = 0.6
@@ -44,8 +44,8 @@ def run(settings: EditSettings) -> Path:
 class Source:
     """The image to start from, and where it may change."""
 
-    x: Float[Tensor, "1 3 r r"]
-    mask: Float[Tensor, "1 1 r r"] | None  # 1 where it is redrawn, 0 where it stays; None: all of it changes
+    x: Float[Tensor, "1 3 m n"]
+    mask: Float[Tensor, "1 1 m n"] | None  # 1 where it is redrawn, 0 where it stays; None: all of it changes
     strength: float  # share of the noise levels, above which none is visited
     digest: str
 
@@ -57,19 +57,19 @@ class Source:
             UserError: If one cannot be read.
         """
         assert settings.from_ is not None
-        resolution = size[0] * pipeline.vae_settings.factor
+        resolution = Size(*(side * pipeline.vae_settings.factor for side in size))
         saved, background = pipeline.checkpoints["vae"], "white"
         if "images" in saved.metadata.settings:  # an imported VAE was trained elsewhere
             background = saved.settings(ImageSettings, "images").background
         pixels = framed(settings.from_, resolution, "--from", background)
         digest, mask = hashlib.sha256(pixels.numpy().tobytes()), None
         if settings.mask:
-            check_shape(settings.mask, settings.from_)
+            check_shape(settings.mask, settings.from_, resolution)
             white = framed(settings.mask, resolution, "--mask", "black").float().mean(0) > 127
             if not white.any():
                 raise UserError(
-                    f"--mask: {settings.mask} has no white in its centre square, so nothing would be redrawn: paint "
-                    "white what is to change (transparent counts as black)"
+                    f"--mask: {settings.mask} has no white in the part that is drawn, so nothing would be redrawn: "
+                    "paint white what is to change (transparent counts as black)"
                 )
             digest.update(white.numpy().tobytes())
             mask = white.float()[None, None]
@@ -83,7 +83,7 @@ class Source:
         mask = None if self.mask is None else F.adaptive_max_pool2d(self.mask, z.shape[-2:]).to(z)
         return from_latent(pipeline.scaling.to_x0(z), mask)
 
-    def pasted(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b 3 r r"]:
+    def pasted(self, x: Float[Tensor, "b 3 m n"]) -> Float[Tensor, "b 3 m n"]:
         """Drawn images, with the source's own pixels where they were to stay."""
         return x if self.mask is None else torch.lerp(self.x, x, self.mask)
 
@@ -100,21 +100,21 @@ def from_latent(x0: Float[Tensor, "1 c h w"], mask: Float[Tensor, "1 1 h w"] | N
     return start
 
 
-def framed(path: Path, resolution: int, flag: str, background: str) -> UInt8[Tensor, "3 r r"]:
-    """An image's centre square."""
+def framed(path: Path, resolution: Size, flag: str, background: str) -> UInt8[Tensor, "3 m n"]:
+    """An image's centre, in the shape of what is drawn."""
     try:
-        return frame(load_image(path, ImageSettings(background=background)), resolution)
+        return frame(load_image(path, ImageSettings(background=background, resolution=resolution)), resolution)
     except BadImage as error:
         raise UserError(f"{flag}: {path} cannot be read: {error}") from None
 
 
-def check_shape(mask: Path, source: Path) -> None:
-    """Check that a mask lies on the image it belongs to: of its shape, or square, as what is generated.
+def check_shape(mask: Path, source: Path, size: Size) -> None:
+    """Check that a mask lies on the image it belongs to: of its shape, or of that of what is drawn.
 
     Raises:
         UserError: If it is neither.
     """
     with suppress(BadImage):  # reported where they are read
         (width, height), (w, h) = load_image(source).size, load_image(mask).size
-        if w != h and abs(w * height - h * width) > max(w * height, h * width) / 50:
+        if w * size.height != h * size.width and abs(w * height - h * width) > max(w * height, h * width) / 50:
             raise UserError(f"--mask: {mask} has {w} x {h} pixels, {source} {width} x {height}: not the same shape")

@@ -135,8 +135,8 @@ def without_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESet
 def random_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a random batch, and the network's inputs for one image: pixels and posterior noise."""
     s, task = stage.settings, train_vae.VAETask(stage, [])
-    side, count = s.images.resolution, s.loop.batch_size
-    pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+    count = s.loop.batch_size
+    pixels = torch.randint(256, (count, 3, *s.images.resolution), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
     return task, batch, task.example
 

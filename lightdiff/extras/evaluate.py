@@ -172,8 +172,8 @@ def evaluate_vae(
     vae, model = load_vae(saved, device)
     loss = lpips_settings(saved.settings(VAELossSettings, "loss"), settings, ranks)
     distance = lpips(loss, device, ranks.fetch) if loss.lpips_gamma else None
-    side, workers = images.resolution // model.factor, pick_workers(settings.compute.workers, device)
-    means, moments = Means(), UnitMoments(model.latent_channels, side, side)
+    size, workers = images.resolution.divided(model.factor), pick_workers(settings.compute.workers, device)
+    means, moments = Means(), UnitMoments(model.latent_channels, *size)
     pairs = PairedFeatures(features, len(chosen))
 
     def measure(batch: ImageBatch) -> None:
@@ -356,7 +356,7 @@ def cached_features(
     look = lookers(images.data)
     fingerprints = ranks.run_on_main(lambda: [look[file.root](file.path, False)[:2] for file in files])
     listed = [(file.root, file.path, file.split, file.labels) for file in files]
-    what = [features.digest, listed, fingerprints, images.resolution, images.background]
+    what = [features.digest, listed, fingerprints, images.resolution.plain, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"
     if ranks.run_on_main(path.is_file):
         tensors = safetensors.torch.load_file(path)

@@ -125,11 +125,12 @@ def vae_pass(s: TrainVAESettings, lpips: nn.Module | None) -> tuple[nn.Module, F
     """The VAE of resolved settings, and its loss of some images."""
     model, loss = build_vae(s.model), VAELoss(VAELossSettings(lpips_gamma=0))
     model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
-    side = s.images.resolution
+    size = s.images.resolution
+    latent = size.divided(s.model.factor)
 
     def forward(images: int) -> Tensor:
-        x = torch.zeros(images, 3, side, side)
-        noise = torch.zeros(images, s.model.latent_channels, side // s.model.factor, side // s.model.factor)
+        x = torch.zeros(images, 3, *size)
+        noise = torch.zeros(images, s.model.latent_channels, *latent)
         x_hat, posterior = model(x, noise)
         distance = lpips(x_hat, x).mean() if lpips else 0
         return loss(x, x_hat, posterior)["loss"] + distance

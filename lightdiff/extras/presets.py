@@ -10,13 +10,13 @@ from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import PRESETS, build, preset_layer
 from lightdiff.runtime.progress import SafeConsole
-from lightdiff.settings import Architecture, LoopSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import Architecture, LoopSettings, Size, TrainUNetSettings, TrainVAESettings
 from lightdiff.training.optimizers import optimizer_state_bytes
 
 BYTES_A_PARAMETER = 12  # float32 weights, gradients, averaged weights
 
 
-def show_presets(resolution: int) -> None:
+def show_presets(resolution: Size) -> None:
     """Print each preset's networks for images of a size: parameters, and memory to train them in float32."""
     table = Table(
         title=f"Presets at {resolution} px: memory to train in fp32 = fixed part + so much an image of a micro-batch"
@@ -25,18 +25,18 @@ def show_presets(resolution: int) -> None:
         table.add_column(heading, justify="left" if heading in ("preset", "network", "widths") else "right")
     for name in PRESETS:
         vae_settings = build(TrainVAESettings, [preset_layer("vae", name)])
-        vae = vae_settings.model.resolved(resolution)
-        if resolution % vae.factor:
+        vae = vae_settings.model.resolved(min(resolution))
+        if resolution.height % vae.factor or resolution.width % vae.factor:
             table.add_row(name, "VAE", widths_of(vae), f"needs images divisible by {vae.factor}", "", "")
             continue
-        side = resolution // vae.factor
+        size = resolution.divided(vae.factor)
         unet_settings = build(TrainUNetSettings, [preset_layer("unet", name)])
-        unet = unet_settings.model.resolved(side)
+        unet = unet_settings.model.resolved(min(size))
         with torch.device("meta"):  # shapes alone: no memory, no time
-            image = torch.zeros(1, 3, resolution, resolution)
-            latent = torch.zeros(1, vae.latent_channels, side, side)
+            image = torch.zeros(1, 3, *resolution)
+            latent = torch.zeros(1, vae.latent_channels, *size)
             add_row(table, name, "VAE", widths_of(vae), build_vae(vae), (image, latent), vae_settings.loop)
-            if side % unet.factor:
+            if size[0] % unet.factor or size[1] % unet.factor:
                 table.add_row("", "U-Net", widths_of(unet), f"needs latents divisible by {unet.factor}", "", "")
             else:
                 t = torch.zeros(1, dtype=torch.long)

@@ -19,7 +19,7 @@ from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, OnBad, load_batches
 from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import FINGERPRINT, Fingerprint
-from lightdiff.errors import RunError, UserError, not_divisible
+from lightdiff.errors import RunError, UserError
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
@@ -163,12 +163,9 @@ def finish(folder: Path, index: LatentIndex, before: str) -> None:
 def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: list[ImageFile]) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
-    if images.resolution % model.factor:
-        raise not_divisible(images.resolution, model.factor)
-    side = images.resolution // model.factor
     return LatentIndex.of(
         files,
-        shape=(model.latent_channels, side, side),
+        shape=(model.latent_channels, *images.resolution.divided(model.factor)),
         dtype=settings.dtype,
         precision=settings.compute.precision,
         mirrored=images.flip,

@@ -102,14 +102,13 @@ class VAETask:
         self.train_items, self.val_items = len(self.train_set), len(self.val_set)
         self.part = stage.processes.batch_slice(s.loop.batch_size)
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
-        side = s.images.resolution // s.model.factor
-        self.latent_shape = (s.model.latent_channels, side, side)
+        self.latent_shape = (s.model.latent_channels, *s.images.resolution.divided(s.model.factor))
 
     @property
     def example(self) -> tuple[Tensor, Tensor]:
         """An image and its posterior's noise."""
-        sides = 2 * [self.settings.images.resolution]
-        return torch.zeros(1, 3, *sides, device=self.device), torch.zeros(1, *self.latent_shape, device=self.device)
+        size = self.settings.images.resolution
+        return torch.zeros(1, 3, *size, device=self.device), torch.zeros(1, *self.latent_shape, device=self.device)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -119,8 +118,8 @@ class VAETask:
     @property
     def summary(self) -> str:
         """What is trained on what."""
-        size, side = sum(p.numel() for p in self.model.parameters()) / 1e6, self.settings.images.resolution
-        networks = f"VAE: {size:.2f} M parameters, {side} px -> {shape_words(self.latent_shape)}"
+        count, size = sum(p.numel() for p in self.model.parameters()) / 1e6, self.settings.images.resolution
+        networks = f"VAE: {count:.2f} M parameters, {size} px -> {shape_words(self.latent_shape)}"
         return f"{networks}; {self.train_items} training and {self.val_items} validation images"
 
     def _data_set(self, split: Split, files: list[ImageFile]) -> ImageDataset:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from lightdiff.data.files import ImageFile, scan
-from lightdiff.data.survey import shorter_sides
+from lightdiff.data.survey import scale_of, sizes
 from lightdiff.extras.evidence import try_read
 from lightdiff.extras.health.finding import Finding, quote_path
 from lightdiff.extras.inspect import duplicate_groups
@@ -25,7 +25,7 @@ def check_data(images: ImageSettings) -> Iterator[Finding]:
     files = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
     if 0 < len(files) <= MAX_FILES:
         yield from check_duplicates(images, files)
-        yield from check_sizes(images, try_read(lambda: shorter_sides(images, files)) or [])
+        yield from check_sizes(images, try_read(lambda: sizes(images, files)) or [])
 
 
 def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[Finding]:
@@ -47,9 +47,9 @@ def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[
         )
 
 
-def check_sizes(images: ImageSettings, sides: list[int]) -> Iterator[Finding]:
-    """Images, of which these are the shorter sides, that are smaller than the resolution."""
-    share = sum(side < images.resolution for side in sides) / max(1, len(sides))
+def check_sizes(images: ImageSettings, found: list[tuple[int, int]]) -> Iterator[Finding]:
+    """Images, of these widths and heights, that are smaller than the resolution."""
+    share, sides = sum(scale_of(size, images) < 1 for size in found) / max(1, len(found)), [min(size) for size in found]
     if share > ENLARGED:
         yield Finding(
             code="enlarged",

@@ -172,8 +172,8 @@ class Plan:
     ) -> TrainUNetSettings:
         """Settings of a U-Net's training; its latents' scaling is not known yet, and filled in when they are made."""
         settings = self.base.unet_settings
-        side = encode.images.resolution // vae.model.factor
-        shape = {"channels": vae.model.latent_channels, "height": side, "width": side, "only_mu": scale.only_mu}
+        height, width = encode.images.resolution.divided(vae.model.factor)
+        shape = {"channels": vae.model.latent_channels, "height": height, "width": width, "only_mu": scale.only_mu}
         latent = {**settings.latent.model_dump(), **shape}
         whole: TrainUNetSettings = build(TrainUNetSettings, [{**settings.model_dump(), "latent": latent}, changes])
         return whole.resolved()
