@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TypeVar
 from unicodedata import normalize
 
@@ -43,6 +44,7 @@ from lightdiff.settings import (
 N = TypeVar("N", bound=nn.Module)
 Start = Callable[[Denoise, Level, Latents], tuple[Denoise, Latents]]
 """(denoiser, first level, noise) -> (denoiser, x at that level): how sampling begins."""
+EXPORTED, LOADER = "lightdiff.json", "lightdiff.extras.export.folder:load_exported"
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
 
@@ -137,9 +139,16 @@ class Pipeline:
     ) -> "Pipeline":
         """The newest U-Net of a run, with its averaged weights or the raw ones, and the VAE behind its latents.
 
+        Instead of a run, it may be a U-Net's checkpoint in one, an exported folder, or hf://owner/name.
+
         Raises:
             UserError: If one is missing, damaged, or they do not belong together.
         """
+        if str(run).startswith("hf://") or (Path(run) / EXPORTED).is_file():
+            exported: Pipeline = resolve_name(LOADER)(str(run), device, precision)
+            return exported
+        if unet is None and Path(run).is_file():
+            unet, run = Path(run), Path(run).absolute().parents[2]
         folder, on = RunFolder(Path(run)), pick_device(device)
         learned = Checkpoint(find_unet(unet, folder), "unet")
         behind = Checkpoint(vae_behind(learned, vae, folder), "vae")

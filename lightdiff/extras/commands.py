@@ -3,7 +3,7 @@
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ SAMPLING = "More ways to sample"
 EVALUATION = "Evaluating and comparing"
 LOOKING = "Looking at images and runs"
 STARTING = "Starting points"
+LEAVING = "Taking a model elsewhere"
 # Commands that are made of settings: the settings, the module that runs them, the panel, the module that estimates
 EXTRAS: dict[str, tuple[Any, ...]] = {
     "edit": (EditSettings, "extras.edit", SAMPLING),
@@ -50,6 +51,7 @@ def add_commands(app: typer.Typer) -> None:
     for function in (inspect, show, report):
         app.command(rich_help_panel=LOOKING)(function)
     app.command(rich_help_panel=STARTING)(presets)
+    app.command("export", rich_help_panel=LEAVING)(export_model)
     app.command("import", rich_help_panel=STARTING)(import_model)
 
 
@@ -127,3 +129,25 @@ def import_model(
     from lightdiff.extras.import_vae import import_model
 
     typer.echo(import_model(source, run, resolution))
+
+
+def export_model(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    to: Annotated[Literal["diffusers", "onnx", "safetensors", "web"], typer.Option(help="what for")],
+    run: Annotated[Path, typer.Option(help="run folder, or a folder exported before")] = Path("runs/default"),
+    about: Annotated[str, typer.Option(help="what it was trained on, in words, for the model card")] = "",
+    license: Annotated[
+        str, typer.Option(help="licence for the model card, as the Hugging Face Hub names it")
+    ] = "unknown",
+    samples: Annotated[int, number(int, "samples", "images in the model card; 0: none")] = 8,
+    runtime: Annotated[
+        Path | None, typer.Option(help="folder of npm's onnxruntime-web, to be put beside the page of --to web")
+    ] = None,
+    push: Annotated[str, typer.Option(help="OWNER/NAME on the Hugging Face Hub to upload the folder to")] = "",
+) -> None:
+    """Write a model as a folder for other programs, with a model card."""
+    if not 0 <= samples <= 64:
+        raise UserError(f"--samples: {shorten(samples)} is not between 0 and 64")
+    from lightdiff.extras.export import export
+
+    typer.echo(export(run, to, out, about, license, samples, runtime, push))

@@ -1,0 +1,62 @@
+"""export: a trained model -> a folder for diffusers, ONNX Runtime, browsers, or whatever reads .safetensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from lightdiff.errors import UserError
+from lightdiff.extras.export.card import check_license, write_card
+from lightdiff.extras.export.folder import ABOUT, about, write_diffusers, write_json, write_plain
+from lightdiff.extras.hub import push as upload
+from lightdiff.pipeline import Pipeline
+from lightdiff.run_folder import ensure_writable
+
+To = Literal["diffusers", "onnx", "safetensors", "web"]
+
+
+def export(
+    run: Path,
+    to: To,
+    out: Path,
+    about_data: str = "",
+    license_: str = "unknown",
+    samples: int = 8,
+    runtime: Path | None = None,
+    push: str = "",
+) -> str:
+    """Write a run's model into a new folder and return that, or the address that it was uploaded to.
+
+    Args:
+        run: The run, or an exported folder.
+        to: The form.
+        out: The folder to write.
+        about_data: What it was trained on, in words, for the model card.
+        license_: The model's licence, as the Hub names it.
+        samples: Images in the model card; 0 for none.
+        runtime: Folder of the npm package onnxruntime-web, whose files are put beside a page.
+        push: owner/name of a repository on the Hugging Face Hub to upload to.
+
+    Raises:
+        UserError: If there is no model, the folder holds something, or a library is missing.
+    """
+    check_license(license_)
+    if runtime is not None and to != "web":
+        raise UserError("--runtime belongs to --to web")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose another folder")
+    write = writer(to, runtime)
+    pipeline = Pipeline.load(run, device="cpu")
+    ensure_writable(out)
+    write(pipeline, out)
+    write_json(out / ABOUT, about(pipeline).model_dump())
+    write_card(pipeline, out, to, run, license_, about_data, samples)
+    return upload(out, push) if push else str(out)
+
+
+def writer(to: To, runtime: Path | None) -> Callable[[Pipeline, Path], None]:
+    """What writes a form; the libraries that it needs are looked for here."""
+    if to == "diffusers":
+        return write_diffusers
+    if to == "safetensors":
+        return write_plain
+    raise UserError(f"--to {to} is not there yet")

@@ -1,0 +1,216 @@
+"""An exported model as a folder: what it is, in lightdiff.json, and its weights as .safetensors; written and read.
+
+Two forms: for diffusers, with `model_index.json` and code of its own where diffusers has none of our networks; and
+plain, with two files of weights.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightdiff import __version__
+from lightdiff.errors import UserError, shorten
+from lightdiff.extras.export.bundle import bundle
+from lightdiff.extras.hub import local_copy
+from lightdiff.extras.import_vae import Weights, of_safetensors, renamed, small_json
+from lightdiff.models.kl import KLVAESettings
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
+from lightdiff.pipeline import Pipeline, cast_weights
+from lightdiff.run_folder import atomic_write, atomic_write_text
+from lightdiff.runtime.processes import pick_device, pick_precision, to_device
+from lightdiff.settings import Architecture, Device, Precision, TrainUNetSettings, VAEArchitecture
+
+ABOUT = "lightdiff.json"
+PLAIN = {"vae": "vae.safetensors", "unet": "unet.safetensors"}
+FOR_DIFFUSERS = {name: f"{name}/diffusion_pytorch_model.safetensors" for name in PLAIN}
+TEMPLATES = Path(__file__).parent / "templates"
+INSIDE = "network."  # what the names of an own network's tensors begin with in a folder of diffusers
+FORMAT = 1
+
+
+class About(BaseModel):
+    """What an exported folder says of its model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    lightdiff: str = __version__
+    vae: dict[str, Any]  # the architecture
+    unet: dict[str, Any]  # what it was trained with, as far as it matters for use
+
+
+def about(pipeline: Pipeline) -> About:
+    """What there is to say of a model; no path, nothing of the machine it was trained on."""
+    s = pipeline.settings
+    known = s.model_dump(mode="json", include={"model", "target", "noise", "latent", "label", "label_dropout"})
+    known["latent"]["labels"] = {s.label: list(s.classes)} if s.label else {}
+    return About(vae=pipeline.vae_settings.model_dump(mode="json"), unet=known)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_weights(path: Path, network: nn.Module, prefix: str = "", names: Mapping[str, str] | None = None) -> None:
+    """Write a network's tensors, with a prefix, or under other names."""
+    tensors = {
+        prefix + (names or {}).get(name, name): tensor.detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    metadata = {"format": "pt"}  # without which diffusers and transformers refuse the file
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def diffusers_names(vae: nn.Module) -> dict[str, str]:
+    """Our names of AutoencoderKL's tensors -> those of diffusers, where they differ."""
+    parts = ("encoder.quant_conv.", "decoder.post_quant_conv.")
+    return {name: name.partition(".")[2] for name in vae.state_dict() if name.startswith(parts)}
+
+
+def write_plain(pipeline: Pipeline, folder: Path) -> None:
+    """Write the weights as two files; those of AutoencoderKL in the names of diffusers, as other programs read them."""
+    names = diffusers_names(pipeline.vae) if isinstance(pipeline.vae_settings, KLVAESettings) else {}
+    write_weights(folder / PLAIN["vae"], pipeline.vae, names=names)
+    write_weights(folder / PLAIN["unet"], pipeline.unet)
+
+
+def write_diffusers(pipeline: Pipeline, folder: Path) -> None:
+    """Write a folder that diffusers loads, with its own classes where it has one for a network."""
+    s, settings = pipeline.settings, pipeline.vae_settings
+    latent = s.latent.model_dump(mode="json", exclude={"labels"})
+    training = {
+        "objective": s.target.objective,
+        "noise": s.noise.model_dump(mode="json"),
+        "latent": latent,
+        "classes": list(s.classes),
+    }
+    unet = {
+        "_class_name": "LightdiffUNet",
+        "architecture": resolved_settings(s.model),
+        "latent_channels": s.latent.channels,
+        "num_classes": len(s.classes),
+        "trained": training,
+    }
+    vae_code = ""
+    if isinstance(settings, KLVAESettings):
+        vae = kl_config(settings, latent, pipeline.resolution)
+        write_weights(folder / FOR_DIFFUSERS["vae"], pipeline.vae, names=diffusers_names(pipeline.vae))
+    else:
+        vae = {"_class_name": "LightdiffVAE", "architecture": resolved_settings(settings)}
+        write_weights(folder / FOR_DIFFUSERS["vae"], pipeline.vae, INSIDE)
+        vae_code = write_code(folder / "vae", "vae", settings.NETWORK)
+    write_weights(folder / FOR_DIFFUSERS["unet"], pipeline.unet, INSIDE)
+    write_json(folder / "vae/config.json", vae)
+    write_json(folder / "unet/config.json", unet)
+    index = {
+        "_class_name": [write_code(folder, "pipeline"), "LightdiffPipeline"],
+        "vae": [vae_code, "LightdiffVAE"] if vae_code else ["diffusers", "AutoencoderKL"],
+        "unet": [write_code(folder / "unet", "unet", s.model.NETWORK), "LightdiffUNet"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def resolved_settings(model: Architecture) -> dict[str, Any]:
+    """What a network is built from, where there is no class of settings."""
+    return model.model_dump(mode="json") | {"factor": model.factor}
+
+
+def write_code(folder: Path, template: str, network: str = "") -> str:
+    """Write a Python file and return its module's name: one of its own, as diffusers keeps those of all folders in one.
+
+    In one process, the code of two models would otherwise be mixed up.
+    """
+    source = bundle(TEMPLATES / f"{template}.py", network)
+    name = f"{template}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    atomic_write_text(folder / f"{name}.py", source)
+    return name
+
+
+def kl_config(s: KLVAESettings, latent: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+    """Settings of AutoencoderKL as diffusers writes them; x0 = (z - mean) / std where a channel has its own."""
+    several = max(len(latent["shift"]), len(latent["scale"])) > 1
+    factors: dict[str, Any] = {"scaling_factor": latent["scale"][0], "shift_factor": latent["shift"][0]}
+    if several:
+        mean, scale = (latent[name] * (s.latent_channels // len(latent[name])) for name in ("shift", "scale"))
+        factors = {"scaling_factor": 1.0, "latents_mean": mean, "latents_std": [1 / value for value in scale]}
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(s.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(s.channels),
+        "block_out_channels": list(s.channels),
+        "layers_per_block": s.blocks,
+        "act_fn": "silu",
+        "latent_channels": s.latent_channels,
+        "norm_num_groups": s.groups,
+        "sample_size": resolution,
+        "mid_block_add_attention": s.mid_attention,
+        "use_quant_conv": s.quant_conv,
+        "use_post_quant_conv": s.post_quant_conv,
+        **factors,
+    }
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def load_exported(place: str, device: Device = "auto", precision: Precision = "fp32") -> Pipeline:
+    """The model of an exported folder, or of one at hf://owner/name.
+
+    Raises:
+        UserError: If it is none, or its weights are not here or do not fit.
+    """
+    folder = local_copy(place)
+    if not (folder / ABOUT).is_file():
+        raise UserError(f"{place} has no {ABOUT}: it was not exported by lightdiff")
+    try:
+        known = About.model_validate(small_json(folder / ABOUT))
+        model, s = VAEArchitecture.model_validate(known.vae), TrainUNetSettings.model_validate(known.unet)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{folder / ABOUT} cannot be read by lightdiff {__version__}: {where}: {first['msg']}"
+        ) from None
+    files = next((f for f in (PLAIN, FOR_DIFFUSERS) if all((folder / part).is_file() for part in f.values())), None)
+    if files is None:
+        raise UserError(f"{folder} holds no weights as .safetensors: those of onnx and web cannot be loaded again")
+    on = pick_device(device)
+    chosen = pick_precision(precision, on)
+    vae = filled(folder / files["vae"], partial(build_vae, model))
+    unet = filled(folder / files["unet"], partial(build_unet, s.model, s.latent.channels, len(s.classes)))
+    for network in (vae, unet):
+        to_device(cast_weights(network, chosen), on)
+    return Pipeline(vae.to(memory_format=torch.channels_last), model, unet, s, on, chosen)
+
+
+def filled(path: Path, build: Any) -> Any:
+    """A network with the weights of a file, ready for use.
+
+    Raises:
+        UserError: If they are not its own.
+    """
+    found: Weights = {n.removeprefix(INSIDE): lazy for n, lazy in renamed(of_safetensors(path)).items()}
+    try:
+        with torch.device("meta"):  # in no memory, whatever sizes it claims
+            expected: dict[str, Tensor] = build().state_dict()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path.parent}: its settings make no network: {shorten(error)}") from None
+    wrong = [n for n in expected if n not in found or found[n].shape != tuple(expected[n].shape)]
+    wrong += [n for n in found if n not in expected]
+    if wrong:
+        raise UserError(f"{path} does not fit its settings: {len(wrong)} tensors differ, {shorten(wrong[0])} first")
+    network = build().requires_grad_(False).eval()
+    network.load_state_dict({name: found[name].read() for name in expected})
+    return network
