@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,11 +24,14 @@ from lightdiff.data.index import read_index
 from lightdiff.data.latents import LatentSet
 from lightdiff.errors import LostContact, UserError
 from lightdiff.extras.toy_faces import draw_dataset
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import DistEnv, first_host, rank
-from lightdiff.runtime.processes import Processes, check_env
+from lightdiff.runtime.processes import Processes, autocast, check_env
 from lightdiff.runtime.stage import translate_errors
-from lightdiff.settings import StageSettings
+from lightdiff.settings import StageSettings, UNetSettings, VAESettings
+from lightdiff.training.loop import wrap_ddp
 from tests.bench import many
 
 HOME = Path(__file__).parent.parent
@@ -225,6 +229,33 @@ def test_alone_nothing_travels():
     assert alone.all_reduce_max(3, 4) == [3, 4]
     assert alone.run_on_main(lambda: 5) == 5
     alone.check_same("anything", 1)
+
+
+@pytest.fixture
+def group_of_one():
+    """Torch's process group with this process alone in it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["vae", "unet"])
+def test_gradients_of_1_x_1_convolutions_lie_as_ddp_wants_them(family, precision, layout):
+    """Else it warns, and a warning is an error here."""
+    if family == "vae":
+        model = build_vae(VAESettings(encoder_width=32, decoder_width=32).resolved(16))
+        inputs = torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 8, 8)
+    else:
+        model = build_unet(UNetSettings(width=32, blocks=1).resolved(8), 4)
+        inputs = torch.zeros(2, 4, 8, 8), torch.zeros(2)
+    network = wrap_ddp(model.to(memory_format=layout))
+    for _ in range(2):
+        with autocast(torch.device("cpu"), precision):
+            out = network(*inputs)
+        (out if family == "unet" else out[0].sum() + torch.cat(out[1]).mean()).mean().backward()
 
 
 def test_torchs_variables_and_slurms():

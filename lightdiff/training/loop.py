@@ -256,7 +256,14 @@ class Trainer:
 
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
+    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent.
+
+    DDP warns of gradients whose strides are not their parameter's, even along sides of 1, where they mean nothing:
+    those of 1 x 1 convolutions come in one layout or the other.
+    """
+    for p in model.parameters():
+        if p.requires_grad and p.shape[2:] == (1, 1):
+            p.register_hook(partial(torch.as_strided, size=p.shape, stride=p.stride()))
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
     options = {"gradient_as_bucket_view": True, "forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
