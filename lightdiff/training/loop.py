@@ -256,12 +256,8 @@ class Trainer:
 
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent.
-
-    DDP warns of gradients whose strides are not their parameter's, even along sides of 1, where they mean nothing:
-    those of 1 x 1 convolutions come in one layout or the other.
-    """
-    for p in model.parameters():
+    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
+    for p in model.parameters():  # DDP warns of other strides, even of sides of 1, where they mean nothing
         if p.requires_grad and p.shape[2:] == (1, 1):
             p.register_hook(partial(torch.as_strided, size=p.shape, stride=p.stride()))
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
