@@ -149,6 +149,22 @@ Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 
+def parse_decays(value: Any) -> Any:
+    """One decay, or several as any list of numbers."""
+    return [value] if isinstance(value, (int, float)) else parse_numbers(value)
+
+
+def some_decays(decays: tuple[float, ...]) -> tuple[float, ...]:
+    """The decays without 0, which stands for no average; refuse one that is there twice."""
+    if len(set(decays)) < len(decays):
+        raise ValueError("each decay only once")
+    return tuple(decay for decay in decays if decay)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Decays = Annotated[tuple[Decay, ...], Field(max_length=8), AfterValidator(some_decays), BeforeValidator(parse_decays)]
+
+
 def stem_and_level(channels: tuple[int, ...]) -> tuple[int, ...]:
     """Refuse a single width."""
     if len(channels) == 1:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightdiff import __version__
 from lightdiff.errors import Damaged, UserError
 from lightdiff.run_folder import atomic_write
+from lightdiff.settings import LoopSettings
 
 FORMAT = 1  # raised when a reader of today could not read a file of tomorrow
 KEY = "lightdiff"  # the one key of the file's metadata
@@ -171,13 +172,28 @@ class Checkpoint:
         """All tensors below a prefix, verified, by their names without it."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
-    def weights(self, ema: bool = True) -> dict[str, Tensor]:
-        """The averaged weights where there are any and they are wanted, else the raw ones."""
+    def weights(self, ema: float | None = None) -> dict[str, Tensor]:
+        """The weights below `weights_prefix`, by their names without it."""
         return self.tensors(self.weights_prefix(ema))
 
-    def weights_prefix(self, ema: bool = True) -> str:
-        """`ema.` or `model.`, whichever `weights` reads."""
-        return "ema." if ema and self.names("ema.") else "model."
+    def weights_prefix(self, ema: float | None = None) -> str:
+        """The prefix of the weights averaged with this decay; 0: the raw ones; None: the first EMA, if there is any.
+
+        Raises:
+            UserError: If they were not averaged with this decay.
+        """
+        if ema is None:
+            return "ema." if self.names("ema.") else "model."
+        decays = self.settings(LoopSettings, "loop").ema_decay if ema else ()
+        prefixes = {0.0: "model."} | dict(zip(decays, ema_prefixes(decays), strict=True))
+        if ema not in prefixes:
+            raise UserError(f"--ema {ema:g}: {self.path} has {', '.join(map(str, prefixes))} (0: the raw weights)")
+        return prefixes[ema]
+
+
+def ema_prefixes(decays: Sequence[float]) -> list[str]:
+    """The prefix of the weights averaged with each decay: `ema.` for the first, `ema-0.99.`, say, for any other."""
+    return [f"ema-{decay}." if i else "ema." for i, decay in enumerate(decays)]
 
 
 def tensor_digest(tensor: Tensor) -> str:

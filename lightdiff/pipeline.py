@@ -7,6 +7,7 @@ x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, check_own
 from lightdiff.data.latents import Scaling, async_copy
 from lightdiff.data.order import item_noise
-from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, denoiser
+from lightdiff.diffusion.objectives import Denoise, Guidance, Latents, Network, denoiser
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError, shorten
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
-from lightdiff.run_folder import VAE_COPY, RunFolder, find_unet, find_vae, named_latents
+from lightdiff.run_folder import VAE_COPY, RunFolder, StageFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
@@ -86,18 +87,24 @@ def default_sampling(settings: TrainUNetSettings) -> SamplingSettings:
 
 
 def guidance_for(
-    settings: TrainUNetSettings, sampling: SamplingSettings, items: Sequence[int], device: torch.device | None = None
+    settings: TrainUNetSettings,
+    sampling: SamplingSettings,
+    items: Sequence[int],
+    device: torch.device | None = None,
+    weak: Network | None = None,
 ) -> Guidance | None:
-    """The class that each item is drawn of, the classes taking turns, and the guidance; None without classes.
+    """The class that each item is drawn of, the classes taking turns, and the guidance; None without either.
 
     Raises:
-        UserError: For a class that the network does not know, or guidance without a class.
+        UserError: For a class that the network does not know, or guidance without a class or a `weak` network.
     """
-    if not sampling.class_ and sampling.guidance == 1:
-        return None
+    first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
+    how = Guidance(None, len(settings.classes), sampling.guidance, first, last, weak)
+    if not sampling.class_ and (weak or sampling.guidance == 1):
+        return how if weak else None
     if not sampling.class_:
         hint = "" if settings.label else "; this U-Net was trained without --label"
-        raise UserError(f"--guidance needs a --class to guide to{hint}")
+        raise UserError(f"--guidance needs a --class to guide to{hint}, or a U-Net to --guide-with")
     known, wanted = ([normalize("NFC", name) for name in names] for names in (settings.classes, sampling.class_))
     for name in wanted:
         if name not in known:
@@ -105,9 +112,7 @@ def guidance_for(
             listed = f"it knows {shorten(', '.join(quoted))}" if known else "it was trained without --label"
             raise UserError(f"--class: this U-Net knows no {shorten(name)}; {listed}")
     turns = [known.index(wanted[i % len(wanted)]) for i in items]
-    first, last = (share * settings.noise.timesteps - 1 for share in sampling.guidance_interval)
-    label = async_copy(torch.tensor(turns), device or torch.device("cpu"))
-    return Guidance(label, len(known), sampling.guidance, first, last)
+    return how._replace(label=async_copy(torch.tensor(turns), device or torch.device("cpu")))
 
 
 def from_noise(denoise: Denoise, level: Level, noise: Latents) -> tuple[Denoise, Latents]:
@@ -125,7 +130,8 @@ class Pipeline:
     settings: TrainUNetSettings  # that the U-Net was trained with
     device: torch.device
     precision: str = "fp32"
-    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # vae and unet, if the networks come from files
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # by name, if the networks come from files
+    weak: nn.Module | None = None  # a worse U-Net, that guidance leads away from
 
     @classmethod
     def load(
@@ -135,9 +141,12 @@ class Pipeline:
         vae: Path | None = None,
         device: Device = "auto",
         precision: Precision = "fp32",
-        ema: bool = True,
+        ema: float | None = None,
+        guide_with: Path | None = None,
     ) -> "Pipeline":
-        """The newest U-Net of a run, with its averaged weights or the raw ones, and the VAE behind its latents.
+        """The newest U-Net of a run, and the VAE behind its latents; `ema` as `Checkpoint.weights_prefix` takes it.
+
+        `guide_with` is a worse U-Net for guidance: `step-N` beside the first, a checkpoint, or a run.
 
         Instead of a run, it may be a U-Net's checkpoint in one, an exported folder, or hf://owner/name.
 
@@ -159,9 +168,11 @@ class Pipeline:
                 "point --vae at the right one, or encode and train again"
             )
         s, chosen = learned.settings(TrainUNetSettings), pick_precision(precision, on)
-        build = partial(build_unet, s.model, s.latent.channels, len(s.classes))
-        network = load_network(build, learned, on, chosen, ema)
-        return cls(*load_vae(behind, on, chosen), network, s, on, chosen, {"unet": learned, "vae": behind})
+        network, opened, weak = load_unet(learned, on, chosen, ema), {"unet": learned, "vae": behind}, None
+        if guide_with is not None:
+            opened["guide"] = find_weak(guide_with, learned)
+            weak = load_unet(opened["guide"], on, chosen)
+        return cls(*load_vae(behind, on, chosen), network, s, on, chosen, opened, weak)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -227,7 +238,7 @@ class Pipeline:
             return async_copy(item_noise(shape, numbers, seed, purpose), self.device)
 
         levels = levels_for(self.settings, how, strength)
-        guidance = guidance_for(self.settings, how, numbers, self.device)
+        guidance = guidance_for(self.settings, how, numbers, self.device, self.weak)
         denoise = denoiser(self.unet, self.settings.target.objective, how.clamp, guidance)
         denoise, x = start(denoise, levels[0], noise_of("start"))
         eta = {"eta": how.eta} if how.sampler in WITH_ETA else {}
@@ -255,10 +266,45 @@ def load_vae(saved: Checkpoint, device: torch.device, precision: str = "fp32") -
     return vae.to(memory_format=torch.channels_last), settings
 
 
+def load_unet(saved: Checkpoint, device: torch.device, precision: str, ema: float | None = None) -> nn.Module:
+    """A U-Net ready for use."""
+    s = saved.settings(TrainUNetSettings)
+    return load_network(partial(build_unet, s.model, s.latent.channels, len(s.classes)), saved, device, precision, ema)
+
+
+def find_weak(named: Path, unet: Checkpoint) -> Checkpoint:
+    """The worse U-Net of a name, for guidance of another one.
+
+    Raises:
+        UserError: If there is none, or they do not predict the same of the same noisy latents.
+    """
+    beside = StageFolder(unet.path.parent.parent)
+    if step := re.fullmatch(r"step-(\d+)", str(named)):
+        path = beside.step(int(step[1]))
+        if not path.is_file():
+            steps = ", ".join(f"step-{beside.step_of(file)}" for file in beside.steps()) or "none"
+            raise UserError(f"--guide-with {named}: {beside.checkpoints} has no such step file; there are: {steps}")
+    else:
+        path = find_unet(named, RunFolder(named), "--guide-with")
+    weak = Checkpoint(path, "unet")
+    s, w = (each.settings(TrainUNetSettings) for each in (unet, weak))
+    differs = {
+        "on latents of another VAE": weak.metadata.lineage.get("vae") != unet.metadata.lineage.get("vae"),
+        "on latents with another shift or scale": (w.latent.shift, w.latent.scale) != (s.latent.shift, s.latent.scale),
+        f"with --objective {w.target.objective}": w.target.objective != s.target.objective,
+        "with another noise schedule": w.noise.resolved(w.target.objective) != s.noise.resolved(s.target.objective),
+        "for other classes": w.classes != s.classes,
+    }
+    for how, wrong in differs.items():
+        if wrong:
+            raise UserError(f"--guide-with: {path} was trained {how} than {unet.path}: guidance needs two of a kind")
+    return weak
+
+
 def load_network(
-    build: Callable[[], N], saved: Checkpoint, device: torch.device, precision: str = "fp32", ema: bool = True
+    build: Callable[[], N], saved: Checkpoint, device: torch.device, precision: str = "fp32", ema: float | None = None
 ) -> N:
-    """A network with a snapshot's weights, averaged ones if there are any and they are wanted, ready for use.
+    """A network with a snapshot's weights, those of `Checkpoint.weights_prefix`, ready for use.
 
     Raises:
         UserError: If they do not fit, or the settings make no network.

@@ -78,10 +78,10 @@ def find_vae(given: Path | None, run: RunFolder) -> Path:
     return _find(given, [folder.best, folder.last], "--vae", folder.path, "lightdiff train-vae")
 
 
-def find_unet(given: Path | None, run: RunFolder) -> Path:
-    """The U-Net's checkpoint: the one given, or the last of a given run, or of this one."""
+def find_unet(given: Path | None, run: RunFolder, flag: str = "--unet") -> Path:
+    """The U-Net's checkpoint: the one given (by this flag), or the last of a given run, or of this one."""
     folder = run.unet if given is None else stage_folder(given, "unet")
-    return _find(given, [folder.last, folder.best], "--unet", folder.path, "lightdiff train-unet")
+    return _find(given, [folder.last, folder.best], flag, folder.path, "lightdiff train-unet")
 
 
 def stage_folder(given: Path, stage: str) -> StageFolder:

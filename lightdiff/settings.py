@@ -32,13 +32,12 @@ from lightdiff.architectures import (
     with_changes,
 )
 from lightdiff.errors import UserError
+from lightdiff.loops import Compile, ComputeSettings, Device, JobSettings, LoopSettings, Precision
 
-__all__ = ["Architecture", "Counts", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
+__all__ = ["Compile", "ComputeSettings", "Device", "JobSettings", "LoopSettings", "Precision"]
+__all__ += ["Architecture", "Counts", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
 __all__ += ["VAEArchitecture", "VAESettings", "Width", "flat", "parse_names", "parse_numbers", "with_changes"]
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16"]
-Compile = Literal["auto", "on", "off"]
 LPIPSNet = Literal["vgg", "alex", "squeeze"]
 Objective = Literal["eps", "x0", "v", "flow"]
 LossWeight = Literal["none", "min-snr"]
@@ -53,11 +52,6 @@ GRID = (8, 4)  # columns and rows of the grids drawn while training
 LINEAR: JsonDict = {"needs": "schedule=linear|scaled-linear"}
 LOGIT_NORMAL: JsonDict = {"needs": "density=logit-normal"}
 MIN_SNR: JsonDict = {"needs": "loss_weight=min-snr"}
-CLASS: JsonDict = {"needs": "class_"}
-LABEL: JsonDict = {"needs": "label"}
-STEPS: JsonDict = {"replaces": "steps"}
-MEMORY: JsonDict = {"panel": "Memory"}
-FOLDERS: JsonDict = {"repeated": "FOLDER"}
 NETWORK: JsonDict = {"prefix": True, "kind": "architecture"}
 ALLOW_MISSING: Any = Field(False, description="resume although more images than --max-bad are gone")
 
@@ -106,10 +100,10 @@ class SamplingSettings(Settings):
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
     class_: Names = Field((), description="classes to sample, the images taking turns; empty: any")
     guidance: float = Field(
-        1.0, ge=0, description="classifier-free guidance: 1 is the class as learned, more makes it more typical"
+        1.0, ge=0, description="guidance to --class or away from --guide-with: 1 is none, more is more typical"
     )
     guidance_interval: Numbers = Field(
-        (0.0, 1.0), json_schema_extra=CLASS, description="share of noise levels to guide at: from, to; 0 is clean"
+        (0.0, 1.0), description="share of noise levels to guide at: from, to; 0 is clean"
     )
     clamp: float = Field(0.0, ge=0, description="limit on |x0| at each step, eps re-derived; 0: none")
     min_alpha_bar: float | None = Field(
@@ -124,6 +118,8 @@ class SamplingSettings(Settings):
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError("--guidance-interval: two numbers from 0 to 1, the smaller one first")
+        if interval != (0, 1) and self.guidance == 1:
+            raise ValueError("--guidance-interval does nothing at --guidance 1")
         if "" in self.class_:  # no class is called that, and it does not mean any
             raise ValueError("--class: a name is empty; to sample any class, leave it out")
         if self.eta and self.sampler not in WITH_ETA:
@@ -139,7 +135,7 @@ class ImageSettings(Settings):
 
     data: tuple[AbsolutePath, ...] = Field(
         (),
-        json_schema_extra=FOLDERS,
+        json_schema_extra={"repeated": "FOLDER"},
         description="folder of images, .zip or .tar file of them, or a pattern: 'shards/*.tar'; can be repeated",
     )
     resolution: Resolution = Field(
@@ -176,65 +172,7 @@ class LatentsSettings(Settings):
         return self
 
 
-# --- loops --------------------------------------------------------------------------------------------------------
-
-
-class ComputeSettings(Settings):
-    """Where and how to compute."""
-
-    device: Device = Field("auto", description="where to compute; auto: the first available of cuda, mps, cpu")
-    precision: Precision = Field("auto", description="fp32, or bf16 autocast; auto: bf16 where it is faster")
-    workers: int = Field(-1, ge=-1, description="worker processes that load images; -1: as the cores allow")
-    compile: Compile = Field("auto", description="torch.compile the network; auto: on a GPU, for long enough runs")
-
-
-class LoopSettings(ComputeSettings):
-    """The training loop. Every interval counts optimizer steps."""
-
-    steps: int = Field(20_000, ge=1, description="optimizer steps")
-    epochs: float = Field(0.0, ge=0, json_schema_extra=STEPS, description="passes over the images; 0: off")
-    batch_size: int = Field(16, ge=1, description="images per optimizer step, over all processes")
-    micro_batch: int = Field(0, ge=0, json_schema_extra=MEMORY, description="images per forward pass; 0: batch-size")
-    checkpoint_activations: bool = Field(
-        False, json_schema_extra=MEMORY, description="recompute activations: a third slower"
-    )
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="Muon, with AdamW for norms, biases and end layers; or AdamW alone"
-    )
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
-    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
-    warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay, decoupled: times lr at each step")
-    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's beta2")
-    clip: float = Field(1.0, ge=0, description="gradient norm to clip at; 0 turns clipping off")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the EMA weights, warmed up; 0 turns them off")
-    val_every: int = Field(1000, ge=0, description="optimizer steps between validations; 0: only at the end")
-    save_every: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest step files to keep")
-    keep_every: int = Field(0, ge=0, description="keep the step files of every this many steps for good; 0: none")
-    skip_nonfinite: int = Field(0, ge=0, description="steps with a non-finite loss or gradient to skip before stopping")
-    log_every: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    seed: int = Field(0, ge=0, description="seed of all random numbers")
-
-    @property
-    def micro(self) -> int:
-        """Images per forward pass, with 0 resolved."""
-        return min(self.micro_batch or self.batch_size, self.batch_size)
-
-    def total_steps(self, train_items: int) -> int:
-        """Optimizer steps of the whole run."""
-        return max(1, round(self.epochs * train_items / self.batch_size)) if self.epochs else self.steps
-
-
-class JobSettings(Settings):
-    """How many processes, and for how long. Not saved: may differ at each start."""
-
-    nproc_per_node: int = Field(1, ge=1, description="processes to start on this machine, usually one per GPU")
-    max_restarts: int = Field(0, ge=0, description="restarts of all processes after one of them dies")
-    timeout: float = Field(600.0, gt=0, description="seconds to wait for a process that does not answer")
-    max_time: float = Field(0.0, ge=0, description="minutes after which to save and exit with code 75; 0: no limit")
-    quiet: bool = Field(False, description="print only results and errors")
-    force_unlock: bool = Field(False, description="take over a run folder that another host has locked")
+# --- the VAE's loss, and stages ---------------------------------------------------------------------------------------
 
 
 class VAELossSettings(Settings):
@@ -246,9 +184,6 @@ class VAELossSettings(Settings):
     lpips_net: LPIPSNet = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     equivariance: float = Field(0.0, ge=0, le=1, description="share of steps that scale and rotate latents and images")
-
-
-# --- stages -------------------------------------------------------------------------------------------------------
 
 
 AnyVAE = SerializeAsAny[VAEArchitecture]  # saved with all fields of the architecture it is of
@@ -343,7 +278,9 @@ class TrainUNetSettings(TrainingSettings):
 
     latents: AbsolutePath | None = Field(None, description="latents: a folder or a run folder; default: this run's")
     label: str = Field("", description="label to condition on; empty: unconditional")
-    label_dropout: float = Field(0.1, ge=0, le=1, json_schema_extra=LABEL, description="label dropout probability")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, json_schema_extra={"needs": "label"}, description="label dropout probability"
+    )
     loop: LoopSettings = Field(LoopSettings(steps=50_000, batch_size=32), title="Training")
     target: ObjectiveSettings = Field(ObjectiveSettings(), title="Objective")
     levels: LevelSettings = Field(LevelSettings(), title="Objective")
@@ -387,10 +324,13 @@ class GenerateSettings(StageSettings):
 
     NO_FLAG: ClassVar = frozenset({"compute.workers"})  # there are no images to load
     # An image says all else of itself
-    NOT_IN_IMAGES: ClassVar = frozenset("run job unet vae out name num_images batch_size compute".split())
+    NOT_IN_IMAGES: ClassVar = frozenset("run job unet vae guide_with out name num_images batch_size compute".split())
 
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
+    guide_with: Path | None = Field(
+        None, description="worse U-Net, for --guidance: step-N beside the other, a checkpoint or a run"
+    )
     num_images: int = Field(16, ge=1, description="number of images")
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
     batch_size: int = Field(32, ge=1, description="images generated at a time by each process")
@@ -399,6 +339,11 @@ class GenerateSettings(StageSettings):
     resolution: SizeOrZero = Field(
         Size(0, 0), description="side of square images in pixels, or height x width; 0: the size trained on"
     )
-    ema: bool = Field(True, description="use the EMA weights, or the raw ones")
+    ema: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of the EMA weights to use; 0: the raw ones; default: the first trained with",
+    )
     sampling: SamplingSettings = Field(SamplingSettings(), title="Sampling")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")

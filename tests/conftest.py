@@ -94,7 +94,7 @@ def training_stage(
     from lightdiff.settings import JobSettings, TrainVAESettings
 
     settings = TrainVAESettings(loop=loop, job=job or JobSettings())
-    metadata = Metadata(stage="vae")
+    metadata = Metadata(stage="vae", settings=settings.to_save())
     cpu = torch.device("cpu")
     return Stage("vae", settings, cpu, Processes(), folder, saved=saved, metadata=metadata, total_steps=total_steps)
 

@@ -174,9 +174,9 @@ def test_names_prefixes_and_weights(tmp_path: Path) -> None:
     tensors = some_tensors()
     assert sorted(file.names()) == sorted(tensors)
     assert sorted(file.names("optimizer.")) == ["optimizer.0.exp_avg", "optimizer.0.step"]
-    assert (file.weights_prefix(), file.weights_prefix(ema=False)) == ("ema.", "model.")
+    assert (file.weights_prefix(), file.weights_prefix(ema=0)) == ("ema.", "model.")
     assert torch.equal(file.weights()["a"], tensors["ema.a"])
-    assert torch.equal(file.weights(ema=False)["b"], tensors["model.b"])
+    assert torch.equal(file.weights(ema=0)["b"], tensors["model.b"])
     save(tmp_path / "b", {"model.a": tensors["model.a"]}, Metadata(stage="vae"))
     assert Checkpoint(tmp_path / "b").weights_prefix() == "model."
     assert list(Checkpoint(tmp_path / "b").weights()) == ["a"]
@@ -432,7 +432,7 @@ def test_tensors_are_verified_when_they_are_read(tmp_path: Path) -> None:
     flip(path, data_range(path, "optimizer.0.exp_avg")[0] + 5, bit=3)
     file = Checkpoint(path, "vae")
     assert torch.equal(file.weights()["a"], some_tensors()["ema.a"])
-    assert torch.equal(file.weights(ema=False)["a"], some_tensors()["model.a"])
+    assert torch.equal(file.weights(ema=0)["a"], some_tensors()["model.a"])
     for read in (
         lambda: file.tensor("optimizer.0.exp_avg"),
         lambda: file.tensors("optimizer."),

@@ -331,7 +331,7 @@ def test_a_walk_between_classes_is_refused(told, cli):
     [
         (["--class", "green"], "this U-Net knows no green; it knows blue, orange"),
         (["--class", "none"], "this U-Net knows no none; it knows blue, orange"),
-        (["--guidance", "2"], "--guidance needs a --class to guide to"),
+        (["--guidance", "2"], "--guidance needs a --class to guide to, or a U-Net to --guide-with"),
         (["--class", "blue", "--guidance-interval", "0.9,0.2"], "--guidance-interval: two numbers from 0 to 1"),
     ],
 )

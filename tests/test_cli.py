@@ -255,7 +255,7 @@ ROUND_TRIPS = [
     ("train-vae", "--model.attention", "on", "--model.encoder-channels", "8,16", "--lpips-weights", "vgg.pth"),
     ("train-vae", "--preset", "original", "--background", "#102030", "--data", "a", "--data", "b"),
     ("scale", "--only-mu", "--normalize", "global", "--latents", "elsewhere"),
-    ("generate", *"--name face --sampler ddim --eta 0.5 --no-ema --out new --num-images 3".split()),
+    ("generate", *"--name face --sampler ddim --eta 0.5 --ema 0 --out new --num-images 3".split()),
     ("demo", "--count", "20", "--seed", "3", "--device", "cpu"),
 ]
 
@@ -344,7 +344,7 @@ def test_restart_forgets_the_saved_run(cli, run):
     ("words", "said"),
     [
         (("train-vae", "--steps", 3, "--epochs", 1), "--epochs replaces --steps: give only one of them"),
-        (("generate", "--guidance-interval", "0,0.5"), "--guidance-interval does nothing without --class"),
+        (("generate", "--guidance-interval", "0,0.5"), "--guidance-interval does nothing at --guidance 1"),
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(cli, tmp_path, words, said):

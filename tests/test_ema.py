@@ -79,8 +79,8 @@ def test_decay_0_is_a_copy() -> None:
 def test_a_trainer_averages_in_a_frozen_copy_of_its_own(tmp_path: Path) -> None:
     model = filled(1.0).train()
     task: Any = SimpleNamespace(model=model)
-    ema = Trainer(task, training_stage(tmp_path, LoopSettings(precision="fp32", compile="off", ema_decay=0.9))).ema
-    assert ema is not None
+    loop = LoopSettings(precision="fp32", compile="off", ema_decay=(0.9,))
+    (ema,) = Trainer(task, training_stage(tmp_path, loop)).emas
     assert ema.decay == 0.9
     assert ema.model.state_dict().keys() == model.state_dict().keys()
     assert not ema.model.training

@@ -232,6 +232,30 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     assert set(read_evaluation(RunFolder(run))) == {"vae"}
 
 
+def test_every_average_is_measured_and_so_is_a_guided_network(run, weights, cli):
+    flags = ["--of", "unet", "--features", weights, "--num-images", 4, "--batch-size", 8, "--workers", 0]
+    flags += ["--device", "cpu", "--run", run]
+    succeed("train-unet", "--run", run, *UNET_FLAGS, "--restart", "--ema-decay", "0.9,0.5")
+    best = succeed("evaluate", *flags, "--compare-ema").err
+    found = json.loads((run / "evaluation/metrics.json").read_text())
+    parts = ["unet --ema 0.9", "unet --ema 0.5", "unet --ema 0.0"]
+    assert set(parts) <= set(found)
+    distances = {name.removeprefix("unet "): found[name]["Frechet distance (made-up)"] for name in parts}
+    lowest = min(distances, key=distances.__getitem__)
+    assert f"lowest Frechet distance (made-up): {distances[lowest]:.4g}, with {lowest}" in best
+    succeed("evaluate", *flags, "--guide-with", "step-2", "--guidance", 3)
+    guided = json.loads((run / "evaluation/metrics.json").read_text())["unet"]
+    assert guided["samples in"].endswith("-3.0")
+    for wrong, message in (
+        (["--compare-ema", "--ema", 0.5], "--compare-ema draws with each: leave out --ema and --samples"),
+        (["--ema", 0.5, "--samples", run], "--ema is for samples to be drawn, not for those of --samples"),
+        (["--ema", 0.7], "has 0.0, 0.9, 0.5 (0: the raw weights)"),
+        (["--guidance", 2], "--guidance does nothing without --guide-with"),
+    ):
+        result = cli("evaluate", *flags, *wrong)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
 def test_another_precision_and_other_images_are_measured_anew(run, weights, tmp_path):
     flags = ["--features", weights, "--num-images", 4, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
     succeed("evaluate", "--run", run, *flags)

@@ -170,7 +170,7 @@ def curve(*points: tuple[int, float], **more: float) -> list[Row]:
     ],
 )
 def test_ema_weights_lag_while_the_loss_falls_fast(decay: float, rows: list[Row], lags: bool) -> None:
-    found = check_ema(LoopSettings(ema_decay=decay), rows)
+    found = check_ema(LoopSettings(ema_decay=(decay,)), rows)
     assert [finding.code for finding in found] == ["ema-lags"] * lags
 
 

@@ -556,7 +556,7 @@ def test_an_imported_unet_computes_what_the_original_did(imported: Path, referen
         eps = unet(reference["unet.z"], reference["unet.t"])
         # atol: float32, other kernels
         torch.testing.assert_close(eps, reference["unet.ema_eps"], rtol=0, atol=1e-5)
-        unet.load_state_dict(saved.weights(ema=False))
+        unet.load_state_dict(saved.weights(ema=0))
         assert float((unet(reference["unet.z"], reference["unet.t"]) - eps).abs().max()) > 1e-3  # the raw ones
 
 
@@ -574,7 +574,7 @@ def test_what_an_original_checkpoint_says_of_itself_is_kept(imported: Path) -> N
         "channels": 4, "height": 8, "width": 8, "shift": (0.0,), "scale": (0.9498,), "only_mu": True, "labels": {},
     }  # fmt: skip
     assert (diffusion.noise.schedule, diffusion.noise.timesteps) == ("cosine", 1000)
-    assert (diffusion.loop.ema_decay, diffusion.loop.batch_size) == (0.999, 64)
+    assert (diffusion.loop.ema_decay, diffusion.loop.batch_size) == ((0.999,), 64)
 
 
 @needs_golden

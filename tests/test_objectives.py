@@ -25,7 +25,7 @@ from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import NOISY, Objective, ScheduleSettings, TrainUNetSettings
+from lightdiff.settings import NOISY, Objective, SamplerName, ScheduleName, ScheduleSettings, TrainUNetSettings
 from lightdiff.stages.train_unet import UNetTask
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -254,6 +254,58 @@ def draw(weight: float, label: int) -> Tensor:
     guidance = Guidance(torch.full((2000,), label), 2, weight)
     denoise = denoiser(TwoClasses(schedule, "v"), "v", 0.0, guidance)
     return SAMPLERS["heun"](denoise, sampling_levels(schedule, 100), normal(2000, 1, 1, 1)).flatten()
+
+
+def gaussian(std: float, schedule: Schedule, objective: Objective) -> Any:
+    """The best network for data N(0, std^2)."""
+    data = GaussianData(0.0, std)
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        level: Any = Level(0, *schedule.at(t.long()))
+        return target(objective, data.x0(x_t, level), data.eps(x_t, level), level.alpha, level.sigma)
+
+    return network
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in NOISY])
+@pytest.mark.parametrize(("schedule", "objective"), [("flow", "flow"), ("cosine", "v")])
+@pytest.mark.parametrize("weight", [0.5, 1.5, 3.0])
+def test_guidance_by_a_worse_network_of_gaussian_data(
+    name: SamplerName, schedule: ScheduleName, objective: Objective, weight: float
+) -> None:
+    """Along the flow of N(0, s^2), log x moves as log std of x_t; a guided flow adds w of one and 1 - w of the other.
+
+    From unit variance, x ends at s^w s_weak^(1 - w) times where it began: narrower than both for w > 1.
+    """
+    table = Schedule.of(ScheduleSettings(schedule=schedule))
+    guidance = Guidance(None, 0, weight, weak=gaussian(0.8, table, objective))
+    denoise = denoiser(gaussian(0.5, table, objective), objective, guidance=guidance)
+    x = normal(100, 1, 1, 1).double()
+    end = SAMPLERS[name](denoise, sampling_levels(table, 500), x)
+    torch.testing.assert_close(end, x * 0.5**weight * 0.8 ** (1 - weight), rtol=0.02, atol=0)
+
+
+def test_guidance_of_weight_1_or_outside_of_its_levels_asks_no_other_network() -> None:
+    table = Schedule.of(ScheduleSettings(schedule="flow"))
+    network, weak, x_t = gaussian(0.5, table, "flow"), Network(), normal(4, 1, 2, 2)
+    level = sampling_levels(table, 2)[1]
+    alone = denoiser(network, "flow")(x_t, level)
+    for guidance in (Guidance(None, 0, 1.0, weak=weak), Guidance(None, 0, 3.0, 0, level.t - 1, weak)):
+        guided = denoiser(network, "flow", guidance=guidance)(x_t, level)
+        assert all(torch.equal(a, b) for a, b in zip(guided, alone, strict=True))
+    assert not weak.asked
+    guided = denoiser(network, "flow", guidance=Guidance(None, 0, 3.0, 0, level.t, weak))(x_t, level)
+    assert not torch.equal(guided[0], alone[0])
+
+
+def test_a_worse_network_is_given_the_class() -> None:
+    schedule = Schedule.of(ScheduleSettings(schedule="cosine"))
+    networks = [TwoClasses(schedule, "v"), TwoClasses(schedule, "v")]
+    label, x_t, level = torch.tensor([0, 1, 2]), normal(3, 1, 2, 2), sampling_levels(schedule, 2)[1]
+    alone = denoiser(networks[0], "v", guidance=Guidance(label, 2))(x_t, level)[0]
+    guided = denoiser(networks[0], "v", guidance=Guidance(label, 2, 3.0, weak=networks[1]))(x_t, level)[0]
+    torch.testing.assert_close(guided, alone)  # two of a kind: nothing to lead away from
+    assert networks[1].batches == [3]
 
 
 def test_samples_of_a_class_are_of_that_class() -> None:

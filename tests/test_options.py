@@ -310,7 +310,7 @@ def test_booleans() -> None:
     assert parsed(TrainUNetSettings, "--model.mid-attention", "on").model.mid_attention is True
     assert parsed(TrainVAESettings, "--no-flip").images.flip is False
     assert parsed(TrainVAESettings, "--flip").images.flip is True
-    assert parsed(GenerateSettings, "--no-ema").ema is False
+    assert parsed(GenerateSettings, "--ema", "0").ema == 0
 
 
 @pytest.mark.parametrize(

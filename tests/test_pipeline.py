@@ -358,7 +358,7 @@ def test_pictures_do_not_depend_on_the_batch(finished, tmp_path):
     "change",
     [
         {"seed": 1},
-        {"ema": False},
+        {"ema": 0.0},
         {"sampler": "ddim"},
         {"sampler": "ddpm"},
         {"clamp": 0.1},
@@ -391,6 +391,51 @@ def test_guidance_that_would_do_nothing_is_refused_in_the_library_too(finished):
         model.sample(1, sampling=SamplingSettings(guidance=2.0))
     with pytest.raises(UserError, match="--class: this U-Net knows no red; it was trained without --label"):
         model.sample(1, sampling=SamplingSettings(guidance=2.0, class_=("red",)))
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_step_file_guides_with_every_sampler(finished, sampler):
+    weak = Path("step-2")
+    plain, model = Pipeline.load(finished), Pipeline.load(finished, guide_with=weak)
+    assert model.digests["guide"] == Checkpoint(RunFolder(finished).unet.step(2)).metadata.digest
+    one, two = (SamplingSettings(sampler=sampler, num_steps=3, guidance=w) for w in (1.0, 2.0))
+    assert torch.equal(model.sample(2, 0, one), plain.sample(2, 0, one))
+    assert not torch.equal(model.sample(2, 0, two), plain.sample(2, 0, one))
+
+
+def test_what_guides_is_told_by_images_and_settings(finished, tmp_path):
+    draw(finished, tmp_path / "a", guide_with=Path("step-2"), guidance=2.0, guidance_interval=(0.1, 0.9))
+    draw(finished, tmp_path / "b", guide_with=RunFolder(finished).unet.step(2), guidance=2.0)
+    about = json.loads((tmp_path / "a/settings.json").read_text())
+    digest = Checkpoint(RunFolder(finished).unet.step(2)).metadata.digest
+    assert (about["guide"], about["settings"]["sampling"]["guidance"]) == (digest, 2.0)
+    assert "guide_with" not in about["settings"]
+    with Image.open(tmp_path / "a/00000.png") as image:
+        assert image.text["guide"] == digest
+    assert not np.array_equal(pixels(tmp_path / "a/00000.png"), pixels(tmp_path / "b/00000.png"))
+    with pytest.raises(UserError, match="choose another --out"):
+        draw(finished, tmp_path / "a", guide_with=Path("step-4"), guidance=2.0, guidance_interval=(0.1, 0.9))
+
+
+def test_guides_that_make_no_sense_are_refused(finished, copy, tmp_path):
+    with pytest.raises(UserError, match=r"--guide-with does nothing at --guidance 1: try 1\.5 or 2"):
+        draw(finished, tmp_path / "out", guide_with=Path("step-2"))
+    with pytest.raises(UserError, match=r"--guide-with step-3: .* has no such step file; there are: step-2, step-4"):
+        draw(finished, tmp_path / "out", guide_with=Path("step-3"), guidance=2.0)
+    with pytest.raises(UserError, match="--guide-with: nowhere does not exist"):
+        draw(finished, tmp_path / "out", guide_with=Path("nowhere"), guidance=2.0)
+    shutil.rmtree(copy / "unet")
+    train_second(copy, target={"objective": "v"}, noise={"schedule": "cosine"})
+    (copy / "unet").rename(tmp_path / "v")
+    scale.run(ScaleSettings(run=copy, scaling_factor=3))
+    train_second(copy)
+    for guide, how in (
+        (tmp_path / "v", "with --objective v than"),
+        (copy, "on latents with another shift or scale than"),
+    ):
+        with pytest.raises(UserError, match=f"--guide-with: .* was trained {how} .*: guidance needs two of a kind"):
+            draw(finished, tmp_path / "out", guide_with=guide, guidance=2.0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):

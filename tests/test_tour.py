@@ -120,7 +120,7 @@ def test_the_short_training_step_is_the_real_one(tmp_path: Path, faces: Path) ->
         task = train_unet.UNetTask(stage, LatentSet(run / "latents"))
         assert stage.start_or_resume(task, {})
         trainer = Trainer(task, stage)
-        assert trainer.ema is not None
+        assert trainer.emas
         unet, loop = copy.deepcopy(task.model), trainer.loop
         batch = next(task.batches(0, 1))
         drawn = task.prepare(batch, generator(stage.device, loop.seed, "unet", "noise", 0))
@@ -129,7 +129,7 @@ def test_the_short_training_step_is_the_real_one(tmp_path: Path, faces: Path) ->
     names = {
         "unet": unet,
         "ema": copy.deepcopy(unet),
-        "decay": trainer.ema.decay_at(1),
+        "decay": trainer.emas[0].decay_at(1),
         "optimizer": torch.optim.AdamW(unet.parameters(), **adamw, weight_decay=loop.weight_decay),
         "x_t": task.schedule.q_sample(drawn["x0"], drawn["eps"], drawn["t"]),
         "torch": torch,
@@ -144,7 +144,7 @@ def test_the_short_training_step_is_the_real_one(tmp_path: Path, faces: Path) ->
             torch.testing.assert_close(mine, theirs)
 
     compare(unet, trainer.model)
-    compare(names["ema"], trainer.ema.model)  # type: ignore[arg-type]
+    compare(names["ema"], trainer.emas[0].model)  # type: ignore[arg-type]
     assert any(not torch.equal(p, q) for p, q in zip(before, unet.parameters(), strict=True))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_in, training_stage
+from pydantic import ValidationError
 from torch import nn
 
 from lightdiff import checkpoint, run_folder
@@ -214,7 +215,7 @@ def test_clipping_limits_the_gradient(tmp_path):
 
 
 def test_it_learns_and_best_is_the_lowest_validation(tmp_path):
-    trainer, stage = fit(tmp_path, steps=300, ema_decay=0.9)
+    trainer, stage = fit(tmp_path, steps=300, ema_decay=(0.9,))
     rows = [row for row in lines(stage.metrics) if "val_loss" in row]
     assert rows[-1]["val_loss"] < 0.05 * rows[0]["val_loss"]
     best = Checkpoint(stage.best).metadata
@@ -225,9 +226,9 @@ def test_it_learns_and_best_is_the_lowest_validation(tmp_path):
 
 
 def test_validation_looks_at_the_averaged_weights(tmp_path):
-    trainer, stage = fit(tmp_path, steps=10, ema_decay=0.9)
+    trainer, stage = fit(tmp_path, steps=10, ema_decay=(0.9,))
     target = trainer.task.target
-    averaged = float((trainer.ema.model.weight.T - target).square().mean())
+    averaged = float((trainer.emas[0].model.weight.T - target).square().mean())
     assert lines(stage.metrics)[-1]["val_loss"] == averaged
     assert averaged != float((trainer.model.weight.T - target).square().mean().detach())
 
@@ -243,9 +244,34 @@ def test_files_and_intervals(tmp_path):
 
 
 def test_no_averaged_weights_when_turned_off(tmp_path):
-    trainer, stage = fit(tmp_path, steps=5, ema_decay=0)
-    assert trainer.ema is None
+    trainer, stage = fit(tmp_path, steps=5, ema_decay=())
+    assert not trainer.emas
     assert not Checkpoint(stage.last).names("ema.")
+
+
+def test_each_of_several_averages_is_what_it_is_alone(tmp_path):
+    several, stage = fit(tmp_path / "several", ema_decay=(0.9, 0.5))
+    saved = Checkpoint(stage.last)
+    assert saved.weights_prefix() == saved.weights_prefix(0.9) == "ema."
+    assert saved.weights_prefix(0.5) == "ema-0.5."
+    assert saved.weights_prefix(0) == "model."
+    for ema in several.emas:
+        _, alone = fit(tmp_path / str(ema.decay), ema_decay=(ema.decay,))
+        wanted = Checkpoint(alone.last).weights()
+        for name, weights in saved.weights(ema.decay).items():
+            assert torch.equal(weights, wanted[name]), (ema.decay, name)
+    with pytest.raises(UserError, match=r"--ema 0.7: .*last.safetensors has 0.0, 0.9, 0.5 \(0: the raw weights\)"):
+        saved.weights_prefix(0.7)
+
+
+def test_decays_are_given_as_one_number_or_as_a_list_and_0_is_none():
+    assert LoopSettings(ema_decay=0.9).ema_decay == LoopSettings(ema_decay="0.9").ema_decay == (0.9,)
+    assert LoopSettings(ema_decay="0.99, 0.9").ema_decay == (0.99, 0.9)
+    for none in (0, 0.0, "0.0", "none", ()):
+        assert LoopSettings(ema_decay=none).ema_decay == ()
+    for wrong in ("0.9,0.9", 1.0, -0.5, "much"):
+        with pytest.raises(ValidationError):
+            LoopSettings(ema_decay=wrong)
 
 
 def at_step(step, do):
@@ -268,15 +294,16 @@ def stopping_at(step):
 
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 10, 13])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
-    fit(tmp_path / "straight", micro_batch=4)
+    averages = (0.9, 0.5, 0.99)
+    fit(tmp_path / "straight", micro_batch=4, ema_decay=averages)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", stopping_at(stop_at))
         with pytest.raises(Stopped, match=f"stopped after step {stop_at} of 20") as stopped:
-            fit(tmp_path / "stopped", micro_batch=4)
+            fit(tmp_path / "stopped", micro_batch=4, ema_decay=averages)
     assert stopped.value.exit_code == 143
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
     assert saved.metadata.step == stop_at
-    fit(tmp_path / "stopped", micro_batch=4, saved=saved)
+    fit(tmp_path / "stopped", micro_batch=4, ema_decay=averages, saved=saved)
     straight, again = StageFolder(tmp_path / "straight"), StageFolder(tmp_path / "stopped")
     assert_same_files(straight.last, again.last)
     assert_same_files(straight.best, again.best)
@@ -492,7 +519,7 @@ def test_best_and_last_of_a_step_are_of_one_digest_that_is_computed_once(tmp_pat
     computed, digest = [], checkpoint.tensor_digest
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "tensor_digest", lambda tensor: computed.append(tensor.shape) or digest(tensor))
-        _, stage = fit(tmp_path, steps=10, save_every=10, ema_decay=0.9)
+        _, stage = fit(tmp_path, steps=10, save_every=10, ema_decay=(0.9,))
     best, last = (Checkpoint(path).verify().metadata for path in (stage.best, stage.last))
     assert best.step == last.step == 10
     weights = {name: found for name, found in last.digests.items() if not name.startswith("optimizer.")}
@@ -1040,9 +1067,9 @@ def test_another_preset_is_refused_on_a_run_that_exists(tmp_path, faces, cli):
 
 
 def test_init_from_starts_at_another_runs_weights(tmp_path, faces):
-    train_vae.run(vae_settings(tmp_path / "first", faces, ema_decay=0))
+    train_vae.run(vae_settings(tmp_path / "first", faces, ema_decay=()))
     more = with_changes(
-        vae_settings(tmp_path / "second", faces, ema_decay=0, steps=1, lr=1e-12), init_from=tmp_path / "first"
+        vae_settings(tmp_path / "second", faces, ema_decay=(), steps=1, lr=1e-12), init_from=tmp_path / "first"
     )
     train_vae.run(more)
     old, new = (

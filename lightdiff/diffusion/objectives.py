@@ -71,13 +71,14 @@ def loss_weight(
 
 
 class Guidance(NamedTuple):
-    """Which classes to draw, and how far to go beyond the prediction with a class."""
+    """Which classes to draw, and how far to go beyond a prediction, away from a worse one."""
 
-    label: Int[Tensor, " b"]
+    label: Int[Tensor, " b"] | None  # None: of a network without classes, or of any class
     no_label: int  # the label of label dropout, which stands for no class
     weight: float = 1.0
     first: float = 0.0  # levels t at which it is applied, both included
     last: float = float("inf")
+    weak: Network | None = None  # a worse network; None: the worse prediction is the same network's, without the class
 
 
 def denoiser(
@@ -86,21 +87,28 @@ def denoiser(
     """Wrap a network for a sampler; one call of it is one call of the network.
 
     With `clamp`, x0_hat is limited to [-clamp, clamp] and eps_hat re-derived, so that the two still add up to x_t. With
-    `guidance`, both halves of classifier-free guidance are one call with twice the batch: with + (weight - 1) (with -
-    without), Ho & Salimans 2022 (arXiv:2207.12598), Eq. 6; outside of its levels, the prediction is that with the class
-    alone (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+    `guidance`, the prediction is better + (weight - 1) (better - worse). Classifier-free guidance, Ho & Salimans 2022
+    (arXiv:2207.12598), Eq. 6: better and worse are with and without the class, in one call with twice the batch.
+    Autoguidance, Karras et al. 2024 (arXiv:2406.02507), Eq. 3: worse is that of a network trained less, or a smaller
+    one, with the same class. Outside of its levels, the prediction is the better one alone (Kynkäänniemi et al. 2024,
+    arXiv:2404.07724).
     """
 
     def predict(x_t: Tensor, level: Level) -> Tensor:
         t = torch.full((len(x_t),), level.t, device=x_t.device, dtype=torch.float32)
         if guidance is None:
             return network(x_t, t)
-        label = guidance.label
+        label, weak = guidance.label, guidance.weak
+        known = () if label is None else (label,)
         if guidance.weight == 1 or not guidance.first <= level.t <= guidance.last:
-            return network(x_t, t, label)
-        labels = torch.cat([label, torch.full_like(label, guidance.no_label)])  # (2b,)
-        conditional, unconditional = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
-        return conditional + (guidance.weight - 1) * (conditional - unconditional)
+            return network(x_t, t, *known)
+        if weak is not None:
+            worse, better = weak(x_t, t, *known), network(x_t, t, *known)
+        else:
+            assert label is not None, "without a class, guidance needs a worse network"
+            labels = torch.cat([label, torch.full_like(label, guidance.no_label)])  # (2b,)
+            better, worse = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+        return better + (guidance.weight - 1) * (better - worse)
 
     def denoise(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         x0, eps = x0_and_eps(objective, x_t, predict(x_t, level), level.alpha, level.sigma)

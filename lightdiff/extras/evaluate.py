@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from lightdiff.extras.tables import print_table
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.pictures import save_grid
-from lightdiff.pipeline import load_vae, usable_levels, vae_behind
+from lightdiff.pipeline import find_weak, load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import Means, Processes, pick_workers
 from lightdiff.runtime.progress import console, print_note
@@ -46,6 +46,7 @@ from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
     GenerateSettings,
     ImageSettings,
+    LoopSettings,
     SamplingSettings,
     TrainUNetSettings,
     VAELossSettings,
@@ -84,11 +85,15 @@ def run(settings: EvaluateSettings) -> Path:
         if settings.of != "unet":
             parts["vae"] = lambda: evaluate_vae(saved, images, files, features, settings, device, ranks)
         if unet:
-            parts["unet"] = lambda: evaluate_unet(unet, vae, images, files, features, settings, home, device, ranks)
+            for name, how in ways_to_draw(unet, settings).items():
+                parts[name] = partial(evaluate_unet, unet, vae, images, files, features, how, home, device, ranks)
+        results: dict[str, Found] = {}
         for name, measure in parts.items():
-            found = measure()
+            results[name] = found = measure()
             ranks.run_on_main(partial(store_results, home / "metrics.json", name, found))
             print_results(name, found)
+        if settings.compare_ema:
+            print_best({name: found for name, found in results.items() if name != "vae"})
         return home / "metrics.json"
 
 
@@ -111,6 +116,23 @@ def images_of(vae: Checkpoint, settings: EvaluateSettings) -> ImageSettings:
     return with_changes(images, labels=None, data=settings.data or images.data)
 
 
+def ways_to_draw(unet: Path, settings: EvaluateSettings) -> dict[str, EvaluateSettings]:
+    """The settings to draw samples with, by part of the results: with each EMA, if they are compared."""
+    if not settings.compare_ema:
+        return {"unet": settings}
+    decays = Checkpoint(unet, "unet").settings(LoopSettings, "loop").ema_decay
+    each = {f"unet --ema {decay}": {"ema": decay, "compare_ema": False} for decay in (*decays, 0.0)}
+    return {name: with_changes(settings, **changes) for name, changes in each.items()}
+
+
+def print_best(results: Mapping[str, Found]) -> None:
+    """Say which samples are nearest to the training images, by the Frechet distance."""
+    measure = next((name for found in results.values() for name in found if name.startswith(("FID", "Frechet"))), "")
+    if measure:
+        best = min(results, key=lambda name: results[name][measure])
+        console.print(f"lowest {measure}: {results[best][measure]:.4g}, with {best.removeprefix('unet ')}")
+
+
 def store_results(path: Path, part: str, found: Found) -> None:
     """Add a part's results to those that other features gave for the same network and images, in one file."""
     everything = read_json(path) if path.is_file() else {}
@@ -123,7 +145,7 @@ def store_results(path: Path, part: str, found: Found) -> None:
 
 def print_results(part: str, found: Found) -> None:
     """Print results as a table."""
-    title = {"vae": "Reconstructions of the VAE", "unet": "Samples of the U-Net"}[part]
+    title = "Reconstructions of the VAE" if part == "vae" else part.replace("unet", "Samples of the U-Net")
     table = Table(title=title, title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -329,13 +351,19 @@ def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) 
     saved = Checkpoint(unet, "unet")
     learnt, precision = saved.settings(TrainUNetSettings), settings.compute.precision
     digests = f"{saved.metadata.digest[:8]}-{Checkpoint(vae, 'vae').metadata.digest[:8]}"
-    out = home / f"samples-{digests}-{settings.num_images}{'' if precision == 'auto' else f'-{precision}'}"
+    weak = find_weak(settings.guide_with, saved) if settings.guide_with else None
+    how = "" if precision == "auto" else f"-{precision}"
+    how += "" if settings.ema is None else f"-ema-{settings.ema}"
+    how += f"-guided-{weak.metadata.digest[:8]}-{settings.guidance}" if weak else ""
+    out = home / f"samples-{digests}-{settings.num_images}{how}"
     chosen: dict[str, Any] = {"run": settings.run, "unet": unet, "vae": vae, "num_images": settings.num_images}
+    chosen |= {"ema": settings.ema, "guide_with": weak.path if weak else None}
     chosen |= {"out": out, "compute": settings.compute, "batch_size": settings.batch_size, "job": settings.job}
     drawing = GenerateSettings.model_validate(chosen)
     steps = min(drawing.sampling.num_steps, max(1, usable_levels(learnt)))
     classes = learnt.classes if not learnt.label_dropout else ()
-    generate.run(with_changes(drawing, sampling=SamplingSettings(num_steps=steps, class_=classes)))
+    sampling = SamplingSettings(num_steps=steps, class_=classes, guidance=settings.guidance)
+    generate.run(with_changes(drawing, sampling=sampling))
     return out
 
 

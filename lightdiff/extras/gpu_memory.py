@@ -105,7 +105,7 @@ def gpu_memory(settings: TrainVAESettings | TrainUNetSettings, precision: str) -
             weights=weights,
             gradients=sum(p.nbytes for p in model.parameters() if p.requires_grad),
             optimizer=optimizer_state_bytes(model, loop),
-            averaged=weights if loop.ema_decay else 0,
+            averaged=weights * len(loop.ema_decay),
             lpips=sum(p.nbytes for p in lpips.parameters()) if lpips else 0,
             copies=2 * one - two,
             image=two - one,

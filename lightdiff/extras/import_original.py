@@ -138,7 +138,7 @@ def import_vae(file: Path, content: dict[str, Any], run: RunFolder, resolution: 
         run=run.path,
         images=ImageSettings(resolution=resolution),
         loss=VAELossSettings(kl_beta=args.get("kl_beta", 1e-3), lpips_gamma=args.get("lpips_gamma", 0.5)),
-        loop=loop_settings(args, ema_decay=0.0),
+        loop=loop_settings(args, ema_decay=()),
         model=model,
     )
     weights = weights_of(file, content["model_state_dict"], partial(build_vae, model))
@@ -168,7 +168,7 @@ def import_unet(file: Path, content: dict[str, Any], run: RunFolder, resolution:
     side = resolution // factor
     settings = TrainUNetSettings(
         run=run.path,
-        loop=loop_settings(args, ema_decay=args.get("decay", 0.999)),
+        loop=loop_settings(args, ema_decay=(args.get("decay", 0.999),)),
         target=ObjectiveSettings(objective="eps", loss_weight="none"),
         levels=LevelSettings(density="uniform", stratified=False),
         noise=ScheduleSettings(
@@ -230,7 +230,7 @@ def check_size(resolution: int, factor: int) -> None:
         raise UserError(f"--resolution: {resolution} is not divisible by {factor}, as these networks need")
 
 
-def loop_settings(args: dict[str, Any], ema_decay: float) -> LoopSettings:
+def loop_settings(args: dict[str, Any], ema_decay: tuple[float, ...]) -> LoopSettings:
     """What the original's arguments say of its loop, in our words."""
     size, accumulated = int(args.get("batch_size", 1)), int(args.get("accum_grad_after_k_steps", 1))
     return LoopSettings(

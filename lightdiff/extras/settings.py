@@ -1,7 +1,7 @@
 """Settings of the extras' commands. Nothing here imports torch, so that `--help` does not either."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -44,6 +44,14 @@ class EvaluateSettings(StageSettings):
         (), json_schema_extra={"repeated": "FOLDER"}, description="folder of images; default: the VAE's training images"
     )
     num_images: int = Field(2000, ge=2, description="number of samples")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="decay of the EMA weights to draw samples with, as generate"
+    )
+    compare_ema: bool = Field(False, description="measure every EMA and the raw weights, and say which is best")
+    guide_with: Path | None = Field(None, description="worse U-Net that --guidance leads away from, as generate")
+    guidance: float = Field(
+        1.0, ge=0, json_schema_extra={"needs": "guide_with"}, description="weight of that guidance; 1 is none"
+    )
     num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
     weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
     features: Path | None = Field(
@@ -55,6 +63,15 @@ class EvaluateSettings(StageSettings):
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
     batch_size: int = Field(50, ge=1, description="images per forward pass")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
+
+    @model_validator(mode="after")
+    def _draws_as_asked(self) -> Self:
+        for name, given in {"ema": self.ema is not None, "guide-with": self.guide_with}.items():
+            if given and self.samples:
+                raise ValueError(f"--{name} is for samples to be drawn, not for those of --samples")
+        if self.compare_ema and (self.samples or self.ema is not None):
+            raise ValueError("--compare-ema draws with each: leave out --ema and --samples")
+        return self
 
 
 class SweepSettings(StageSettings):

@@ -25,7 +25,7 @@ from lightdiff.runtime.compile import PassTime, compile_network, note_recompiled
 from lightdiff.runtime.processes import usable_cores
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import Stage, open_stage
-from lightdiff.settings import GenerateSettings, SamplingSettings, TrainUNetSettings, flat
+from lightdiff.settings import GenerateSettings, SamplingSettings, flat
 
 ADVICE = "choose another --out, or a --name"
 Draw = Callable[[range], Float[Tensor, "b 3 h w"]]
@@ -72,7 +72,7 @@ class Samples:
         """Load the networks."""
         s = self.settings = stage.settings
         self.stage = stage
-        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, s.compute.device, s.compute.precision, s.ema)
+        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, s.compute.device, s.compute.precision, s.ema, s.guide_with)
         stage.processes.check_same("U-Net or VAE", self.pipeline.digests)
         self.size = self.pipeline.latent_size(s.resolution)
         self.paths = [self.path(f"{i:05d}.png") for i in range(s.num_images)]
@@ -98,7 +98,7 @@ class Samples:
             Stopped: If there was no time for all of them.
         """
         s, stage = self.settings, self.stage
-        check(self.pipeline.settings, s.sampling, strength)
+        check(self.pipeline, s.sampling, strength)
         passed = s.num_images * s.sampling.num_steps // stage.processes.world_size  # images through the U-Net
         shape, device = (1, self.pipeline.settings.latent.channels, *self.size), stage.device
         example = torch.zeros(shape, device=device), torch.zeros(1, device=device)
@@ -107,6 +107,8 @@ class Samples:
         mine = stage.processes.strided(stage.processes.run_on_main(lambda: self.missing(about)))
         if compiled := stage.settings.compute.compile == "on":
             compile_network(self.pipeline.unet, device, training=False, graphs=one_pass().launch_bound)
+            if self.pipeline.weak:  # without a graph, which would overwrite what the other one returns
+                compile_network(self.pipeline.weak, device, training=False)
         writers = max(1, min(8, usable_cores() // 2))
         with Reporter("generate", sum(map(len, mine))) as reporter, ThreadPoolExecutor(writers) as pool:
             done, writing, unfinished, graphs = 0, iter([None]), False, 0
@@ -172,17 +174,21 @@ def named(settings: GenerateSettings, name: str) -> str:
     return f"{settings.name}-{name}" if settings.name else name
 
 
-def check(settings: TrainUNetSettings, sampling: SamplingSettings, strength: float) -> None:
-    """Check that a U-Net trained with these settings can do what is asked, before anything is written.
+def check(pipeline: Pipeline, sampling: SamplingSettings, strength: float) -> None:
+    """Check that a pipeline can do what is asked, before anything is written.
 
     Raises:
         UserError: If not.
     """
-    guidance_for(settings, sampling, [0])
+    settings, weak = pipeline.settings, pipeline.weak
+    if weak and sampling.guidance == 1:
+        raise UserError("--guide-with does nothing at --guidance 1: try 1.5 or 2")
+    guidance_for(settings, sampling, [0], weak=weak)
     levels_for(settings, sampling, strength)
     if settings.label_dropout == 1 and sampling.class_:
         console.print("note: this U-Net was trained with --label-dropout 1, so it knows no class from another")
-    if settings.label and not settings.label_dropout and (not sampling.class_ or sampling.guidance != 1):
+    without = not sampling.class_ or (sampling.guidance != 1 and not weak)
+    if settings.label and not settings.label_dropout and without:
         console.print(
             "note: this U-Net was trained with --label-dropout 0: its prediction without a class, which guidance "
             "starts from, it has learned from images without a label, if there were any"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightdiff.checkpoint import Checkpoint, load_weights
+from lightdiff.checkpoint import Checkpoint, ema_prefixes, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import check_disk_space
@@ -71,8 +71,7 @@ class Trainer:
         self.task, self.stage, self.model = task, stage, task.model
         loop: LoopSettings = stage.settings.loop
         self.loop, self.processes = loop, stage.processes
-        copied = copy.deepcopy(self.model).requires_grad_(False).eval() if loop.ema_decay else None
-        self.ema = None if copied is None else EMA(copied, loop.ema_decay)
+        self.emas = [EMA(copy.deepcopy(self.model).requires_grad_(False).eval(), decay) for decay in loop.ema_decay]
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizers = optimizers.make_optimizers(self.model, loop, self.processes)
         self.step, self.images_seen, self.lr, self.best = 0, 0, loop.lr, math.inf
@@ -92,8 +91,8 @@ class Trainer:
 
     @property
     def averaged(self) -> nn.Module:
-        """The averaged network where there is one, else the network itself."""
-        return self.ema.model if self.ema else self.model
+        """The first averaged network where there is one, else the network itself."""
+        return self.emas[0].model if self.emas else self.model
 
     def train_step(self, batch: Any) -> Tensors:
         """One optimizer step; losses of this process's share stay on the device, so that nothing waits for them.
@@ -124,8 +123,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.trained.values(), loop.clip or math.inf)
         self._update(processes.all_true(norm.isfinite() & sums["loss"].isfinite()))
         self.images_seen += loop.batch_size
-        if self.ema:
-            self.ema.update(self.model, self.step)
+        for ema in self.emas:
+            ema.update(self.model, self.step)
         return sums | {"grad_norm": norm / processes.world_size}  # the same in all processes, and sums are summed up
 
     def _update(self, finite: Tensor) -> None:
@@ -159,7 +158,7 @@ class Trainer:
     def snapshot_bytes(self) -> int:
         """Size of a resumable snapshot, about."""
         weights = sum(p.nbytes for p in self.model.parameters())
-        return (2 if self.ema else 1) * weights + optimizers.optimizer_state_bytes(self.model, self.loop)
+        return (1 + len(self.emas)) * weights + optimizers.optimizer_state_bytes(self.model, self.loop)
 
     def check_room(self) -> None:
         """Check that the disk has room for the next save: the new file lies beside the old ones until it is whole."""
@@ -180,8 +179,8 @@ class Trainer:
     def state(self) -> Tensors:
         """All tensors of a resumable snapshot."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.ema:
-            tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
+        for prefix, ema in zip(ema_prefixes(self.loop.ema_decay), self.emas, strict=True):
+            tensors |= {f"{prefix}{name}": value for name, value in ema.model.state_dict().items()}
         return tensors | {f"optimizer.{name}": value for name, value in self.optimizer_state().items()}
 
     def save(self, metrics: dict[str, float], keep_step: bool, validated: bool) -> None:
@@ -228,8 +227,8 @@ class Trainer:
         if not state:
             raise UserError(f"{saved.path} cannot be resumed: it holds no optimizer state; use last or step-*")
         load_weights(self.model, saved, "model.")
-        if self.ema:
-            load_weights(self.ema.model, saved, saved.weights_prefix())
+        for prefix, ema in zip(ema_prefixes(self.loop.ema_decay), self.emas, strict=True):
+            load_weights(ema.model, saved, prefix)
         self.step, self.images_seen = saved.metadata.step, saved.metadata.images_seen
         progress = Progress.of(saved)
         self.best, self.skipped, self.unvalidated = progress.best, progress.skipped, progress.unvalidated

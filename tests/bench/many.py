@@ -43,7 +43,9 @@ CPU = torch.device("cpu")
 
 def loop(**changes):
     base = {"steps": 20, "batch_size": 6, "lr": 1e-3, "warmup_steps": 3, "val_every": 10, "save_every": 10}
-    return LoopSettings(**(base | {"precision": "fp32", "workers": 0, "log_every": 1} | changes))
+    return LoopSettings(
+        **(base | {"precision": "fp32", "workers": 0, "log_every": 1, "ema_decay": (0.999, 0.9)} | changes)
+    )
 
 
 def vae_settings(folder: Path, val_share=0.2, **changes) -> TrainVAESettings:

@@ -113,7 +113,7 @@ ROWS: dict[str, Recipe] = {
         unet="--model.attend-levels none --model.mid-attention off",
         timed=("train-unet",),
     ),
-    "no-ema": Recipe("drawn with the raw weights", generate="--no-ema"),
+    "no-ema": Recipe("drawn with the raw weights", generate="--ema 0"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
     "draws": Recipe("the U-Net learns draws of the posterior, not mu", scale="--no-only-mu"),

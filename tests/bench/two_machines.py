@@ -144,7 +144,7 @@ def hangs(machines: list[Machine]) -> NoReturn:
 
 def difference(a: Path, b: Path) -> float:
     """The largest difference between the weights of two runs."""
-    left, right = (Checkpoint(RunFolder(run).vae.last).weights(ema=False) for run in (a, b))
+    left, right = (Checkpoint(RunFolder(run).vae.last).weights(ema=0) for run in (a, b))
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 

@@ -116,7 +116,7 @@ def check_ema(loop: LoopSettings, rows: list[Row]) -> Iterator[Finding]:
         return
     (step, loss), (earlier_step, earlier_loss) = curve[-1], earlier[-1]
     power = (math.log(earlier_loss) - math.log(loss)) / math.log(step / earlier_step)
-    age = average_age(loop.ema_decay, step)
+    age = average_age(loop.ema_decay[0], step)
     cost = -math.expm1(min(-power * math.log1p(age / step), 700.0))
     if cost > EMA_COST:
         yield Finding(
@@ -127,7 +127,7 @@ def check_ema(loop: LoopSettings, rows: list[Row]) -> Iterator[Finding]:
             f"by {cost:.0%} (it fell from {earlier_loss:.3g} at step {earlier_step:,.0f} to {loss:.3g})",
             usual=f"less than {EMA_COST:.0%}: at the end of a training the loss hardly falls",
             advice=f"lightdiff train-unet {double_length(loop)} continues the training; or try lightdiff generate "
-            "--no-ema",
+            "--ema 0",
         )
 
 
