@@ -1,6 +1,7 @@
 """Checks, each in an environment that is kept: `nox -s tests lint types build docs`."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests", "lint", "types", "build", "docs"]
 
 AT_ONCE = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]  # each test computes in one thread
+ONNXRUNTIME_WEB = "1.30.0"  # as lightdiff/extras/export/web.py has it
 PLATFORMS = ("linux", "win32", "darwin")  # types are checked for all, as tests run on one at a time
 
 
@@ -86,6 +88,22 @@ def saving(session: nox.Session) -> None:
 def two_machines(session: nox.Session) -> None:
     """Train over a network link between two namespaces, and cut it. Needs root and iproute2."""
     measure(session, "tests.bench.two_machines")
+
+
+@nox.session
+def hub(session: nox.Session) -> None:
+    """Test exports and trackers with the libraries that they are for, on top of the tests' environment. 2 minutes."""
+    where = ("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    theirs = session.run(borrowed(session), *where, external=True, silent=True)
+    own = session.run("python", *where, silent=True)
+    (Path(str(own).strip()) / "tests.pth").write_text(str(theirs).strip())
+    session.install("onnx", "onnxscript", "onnxruntime", "wandb", "trackio", "mlflow-skinny", "sqlalchemy", "alembic")
+    browser = Path(session.create_tmp()) / "onnxruntime-web"
+    if shutil.which("npm") and not browser.exists():
+        session.run("npm", "install", "--prefix", str(browser), f"onnxruntime-web@{ONNXRUNTIME_WEB}", external=True)
+    environment = {"PYTHONPATH": ".", "ONNXRUNTIME_WEB": str(browser / "node_modules/onnxruntime-web")}
+    files = [f"tests/test_{name}.py" for name in ("onnx", "web", "trackers")]
+    session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or files), env=environment)
 
 
 @nox.session

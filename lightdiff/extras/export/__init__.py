@@ -1,12 +1,15 @@
 """export: a trained model -> a folder for diffusers, ONNX Runtime, browsers, or whatever reads .safetensors."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from lightdiff.errors import UserError
 from lightdiff.extras.export.card import check_license, write_card
 from lightdiff.extras.export.folder import ABOUT, about, write_diffusers, write_json, write_plain
+from lightdiff.extras.export.onnx_files import check_libraries, write_onnx
+from lightdiff.extras.export.web import write_web
 from lightdiff.extras.hub import push as upload
 from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import ensure_writable
@@ -59,4 +62,5 @@ def writer(to: To, runtime: Path | None) -> Callable[[Pipeline, Path], None]:
         return write_diffusers
     if to == "safetensors":
         return write_plain
-    raise UserError(f"--to {to} is not there yet")
+    check_libraries(to)
+    return write_onnx if to == "onnx" else partial(write_web, runtime=runtime)

@@ -10,6 +10,7 @@ from lightdiff.errors import UserError, shorten
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Pipeline, default_sampling
 from lightdiff.run_folder import RunFolder, atomic_write_text, read_json
+from lightdiff.runtime.progress import shape_words
 
 SAMPLES = "samples.png"
 LICENSE = re.compile(r"[a-z0-9.-]{1,40}")
@@ -57,7 +58,7 @@ def write_card(pipeline: Pipeline, folder: Path, to: str, run: Path, license_: s
     )
     s = pipeline.settings
     shape = f"{s.latent.channels} x {s.latent.height} x {s.latent.width}"
-    text = [head, f"# A latent diffusion model of {pipeline.resolution} px images"]
+    text = [head, f"# A latent diffusion model of {shape_words(pipeline.resolution)} px images"]
     text.append(plain(about) if about else "What it was trained on has not been said.")
     if samples:
         z = pipeline.sample(samples, 0, default_sampling(s))
@@ -65,7 +66,7 @@ def write_card(pipeline: Pipeline, folder: Path, to: str, run: Path, license_: s
         text.append(f"![The first {samples} images of seed 0, none left out]({SAMPLES})")
     text.append("## How to load it\n\n" + loading(to, pipeline))
     rows = {
-        "images": f"{pipeline.resolution} x {pipeline.latent_size()[1] * pipeline.vae_settings.factor} px, RGB",
+        "images": f"{shape_words(pipeline.resolution)} px, RGB",
         "latents": shape,
         "VAE": f"{pipeline.vae_settings.architecture}, {millions(pipeline.vae)} M parameters",
         "U-Net": f"{s.model.architecture}, {millions(pipeline.unet)} M parameters",

@@ -103,7 +103,7 @@ def write_diffusers(pipeline: Pipeline, folder: Path) -> None:
     }
     vae_code = ""
     if isinstance(settings, KLVAESettings):
-        vae = kl_config(settings, latent, pipeline.resolution)
+        vae = kl_config(settings, latent, list(pipeline.resolution))
         write_weights(folder / FOR_DIFFUSERS["vae"], pipeline.vae, names=diffusers_names(pipeline.vae))
     else:
         vae = {"_class_name": "LightdiffVAE", "architecture": resolved_settings(settings)}
@@ -136,7 +136,7 @@ def write_code(folder: Path, template: str, network: str = "") -> str:
     return name
 
 
-def kl_config(s: KLVAESettings, latent: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+def kl_config(s: KLVAESettings, latent: Mapping[str, Any], resolution: list[int]) -> dict[str, Any]:
     """Settings of AutoencoderKL as diffusers writes them; x0 = (z - mean) / std where a channel has its own."""
     several = max(len(latent["shift"]), len(latent["scale"])) > 1
     factors: dict[str, Any] = {"scaling_factor": latent["scale"][0], "shift_factor": latent["shift"][0]}
