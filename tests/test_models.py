@@ -567,7 +567,7 @@ def test_what_an_original_checkpoint_says_of_itself_is_kept(imported: Path) -> N
     unet = Checkpoint(imported / "unet" / "checkpoints" / "last.safetensors", "unet").metadata
     trained = TrainVAESettings.model_validate(vae.settings)
     assert (vae.step, unet.step) == (1234, 999)
-    assert (trained.loss.kl_beta, trained.loss.lpips_gamma, trained.images.resolution) == (1e-3, 0.5, 64)
+    assert (trained.loss.kl_beta, trained.loss.lpips_gamma, trained.images.resolution) == (1e-3, 0.5, (64, 64))
     assert (trained.loop.batch_size, trained.loop.micro, trained.loop.seed) == (64, 16, 42)
     diffusion = TrainUNetSettings.model_validate(unet.settings)
     assert diffusion.latent.model_dump() == {
@@ -581,7 +581,7 @@ def test_what_an_original_checkpoint_says_of_itself_is_kept(imported: Path) -> N
 @pytest.mark.reference
 def test_an_imported_run_draws_images(imported: Path, reference: dict[str, Tensor]) -> None:
     model = Pipeline.load(imported, device="cpu")
-    assert model.resolution == 64
+    assert model.resolution == (64, 64)
     torch.testing.assert_close(model.encode(reference["vae.x"]), reference["vae.mu"], rtol=0, atol=1e-5)
     z = model.sample(2, seed=1, sampling=SamplingSettings(num_steps=3))
     assert z.shape == (2, 4, 8, 8)
