@@ -195,5 +195,5 @@ def test_fetching(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return str(tmp_path / "out")
 
     monkeypatch.setattr("lightdiff.extras.hub.library", lambda: Library)
-    assert Pipeline.load("hf://me/faces", device="cpu").resolution == 16
+    assert Pipeline.load("hf://me/faces", device="cpu").resolution == (16, 16)
     assert asked == [("me/faces", ["*.json", "*.safetensors", "*.md"])]

@@ -604,7 +604,7 @@ def test_more_steps_than_levels_are_refused(finished, tmp_path):
 
 def test_the_library_in_four_calls(finished):
     model = Pipeline.load(finished)
-    assert model.resolution == 32
+    assert model.resolution == (32, 32)
     z = model.sample(3, seed=1, sampling=SamplingSettings(num_steps=3))
     assert z.shape == (3, 4, 8, 8)
     x = model.decode(z)
