@@ -3,16 +3,25 @@
 Nothing here imports torch.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.config import JsonDict
 
-from lightdiff.architectures import Decays, Settings
+from lightdiff.architectures import Decays, Settings, parse_numbers
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+Tracker = Literal["wandb", "trackio", "mlflow"]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(parse_numbers)]
+TRACKERS: Mapping[str, str] = {  # "module:class", imported when it is asked for
+    "tensorboard": "lightdiff.extras.trackers:TensorBoard",
+    "wandb": "lightdiff.extras.trackers:WandB",
+    "trackio": "lightdiff.extras.trackers:Trackio",
+    "mlflow": "lightdiff.extras.trackers:MLflow",
+}
 STEPS: JsonDict = {"replaces": "steps"}
 MEMORY: JsonDict = {"panel": "Memory"}
 
@@ -51,6 +60,7 @@ class LoopSettings(ComputeSettings):
     keep: int = Field(2, ge=1, description="newest step files to keep")
     keep_every: int = Field(0, ge=0, description="keep the step files of every this many steps for good; 0: none")
     skip_nonfinite: int = Field(0, ge=0, description="steps with a non-finite loss or gradient to skip before stopping")
+    track: Trackers = Field((), description="trackers beside TensorBoard: wandb, trackio, mlflow; or several of them")
     log_every: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     seed: int = Field(0, ge=0, description="seed of all random numbers")
 

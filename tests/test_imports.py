@@ -28,6 +28,7 @@ STEPS = [
     ["errors"],
     ["settings_file"],
     ["architectures", "options"],
+    ["loops"],
     ["settings"],
     ["run_folder"],
     ["checkpoint"],

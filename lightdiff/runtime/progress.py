@@ -1,4 +1,4 @@
-"""Progress of a running stage: a live display, metrics.jsonl, TensorBoard where it is installed.
+"""Progress of a running stage: a live display, metrics.jsonl, trackers such as TensorBoard.
 
 Everything here goes to stderr or to files; stdout is kept for results.
 """
@@ -8,15 +8,16 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any
 
@@ -27,9 +28,9 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from lightdiff.errors import printable
+from lightdiff.errors import UserError, printable
+from lightdiff.loops import TRACKERS
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
-from lightdiff.settings import flat
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
@@ -91,6 +92,7 @@ class Reporter:
         start: int = 0,
         metrics: Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        track: Sequence[str] = (),
     ) -> None:
         """Report on `total` steps of something, of which `start` are done; lines beyond `start` are cut off.
 
@@ -99,8 +101,16 @@ class Reporter:
             total: Steps in all.
             start: Steps done before.
             metrics: The metrics.jsonl to write, if this process writes one; TensorBoard's files lie beside it.
-            settings: Settings by which TensorBoard's table of runs can be sorted.
+            settings: Settings by which a tracker's table of runs can be sorted.
+            track: Trackers beside TensorBoard.
+
+        Raises:
+            UserError: If the library of one of them is missing.
         """
+        for name in track:
+            if not find_spec(name):
+                raise UserError(f"--track {name} needs the library {name}: pip install 'lightdiff[{name}]'")
+        self._track = ("tensorboard", *track)
         self.title, self.total, self._metrics = title, total, metrics
         self._printed, self._settings = time.monotonic(), settings or {}
         self._display = Display(title, total, start)
@@ -110,10 +120,19 @@ class Reporter:
                 self._display.remember(trending(row))
 
     @cached_property
-    def _board(self) -> Any:
-        """TensorBoard's writer, from the first line of metrics on; None where there is none."""
-        start = self._display.start
-        return open_tensorboard(self._metrics.parent, start, self._settings) if self._metrics else None
+    def _trackers(self) -> list[Any]:
+        """Where numbers and pictures go from the first line of metrics on, which takes seconds to be opened."""
+        return [tracker for name in self._track if self._metrics and (tracker := self._open_tracker(name))]
+
+    def _open_tracker(self, name: str) -> Any:
+        """One of `TRACKERS`; None where it cannot be opened, or where TensorBoard is not installed."""
+        assert self._metrics is not None
+        try:
+            return resolve_name(TRACKERS[name])(self._metrics.parent, self._display.start, self._settings)
+        except Exception as error:  # of a network, a server, a library
+            if not isinstance(error, ImportError):
+                self.note(f"{name} cannot be opened: {error}; the training goes on without it")
+            return None
 
     def __enter__(self) -> "Reporter":
         if self._live:
@@ -123,8 +142,8 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
-        if self.__dict__.get("_board"):
-            self._on_board(lambda board: board.close())
+        if "_trackers" in self.__dict__:
+            self._tell(lambda tracker: tracker.close())
 
     def advance(
         self, done: int, losses: Mapping[str, float] | None = None, speed: Mapping[str, float] | None = None
@@ -154,7 +173,7 @@ class Reporter:
             return
         append_text(self._metrics, json.dumps(dict(values)) + "\n")
         step = int(values["step"])
-        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        self._tell(lambda tracker: tracker.record(values, step))
 
     def flush(self) -> None:
         """Put all lines of metrics.jsonl on the disk, as a checkpoint follows that relies on them."""
@@ -167,26 +186,22 @@ class Reporter:
         self._display.files["last checkpoint"] = path
 
     def picture(self, path: Path, step: int) -> None:
-        """Show where the last picture is, and the picture in TensorBoard."""
+        """Show where the last picture is, and the picture in trackers."""
         self._display.files["last picture"] = path
-        if self._board is not None:
-            import numpy as np
-            from PIL import Image
+        self._tell(lambda tracker: tracker.picture(path, step))
 
-            picture = np.asarray(Image.open(path))
-            self._on_board(lambda board: board.add_image("samples", picture, step, dataformats="HWC"))
-
-    def _on_board(self, do: Callable[[Any], object]) -> None:
-        """Let TensorBoard's writer do something; where it cannot write, the work goes on without it."""
-        try:
-            if self._board is not None:
-                do(self._board)
-        except OSError as error:
-            self.note(f"TensorBoard's files could not be written: {error.strerror or error}; there are no more of them")
-            self.__dict__["_board"] = None
+    def _tell(self, do: Callable[[Any], object]) -> None:
+        """Let every tracker do something; what one of them cannot do ends it, and nothing else."""
+        for tracker in [*self._trackers]:
+            try:
+                do(tracker)
+            except Exception as error:
+                why = getattr(error, "strerror", None) or error
+                self.note(f"{tracker.name}'s files could not be written: {why}; there are no more of them")
+                self._trackers.remove(tracker)
 
 
-# --- metrics.jsonl and TensorBoard --------------------------------------------------------------------------------
+# --- metrics.jsonl -----------------------------------------------------------------------------------------------
 
 
 def trending(row: Mapping[str, float]) -> dict[str, float]:
@@ -225,31 +240,6 @@ def cut_metrics(path: Path, last_step: int) -> list[Row]:
     if path.is_file():
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def open_tensorboard(folder: Path, start: int, settings: Mapping[str, Any]) -> Any:
-    """A TensorBoard writer that knows the settings, or None where TensorBoard is not installed."""
-    try:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-    except ImportError:
-        return None
-    threading.excepthook = without_traceback_of_writers
-    board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-    plain = {
-        name: json.dumps(value) if not isinstance(value, (int, float, str)) or name.endswith("seed") else value
-        for name, value in flat(settings).items()
-    }
-    for summary in hparams(plain, {"val_loss": math.nan}):  # type: ignore[no-untyped-call]
-        board.file_writer.add_summary(summary)
-    return board
-
-
-def without_traceback_of_writers(failed: threading.ExceptHookArgs) -> None:
-    """Report what ends a thread, but not a full disk in TensorBoard's: the next call of its writer tells of it."""
-    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
-        threading.__excepthook__(failed)
 
 
 # --- the live display ---------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
     metrics_file = folder.metrics if processes.is_main else None
     stage.defer_signals = True
     start = trainer.step - bool(trainer.unvalidated)
-    with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings) as reporter, writer:
+    with Reporter(stage.name, total, start, metrics_file, stage.metadata.settings, loop.track) as reporter, writer:
         writer.on_written = partial(reporter.saved, folder.last)
         if trainer.unvalidated:
             validating = is_validated(loop, trainer.step, total)
