@@ -25,7 +25,7 @@ LIGHT_EXTRAS = ["lightdiff.extras.settings", "lightdiff.extras.commands"]
 LIGHT += LIGHT_EXTRAS
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
-    ["errors"],
+    ["errors", "shapes"],
     ["settings_file"],
     ["architectures", "options"],
     ["loops"],
@@ -162,3 +162,37 @@ def test_light_modules_load_no_torch(modules: list[str]) -> None:
         [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+ALONE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torchvision", "typer", "rich", "lpips", "PIL", "jaxtyping", "filelock"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from safetensors.torch import load_file, save_file
+import lightdiff.models.kl, lightdiff.models.original, lightdiff.extras.taesd
+from lightdiff.models.unet import build_unet
+from lightdiff.models.vae import build_vae
+from lightdiff.architectures import UNetArchitecture, VAEArchitecture
+
+z, t = torch.zeros(1, 4, 8, 8), torch.zeros(1)
+unet = build_unet(UNetArchitecture.model_validate({"width": 32, "blocks": 1}).resolved(8), 4)
+save_file(unet.state_dict(), sys.argv[1])
+unet.load_state_dict(load_file(sys.argv[1]))
+assert unet(z, t).shape == z.shape
+vae = build_vae(VAEArchitecture.model_validate({"architecture": "kl", "channels": [32, 32]}).resolved(16))
+assert vae.decoder(z).shape == (1, 3, 16, 16)
+assert not {name for name in sys.modules if name.startswith("lightdiff.") and "stages" in name}
+"""
+
+
+def test_networks_need_only_torch_safetensors_and_pydantic(tmp_path: Path) -> None:
+    """Of all that lightdiff depends on; safetensors itself needs numpy to save tensors of torch."""
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "unet.safetensors")]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,13 +3,13 @@
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from lightdiff.models.layers import at_least_float32
 from lightdiff.models.vae import VAE, Posterior
 from lightdiff.settings import Counts, VAEArchitecture, Width
+from lightdiff.shapes import Float
 
 LOGVAR = -30.0  # its latents are no distribution
 

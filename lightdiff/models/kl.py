@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from lightdiff.models.layers import GroupNorm, at_least_float32, attend
 from lightdiff.models.vae import VAE, Posterior
 from lightdiff.settings import VAEArchitecture, Width, parse_numbers
+from lightdiff.shapes import Float
 
 Channels = Annotated[tuple[Width, ...], Field(min_length=1, max_length=10), BeforeValidator(parse_numbers)]
 LOGVAR_BOUNDS = (-30.0, 20.0)

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Real
 from torch import Tensor, nn
+
+from lightdiff.shapes import Float, Real
 
 Norm = Callable[[int], nn.Module]  # width -> its normalisation layer
 Time = Float[Tensor, "b t"]  # the time embedding

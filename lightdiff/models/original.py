@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from lightdiff.models.layers import GroupNorm, Time, at_least_float32, group_norm, level_plan
 from lightdiff.models.vae import OUTPUTS, VAE, Posterior, soft_bound
 from lightdiff.settings import Counts, UNetArchitecture, VAEArchitecture, Width, parse_numbers
+from lightdiff.shapes import Float, Int, Real
 
 Channels = Annotated[tuple[Width, ...], Field(min_length=2, max_length=10), BeforeValidator(parse_numbers)]
 LOGVAR_BOUNDS = (-30.0, 20.0)

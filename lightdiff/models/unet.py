@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from lightdiff.models.layers import (
@@ -20,6 +19,7 @@ from lightdiff.models.layers import (
     group_norm,
 )
 from lightdiff.settings import UNetArchitecture, UNetSettings
+from lightdiff.shapes import Float, Int, Real
 
 
 class UNetBlock(nn.Module):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightdiff.models.layers import (
@@ -22,6 +21,7 @@ from lightdiff.models.layers import (
     level_plan,
 )
 from lightdiff.settings import VAEArchitecture, VAESettings
+from lightdiff.shapes import Float
 
 NORMS: dict[str, Norm] = {"pixel": PixelNorm, "group": group_norm}
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
