@@ -3,27 +3,46 @@
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import UNET_FLAGS, call, succeed
+from PIL import Image
 
-from lightdiff.checkpoint import Metadata
+from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff.data.files import list_images
+from lightdiff.data.images import to_float
 from lightdiff.data.index import read_index
+from lightdiff.data.latents import LatentSet
 from lightdiff.extras import report
-from lightdiff.extras.evidence import seconds_an_image
+from lightdiff.extras.evidence import held_out, load_images, seconds_an_image
+from lightdiff.extras.report import measure
 from lightdiff.extras.report.collect import Curve, RunFacts, Training, read_curves, read_grids, thin_out
-from lightdiff.extras.report.measure import encode_picture, samples
-from lightdiff.extras.report.page import HERE, differences, metrics_table
+from lightdiff.extras.report.measure import Reconstructions, encode_picture, loss_spread, reconstructions, samples
+from lightdiff.extras.report.numbers import (
+    BY_LEVEL,
+    BY_MEAN,
+    BY_VAE,
+    PSNR,
+    cards,
+    differences,
+    metrics_table,
+    numbers_of,
+)
+from lightdiff.extras.report.page import HERE
 from lightdiff.extras.settings_rows import Row
+from lightdiff.losses import psnr
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Pipeline
-from lightdiff.run_folder import StageFolder
+from lightdiff.run_folder import RunFolder, StageFolder
+from lightdiff.runtime.progress import console
+from lightdiff.settings import ImageSettings
 
-pytest.importorskip("plotly")
 STYLE = (HERE / "page.css").read_text()
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -82,15 +101,6 @@ def comparison(two_runs, tmp_path_factory):
     return Page(out)
 
 
-def test_without_the_extra_it_fails_before_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "NEEDED", ("plotly", "no_such_package"))
-    result = call("report", tmp_path)
-    assert (result.code, result.err.partition(" (")[0]) == (
-        2,
-        "error: report needs plotly and no_such_package: python -m pip install plotly no_such_package",
-    )
-
-
 # --- what is collected ----------------------------------------------------------------------------------------------
 
 
@@ -99,6 +109,19 @@ def test_curves_come_from_whole_lines(tmp_path):
     assert read_curves(folder) == {}
     folder.metrics.write_text('{"step": 1, "loss": 4}\n{"step": 2, "loss": NaN, "val_loss": 5}\n{"step": 3, "lo')
     assert read_curves(folder) == {"loss": Curve([1], [4]), "val_loss": Curve([2], [5])}
+
+
+def test_curves_know_the_minutes_of_training_without_pauses(tmp_path):
+    """A line a minute, and a night between two of them, which counts as at most twenty lines."""
+    times = [0, 60, 120, 180, 180 + 36_000, 240 + 36_000]
+    folder = StageFolder(tmp_path)
+    rows = [json.dumps({"step": step, "loss": 1.0, "time": 1e9 + time}) for step, time in enumerate(times)]
+    folder.metrics.write_text("\n".join(rows))
+    assert read_curves(folder)["loss"].minutes == [0, 1, 2, 3, 23, 24]
+    folder.metrics.write_text('{"step": 1, "loss": 1, "time": -1e308}\n{"step": 2, "loss": 1, "time": 1e308}')
+    assert read_curves(folder)["loss"].minutes == []
+    folder.metrics.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1, "time": 1}')
+    assert read_curves(folder)["loss"].minutes == []
 
 
 def test_long_curves_are_thinned_to_means():
@@ -135,7 +158,7 @@ def test_the_page_needs_nothing_from_elsewhere(page):
 
 
 def test_pictures_have_a_text_alternative(page):
-    pictures = page.all("img")
+    pictures = [picture for picture in page.all("img") if picture["src"] != "data:,"]  # the one that shows others
     assert len(pictures) >= 5  # reconstructions twice, samples through time, trajectory, samples, neighbours
     assert all(len(picture["alt"]) > 10 for picture in pictures)
 
@@ -237,7 +260,66 @@ def test_losses_stand_beside_what_the_noise_level_alone_tells():
     metadata = Metadata(stage="unet", settings=settings, metrics={"val_loss": 0.6, "val_loss_band_1": 1.413})
     vae = Metadata(stage="vae", metrics={"val_loss": 0.6})
     run = RunFacts(Path("run"), vae=Training(vae, 1, [], {}, []), unet=Training(metadata, 1, [], {}, []))
-    assert [row["values"] for row in metrics_table([run])] == [["0.6"], ["0.6 (1.571)"], ["1.413 (1.288)"]]
+    numbers = [row["values"][0] for row in metrics_table([run])]
+    assert [str(number) for number in numbers] == ["0.6", "0.6", "1.413"]
+    assert [number.scale for number in numbers] == ["", f"1.571 {BY_LEVEL}", f"1.288 {BY_LEVEL}"]
+
+
+def test_numbers_have_errors_and_the_floor_of_the_vae():
+    """A mean over n images has 1/sqrt(n) of the spread of one; of few images, distances say nothing."""
+    metadata = Metadata(stage="vae", metrics={"val_psnr": 27.0})
+    few = "a Frechet distance of 9 images and 768 features says nothing; 7,680 are enough"
+    evaluation = {
+        "vae": {"rFID": 2.5},
+        "unet": {"FID": 9.0, "FID +-": 0.5, "KID": 0.0123, "KID +-": 0.00045, "caution": few},
+    }
+    picture = encode_picture(Image.new("RGB", (1, 1)), "one")
+    quality = Reconstructions(picture, None, [26.0, 27.0, 28.0], 12.0)
+    index = SimpleNamespace(positions=lambda split: range(100), statistics=None)
+    run = RunFacts(
+        Path("run"), Training(metadata, 1, [], {}, []), index=index, evaluation=evaluation, reconstructions=quality
+    )
+    found = numbers_of(run)
+    assert (str(found[PSNR]), found[PSNR].scale) == ("27.00 ± 0.10", f"12 {BY_MEAN}")
+    fid, kid = (found[f"U-Net, evaluated: {name}"] for name in ("FID", "KID"))
+    assert (str(fid), fid.scale, str(kid)) == ("-", few, "0.01230 ± 0.00045")
+    assert cards(run)[2].title == "Samples, KID"
+    evaluation["unet"].pop("caution")
+    fid = numbers_of(run)["U-Net, evaluated: FID"]
+    assert (str(fid), fid.scale) == ("9.00 ± 0.50", f"2.5 {BY_VAE}")
+    assert [card.value for card in cards(run)] == ["27.00 ± 0.10 dB", "-", "9.00 ± 0.50", "-"]
+
+
+def test_means_over_few_held_out_images_are_refused():
+    metadata = Metadata(stage="vae", metrics={"val_psnr": 27.0})
+    for count, shown in ((9, "-"), (10, "27 dB")):
+        index = SimpleNamespace(positions=lambda split, count=count: range(count), statistics=None)
+        card = cards(RunFacts(Path("run"), Training(metadata, 1, [], {}, []), index=index))[0]
+        assert card.value == shown
+    assert "mean of 10 held-out images" in card.scale
+
+
+def test_the_worst_reconstructions_are_those_of_least_psnr(run):
+    found = reconstructions(RunFolder(run).vae, torch.device("cpu"))
+    assert found.worst is None  # five are held out, and all are shown
+    with patch.object(measure, "SHOWN", 2):
+        found = reconstructions(RunFolder(run).vae, torch.device("cpu"))
+    worst = ", ".join(f"{value:.1f}" for value in sorted(found.psnr)[:2])
+    assert f"PSNR {worst} dB" in found.worst.alt
+    images = Checkpoint(run / "vae/checkpoints/best.safetensors", "vae").settings(ImageSettings, "images")
+    x = torch.stack(load_images(held_out(list_images(images, console)), images))
+    mean = to_float(x).mean(0, keepdim=True)
+    assert found.baseline == pytest.approx(float(psnr(to_float(x), mean.expand(len(x), -1, -1, -1)).mean()), abs=1e-4)
+
+
+def test_the_spread_of_the_losses_of_images(run):
+    """A network that returns 0, asked for -x0 as there is no noise: an image's loss is the mean of its x0^2."""
+    pipeline, latents = Pipeline.load(run, device="cpu"), LatentSet(run / "latents")
+    pipeline.unet = lambda x_t, t: torch.zeros_like(x_t)
+    with patch.object(measure, "item_noise", lambda shape, items, seed, purpose: torch.zeros(len(items), *shape)):
+        found = loss_spread(pipeline, run / "latents")
+    x0 = pipeline.scaling.to_x0(latents.gather(latents.val)[0])
+    assert found == pytest.approx(float(x0.square().mean((1, 2, 3)).std()))
 
 
 def test_settings_of_a_stage_that_only_one_run_has_do_not_differ():
@@ -273,8 +355,6 @@ def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
     shutil.rmtree(run / "latents")
     shutil.rmtree(run / "unet")
     assert path.is_file()
-    from lightdiff.checkpoint import Checkpoint
-
     data = Path(Checkpoint(run / "vae/checkpoints/best.safetensors").metadata.settings["images"]["data"][0])
     moved = data.with_name("elsewhere")
     data.rename(moved)
@@ -284,7 +364,7 @@ def test_a_run_whose_images_are_gone_still_has_a_report(run, tmp_path):
         moved.rename(data)
     words = Page(run / "report.html").words
     assert f"the images are no longer where they were: {data}" in words
-    assert "reconstruction, difference" not in words
+    assert "The worst reconstructions" not in words
 
 
 @pytest.mark.parametrize("stage", ["vae", "unet"])
@@ -338,8 +418,6 @@ def test_an_error_in_a_part_does_not_end_the_report(run):
 
 
 def test_pictures_too_large_for_webp_are_shown_all_the_same():
-    from PIL import Image
-
     assert encode_picture(Image.new("RGB", (2, 16_384)), "tall").src.startswith("data:image/png;base64,")
     assert encode_picture(Image.new("RGB", (2, 16_383)), "less tall").src.startswith("data:image/webp;base64,")
 
@@ -374,7 +452,8 @@ def luminance(colour: str) -> float:
 def test_text_and_lines_stand_out_from_the_paper(scheme):
     block = re.findall(r":root \{(.*?)\}", STYLE, re.S)[scheme]
     colours = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
-    lines = re.search(r"--colours: (.*?);", block)[1].split(", ")
+    lines = [colour for name, colour in colours.items() if name.startswith("colour-")]
+    assert len(lines) == 6
 
     def contrast(a: str, b: str) -> float:
         high, low = sorted((luminance(a), luminance(b)), reverse=True)
@@ -382,10 +461,71 @@ def test_text_and_lines_stand_out_from_the_paper(scheme):
 
     for name in ("ink", "quiet", "accent"):
         assert contrast(colours[name], colours["paper"]) >= 4.5, name
+        assert contrast(colours[name], colours["card"]) >= 4.5, name
     for name in ("ink", "quiet", "warn"):
         assert contrast(colours[name], colours["warn-paper"]) >= 4.5, name
     for colour in lines:
         assert contrast(colour, colours["paper"]) >= 3, colour
+
+
+def check_choices(view, charts):
+    """Smoothing, axes, what is pointed at, and pictures in large."""
+    loss = next(c for c in charts if c["title"] == "U-Net: Loss")
+    other = next(c for c in charts if c["title"] == "U-Net: Gradient norm")
+    home, beside = (view.locator(f"#{c['id']}") for c in (loss, other))
+
+    def state():
+        return home.locator(".plot").inner_html()
+
+    plain = state()
+    home.locator(".log").click()
+    assert state() != plain
+    home.locator(".log").click()
+    assert state() == plain
+    view.locator("[name=axis]").first.select_option("time")
+    assert home.locator(".axis").inner_text() == "minutes"
+    view.locator("[name=axis]").first.select_option("step")
+    first = loss["series"][0]
+    home.locator("svg").first.focus()
+    for _ in range(60):
+        view.keyboard.press("ArrowLeft")
+    for place in (home, beside):
+        assert place.locator(".where").inner_text() == f"at {first['x'][0]}"
+        assert place.locator(".cursor").get_attribute("visibility") == "visible"
+    assert f"{first['y'][0]:.4g}" in home.locator(".legend").inner_text()
+    home.locator(".large").click()
+    assert home.locator("svg").first.bounding_box()["width"] > 300
+    assert not view.locator("#large").is_visible()
+    view.locator(".picture").first.click()
+    assert view.locator("#large").is_visible()
+    view.keyboard.press("Escape")
+    assert not view.locator("#large").is_visible()
+
+
+def check_sorting(view):
+    """By a setting, upwards and then downwards."""
+    rows = view.locator(".sortable tbody tr")
+    column = view.locator(".sortable thead th").all_inner_texts().index("U-Net: lr")
+    seen = []
+    for _ in range(2):
+        view.locator(".sortable thead button").nth(column).click()
+        values = [rows.nth(i).locator("th, td").nth(column).inner_text() for i in range(rows.count())]
+        seen.append([float(value) for value in values])
+    assert seen[0] == sorted(seen[0])
+    assert seen[1] == seen[0][::-1] != seen[0]
+
+
+def test_smoothing_is_an_average_without_bias(page):
+    """Of values that are all the same it changes nothing; the first of others is itself."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("needs node")
+    script = (
+        HERE / "charts.js"
+    ).read_text() + ";console.log(JSON.stringify([smoothed([3,3,3],.9),smoothed([1,2],.5)]))"
+    found = json.loads(subprocess.run([node, "-e", script], capture_output=True, text=True, check=True).stdout)
+    assert found[0] == pytest.approx([3, 3, 3])
+    assert found[1] == pytest.approx([1, (0.25 * 1 + 0.5 * 2) / 0.75])
 
 
 @pytest.mark.slow
@@ -406,28 +546,32 @@ def test_in_a_browser(which, phone, page, comparison, tmp_path):
         view.on("pageerror", lambda error: said.append(str(error)))
         view.goto(path.as_uri())
         charts = {"one": page, "two": comparison}[which].data["charts"]
-        assert view.locator(".plot .main-svg .scatterlayer .trace").count() == sum(len(c["series"]) for c in charts)
+        assert view.locator(".plot .series").count() == sum(len(c["series"]) for c in charts)
         assert view.evaluate("document.documentElement.scrollWidth") <= size["width"]
-        sliders = view.locator("input[type=range]")
+        sliders = view.locator(".slider input")
         sliders_of = {"one": page, "two": comparison}[which].data["sliders"]
         assert sliders.count() == 3
         for i in range(3):
             home = view.locator(f"#slider-{i}")
+            slider = home.locator("input")
             last = [column["frames"][column["at"][-1]]["label"] for column in sliders_of[i]["columns"]]
             where = home.locator("output").inner_text()
             assert all(label in where for label in last)
-            assert sliders.nth(i).get_attribute("aria-valuetext") == where  # before it is moved
+            assert slider.get_attribute("aria-valuetext") == where  # before it is moved
             seen, alts = set(), set()
-            sliders.nth(i).focus()
+            slider.focus()
             view.keyboard.press("Home")
-            frames = min(3, int(sliders.nth(i).get_attribute("max")) + 1)
+            frames = min(3, int(slider.get_attribute("max")) + 1)
             for _ in range(frames):
                 seen.add(home.locator("img").last.get_attribute("src"))
                 alts.add(home.locator("img").last.get_attribute("alt"))
                 where = home.locator("output").inner_text()
-                assert sliders.nth(i).get_attribute("aria-valuetext") == where
+                assert slider.get_attribute("aria-valuetext") == where
                 view.keyboard.press("ArrowRight")
             assert len(seen) == len(alts) == frames >= 2
+        check_choices(view, charts)
+        if which == "two":
+            check_sorting(view)
         browser.close()
     assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
     assert said == []

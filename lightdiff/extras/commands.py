@@ -91,11 +91,23 @@ def report(
         Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
     ] = None,
     device: Annotated[Device, typer.Option(help="where to compute the pictures")] = "auto",
+    live: Annotated[
+        bool, typer.Option("--live", help="serve it on this machine instead, renewed while training")
+    ] = False,
+    port: Annotated[int, number(int, "port", "of --live; 0: any that is free")] = 8033,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side."""
-    from lightdiff.extras.report import report as write
+    if not live:
+        from lightdiff.extras.report import report as write
 
-    typer.echo(write(runs, out, device))
+        return typer.echo(write(runs, out, device))
+    if out:
+        raise UserError("--out: a live page is not written; leave it out, or leave out --live")
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port: {shorten(port)} is not between 0 and {(1 << 16) - 1}")
+    from lightdiff.extras.report.live import serve
+
+    serve(runs, port)
 
 
 def presets(

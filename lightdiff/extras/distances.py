@@ -15,6 +15,7 @@ NEIGHBOURS = 4
 CLOSE = 0.01  # a sample is a copy if it lies nearer to a training image than all but this share of held-out images do
 ENOUGH = 10  # images for each feature, from which on the covariance is known well enough
 CAUTION = "caution"  # in results of `evaluate`
+SAYS_NOTHING = "says nothing"  # in its text: about a distance that is none
 MIN_IMAGES = 4  # in a set: precision and recall use three neighbours
 
 Found = dict[str, Any]
@@ -48,7 +49,7 @@ def caution(width: int, *counts: int) -> Found:
     count, enough = min(counts), ENOUGH * width
     if count >= enough:
         return {}
-    what = "says nothing" if count <= width else "is too high: compare it only with one of as many images"
+    what = SAYS_NOTHING if count <= width else "is too high: compare it only with one of as many images"
     return {CAUTION: f"a Frechet distance of {count:,} images and {width:,} features {what}; {enough:,} are enough"}
 
 

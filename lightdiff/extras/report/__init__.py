@@ -1,10 +1,8 @@
 """report: one self-contained HTML page about a run, or about several side by side."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from lightdiff.errors import UserError
-from lightdiff.extras import not_installed
 from lightdiff.extras.report.collect import RunFacts, collect
 from lightdiff.extras.report.page import MARK, render
 from lightdiff.run_folder import RunFolder, atomic_write_text, open_regular, remove_abandoned
@@ -12,22 +10,18 @@ from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import Device
 
-NEEDED = ("plotly", "jinja2")  # the extra `report`
-
 
 def report(runs: list[Path], out: Path | None, device: Device = "auto") -> Path:
     """Write the page and return its path: RUN/report.html, or ./report.html for several runs.
 
     Raises:
-        UserError: If the extra is not installed, a run is empty, or the path is taken by something else.
+        UserError: If a run is empty, or the path is taken by something else.
     """
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if target.is_dir():
         raise UserError(f"--out: {target} is a folder; name a file")
     if target.exists() and not is_report(target):
         raise UserError(f"--out: {target} is no report of lightdiff and is not overwritten: choose another name")
-    if not all(map(find_spec, NEEDED)):
-        raise not_installed("report", *NEEDED)
     where = pick_device(device)
     found: list[RunFacts] = []
     for run in runs:

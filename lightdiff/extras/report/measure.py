@@ -1,29 +1,39 @@
-"""Pictures that a report draws: reconstructions with their errors, sampling trajectories, nearest neighbours."""
+"""What a report measures and draws with the networks: reconstructions, samples, their way out of noise, neighbours."""
 
 import base64
 import io
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from statistics import stdev
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
+from lightdiff.data.order import item_noise, key
+from lightdiff.diffusion.objectives import target
+from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.evidence import held_out, load_images
 from lightdiff.extras.latent_facts import evenly
 from lightdiff.extras.trajectory import TrajectoryStep, trajectory
+from lightdiff.losses import psnr
 from lightdiff.pictures import grid, opened
 from lightdiff.pipeline import Pipeline, default_sampling, load_vae
 from lightdiff.run_folder import StageFolder
 from lightdiff.runtime.progress import console
-from lightdiff.settings import ImageSettings
+from lightdiff.settings import ImageSettings, with_changes
+from lightdiff.stages.train_unet import BANDS
 
 SHOWN = 8  # images in a row
+MEASURED = 64  # held-out images
+MAX_CLASSES = 12  # shown
 ERROR_GAIN = 4  # factor by which differences are amplified
 SEED = 0  # of the samples
 NEAREST = 3
@@ -42,19 +52,38 @@ class Picture:
     height: int
 
 
-def encode_picture(image: Image.Image | Path, alt: str) -> Picture:
+@lru_cache(maxsize=64)  # a live page shows most files again at every update
+def encode_file(path: Path, changed: int, alt: str) -> Picture:
+    """A picture from a file, last changed at this time, as a data URL."""
+    return encode_picture(opened(path), alt)
+
+
+def encode_picture(image: Image.Image, alt: str) -> Picture:
     """A picture as a data URL: WebP, or PNG where it is too large for that."""
-    if isinstance(image, Path):
-        return encode_picture(opened(image), alt)
     stream, kind = io.BytesIO(), "webp" if max(image.size) <= MAX_WEBP else "png"
     image.save(stream, format=kind, quality=QUALITY, method=4)  # PNG ignores both
     text = base64.b64encode(stream.getvalue()).decode()
     return Picture(f"data:image/{kind};base64,{text}", alt, *image.size)
 
 
+@dataclass(frozen=True)
+class Reconstructions:
+    """How held-out images come through the VAE."""
+
+    first: Picture  # some of them, their reconstructions, and the difference
+    worst: Picture | None  # those with the largest error, if more were measured than are shown
+    psnr: list[float]  # of each image measured, dB
+    baseline: float  # PSNR of their mean image in place of each, dB
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of an image's PSNR, dB; 0 for one image."""
+        return stdev(self.psnr) if len(self.psnr) > 1 else 0.0
+
+
 @torch.inference_mode()
-def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
-    """Held-out images, their reconstructions, and the difference, each in a row.
+def reconstructions(folder: StageFolder, device: torch.device) -> Reconstructions:
+    """Up to MEASURED held-out images through the VAE, by their posteriors' means.
 
     Raises:
         UserError: If the images have been moved or cannot be read.
@@ -65,19 +94,31 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Picture:
         lookers(images.data)
     except UserError as gone:
         raise UserError(f"the images are no longer where they were: {str(gone).removeprefix('--data: ')}") from None
-    chosen = held_out(list_images(images, console))[:SHOWN]
+    files = held_out(list_images(images, console))
+    chosen = [files[i] for i in evenly(len(files), MEASURED)]
     readable = load_images(chosen, images)
     if not readable:
         raise UserError(f"none of the images to show can be read, the first is {chosen[0].path}")
-    x = to_float(torch.stack(readable)).to(device)
+    x = to_float(torch.stack(readable))
     vae, _ = load_vae(saved, device)
-    x_hat = vae.decoder(vae.encoder(x).mu).clamp(-1, 1)
-    error = ((x_hat - x) * ERROR_GAIN).clamp(-1, 1)
-    worst = float((x_hat - x).square().mean((1, 2, 3)).max().sqrt())
-    alt = (
-        f"Three rows: held-out images, their reconstructions, and the difference around grey, "
-        f"{ERROR_GAIN}x amplified. The largest RMS error of an image is {worst / 2 * 255:.0f} of 255 levels."
+    parts = [vae.decoder(vae.encoder(part.to(device)).mu).clamp(-1, 1).cpu() for part in torch.split(x, SHOWN)]
+    x_hat = torch.cat(parts)
+    quality = psnr(x, x_hat)
+    kind = "held-out images" if chosen[0].split == "val" else "training images (none are held out)"
+    worst = quality.argsort()[:SHOWN] if len(x) > SHOWN else None
+    return Reconstructions(
+        draw_errors(x[:SHOWN], x_hat[:SHOWN], f"{min(SHOWN, len(x))} of {len(x)} {kind}"),
+        None if worst is None else draw_errors(x[worst], x_hat[worst], f"The worst {SHOWN} of {len(x)} {kind}"),
+        quality.tolist(),
+        float(psnr(x, x.mean(0, keepdim=True).expand_as(x)).mean()),
     )
+
+
+def draw_errors(x: Tensor, x_hat: Tensor, which: str) -> Picture:
+    """Images, their reconstructions, and the difference, each in a row."""
+    error = ((x_hat - x) * ERROR_GAIN).clamp(-1, 1)
+    each = ", ".join(f"{value:.1f}" for value in psnr(x, x_hat).tolist())
+    alt = f"{which}, their reconstructions, and the difference around grey, {ERROR_GAIN}x amplified. PSNR {each} dB."
     return encode_picture(grid(torch.cat([x, x_hat, error]), len(x)), alt)
 
 
@@ -87,6 +128,40 @@ def samples(pipeline: Pipeline) -> Picture:
     alt = f"{2 * SHOWN} samples of seed {SEED}: {how.sampler}, {how.num_steps} steps, guidance {how.guidance:g}"
     alt += f"; classes in turn: {shorten(', '.join(how.class_))}" if how.class_ else ""
     return encode_picture(grid(pipeline.decode(pipeline.sample(2 * SHOWN, SEED, how)), SHOWN), alt)
+
+
+def samples_by_class(pipeline: Pipeline) -> list[tuple[str, Picture]]:
+    """A row of samples for each of the first classes, from the same noise in every row."""
+    how, rows = default_sampling(pipeline.settings), []
+    for name in pipeline.settings.classes[:MAX_CLASSES]:
+        drawn = pipeline.decode(pipeline.sample(SHOWN, SEED, with_changes(how, class_=(name,))))
+        rows.append((name, encode_picture(grid(drawn, SHOWN), f"{SHOWN} samples of class {shorten(name)}")))
+    return rows
+
+
+@torch.inference_mode()
+def loss_spread(pipeline: Pipeline, folder: Path) -> float:
+    """Standard deviation, over held-out images, of the loss of one: its mean over a level of each band.
+
+    Raises:
+        UserError: If fewer than two latents are held out, or they are damaged.
+    """
+    latents, s = LatentSet(folder), pipeline.settings
+    schedule = Schedule.of(s.noise.resolved(s.target.objective)).to(pipeline.device)
+    classes = latents.index.classes(s.label, s.classes) if s.label else None
+    chosen = [latents.val[i] for i in evenly(len(latents.val), MEASURED)]
+    if len(chosen) < 2:
+        raise UserError(f"{len(chosen)} latents are held out: too few to know how much their loss varies")
+    x0 = pipeline.scaling.to_x0(latents.gather(chosen, device=pipeline.device)[0])
+    label = [] if classes is None else [classes[chosen].to(pipeline.device)]
+    errors = []
+    for band in range(BANDS):
+        shares = torch.tensor([key(SEED, "report level", band, i) % 4096 + 0.5 for i in chosen]) / 4096
+        t = ((band + shares) * len(schedule) / BANDS).long().to(pipeline.device)
+        eps = item_noise(tuple(x0.shape[1:]), chosen, SEED, f"report {band}").to(pipeline.device)
+        wanted = target(s.target.objective, x0, eps, *schedule.at(t))
+        errors.append((pipeline.unet(schedule.q_sample(x0, eps, t), t, *label) - wanted).square().mean((1, 2, 3)))
+    return float(torch.stack(errors).mean(0).std())
 
 
 def trajectory_pictures(pipeline: Pipeline) -> list[tuple[str, Picture]]:
