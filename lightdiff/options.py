@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -30,6 +32,7 @@ OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside th
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 MAX_TOLD = 20  # wrong values told at once
+NARROW = 60  # columns of a terminal below which help is no table
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
@@ -313,7 +316,8 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
             return
         for other in context.command.params if hidden and parameter.name == "help" else ():
             other.hidden = other.opts[0].lstrip("-") not in (*start, *OWN)  # type: ignore[attr-defined]
-        typer.echo(context.get_help())
+        width = get_terminal_size().columns
+        typer.echo(context.get_help() if width >= NARROW else narrow_help(context, width))
         raise typer.Exit
 
     asked = partial(about, is_eager=True, callback=show, expose_value=False)
@@ -325,6 +329,20 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
     rows += [("help", bool, asked("--help", "-h", help="show this page"))]
     make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     return [make(name, default=None, annotation=Annotated[kind | None, info]) for name, kind, info in rows]
+
+
+def narrow_help(context: typer.Context, width: int) -> str:
+    """The help in lines of at most this width, where a table would cut flags off: each flag above its description."""
+    panels: dict[str, list[str]] = {}
+    for option in context.command.params:
+        if not option.hidden:  # type: ignore[attr-defined]
+            text = str(option.help).replace("\\[", "[")  # type: ignore[attr-defined]
+            indented = fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            names = " / ".join(max(same, key=len) for same in (option.opts, option.secondary_opts) if same)
+            panels.setdefault(option.rich_help_panel or "Options", []).append(f"{names}\n{indented}")  # type: ignore[attr-defined]
+    about = [fill(" ".join(part.split()), width) for part in str(context.command.help).split("\n\n")]
+    first = [f"lightdiff {context.command.name}", *about]
+    return "\n\n".join(first + [f"{title}\n\n" + "\n".join(rows) for title, rows in panels.items()])
 
 
 def command(

@@ -144,6 +144,15 @@ def test_no_flag_is_cut_off_at_80_columns(helped, name):
     assert flags_in(page) == flags_in(helped[0][f"200 {name}".strip()][1])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_flag_is_cut_off_at_40_columns(helped, name):
+    """There, each flag stands above its description, also one with a --no-."""
+    page = helped[0][f"40 {name}"][1]
+    assert max(len(line) for line in page.splitlines()) <= 40
+    assert flags_in(page) == flags_in(helped[0][f"200 {name}"][1])
+    assert "\\[" not in page
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_help_begins_with_what_is_needed_first(helped, name):
     """On one screen, with an example that runs; no flag is cut in a terminal of half the usual width."""
