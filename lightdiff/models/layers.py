@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,7 +139,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("freq", torch.logspace(0, -4, dim // 2, dtype=torch.float64).float(), persistent=False)
+        frequencies = np.logspace(0, -4, dim // 2)  # torch's, on the meta device, imports sympy: half a second
+        self.register_buffer("freq", torch.tensor(frequencies, dtype=torch.float32), persistent=False)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
 
