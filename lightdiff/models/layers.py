@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -139,8 +138,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        frequencies = np.logspace(0, -4, dim // 2)  # torch's, on the meta device, imports sympy: half a second
-        self.register_buffer("freq", torch.tensor(frequencies, dtype=torch.float32), persistent=False)
+        steps = max(1, dim // 2 - 1)  # no torch.logspace: on the meta device, it imports sympy, half a second
+        freq = torch.tensor([10 ** (-4 * i / steps) for i in range(dim // 2)], dtype=torch.float32)
+        self.register_buffer("freq", freq, persistent=False)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
 
