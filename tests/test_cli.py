@@ -26,7 +26,7 @@ STAGES = {
     "generate": settings.GenerateSettings,
 }
 MODELS = STAGES | {name: row.model for name, row in ROWS.items() if name not in STAGES}
-COMMANDS = [*MODELS, "inspect", "show", "report", "presets", "import"]
+COMMANDS = [*MODELS, "inspect", "show", "report", "presets", "import", "export"]
 FIXED_FLAGS = (
     "--run --data --resolution --preset --steps --epochs --batch-size --micro-batch --lr --seed --device --settings "
     "--val-every --save-every --kl-beta --lpips-gamma --lpips-net --lpips-weights --only-mu --vae --latents --unet "
@@ -461,13 +461,13 @@ def test_the_same_command_again_says_that_nothing_is_left_to_do(cli, run):
 # --- show, presets, inspect -----------------------------------------------------------------------------------------
 
 
-def test_presets_lists_all_four(cli):
+def test_presets_lists_all(cli):
     result = cli("presets", "--resolution", 32)
     assert result.code == 0
     lines = [line.strip("│┃ ").split() for line in result.stdout.splitlines()]
     names = [words[0] for words in lines if "VAE" in words]
-    assert names == ["tiny", "small", "base", "original"]
-    assert result.out.count("U-Net") == 4
+    assert names == ["tiny", "small", "base", "kl-f8", "original"]
+    assert result.out.count("U-Net") == 5
     assert result.err == ""
 
 
@@ -494,11 +494,12 @@ def test_presets_numbers_are_plausible(cli):
     sizes = {kind: [float(row[3].removesuffix(" M")) for row in found] for kind, found in kinds.items()}
     for found in sizes.values():
         assert found[:3] == sorted(found[:3])  # tiny, small, base
-    assert (sizes["VAE"][3], sizes["U-Net"][3]) == (21.48, 201.43)
+    assert (sizes["VAE"][-1], sizes["U-Net"][-1]) == (21.48, 201.43)
+    assert sizes["VAE"][-2] == 83.65  # as Stable Diffusion's VAE has
     for row in (*kinds["VAE"], *kinds["U-Net"]):
         fixed, image = (float(cell.removesuffix(" MB")) for cell in row[4:])
         parameters = float(row[3].removesuffix(" M"))
-        adamw = row in (kinds["VAE"][3], kinds["U-Net"][3])  # the original; else Muon, but for some small weights
+        adamw = row in (kinds["VAE"][-1], kinds["U-Net"][-1])  # the original; else Muon, but for some small weights
         assert fixed == pytest.approx((20 if adamw else 16.1) * parameters, rel=0.02, abs=0.7)  # bytes a parameter
         assert image > 0
     chosen = build(settings.TrainVAESettings, [preset_layer("vae", "tiny")]).model.resolved(256)
