@@ -153,6 +153,9 @@ def test_a_compiled_network_computes_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.__version__ < "2.8", reason="the compiler of torch 2.7 stumbles over checks of shapes in tests"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_training_learns_the_same(tmp_path, monkeypatch):
     from tests.bench.cases import train_unet_step

@@ -258,7 +258,7 @@ def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
     for p in model.parameters():  # DDP warns of other strides, even of sides of 1, where they mean nothing
         if p.requires_grad and p.shape[2:] == (1, 1):
-            p.register_hook(partial(torch.as_strided, size=p.shape, stride=p.stride()))
+            p.register_hook(partial(torch.as_strided, size=p.shape, stride=p.stride()))  # type: ignore[no-untyped-call]
     newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
     options = {"gradient_as_bucket_view": True, "forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)  # type: ignore[arg-type]

@@ -186,10 +186,10 @@ class VAEStepTask:
         self.vae_loss = VAELoss(settings.loss, device)
         self.model = build_vae(settings.model)
         to_device(self.model, device)
-        side = settings.images.resolution // settings.model.factor
-        self.latent_shape = (settings.model.latent_channels, side, side)
+        size = settings.images.resolution
+        self.latent_shape = (settings.model.latent_channels, *size.divided(settings.model.factor))
         self.parts = [*self.model.children(), *self.vae_loss.networks]
-        image = torch.zeros(1, 3, *2 * [settings.images.resolution], device=device)
+        image = torch.zeros(1, 3, *size, device=device)
         self.example = image, torch.zeros(1, *self.latent_shape, device=device)
 
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> dict[str, Tensor]:

@@ -100,11 +100,11 @@ def profile(found: dict[str, Any]) -> list[str]:
     for title, contenders in found.items():
         names = list(dict.fromkeys(name for _, shares in contenders.values() for name in shares))
         rows = [f"| {title} | " + " | ".join(contenders) + " |", "|---|" + "---:|" * len(contenders)]
-        for name in sorted(names, key=lambda n: -contenders["original"][1].get(n, 0)):
+        base, (first, parts_of_base) = next(iter(contenders.items()))
+        for name in sorted(names, key=lambda n: -parts_of_base.get(n, 0)):
             rows.append(f"| {name} | " + " | ".join(f"{s.get(name, 0):.1%}" for _, s in contenders.values()) + " |")
-        first = contenders["original"][0]
         times = " | ".join(f"{t / first:.2f}" for t, _ in contenders.values())
-        rows.append(f"| time of a step, original = 1 | {times} |")
+        rows.append(f"| time of a step, {base} = 1 | {times} |")
         parts.append("\n".join(rows))
     return parts
 
