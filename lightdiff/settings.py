@@ -5,6 +5,7 @@ page are made from it. What a field says beyond that (`json_schema_extra`) is fo
 `needs`, `replaces`, `prefix`, `kind`, `repeated`, `panel`. Nothing here imports torch.
 """
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -52,6 +53,7 @@ GRID = (8, 4)  # columns and rows of the grids drawn while training
 LINEAR: JsonDict = {"needs": "schedule=linear|scaled-linear"}
 LOGIT_NORMAL: JsonDict = {"needs": "density=logit-normal"}
 MIN_SNR: JsonDict = {"needs": "loss_weight=min-snr"}
+WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d+)?)")  # a source and how often it is drawn
 NETWORK: JsonDict = {"prefix": True, "kind": "architecture"}
 ALLOW_MISSING: Any = Field(False, description="resume although more images than --max-bad are gone")
 
@@ -141,6 +143,10 @@ class ImageSettings(Settings):
     resolution: Resolution = Field(
         Size(64, 64), description="side of square images in pixels, or height x width: 192x256"
     )
+    data_weights: Numbers = Field(
+        (),
+        description="how often each --data is drawn, or --data A=2 --data B=1; empty: each image as often",
+    )
     background: str = Field("white", description="colour behind transparent pixels: a name or #rrggbb")
     flip: bool = Field(True, description="mirror half of the training images, and cache a second latent of each")
     random_crop: float = Field(0.9, gt=0, le=1, description="smallest random crop, as a share of the frame; 1: no crop")
@@ -152,6 +158,27 @@ class ImageSettings(Settings):
     max_megapixels: float = Field(256.0, gt=0, le=1e5, description="largest image to read, in millions of pixels")
     integer_white: float = Field(0.0, ge=0, le=1e9, description="value of white in 16-bit images; 0: found in a sample")
     float_white: float = Field(0.0, ge=0, le=1e9, description="value of white in float images; 0: found in a sample")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_data(cls, values: Any) -> Any:
+        """Take weights from what `--data` names, as in A=2, where no file is called that."""
+        data = values.get("data") if isinstance(values, dict) else None
+        named = [str(one) for one in data] if isinstance(data, (list, tuple)) else []
+        found = [None if Path(name).exists() else WEIGHTED.fullmatch(name) for name in named]
+        if not any(found):
+            return values
+        paths = [match[1] if match else name for name, match in zip(named, found, strict=True)]
+        return {**values, "data": paths, "data_weights": [float(match[2]) if match else 1.0 for match in found]}
+
+    def check_weights(self) -> None:
+        """Check that there is a weight for each source.
+
+        Raises:
+            UserError: If not.
+        """
+        if self.data_weights and (len(self.data_weights) != len(self.data) or min(self.data_weights) <= 0):
+            raise UserError("--data-weights: give a number above 0 for each --data")
 
 
 class LatentsSettings(Settings):
@@ -240,6 +267,7 @@ class TrainVAESettings(TrainingSettings):
         """The same settings with the network's empty sizes filled in; UserError if the resolution does not fit it."""
         model = self.model.resolved(min(self.images.resolution))
         self.images.resolution.divided(model.factor)
+        self.images.check_weights()
         return with_changes(self, model=model)
 
 
@@ -253,6 +281,7 @@ class EncodeSettings(StageSettings):
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
     batch_size: int = Field(64, ge=1, description="images per forward pass of each process")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the stored latents")
+    logvar: bool = Field(True, description="store logvar, too; without it, half of the disk, and scale has --only-mu")
     shard_size: int = Field(2048, ge=1, description="images per shard file")
     images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")

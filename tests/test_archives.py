@@ -16,7 +16,7 @@ from conftest import VAE_FLAGS
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data import archives
+from lightdiff.data import archives, files
 from lightdiff.data.archives import Archive, open_archive
 from lightdiff.data.files import ARCHIVE, find_images, lookers, scan
 from lightdiff.data.images import BadImage, load_image
@@ -353,3 +353,19 @@ def test_inspect_looks_into_archives(cli, forms, tmp_path):
     report = json.loads(cli("inspect", make_zip(tmp_path / "a.zip", content | {"copy.png": copy}), "--json").stdout)
     assert (report["images"], report["bad"], report["duplicates"]["images"]) == (25, [], 1)
     assert report["formats"] == {"PNG": 25}
+
+
+def test_the_list_of_archives_that_have_not_changed_is_taken_over(cli, forms, tmp_path, monkeypatch):
+    run, deflated = ("--run", tmp_path / "run"), forms["deflated"]
+    flags = (*run, "--data", forms["shards"], "--data", deflated, *VAE_FLAGS, "--lr-schedule", "constant")
+    assert cli("train-vae", *flags, "--steps", 2).code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "find_images", lambda *_: pytest.fail("it is known"))
+        patched.setattr(archives, "look_in_archive", lambda *_: pytest.fail("it is known"))
+        assert cli("train-vae", *flags).code == 0
+        assert cli("encode", *run, "--workers", 0, "--device", "cpu").code == 0
+    assert cli("encode", *run, "--workers", 0, "--device", "cpu").code == 0
+    content = content_of(forms["folder"])
+    make_zip(deflated, content | {"new.png": picture()})
+    again = cli("encode", *run, "--workers", 0, "--device", "cpu")
+    assert "0 changed, 1 added, 0 gone" in again.err

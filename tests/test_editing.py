@@ -95,7 +95,9 @@ def test_a_mask_that_lets_nothing_change_is_refused(trained, face, tmp_path, cli
         flags = ["--from", tmp_path / "wide.png" if mask is beyond else face, "--mask", tmp_path / "mask.png"]
         refused = cli("edit", "--run", trained, *FAST, *flags, "--out", tmp_path / f"{number}")
         assert refused.code == 2
-        assert "mask.png has no white in the part that is drawn, so nothing would be redrawn: paint white" in refused.err
+        assert (
+            "mask.png has no white in the part that is drawn, so nothing would be redrawn: paint white" in refused.err
+        )
         assert not (tmp_path / f"{number}").exists()
 
 

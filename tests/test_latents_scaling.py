@@ -1,16 +1,19 @@
 """z <-> x0, the latents of the VAE and those of diffusion; the statistics that `scale` computes."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import UNET_FLAGS
 from oracles import normal
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import shard_path
 from lightdiff.data.latents import LatentSet, Scaling
-from lightdiff.extras.latent_facts import UnitMoments, sum_positions
+from lightdiff.extras.latent_facts import UnitMoments, latent_facts, sum_positions
+from lightdiff.run_folder import RunFolder
 from lightdiff.settings import LatentsSettings, ScaleSettings
 from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
 from tests.bench.cases import made_up_latents
@@ -125,3 +128,30 @@ def test_a_channel_that_is_noise_or_far_too_large_gets_a_warning() -> None:
     assert [w[:9] for w in warnings] == ["channel 1", "channel 2"]
     for warning, part in zip(warnings, ("carries nothing", "has a std of"), strict=True):
         assert part in warning
+
+
+def test_latents_without_logvar_take_half_of_the_disk_and_are_scaled_alike(cli, trained, tmp_path):
+    run, found = RunFolder(Path(shutil.copytree(trained, tmp_path / "run"))), {}
+    for flag in ("--logvar", "--no-logvar"):
+        encoded = cli("encode", "--run", run.path, flag, "--restart", "--workers", 0, "--device", "cpu")
+        assert encoded.code == 0, encoded.stderr
+        assert cli("scale", "--run", run.path).code == 0
+        size = sum(path.stat().st_size for path in run.latents.glob("shard-*"))
+        found[flag] = LatentSet(run.latents), size, latent_facts(run.latents)
+    (whole, size, facts), (half, smaller, close) = found.values()
+    for name in ("mean", "channel_std", "shift", "scale"):
+        assert getattr(half.index.statistics, name) == getattr(whole.index.statistics, name)
+    # float16 holds logvar to about 1e-3 of its size; that of an untrained VAE is about 0
+    assert half.index.statistics.channel_sigma == pytest.approx(whole.index.statistics.channel_sigma, rel=2e-3)
+    assert torch.equal(half.gather([0, 1])[0], whole.gather([0, 1])[0])
+    assert smaller < size
+    assert half.nbytes * 2 == whole.nbytes
+    for one, other in zip(close.channels, facts.channels, strict=True):
+        assert other.kl - 0.05 < one.kl < other.kl + 1e-3
+    refused = cli("scale", "--run", run.path, "--no-only-mu")
+    assert refused.code == 2
+    assert "has no logvar: 'lightdiff encode --logvar --restart' stores it" in refused.err
+    assert cli("train-unet", "--run", run.path, *UNET_FLAGS, "--restart").code == 0
+    asked = cli("encode", "--run", run.path, "--workers", 0, "--device", "cpu")
+    assert asked.code == 2
+    assert "--logvar" in asked.err

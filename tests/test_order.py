@@ -1,13 +1,16 @@
 """Which item comes when: covered, repeatable, and the same whatever the batch."""
 
+from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightdiff.data.order import batch_at, generator, item_noise, key, permutation
+from lightdiff.data.order import Mixture, batch_at, generator, item_noise, key, permutation
+from lightdiff.errors import UserError
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -104,3 +107,33 @@ def test_item_noise_is_standard_normal_and_uncorrelated() -> None:
     # 5000 numbers: a correlation's standard error is 0.014, a variance's 0.02
     torch.testing.assert_close(torch.cov(noise), torch.eye(5), rtol=0, atol=0.1)
     torch.testing.assert_close(noise.mean(1), torch.zeros(5), rtol=0, atol=0.06)
+
+
+def drawn(mixture: Mixture, images: int, size: int = 7) -> list[tuple[int, int]]:
+    return [pair for at in range(0, images, size) for pair in mixture.batch_at(at, min(size, images - at))]
+
+
+def test_a_mixture_draws_each_source_by_its_weight_and_each_item_equally() -> None:
+    sources = np.array([0] * 90 + [1] * 10, np.int32)
+    pairs = drawn(Mixture(sources, (1, 1), seed=3), 400)  # four epochs
+    assert len(set(pairs)) == 400  # a pass and an item come once
+    for epoch in range(4):
+        counts = Counter(int(sources[item]) for _, item in pairs[100 * epoch : 100 * epoch + 100])
+        assert counts == {0: 50, 1: 50}
+    times = Counter(item for _, item in pairs)
+    assert {times[item] for item in range(90)} <= {2, 3}
+    assert {times[item] for item in range(90, 100)} == {20}
+    counts = Counter(int(sources[item]) for _, item in drawn(Mixture(sources, (2, 1), seed=3), 300))
+    assert counts == {0: 201, 1: 99}  # 67 and 33 an epoch
+
+
+def test_a_mixture_is_a_function_of_the_position() -> None:
+    sources, whole = np.arange(20, dtype=np.int32) % 3, []
+    for start in range(0, 60, 6):
+        whole += Mixture(sources, (1, 5, 0.5), seed=0).batch_at(start, 6)  # a new one each time, as after a stop
+    mixture = Mixture(sources, (1, 5, 0.5), seed=0)
+    assert mixture.batch_at(0, 60) == whole
+    assert mixture.batch_at(17, 11) == whole[17:28]  # going back
+    assert Mixture(sources, (1, 5, 0.5), seed=1).batch_at(0, 60) != whole
+    with pytest.raises(UserError, match=r"the source number 2 has a weight, but no training images$"):
+        Mixture(np.zeros(5, np.int32), (1, 1), seed=0)

@@ -175,10 +175,16 @@ def archives_at(place: Path) -> list[Path]:
 @cache
 def open_archive(place: Path) -> Archive:
     """The index of an archive, or of all that fit a pattern, as it was when its names were listed last."""
-    return _indexed(place, tuple(map(_stat, archives_at(place))))
+    return _indexed(place, state_of(place))
 
 
-def _stat(path: Path) -> Part:
+def state_of(place: Path) -> tuple[Part, ...]:
+    """The archives that a path names, as they are now."""
+    return tuple(map(file_state, archives_at(place)))
+
+
+def file_state(path: Path) -> Part:
+    """A file's path, size and time of change."""
     found = os.stat(path)
     return str(path), found.st_size, found.st_mtime_ns
 

@@ -5,33 +5,38 @@ data lie, nor on the machine or the order in which its file system lists them.
 """
 
 import hashlib
-import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, permutations
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from lightdiff import __version__
 from lightdiff.data.archives import (
     ARCHIVES,
     archives_at,
+    file_state,
     labels_in_archive,
     look_in_archive,
     names_in_archive,
     open_archive,
     open_in_archive,
     read_beside_images,
+    state_of,
 )
 from lightdiff.data.copies import find_copies
 from lightdiff.data.formats import HEAD, SUFFIXES, UNREAD_SUFFIXES, how_to_read, open_image, picture_format
-from lightdiff.data.labels import Images, Labelled, read_labels
+from lightdiff.data.labels import Images, read_labels
 from lightdiff.data.layouts import (
     LABELS,
     SYSTEM_NAMES,
@@ -42,10 +47,11 @@ from lightdiff.data.layouts import (
     label_tables,
     layout,
     own_split,
+    places,
     read_table,
     stray_images,
 )
-from lightdiff.data.table import Fingerprint, Look, fingerprint
+from lightdiff.data.table import SPLITS, Fingerprint, ImageList, ImageTable, Look, fingerprint
 from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
 from lightdiff.run_folder import open_regular
@@ -184,29 +190,45 @@ def source_of(place: Path) -> Source:
 class Listing:
     """The images of the sources, and what there is to know about what was found there."""
 
-    files: list[ImageFile]
+    files: ImageList
     layouts: list[Layout]  # of each source
     passed_over: Counter[str]  # what looks like a picture and is not read, and folders not looked into, by kind
     notes: list[str]  # one sentence each
 
 
-def list_images(images: ImageSettings, console: Console) -> list[ImageFile]:
+def list_images(images: ImageSettings, console: Console, kept: Path | None = None) -> ImageList:
     """All images of the --data sources; the console says what was passed over, left out or left unlabelled.
 
-    On a terminal it shows how many have been found so far.
+    On a terminal it shows how many have been found so far. A list of archives that was `kept` is taken over, with all
+    that it knows of their images, if none of them has changed.
     """
+    made_of = _made_of(images)
+    if kept and made_of:
+        with suppress(UserError):
+            if (table := ImageTable.read(kept)).made_of == made_of:
+                return ImageList(table)
     with console.status("looking for images") as line:
         found = find_images(
             images.data, images.val_share, lambda n: line.update(f"looking for images: {n:,}"), images.labels
         )
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    found.files.table.made_of = made_of
     return found.files
+
+
+def _made_of(images: ImageSettings) -> str:
+    """A digest of all that a list depends on; empty if there are sources that cannot be known without a search."""
+    if any(source_of(place) is not ARCHIVE for place in images.data):
+        return ""
+    parts = [(str(place), state_of(place)) for place in images.data]
+    labels = file_state(images.labels) if images.labels and images.labels.is_file() else str(images.labels)
+    return hashlib.sha256(repr([__version__, parts, images.val_share, labels]).encode()).hexdigest()
 
 
 def scan(
     folders: Sequence[Path], val_share: float, report: Report | None = None, table: Path | None = None
-) -> list[ImageFile]:
+) -> ImageList:
     """The images that `find_images` finds."""
     return find_images(folders, val_share, report, table).files
 
@@ -223,52 +245,69 @@ def find_images(
     path, a number in [0, 1), lies below `val_share`: adding files moves no other file. Should every image be held out,
     as happens with two or three, the one with the largest hash is trained on.
     """
-    found, roles = Listing([], [], Counter(), []), folder_roles(folders)
-    labels, indexed = Labelled(), dict[int, Images]()
+    layouts, all_passed_over, notes = list[Layout](), Counter[str](), list[str]()
+    labels, indexed, used = list[Mapping[str, Labels]](), dict[int, Images](), list[list[str]]()
+    splits, roles = list[NDArray[np.uint8]](), folder_roles(folders)
+
+    def drawn(name: str) -> bool:
+        return val_share > 0 and _position(name) < val_share
+
     for root, (folder, source) in enumerate(zip(folders, _sources(folders), strict=True)):
         passed_over = Counter[str]()
         list_names = partial(names_in_folder, passed_over=passed_over) if source is FOLDER else source.names
-        names = sorted(_counted(list_names(folder), len(found.files), report))
+        names = sorted(_counted(list_names(folder), sum(map(len, used)), report))
         passed_over += open_archive(folder).passed_over if source is ARCHIVE else Counter()
         if not names:
             there = f"; {passed_over_note(passed_over)}" if passed_over else ""
             held = [suffix for suffix in ARCHIVES if source is FOLDER and any(folder.glob(f"*{suffix}"))]
             there += f"; for the archives in it: --data '{folder}/*{held[0]}'" if held else ""
             raise UserError(f"--data: {folder} holds no image (no file ends in {', '.join(sorted(SUFFIXES))}){there}")
-        found.passed_over += passed_over
-        kept, originals = find_copies(folder, names, partial(source.open, folder), found.notes)
+        all_passed_over += passed_over
+        kept, originals = find_copies(folder, names, partial(source.open, folder), notes)
         read = partial(source.read, folder)
-        found.layouts.append(layout(folder, kept, read))
-        splits = dict[str, Split | None].fromkeys(kept)
+        layouts.append(layout(folder, kept, read))
+        own = dict[str, Split | None].fromkeys(kept)
         if roles[root] or any("/" in name for name in kept):
-            splits, said = own_split(kept, roles[root])
-            if found.layouts[-1] == "plain" and (stray := stray_images(kept)):
+            own, said = own_split(kept, roles[root])
+            if layouts[-1] == "plain" and (stray := stray_images(kept)):
                 said.append(f"its folders are not taken for classes, as {stray[0]} lies in none of them")
-            found.notes += [f"{folder}: {note}" for note in said]
+            notes += [f"{folder}: {note}" for note in said]
+        labels.append({})
         if table:
             indexed[root] = Images(folder, names)
-        elif own := source.labels(folder):
-            labels |= {(root, name): given for name, given in own.items()}
-        elif found.layouts[-1] in LABELS:
-            labels |= {(root, name): given for name, given in LABELS[found.layouts[-1]](kept).items()}
+        elif given := source.labels(folder):
+            labels[-1] = given
+        elif layouts[-1] in LABELS:
+            labels[-1] = LABELS[layouts[-1]](kept)
         else:
             for own_table in label_tables(folder, kept, read):
-                labels |= read_labels(own_table, "--data", {root: Images(folder, names)}, found.notes, read)
-        for name, given in splits.items():
-            by_hash: Split = "val" if _position(originals.get(name, name)) < val_share else "train"
-            found.files.append(ImageFile(root, name, given or by_hash, labels.get((root, name), {})))
-    if found.passed_over:
-        found.notes.insert(0, passed_over_note(found.passed_over))
+                rows = read_labels(own_table, "--data", {root: Images(folder, names)}, notes, read)
+                labels[-1] = {**labels[-1], **{name: given for (_, name), given in rows.items()}}
+        held_out = (split == "val" if split else drawn(originals.get(name, name)) for name, split in own.items())
+        splits.append(np.fromiter(held_out, np.uint8, len(own)))
+        used.append(list(own))
+    if all_passed_over:
+        notes.insert(0, passed_over_note(all_passed_over))
     if table:
-        labels = read_labels(table, "--labels", indexed, found.notes)
-        found.files = [replace(file, labels=labels.get((file.root, file.path), {})) for file in found.files]
-        if without := [file.path for file in found.files if not file.labels]:
-            images = f"{len(without):,} of {len(found.files):,} images"
-            found.notes.append(f"{images} have no label in {table} (such as {without[0]})")
-    if all(file.split == "val" for file in found.files):
-        last = max(range(len(found.files)), key=lambda i: _position(found.files[i].path))
-        found.files[last] = replace(found.files[last], split="train")
-    return found
+        by_root: list[dict[str, Labels]] = [{} for _ in folders]
+        for (root, name), row in read_labels(table, "--labels", indexed, notes).items():
+            by_root[root][name] = row
+        labels = list(by_root)
+    images = ImageTable.of_columns(
+        chain.from_iterable(used),
+        np.repeat(np.arange(len(folders), dtype=np.int32), [len(names) for names in used]),
+        np.concatenate(splits),
+        (of.get(name, {}) for names, of in zip(used, labels, strict=True) for name in names),
+    )
+    without = np.flatnonzero((images.codes < 0).all(0))
+    if table and len(without):
+        example = f"(such as {images.name(int(without[0]))})"
+        notes.append(f"{len(without):,} of {len(images):,} images have no label in {table} {example}")
+    if images.splits.all():
+        last = max(range(len(images)), key=lambda i: _position(images.name(i)))
+        images.splits[last] = SPLITS.index("train")
+    places.cache_clear()  # which holds all names
+    return Listing(ImageList(images), layouts, all_passed_over, notes)
 
 
 def passed_over_note(passed_over: Counter[str]) -> str:
@@ -292,7 +331,7 @@ def _sources(folders: Sequence[Path]) -> list[Source]:
     """The sources that --data names, none of which holds another."""
     if not folders:
         raise UserError("--data: name a folder of images")
-    for (i, inner), (j, outer) in itertools.permutations(enumerate(folder.resolve() for folder in folders), 2):
+    for (i, inner), (j, outer) in permutations(enumerate(folder.resolve() for folder in folders), 2):
         # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
         if i > j and inner == outer:
             raise UserError(f"--data: {folders[i]} is given twice")

@@ -1,7 +1,8 @@
 """The index of latents: their images as a table, and where each one's latent lies.
 
 latents/index.safetensors         the table, shard and row of each image, what the latents are, statistics
-latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too
+latents/shard-00000.safetensors   mu, logvar (n, m, c, h, w): m = 2 where the mirror image was encoded too;
+                                  with `encode --no-logvar`, variance (n, m, c), its mean, instead of logvar
 
 A shard stays as it was written. What is encoded later goes to further shards; rows of images that have been removed or
 changed are no longer named by the index.
@@ -30,7 +31,8 @@ from lightdiff.errors import Damaged, RunError, UserError
 from lightdiff.run_folder import INDEX
 from lightdiff.settings import ImageSettings
 
-NOT_IN_LATENTS = ("data", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")  # image settings
+# Settings of images that latents do not depend on
+NOT_IN_LATENTS = ("data", "data_weights", "labels", "val_share", "max_bad", "max_megapixels", "random_crop")
 MAX_ELEMENTS = 1 << 24  # of a latent
 LARGEST = 1e30  # float32 holds it, and its product with a latent
 
@@ -75,6 +77,7 @@ class LatentIndex(ImageTable):
     dtype: Literal["float16", "bfloat16", "float32"]
     precision: Literal["fp32", "bf16"] = "fp32"
     mirrored: bool
+    logvar: bool = True  # whether shards hold it
     vae_digest: str
     images: ImageSettings
     shard_size: int = Field(ge=1)
@@ -112,6 +115,7 @@ class LatentIndex(ImageTable):
             "dtype": self.dtype,
             "compute.precision": self.precision,
             "shard_size": self.shard_size,
+            "logvar": self.logvar,
             **{f"images.{name}": value for name, value in images.items()},
         }
 
@@ -143,6 +147,13 @@ class LatentIndex(ImageTable):
     def used(self) -> list[int]:
         """The numbers of the shards that hold, or are to hold, an image."""
         return [number for number in np.unique(self.shard).tolist() if number >= 0]
+
+    def by_shard(self) -> dict[int, NDArray[np.int64]]:
+        """What is `planned` for each shard that is used, at once."""
+        order = np.argsort(self.shard, kind="stable")
+        numbers, starts = np.unique(self.shard[order], return_index=True)
+        parts = zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
+        return {number: part for number, part in parts if number >= 0}
 
     def classes(self, label: str, values: Sequence[str]) -> Tensor:
         """The number of each image's value of a label, (n,); those without one get the number of values."""
@@ -180,13 +191,15 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def open_shard(folder: Path, index: LatentIndex, number: int) -> Checkpoint:
+def open_shard(folder: Path, index: LatentIndex, number: int, planned: NDArray[np.int64] | None = None) -> Checkpoint:
     """A shard, checked against the index: it is the one that was written, or it holds what it is to hold.
+
+    `planned` is what is planned for it, if that is known.
 
     Raises:
         UserError: If it is missing, damaged, or another one.
     """
-    path, mine = shard_path(folder, number), index.planned(number)
+    path, mine = shard_path(folder, number), index.planned(number) if planned is None else planned
     shard = Checkpoint(path, "latents")
     try:
         facts = ShardFacts.model_validate(shard.metadata.extra)
@@ -196,11 +209,19 @@ def open_shard(folder: Path, index: LatentIndex, number: int) -> Checkpoint:
     rows = int(index.row[mine].max()) + 1 if known else len(mine) - len(facts.bad)
     n = max([rows, *shapes.get("mu", [])[:1]]) if known else rows  # rows that are no longer named stay
     latent = [n, 1 + index.mirrored, *index.shape]
-    wanted = {"mu": latent, "logvar": latent, "fingerprints": [n, FINGERPRINT.itemsize]}
+    spread = {"logvar": latent} if index.logvar else {"variance": latent[:3]}
+    wanted = {"mu": latent, **spread, "fingerprints": [n, FINGERPRINT.itemsize]}
     same = known == shard.metadata.digest if known else facts.plan == index.plan(mine)
     if not same or facts.vae != index.vae_digest or shapes != wanted:
         raise Damaged(f"{path} is not the shard of this index, but of another VAE, other settings or other images")
     return shard
+
+
+def read_logvar(shard: Checkpoint) -> Tensor:
+    """A shard's logvar (n, m, c, h, w) or, where it has none, the logarithm of the mean variance at all positions."""
+    if "logvar" in shard.names():
+        return shard.tensor("logvar")
+    return shard.tensor("variance").log()[..., None, None].expand(shard.shapes("")["mu"])
 
 
 @contextmanager

@@ -52,17 +52,19 @@ class LatentSet:
             UserError: If encoding has not finished, or a shard is missing or damaged.
         """
         self.folder, self.index = folder, read_index(folder, finished=True)
-        used = self.index.used
+        planned = self.index.by_shard()
         with repairable():
-            shards = [open_shard(folder, self.index, number) for number in used]
-            self._mu, self._logvar = ([shard.tensor(name) for shard in shards] for name in ("mu", "logvar"))
+            shards = [open_shard(folder, self.index, number, mine) for number, mine in planned.items()]
+            self._mu = [shard.tensor("mu") for shard in shards]
+            self._logvar = [shard.tensor("logvar") for shard in shards] if self.index.logvar else []
         # The first row of each shard, counted over all of them, and the row of each position, (n,).
         counts = torch.tensor([len(mu) for mu in self._mu])
         self._starts = counts.cumsum(0) - counts
         first = np.zeros(len(self.index.shards), np.int64)
-        first[used] = self._starts
-        self._row = torch.from_numpy(self.index.row + first[self.index.shard])
-        self.train, self.val = (array("q", self.index.positions(split).tobytes()) for split in ("train", "val"))
+        first[list(planned)] = self._starts
+        self._row = torch.from_numpy((self.index.row + first[self.index.shard]).astype(np.int32))
+        positions = (self.index.positions(split).astype(np.int32) for split in ("train", "val"))
+        self.train, self.val = (array("i", found.tobytes()) for found in positions)
 
     @property
     def nbytes(self) -> int:
@@ -71,23 +73,25 @@ class LatentSet:
 
     def to(self, device: torch.device) -> "LatentSet":
         """Put all latents on a device, as one tensor."""
-        self._mu, self._logvar = ([torch.cat([x.to(device) for x in parts])] for parts in (self._mu, self._logvar))
+        self._mu, self._logvar = (
+            [torch.cat([x.to(device) for x in parts])] if parts else [] for parts in (self._mu, self._logvar)
+        )
         self._starts = self._starts[:1]
         return self
 
     def gather(
         self, positions: Sequence[int], mirror: Tensor | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mu and logvar (b, c, h, w), float32, of images at these positions.
+        """Mu and logvar (b, c, h, w), float32, of images at these positions; mu twice where there is no logvar.
 
         Args:
             positions: Positions in the index.
             mirror: Which of them to take mirrored, (b,) of 0 and 1; none if not given.
             device: Where they are wanted, if not where they lie; they travel as they are stored.
         """
-        row = self._row[torch.as_tensor(positions)]
+        row = self._row[torch.as_tensor(positions)].long()
         side = mirror if mirror is not None and self.index.mirrored else torch.zeros_like(row)
-        both = self._mu, self._logvar
+        both = (self._mu, self._logvar) if self._logvar else (self._mu,)
         if len(self._starts) == 1:  # as on a GPU
             rows, sides = (async_copy(index, self._mu[0].device) for index in (row, side))
             found = torch.stack([latents[rows, sides] for (latents,) in both])
@@ -95,9 +99,9 @@ class LatentSet:
             shard = torch.bucketize(row, self._starts, right=True) - 1
             places = list(zip(shard.tolist(), (row - self._starts[shard]).tolist(), side.tolist(), strict=True))
             one_by_one = [latents[n][at, m] for latents in both for n, at, m in places]
-            found = torch.stack(one_by_one).view(2, -1, *self.index.shape)
-        mu, logvar = async_copy(found, device or found.device).float()
-        return mu, logvar
+            found = torch.stack(one_by_one).view(len(both), -1, *self.index.shape)
+        found = async_copy(found, device or found.device).float()
+        return found[0], found[-1]
 
 
 def async_copy(x: Tensor, device: torch.device) -> Tensor:

@@ -174,8 +174,14 @@ def _own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str])
     return []
 
 
+def _of_classes(names: Sequence[str], of: Sequence[str]) -> dict[str, Labels]:
+    """The label of each image; those of a class share it."""
+    labels = {value: {"class": value} for value in set(of)}
+    return {name: labels[value] for name, value in zip(names, of, strict=True)}
+
+
 # The labels of each image that has some, by layout; those of other layouts come from their tables.
 LABELS: dict[Layout, Callable[[Sequence[str]], dict[str, Labels]]] = {
-    "class folders": lambda names: {name: {"class": of} for name, of in zip(names, classes(names), strict=True)},
+    "class folders": lambda names: _of_classes(names, classes(names)),
     "plain": lambda names: {},
 }

@@ -10,6 +10,7 @@ from PIL import Image
 from lightdiff.data.colours import choose_white, highest_value, kind_of
 from lightdiff.data.files import ImageFile, source_of
 from lightdiff.data.images import BadImage, opened
+from lightdiff.data.table import ImageList
 from lightdiff.settings import ImageSettings, with_changes
 
 Tell = Callable[[str], object]
@@ -23,9 +24,9 @@ REDUCED = ("JPEG", "MPO")  # formats that are decoded at about the size needed
 NAMES = {"integer": "16-bit", "float": "float"}
 
 
-def with_whites(images: ImageSettings, files: Sequence[ImageFile], tell: Tell) -> ImageSettings:
+def with_whites(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSettings:
     """The settings with the value of white in 16-bit and float images, found once for all of them and told."""
-    deep = [[file for file in files if file.path.lower().endswith(suffixes)] for suffixes in DEEP]
+    deep = [files.where(files.table.ending_in(suffixes)) for suffixes in DEEP]
     unknown = [kind for kind in NAMES if any(deep) and not getattr(images, f"{kind}_white")]
     if not unknown:
         return images

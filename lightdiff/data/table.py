@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, overload
 
 import numpy as np
 import torch
@@ -61,31 +61,58 @@ class ImageTable(BaseModel):
     roots: Int32[Array, " n"] = COLUMN  # the number of its --data source
     splits: UInt8[Array, " n"] = COLUMN  # of SPLITS
     labels: dict[str, list[str]]  # the values of each label
+    made_of: str = ""  # a digest of the archives that it was made of, and how, if there are no folders among them
     codes: Int32[Array, "labels n"] = COLUMN  # for each label, the number of each image's value; -1: none
     fingerprints: UInt8[Array, "n 32"] = COLUMN  # FINGERPRINT of each; size -1: no such file, hash of zeros: not known
 
     @classmethod
     def of(cls, files: Sequence[ImageFile], **more: Any) -> Self:
-        """The table of these images; nothing is known of their files yet. `more` are the fields of a subclass."""
-        n, names = len(files), [file.path.encode("utf-8", "surrogateescape") for file in files]
-        labels = {
-            name: sorted({file.labels[name] for file in files if name in file.labels})
-            for name in sorted({name for file in files for name in file.labels})
-        }
-        codes = np.empty((len(labels), n), np.int32)
-        for row, (name, values) in zip(codes, labels.items(), strict=True):
-            number = {value: i for i, value in enumerate(values)}
-            row[:] = [number.get(file.labels.get(name, ""), -1) for file in files]
-        return cls(
-            text=np.frombuffer(bytearray().join(names), np.uint8),
-            ends=np.cumsum(np.fromiter(map(len, names), np.int64, n)),
-            roots=np.fromiter((file.root for file in files), np.int32, n),
-            splits=np.fromiter((SPLITS.index(file.split) for file in files), np.uint8, n),
-            labels=labels,
-            codes=codes,
-            fingerprints=np.zeros((n, FINGERPRINT.itemsize), np.uint8),
-            **more,
+        """The table of these images; nothing is known of their files yet. `more` are the fields of a subclass.
+
+        The columns of a list that is a whole table are shared with it.
+        """
+        if isinstance(files, ImageList):
+            columns = files.columns()
+            return cls(**columns, fingerprints=np.zeros((len(files), FINGERPRINT.itemsize), np.uint8), **more)
+        rows = [(file.root, SPLITS.index(file.split)) for file in files]
+        roots, splits = np.array(rows, np.int32).reshape(-1, 2).T.copy()
+        return cls.of_columns(
+            (f.path for f in files), roots, splits.astype(np.uint8), [f.labels for f in files], **more
         )
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Iterable[str],
+        roots: NDArray[np.int32],
+        splits: NDArray[np.uint8],
+        labels: Iterable[Labels],
+        **more: Any,
+    ) -> Self:
+        """The table of images with these names, numbers of sources, numbers of splits and labels."""
+        n, text, ends = len(roots), bytearray(), np.empty(len(roots), np.int64)
+        for i, name in enumerate(names):
+            text += name.encode("utf-8", "surrogateescape")
+            ends[i] = len(text)
+        seen, found = dict[str, dict[str, int]](), dict[str, NDArray[np.int32]]()
+        for i, given in enumerate(labels):
+            for name, value in given.items():
+                if name not in seen:
+                    seen[name], found[name] = {}, np.full(n, -1, np.int32)
+                found[name][i] = seen[name].setdefault(value, len(seen[name]))
+        values, codes = {name: sorted(seen[name]) for name in sorted(seen)}, np.empty((len(seen), n), np.int32)
+        for row, name in zip(codes, values, strict=True):
+            number = {value: i for i, value in enumerate(values[name])}
+            row[:] = np.array([*(number[value] for value in seen[name]), -1], np.int32)[found[name]]
+        unknown = np.zeros((n, FINGERPRINT.itemsize), np.uint8)
+        columns = {
+            "text": np.frombuffer(text, np.uint8),
+            "ends": ends,
+            "roots": roots,
+            "splits": splits,
+            "codes": codes,
+        }
+        return cls(**columns, labels=values, fingerprints=unknown, **more)
 
     def check(self) -> None:
         """Check that the columns fit together, of a table that somebody else may have written.
@@ -123,7 +150,9 @@ class ImageTable(BaseModel):
         """
         saved = Checkpoint(path, cls.STAGE)
         try:
-            columns = {name: saved.tensor(name).numpy().copy() for name in saved.names()}
+            columns = {name: saved.tensor(name).numpy() for name in saved.names()}  # mapped: processes share them
+            if os.name == "nt":  # where a file that is mapped cannot be replaced
+                columns = {name: column.copy() for name, column in columns.items()}
             table = cls.model_validate({**saved.metadata.extra, **columns})
             table.check()
         except ValidationError as error:
@@ -139,6 +168,22 @@ class ImageTable(BaseModel):
         checkpoint.save(path, columns, Metadata(stage=self.STAGE, extra=self.model_dump(mode="json")))
 
     # --- rows -----------------------------------------------------------------------------------------------------
+
+    def image(self, position: int) -> ImageFile:
+        """An image as an object."""
+        ((root, name),) = self.keys([position])
+        return ImageFile(root, name, SPLITS[self.splits[position]], self.labels_of(position))
+
+    def ending_in(self, suffixes: Sequence[str]) -> Mask:
+        """Which names end in one of these, in any letter case, (n,)."""
+        found = np.zeros(len(self), np.bool_)
+        for suffix in map(str.encode, suffixes):
+            long = np.flatnonzero(np.diff(self.ends, prepend=0) >= len(suffix))
+            for back, letter in enumerate(reversed(suffix), 1):
+                last = self.text[self.ends[long] - back]
+                long = long[(last | 32 if 97 <= letter <= 122 else last) == letter]
+            found[long] = True
+        return found
 
     def name(self, position: int) -> str:
         """An image's path below its source."""
@@ -176,8 +221,15 @@ class ImageTable(BaseModel):
 
     # --- what has changed -----------------------------------------------------------------------------------------
 
-    def look(self, lookers: Sequence[Look]) -> None:
-        """Find out size and time of change of each image's file; one of `lookers` for each source."""
+    def look(self, lookers: Sequence[Look], same: "ImageTable | None" = None) -> None:
+        """Find out size and time of change of each image's file; one of `lookers` for each source.
+
+        A list of archives that was taken over knows them: this one, or the `same` one that this was made of.
+        """
+        known = same or self
+        if known.made_of and known.fingerprints.any():
+            self.fingerprints = known.fingerprints.copy()
+            return
         found = (lookers[root](name, False) for root, name in self.keys(range(len(self))))
         self.fingerprints = np.fromiter(found, FINGERPRINT, len(self))[:, None].view(np.uint8)
 
@@ -205,6 +257,52 @@ class ImageTable(BaseModel):
             changed[touched] = ((now["hash"] != then["hash"]) | ~known)[touched]
         gone = np.setdiff1d(np.arange(len(older)), before)
         return Comparison(before, changed, gone, older)
+
+
+class ImageList(Sequence[ImageFile]):
+    """Images of a table, all or some of them, in their order; one becomes an object when it is asked for."""
+
+    def __init__(self, table: ImageTable, positions: NDArray[np.int32] | None = None) -> None:
+        """Keep what is needed; positions in the table, if not all are meant."""
+        self.table, self.positions = table, positions
+
+    def __len__(self) -> int:
+        return len(self.table if self.positions is None else self.positions)
+
+    @overload
+    def __getitem__(self, which: int) -> ImageFile: ...
+    @overload
+    def __getitem__(self, which: slice) -> "ImageList": ...
+    def __getitem__(self, which: int | slice) -> "ImageFile | ImageList":
+        if isinstance(which, slice):
+            chosen = np.arange(len(self.table), dtype=np.int32) if self.positions is None else self.positions
+            return ImageList(self.table, chosen[which])
+        at = range(len(self))[which]
+        return self.table.image(at if self.positions is None else int(self.positions[at]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def where(self, chosen: Mask) -> "ImageList":
+        """Those images of the table that are chosen, (n,), if they are in this list."""
+        found = np.flatnonzero(chosen).astype(np.int32)
+        return ImageList(self.table, found if self.positions is None else np.intersect1d(found, self.positions))
+
+    def of_split(self, split: Split) -> "ImageList":
+        """The images of a split."""
+        return self.where(self.table.of_split(split))
+
+    @property
+    def roots(self) -> NDArray[np.int32]:
+        """The number of each image's source."""
+        return self.table.roots if self.positions is None else self.table.roots[self.positions]
+
+    def columns(self) -> dict[str, Any]:
+        """The fields of a table of these images, but for what their files are like."""
+        table = self.table if self.positions is None else ImageTable.of(list(self))
+        return {name: getattr(table, name) for name in ("text", "ends", "roots", "splits", "labels", "codes")}
 
 
 @dataclass(frozen=True)

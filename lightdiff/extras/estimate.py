@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightdiff.data.files import list_images
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageBatch
+from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
 from lightdiff.extras.gpu_memory import activation_bytes, gpu_memory
 from lightdiff.extras.settings_rows import format_duration
@@ -25,7 +26,7 @@ from lightdiff.run_folder import RunFolder, find_latents
 from lightdiff.runtime.processes import Processes, pick_device, pick_precision
 from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import TrainUNetSettings, TrainVAESettings, with_changes
+from lightdiff.settings import ImageSettings, TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
 from lightdiff.training.loop import Trainer
 
@@ -111,7 +112,7 @@ def count_train_images(settings: TrainVAESettings | TrainUNetSettings) -> int:
     """The number of training images; 0 if no folder has been given."""
     if isinstance(settings, TrainUNetSettings):
         return len(read_index(find_latents(settings.latents, RunFolder(settings.run))).positions("train"))
-    return sum(file.split == "train" for file in list_images(settings.images, console)) if settings.images.data else 0
+    return len(list_images(settings.images, console).of_split("train")) if settings.images.data else 0
 
 
 def without_missing_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESettings | TrainUNetSettings:
@@ -134,7 +135,7 @@ def without_lpips(settings: TrainVAESettings | TrainUNetSettings) -> TrainVAESet
 
 def random_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The VAE's task, a random batch, and the network's inputs for one image: pixels and posterior noise."""
-    s, task = stage.settings, train_vae.VAETask(stage, [])
+    s, task = stage.settings, train_vae.VAETask(stage, ImageList(ImageTable.of([])))
     count = s.loop.batch_size
     pixels = torch.randint(256, (count, 3, *s.images.resolution), dtype=torch.uint8)
     batch = ImageBatch(pixels, torch.arange(count), [], 0)
@@ -144,7 +145,7 @@ def random_images(stage: Stage[TrainVAESettings]) -> tuple[Any, Any, tuple[Tenso
 def random_latents(stage: Stage[TrainUNetSettings]) -> tuple[Any, Any, tuple[Tensor, ...]]:
     """The U-Net's task, a random batch, and the network's inputs for one image: latent and level."""
     s, device = stage.settings, stage.device
-    index = SimpleNamespace(classes=lambda label, values: torch.zeros(1, dtype=torch.long))
+    index = SimpleNamespace(images=ImageSettings(), classes=lambda label, values: torch.zeros(1, dtype=torch.long))
     latents: Any = SimpleNamespace(index=index, train=[], val=[])
     task = train_unet.UNetTask(stage, latents)
     mu = torch.randn(s.loop.batch_size, *task.shape, device=device)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def print_results(part: str, found: Found) -> None:
         console.print(f"caution: {found[CAUTION]}", style="yellow", soft_wrap=True)
 
 
-def formats(files: list[ImageFile]) -> str:
+def formats(files: Sequence[ImageFile]) -> str:
     """How many images of each file format there are, as text."""
     kinds = Counter(Path(file.path).suffix.lower().removeprefix(".") or "no suffix" for file in files)
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
@@ -183,7 +183,7 @@ def resampling(images: ImageSettings) -> str:
 def evaluate_vae(
     saved: Checkpoint,
     images: ImageSettings,
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     features: Features,
     settings: EvaluateSettings,
     device: torch.device,
@@ -274,7 +274,7 @@ def evaluate_unet(
     unet: Path,
     vae: Path,
     images: ImageSettings,
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     features: Features,
     settings: EvaluateSettings,
     home: Path,
@@ -289,7 +289,7 @@ def evaluate_unet(
         raise UserError(f"--samples: {folder} holds {len(samples)} images; a few hundred are needed")
     workers = pick_workers(settings.compute.workers, device)
 
-    def measured(which: list[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
+    def measured(which: Sequence[ImageFile], of: ImageSettings, what: str) -> tuple[Tensor, list[int]]:
         return compute_features(features, which, of, settings.batch_size, workers, ranks, what)
 
     all_train, all_val = ([file for file in files if file.split == split] for split in ("train", "val"))
@@ -367,7 +367,7 @@ def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) 
     return out
 
 
-def subset(files: list[ImageFile], maximum: int) -> list[ImageFile]:
+def subset(files: Sequence[ImageFile], maximum: int) -> list[ImageFile]:
     """At most `maximum` of the files, evenly spread; all for 0."""
     return [files[i] for i in evenly(len(files), maximum or len(files))]
 
@@ -375,7 +375,7 @@ def subset(files: list[ImageFile], maximum: int) -> list[ImageFile]:
 def cached_features(
     home: Path,
     features: Features,
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     images: ImageSettings,
     ranks: Processes,
     measure: Callable[[], tuple[Tensor, list[int]]],

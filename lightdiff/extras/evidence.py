@@ -188,12 +188,12 @@ def metrics_of(metadata: Metadata, rows: list[Row]) -> Row:
     return metrics
 
 
-def held_out(files: list[ImageFile]) -> list[ImageFile]:
+def held_out(files: Sequence[ImageFile]) -> Sequence[ImageFile]:
     """The images held out for validation, or all images if none are."""
     return [file for file in files if file.split == "val"] or files
 
 
-def load_images(files: list[ImageFile], images: ImageSettings) -> list[Tensor]:
+def load_images(files: Sequence[ImageFile], images: ImageSettings) -> list[Tensor]:
     """Those of the images that can be read, framed as for validation, uint8 (3, h, w) each."""
     dataset = ImageDataset(files, images, seed=0, train=False)
     return [x for i in range(len(files)) if (x := dataset[0, i].x) is not None]

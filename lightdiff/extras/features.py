@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def inception() -> Any:
 
 def process_images(
     work: Callable[[ImageBatch], None],
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     images: ImageSettings,
     batch_size: int,
     workers: int,
@@ -146,7 +146,7 @@ def process_images(
 @torch.inference_mode()
 def compute_features(
     features: Features,
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     images: ImageSettings,
     batch_size: int,
     workers: int,

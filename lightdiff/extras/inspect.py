@@ -184,7 +184,7 @@ def duplicate_groups(
     return sorted(group for group in by_digest.values() if len(group) > 1)
 
 
-def _folder_report(folders: list[Path], root: int, files: list[ImageFile], layout: Layout) -> FolderReport:
+def _folder_report(folders: list[Path], root: int, files: Sequence[ImageFile], layout: Layout) -> FolderReport:
     own = [file for file in files if file.root == root]
     splits = Counter(file.split for file in own)
     return FolderReport(
@@ -210,7 +210,7 @@ def _spread(lengths: list[int]) -> Spread:
     return Spread(min=min(lengths), median=median(lengths), max=max(lengths))
 
 
-def _label_counts(files: list[ImageFile]) -> dict[str, dict[str, int]]:
+def _label_counts(files: Sequence[ImageFile]) -> dict[str, dict[str, int]]:
     values: dict[str, list[str]] = defaultdict(list)
     for file in files:
         for name, value in file.labels.items():

@@ -55,7 +55,7 @@ class ChannelFacts(BaseModel):
     std: float
     scaled_mean: float
     scaled_std: float
-    kl: float  # nats per element
+    kl: float  # nats per element; a little less than it is where latents were encoded without logvar
     posterior_std: float  # square root of the mean of sigma^2
     bits: float  # per element; of mu, only what varies over the images at the same position counts
     active_share: float  # share of positions where mu varies over the images by a variance above ACTIVE
@@ -128,9 +128,11 @@ def sampled_latents(folder: Path, index: LatentIndex, max_images: int) -> Iterat
     for path in rows:
         try:
             with safe_open(path, framework="pt") as file:
-                mu, logvar = (file.get_tensor(name) for name in ("mu", "logvar"))
+                mu = file.get_tensor("mu")
+                logvar = file.get_tensor("logvar" if index.logvar else "variance")
         except (SafetensorError, OSError) as error:
             raise Damaged(f"{path} is damaged: {error}") from None
+        logvar = logvar if index.logvar else logvar.log()[..., None, None].expand_as(mu)
         for chunk in torch.split(torch.tensor(rows[path]), max(1, CHUNK // size)):
             yield mu[chunk].float(), logvar[chunk].float()
 

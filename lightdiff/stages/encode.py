@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, list_images, lookers
+from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, OnBad, load_batches
 from lightdiff.data.survey import note_sizes, with_whites
-from lightdiff.data.table import FINGERPRINT, Fingerprint
+from lightdiff.data.table import FINGERPRINT, Fingerprint, ImageList
 from lightdiff.errors import RunError, UserError
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
@@ -39,14 +39,14 @@ def run(settings: EncodeSettings) -> Path:
         settings, processes = stage.settings, stage.processes
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
-        files = list_images(settings.images, console)
+        files = list_images(settings.images, console, RunFolder(settings.run).vae.image_list)
         images = processes.run_on_main(lambda: with_whites(settings.images, files, print_note))
         settings = stage.settings = with_changes(settings, images=images)
         processes.run_on_main(lambda: note_sizes(images, files, print_note))
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
         on_bad = partial(BadFiles(stage.folder.bad_files, len(files), settings.images.max_bad).add, files)
-        todo = processes.run_on_main(lambda: prepare(stage, index, saved, on_bad))
+        todo = processes.run_on_main(lambda: prepare(stage, index, files, saved, on_bad))
         mine = processes.strided(list(todo))
         with Reporter("encode", sum(len(todo[n]) for n in mine)) as reporter:
             shards = encoded(vae.encoder, {n: todo[n] for n in mine}, index, files, stage, on_bad, reporter.advance)
@@ -71,14 +71,16 @@ def begun(folder: Path) -> Mapping[str, Any]:
     return index.depends_on | {"index": index}
 
 
-def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint, on_bad: OnBad) -> dict[int, Positions]:
+def prepare(
+    stage: Stage[EncodeSettings], index: LatentIndex, files: ImageList, saved: Checkpoint, on_bad: OnBad
+) -> dict[int, Positions]:
     """Make the folder ready for shards: the images of each one that is to be encoded, by its number.
 
     Raises:
         UserError: If it holds latents of other settings, or too many of their images are gone.
     """
     old: LatentIndex | None = stage.begun.get("index")
-    index.look(lookers(index.images.data))
+    index.look(lookers(index.images.data), files.table)
     if stage.settings.restart:
         start_over(stage.path)
     stage.check_begun(index.depends_on, ADVICE)
@@ -88,7 +90,7 @@ def prepare(stage: Stage[EncodeSettings], index: LatentIndex, saved: Checkpoint,
     without = np.flatnonzero(index.shard < 0)
     index.shard[without] = len(index.shards) + np.arange(len(without)) // index.shard_size
     index.shards += [""] * (int(index.shard.max()) + 1 - len(index.shards))
-    todo = {number: index.planned(number) for number in index.used if not index.shards[number]}
+    todo = {number: mine for number, mine in index.by_shard().items() if not index.shards[number]}
     if todo or old is None or not old.complete:
         index.write(stage.path / INDEX)  # else the old one stays until this one is finished
     atomic_link(stage.path / VAE_COPY, saved.path)
@@ -160,7 +162,7 @@ def finish(folder: Path, index: LatentIndex, before: str) -> None:
         console.print("the latents are not those that were scaled: run 'lightdiff scale' again")
 
 
-def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: list[ImageFile]) -> LatentIndex:
+def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, files: ImageList) -> LatentIndex:
     """The index that finished latents of these settings will have, but for what encoding finds out."""
     images = settings.images
     return LatentIndex.of(
@@ -169,6 +171,7 @@ def plan(settings: EncodeSettings, saved: Checkpoint, model: VAEArchitecture, fi
         dtype=settings.dtype,
         precision=settings.compute.precision,
         mirrored=images.flip,
+        logvar=settings.logvar,
         vae_digest=vae_digest(saved),
         images=images,
         shard_size=settings.shard_size,
@@ -181,7 +184,7 @@ def encoded(
     encoder: torch.nn.Module,
     todo: Mapping[int, Positions],
     index: LatentIndex,
-    files: list[ImageFile],
+    files: ImageList,
     stage: Stage[EncodeSettings],
     on_bad: OnBad,
     advance: Callable[[int], None],
@@ -200,8 +203,11 @@ def encoded(
     order = ([(0, position) for position in part] for _, part in parts)
     workers = pick_workers(settings.compute.workers, device)
     batches = load_batches(dataset, order, workers, on_bad, pin=device.type == "cuda")
-    latents = [torch.empty(2, 0, 1 + index.mirrored, *index.shape, dtype=DTYPES[settings.dtype])]
-    done, rows, looks, unreadable = 0, latents[:], list[Fingerprint](), list[tuple[int, str, str]]()
+    stored, c = DTYPES[settings.dtype], index.shape[0]
+    latents = [torch.empty(1 + index.logvar, 0, 1 + index.mirrored, *index.shape, dtype=stored)]
+    variances = [torch.empty(0, 1 + index.mirrored, c)]
+    done, rows, spread = 0, latents[:], variances[:]
+    looks, unreadable = list[Fingerprint](), list[tuple[int, str, str]]()
     for (number, part), batch in zip(parts, batches, strict=True):
         unreadable += [(files[position].root, files[position].path, why) for position, why in batch.bad]
         looks += batch.fingerprints
@@ -210,20 +216,24 @@ def encoded(
             sides = [x, x.flip(-1)] if images.flip else [x]
             with torch.inference_mode(), autocast(device, settings.compute.precision):
                 posterior = torch.stack(encoder(torch.cat(sides)))  # mu and logvar: (2, m*b, c, h, w)
-            rows.append(torch.stack(posterior.chunk(len(sides), dim=1), dim=2).to("cpu", rows[0].dtype))
+            posterior = torch.stack(posterior.chunk(len(sides), dim=1), dim=2)  # (2, b, m, c, h, w)
+            rows.append(posterior[: len(rows[0])].to("cpu", stored))
+            if not index.logvar:
+                spread.append(posterior[1].float().exp().mean((3, 4)).cpu())
             finite = rows[-1].isfinite().transpose(0, 1).flatten(1).all(1)
             if not finite.all():
                 raise not_finite(dataset.path(int(batch.index[~finite][0])), posterior, settings)
         done += len(part)
         advance(done)
         if part[-1] == todo[number][-1]:
-            mu, logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
+            mu, *logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
             facts = ShardFacts(vae=index.vae_digest, plan=index.plan(todo[number]), bad=unreadable)
             fingerprints = np.array(looks, FINGERPRINT)[:, None].view(np.uint8)
-            tensors = {"mu": mu, "logvar": logvar, "fingerprints": torch.from_numpy(fingerprints)}
+            about = {"logvar": logvar[0]} if logvar else {"variance": torch.cat(spread)}
+            tensors = {"mu": mu, **about, "fingerprints": torch.from_numpy(fingerprints)}
             metadata = Metadata(stage="latents", extra=facts.model_dump())
             yield partial(checkpoint.save, shard_path(stage.path, number), tensors, metadata)
-            rows, looks, unreadable = latents[:], [], []
+            rows, spread, looks, unreadable = latents[:], variances[:], [], []
             if stage.out_of_time():
                 return
 

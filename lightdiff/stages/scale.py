@@ -5,12 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index, repairable
+from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index, read_logvar, repairable
 from lightdiff.data.latents import prefetch
+from lightdiff.data.table import SPLITS
 from lightdiff.errors import RunError, UserError
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_latents
 from lightdiff.runtime.progress import console
@@ -26,8 +29,11 @@ def run(settings: ScaleSettings) -> Path:
     with open_stage(settings, "latents", lambda: find_latents(settings.latents, RunFolder(settings.run))) as stage:
         index = read_index(stage.path, finished=True)
         moments = LatentMoments(index.shape[0])
-        numbers = stage.processes.strided(index.used)
-        for mu, logvar in prefetch(partial(read_train_latents, stage.path, index, number) for number in numbers):
+        if not (index.logvar or settings.only_mu):
+            advice = "'lightdiff encode --logvar --restart' stores it, or leave --no-only-mu out"
+            raise UserError(f"--no-only-mu draws from the posterior, but {stage.path} has no logvar: {advice}")
+        shards = stage.processes.strided(list(index.by_shard().items()))
+        for mu, logvar in prefetch(partial(read_train_latents, stage.path, index, *shard) for shard in shards):
             moments.add(mu, logvar)
         stage.processes.all_reduce_sum(moments.sums)
         if not moments.count:
@@ -44,11 +50,14 @@ def run(settings: ScaleSettings) -> Path:
 
 
 @repairable()
-def read_train_latents(folder: Path, index: LatentIndex, number: int) -> tuple[Tensor, Tensor]:
+def read_train_latents(
+    folder: Path, index: LatentIndex, number: int, planned: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Mu and logvar (n, m, c, h, w) of a shard's training images; most of the time goes into verifying digests."""
-    shard = open_shard(folder, index, number)
-    rows = torch.tensor(index.row[(index.shard == number) & index.encoded & index.of_split("train")], dtype=torch.int64)
-    return shard.tensor("mu")[rows], shard.tensor("logvar")[rows]
+    shard = open_shard(folder, index, number, planned)
+    chosen = planned[(index.row[planned] >= 0) & (index.splits[planned] == SPLITS.index("train"))]
+    rows = torch.from_numpy(index.row[chosen]).long()
+    return shard.tensor("mu")[rows], read_logvar(shard)[rows]
 
 
 class LatentMoments:

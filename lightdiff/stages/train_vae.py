@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import ImageFile, list_images, lookers
+from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
-from lightdiff.data.order import batch_at, item_noise
+from lightdiff.data.order import Mixture, batch_at, item_noise
 from lightdiff.data.survey import note_sizes, with_whites
-from lightdiff.data.table import ImageTable
+from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
@@ -33,10 +33,10 @@ from lightdiff.training.loop import Tensors, train
 def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
-        files = list_images(stage.settings.images, console)
+        files = list_images(stage.settings.images, console, stage.folder.image_list)
         images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
-        table = ImageTable.of(files)
+        table = files.table
         digest = table.list_digest()
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
@@ -87,7 +87,7 @@ def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: Ima
 class VAETask:
     """What the training loop needs to know of a VAE."""
 
-    def __init__(self, stage: Stage[TrainVAESettings], files: list[ImageFile]) -> None:
+    def __init__(self, stage: Stage[TrainVAESettings], files: ImageList) -> None:
         """Build the network and both data sets."""
         s = self.settings = stage.settings
         self.stage, self.device = stage, stage.device
@@ -100,6 +100,8 @@ class VAETask:
         self.model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
         self.train_set, self.val_set = self._data_set("train", files), self._data_set("val", files)
         self.train_items, self.val_items = len(self.train_set), len(self.val_set)
+        roots, weights = files.of_split("train").roots, s.images.data_weights
+        self.mixture = Mixture(roots, weights, s.loop.seed) if weights else None
         self.part = stage.processes.batch_slice(s.loop.batch_size)
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
         self.latent_shape = (s.model.latent_channels, *s.images.resolution.divided(s.model.factor))
@@ -122,9 +124,9 @@ class VAETask:
         networks = f"VAE: {count:.2f} M parameters, {size} px -> {shape_words(self.latent_shape)}"
         return f"{networks}; {self.train_items} training and {self.val_items} validation images"
 
-    def _data_set(self, split: Split, files: list[ImageFile]) -> ImageDataset:
-        chosen, s = [file for file in files if file.split == split], self.settings
-        return ImageDataset(chosen, s.images, s.loop.seed, train=split == "train")
+    def _data_set(self, split: Split, files: ImageList) -> ImageDataset:
+        s = self.settings
+        return ImageDataset(files.of_split(split), s.images, s.loop.seed, train=split == "train")
 
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
@@ -137,7 +139,10 @@ class VAETask:
         return load_batches(images, order, workers, on_bad, pin=self.device.type == "cuda")
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
-        return batch_at(start, self.settings.loop.batch_size, self.train_items, self.settings.loop.seed)
+        size = self.settings.loop.batch_size
+        if self.mixture:
+            return self.mixture.batch_at(start, size)
+        return batch_at(start, size, self.train_items, self.settings.loop.seed)
 
     def names(self, start: int) -> list[str]:
         """The files of the batch that begins after `start` images."""

@@ -1,6 +1,6 @@
 """What a run's images show: duplicates, and pictures that are enlarged."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from lightdiff.data.files import ImageFile, scan
@@ -22,13 +22,13 @@ def check_data(images: ImageSettings) -> Iterator[Finding]:
         if count > MAX_FILES:
             raise ValueError("too many files to search quickly")
 
-    files = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
+    files: Sequence[ImageFile] = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
     if 0 < len(files) <= MAX_FILES:
         yield from check_duplicates(images, files)
         yield from check_sizes(images, try_read(lambda: sizes(images, files)) or [])
 
 
-def check_duplicates(images: ImageSettings, files: list[ImageFile]) -> Iterator[Finding]:
+def check_duplicates(images: ImageSettings, files: Sequence[ImageFile]) -> Iterator[Finding]:
     """Files with the same bytes."""
     found = try_read(lambda: duplicate_groups(files, images.data, MAX_BYTES)) or []
     groups = [[files[i].split for i in group] for group in found]

@@ -1,0 +1,119 @@
+"""What lists of many images cost: `python -m tests.bench.images [COUNT ...]`, processor time and memory for each count.
+
+A source of made-up names stands for archives, whose index lists them; files and pixels are none. Each step is a process
+of its own: the first search, the start after it (a list that is taken over, an order, batches), and latents' index.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightdiff.data import files
+from lightdiff.data.files import Source, find_images
+from lightdiff.data.index import LatentIndex, read_index
+from lightdiff.data.order import batch_at
+from lightdiff.data.table import ImageList, ImageTable
+from lightdiff.settings import ImageSettings
+from tests.bench.contest import resident
+from tests.bench.growth import apart
+
+COUNTS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+SHARD = 2048
+
+
+def made_up(place: Path) -> Iterator[str]:
+    """Names in folders of a thousand, of 21 bytes, as many as the place is called."""
+    return (f"{i // 1000:05d}/img{i:08d}.jpg" for i in range(int(place.stem)))
+
+
+files.SOURCES[".names"] = Source(made_up, files.open_in_folder)
+
+
+def used(before: float) -> int:
+    """Bytes of this process's own memory beyond what it had before."""
+    return int(resident("RssAnon") - before)
+
+
+def search(folder: Path, count: int) -> dict[str, float]:
+    """The first search for images, and the list that is kept."""
+    place = folder / f"{count}.names"
+    place.touch()
+    before, began = resident("RssAnon"), time.process_time()
+    found = find_images((place,), 0.05)
+    seconds = time.process_time() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    found.files.table.write(folder / "images.safetensors")
+    return {"search s": seconds, "its peak B an image": peak / count, "list B an image": used(before) / count}
+
+
+def start(folder: Path, count: int) -> dict[str, float]:
+    """What a training does with a list that is taken over, until it has the first batches."""
+    before, began = resident("RssAnon"), time.process_time()
+    images = ImageList(ImageTable.read(folder / "images.safetensors"))
+    images.where(images.table.ending_in((".tif", ".png")))
+    digest, train, val = images.table.list_digest(), images.of_split("train"), images.of_split("val")
+    batches = [[train[i].path for _, i in batch_at(at, 64, len(train), seed=0)] for at in range(0, 640, 64)]
+    seconds = time.process_time() - began
+    assert digest
+    assert len(val) < len(train)
+    assert len(batches[-1]) == 64
+    mapped = resident("RssFile")
+    return {"start s": seconds, "train-vae B an image": used(before) / count, "of all processes MB": mapped / 1e6}
+
+
+def latents(folder: Path, count: int) -> dict[str, float]:
+    """The index of latents: made and written by encode, read by train-unet."""
+    images, n = ImageList(ImageTable.read(folder / "images.safetensors")), np.arange(count, dtype=np.int32)
+    began = time.process_time()
+    index = LatentIndex.of(
+        images,
+        shape=(4, 32, 32),
+        dtype="float16",
+        mirrored=True,
+        vae_digest="0" * 64,
+        images=ImageSettings(),
+        shard_size=SHARD,
+        shards=["0" * 64] * -(-count // SHARD),
+        digest="0" * 64,
+        shard=n // SHARD,
+        row=n % SHARD,
+    )
+    parts = index.by_shard()
+    index.write(folder / "index.safetensors")
+    assert len(parts) == len(index.shards)
+    return {"index s": time.process_time() - began}
+
+
+def unet(folder: Path, count: int) -> dict[str, float]:
+    """What train-unet does with the index until it has the first batch, but for the latents."""
+    before, began = resident("RssAnon"), time.process_time()
+    index = read_index(folder, finished=True)
+    parts, train = index.by_shard(), index.positions("train").astype(np.int32)
+    del parts
+    batch = batch_at(0, 64, len(train), seed=0)
+    assert len(batch) == 64
+    return {"train-unet s": time.process_time() - began, "train-unet B an image": used(before) / count}
+
+
+def measure(counts: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """All steps for each count."""
+    found: dict[str, dict[str, Any]] = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory(prefix="lightdiff-bench-") as folder:
+            row: dict[str, Any] = {}
+            for step in (search, start, latents, unet):
+                row |= apart(step, Path(folder), count)
+        found[str(count)] = {name: round(value, 2) for name, value in row.items()}
+        print(count, json.dumps(found[str(count)]), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    measure(tuple(map(int, sys.argv[1:])) or COUNTS)
