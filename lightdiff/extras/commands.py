@@ -50,6 +50,7 @@ def add_commands(app: typer.Typer) -> None:
     """Add them all to the command line."""
     for function in (inspect, show, report):
         app.command(rich_help_panel=LOOKING)(function)
+    app.command(rich_help_panel=STARTING)(pack)
     app.command(rich_help_panel=STARTING)(presets)
     app.command("export", rich_help_panel=LEAVING)(export_model)
     app.command("import", rich_help_panel=STARTING)(import_model)
@@ -72,6 +73,39 @@ def inspect(
         from lightdiff.runtime.progress import SafeConsole
 
         print_report(report, SafeConsole(markup=True))
+
+
+def pack(
+    data: Annotated[list[Path], typer.Argument(help="folders or archives of images", metavar="DATA...")],
+    out: Annotated[Path, typer.Argument(help="folder for the shards")],
+    resolution: Annotated[str, typer.Option(help="side of square images in pixels, or height x width")],
+    image: Annotated[Literal["webp", "png", "jpeg"], typer.Option(help="webp and png are lossless")] = "webp",
+    quality: Annotated[int, number(int, "quality", "of jpeg")] = 95,
+    shards: Annotated[Literal["tar", "zip"], typer.Option(help="kind of the shards")] = "tar",
+    shard_size: Annotated[int, number(int, "shard-size", "images of a shard")] = 10_000,
+    labels: Annotated[Path | None, typer.Option(help="table of labels, as for train-vae")] = None,
+    val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
+    background: Annotated[str, typer.Option(help="colour behind transparent pixels")] = "white",
+    processes: Annotated[int, number(int, "processes", "processes that pack; 0: as many as there are cores")] = 0,
+) -> None:
+    """Resize images once and pack them as tar or zip shards, which load faster and copy well."""
+    from lightdiff.extras.pack import pack as write
+    from lightdiff.options import build
+    from lightdiff.runtime.processes import usable_cores
+    from lightdiff.settings import TrainVAESettings
+
+    for name, value, least, most in (("quality", quality, 1, 100), ("shard-size", shard_size, 1, 10**9)):
+        if not least <= value <= most:
+            raise UserError(f"--{name}: {value} is not between {least} and {most:,}")
+    chosen = {
+        "data": data,
+        "resolution": resolution,
+        "labels": labels,
+        "val_share": val_share,
+        "background": background,
+    }
+    images = build(TrainVAESettings, [{"images": chosen}]).images
+    typer.echo(write(images, out, image, quality, shards, shard_size, processes or usable_cores()))
 
 
 def show(
