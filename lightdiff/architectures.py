@@ -294,7 +294,9 @@ class UNetSettings(UNetArchitecture):
     width: Width = Field(64, description="channels, if empty, are this x 1, 1, 2, 3, 4, as the latent's size asks")
     blocks: int = Field(2, ge=1, le=64, description="residual blocks a level, going down and going up")
     attend_levels: Levels = Field(
-        None, description="levels with self-attention, 0 the finest; not given: those of 4 to 8 pixels; none: no level"
+        None,
+        description="levels with self-attention, 0 the finest; none: no level; not given: those of 4 to 8 pixels, and "
+        "of 16 below finer ones",
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")
@@ -317,6 +319,7 @@ class UNetSettings(UNetArchitecture):
         """The same settings with empty widths and attention levels filled in for latents of this size."""
         halvings = (n for n in (3, 2, 1) if (size % 2**n == 0 and size >= 4 * 2**n) or n == 1)
         channels = self.channels or widths(self.width, (1, 1, 2, 3, 4), next(halvings) + 1)
-        small = tuple(i for i in range(len(channels) - 1) if 4 <= size // 2**i <= 8)
+        largest = min(16, max(8, size // 2))
+        small = tuple(i for i in range(len(channels) - 1) if 4 <= size // 2**i <= largest)
         attended = small if self.attend_levels is None else self.attend_levels
         return with_changes(self, channels=channels, attend_levels=attended)

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -96,6 +97,28 @@ def inherit_vae(said: Layer) -> Layer:
     return saved if saved or not source else inherited("train_vae", said, source)
 
 
+def pick_preset(asked: str, saved: Layer, said: Layer) -> tuple[str, int]:
+    """The preset of a training, and the smaller side of its images (px): asked for, the VAE's, or by the machine.
+
+    None where the network is known already: of a stopped run, or of --init-from.
+    """
+    with suppress(ValueError):
+        size = min(settings.Size.of((group(saved, "images") | group(said, "images")).get("resolution", 64)))
+        if asked not in ("", "auto") or "model" in saved:
+            return asked.removesuffix("auto"), size
+        device = group(said, "loop").get("device", "auto")
+        if device == "auto":
+            device = import_module("lightdiff.runtime.processes").pick_device("auto").type
+        return saved.get("preset") or import_module("lightdiff.defaults").preset_for(device), size
+    return asked.removesuffix("auto"), 0  # the resolution is none, which is told later
+
+
+def follow(built: settings.Settings) -> Layer:
+    """What follows from a training's settings."""
+    layer: Layer = import_module("lightdiff.defaults").following(built)
+    return layer
+
+
 def inherit_encode(said: Layer) -> Layer:
     """Encode takes the image settings from the VAE."""
     return inherited("encode", said, said.get("vae"))
@@ -165,7 +188,8 @@ COMMANDS = {
 } | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
     run, outlook = partial(run_stage, row.module, row.then), partial(estimate, row.estimate)
-    call = command(row.model, run, row.inherit, row.presets, outlook, row.start.split(), row.example)
+    rules = (row.presets, pick_preset, follow) if row.presets else ()
+    call = command(row.model, run, row.inherit, outlook, row.start.split(), row.example, *rules)
     app.command(name, rich_help_panel=row.panel, add_help_option=False)(call)
 add_commands(app)
 

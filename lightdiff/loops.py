@@ -39,6 +39,12 @@ class LoopSettings(ComputeSettings):
     """The training loop. Every interval counts optimizer steps."""
 
     steps: int = Field(20_000, ge=1, description="optimizer steps")
+    max_passes: float = Field(
+        0.0,
+        ge=0,
+        json_schema_extra=STEPS,
+        description="most passes over the images where no --steps are given; 300 in the commands; 0: any",
+    )
     epochs: float = Field(0.0, ge=0, json_schema_extra=STEPS, description="passes over the images; 0: off")
     batch_size: int = Field(16, ge=1, description="images per optimizer step, over all processes")
     micro_batch: int = Field(0, ge=0, json_schema_extra=MEMORY, description="images per forward pass; 0: batch-size")
@@ -48,15 +54,21 @@ class LoopSettings(ComputeSettings):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="Muon, with AdamW for norms, biases and end layers; or AdamW alone"
     )
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate; default: less for wider networks")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
-    warmup_steps: int = Field(100, ge=0, description="optimizer steps of linear warm-up")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="optimizer steps of linear warm-up; default: 100, or a tenth of fewer than 1,000"
+    )
     weight_decay: float = Field(0.01, ge=0, description="weight decay, decoupled: times lr at each step")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's beta2")
     clip: float = Field(1.0, ge=0, description="gradient norm to clip at; 0 turns clipping off")
-    ema_decay: Decays = Field((0.999,), description="decays of EMA weights, warmed up; the first is used; 0: none")
-    val_every: int = Field(1000, ge=0, description="optimizer steps between validations; 0: only at the end")
-    save_every: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
+    ema_decay: Decays = Field((0.9999,), description="decays of EMA weights, warmed up; the first is used; 0: none")
+    val_every: int | None = Field(
+        None, ge=0, description="optimizer steps between validations; 0: only at the end; default: 1,000, or a tenth"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="optimizer steps between checkpoints; default: 1,000, or a tenth of fewer than 10,000"
+    )
     keep: int = Field(2, ge=1, description="newest step files to keep")
     keep_every: int = Field(0, ge=0, description="keep the step files of every this many steps for good; 0: none")
     skip_nonfinite: int = Field(0, ge=0, description="steps with a non-finite loss or gradient to skip before stopping")
@@ -71,7 +83,10 @@ class LoopSettings(ComputeSettings):
 
     def total_steps(self, train_items: int) -> int:
         """Optimizer steps of the whole run."""
-        return max(1, round(self.epochs * train_items / self.batch_size)) if self.epochs else self.steps
+        if self.epochs:
+            return max(1, round(self.epochs * train_items / self.batch_size))
+        most = max(1, int(self.max_passes * train_items / self.batch_size))
+        return min(self.steps, most) if self.max_passes else self.steps
 
 
 class JobSettings(Settings):

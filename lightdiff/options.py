@@ -23,9 +23,9 @@ from lightdiff.errors import UserError, shorten
 from lightdiff.settings_file import Layer, read_settings
 
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
-Preset = Literal["tiny", "small", "base", "kl-f8", "original"]
-PRESETS: tuple[Preset, ...] = get_args(Preset)
-PRESETS_SHOWN = "set of architecture settings; 'lightdiff presets' lists them"
+Preset = Literal["auto", "tiny", "small", "base-s", "base", "base-l", "kl-f8", "original"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)[1:]
+PRESETS_SHOWN = "networks and budget, 'lightdiff presets' lists them; auto: small, with a GPU base, and as the VAE's"
 PRINTED = "print the settings as JSON (and, of a training, what it will take) and stop"
 START, MORE = "Start here", "More"  # panels of help
 OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside the settings
@@ -220,18 +220,23 @@ def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] 
     return nested_model(field) if new.get(kind, held) == held else None
 
 
-def preset_layer(family: str, name: str) -> Layer:
-    """One of the packaged presets: `vae` or `unet`, and one of PRESETS."""
-    return read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
+def preset_layer(family: str, name: str, size: int = 0) -> Layer:
+    """One of the packaged presets: `vae` or `unet`, and one of PRESETS; sections `at-N` are for N px and more."""
+    layer = read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
+    larger = {int(section[3:]): layer.pop(section) for section in list(layer) if section.startswith("at-")}
+    for smallest in sorted(larger):
+        if size >= smallest:
+            layer |= {group: layer.get(group, {}) | values for group, values in larger[smallest].items()}
+    return layer
 
 
-def checked_preset(model: type[BaseModel], family: str, name: str, saved: Layer) -> Layer:
+def checked_preset(model: type[BaseModel], family: str, name: str, saved: Layer, size: int = 0) -> Layer:
     """A preset that goes with what a stopped run saved.
 
     Raises:
         UserError: If that run holds another network.
     """
-    chosen = preset_layer(family, name)
+    chosen = preset_layer(family, name, size)
     for group in chosen.keys() & saved.keys():
         if extra(model.model_fields[group], "prefix") and merge(model, saved, chosen)[group] != saved[group]:
             also = "this run holds another architecture, or --init-from does"
@@ -349,10 +354,12 @@ def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
     inherit: Callable[[Layer], Layer] = lambda said: {},
-    presets: str = "",
     estimate: Callable[[Any], object] = lambda built: None,
     start: Sequence[str] = (),
     example: str = "",
+    presets: str = "",
+    pick: Callable[[str, Layer, Layer], tuple[str, int]] = lambda asked, saved, said: (asked, 0),
+    follow: Callable[[Any], Layer] = lambda built: {},
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field, that builds the model and calls `run`.
 
@@ -362,10 +369,12 @@ def command(
         model: The settings; its docstring becomes the command's help.
         run: What to do with them.
         inherit: What file and flags say -> what an earlier stage or a stopped run saved, a layer below the file's.
-        presets: The family of presets to choose from, if any.
         estimate: What --dry-run does with the settings, after it has printed them.
         start: The flags, without dashes, that --help shows; all if empty.
         example: A call that help shows.
+        presets: The family of presets to choose from, if any.
+        pick: The preset asked for, or "", what was saved and what is said -> the preset, or "", and the images' size.
+        follow: Settings -> what follows from them, the layer below all others.
     """
     fields = flag_fields(model)
     ruled = {path: field for path, field in fields.items() if extra(field, "replaces") or extra(field, "needs")}
@@ -377,8 +386,9 @@ def command(
         file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)
-        chosen = checked_preset(model, presets, preset, saved) if preset else {}
-        built = build(model, [chosen, saved, said])
+        name, size = pick(preset or "", saved, said)
+        chosen = {"preset": name, **checked_preset(model, presets, name, saved, size)} if name else {}
+        built = build(model, [follow(build(model, [chosen, saved, said])), chosen, saved, said])
         check_effects(ruled, typed, file, built)
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))

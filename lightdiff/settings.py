@@ -49,6 +49,7 @@ NOISY: frozenset[SamplerName] = frozenset({"ddpm"})  # samplers that add noise o
 WITH_ETA: frozenset[SamplerName] = frozenset({"ddim"})  # those that add as much as --eta says
 Spacing = Literal["trailing", "uniform", "karras", "quadratic"]
 EPS_MIN_ALPHA_BAR = 3e-3  # below it, errors of eps_hat grow into x0 more than 18-fold
+ENCODED_PIXELS = 64 * 128 * 128  # at a time
 GRID = (8, 4)  # columns and rows of the grids drawn while training
 LINEAR: JsonDict = {"needs": "schedule=linear|scaled-linear"}
 LOGIT_NORMAL: JsonDict = {"needs": "density=logit-normal"}
@@ -206,7 +207,9 @@ class VAELossSettings(Settings):
     """reconstruction + kl-beta KL + lpips-gamma LPIPS."""
 
     reconstruction: Literal["mse", "l1"] = Field("mse", description="error of the pixels, in [-1, 1]")
-    kl_beta: float = Field(3e-3, ge=0, description="weight of the KL divergence, a mean over latent elements")
+    kl_beta: float = Field(
+        3e-3, ge=0, description="weight of the KL divergence, a mean over latent elements; default: by compression"
+    )
     lpips_gamma: float = Field(0.1, ge=0, description="weight of LPIPS; 0 turns it off and needs no weights")
     lpips_net: LPIPSNet = Field("vgg", description="network behind LPIPS")
     lpips_weights: Path | None = Field(None, description="file with that network's ImageNet weights")
@@ -246,6 +249,7 @@ class TrainingSettings(StageSettings):
 
     compute_section: ClassVar[str] = "loop"
 
+    preset: str = Field("", description="the preset that these settings began with")
     restart: bool = Field(False, description="start over; the old run is renamed")
     from_step: int = Field(0, ge=0, description="go back to this step's file; newer ones are renamed; 0: the last")
     init_from: Path | None = Field(None, description="checkpoint whose weights to start from")
@@ -255,7 +259,7 @@ class TrainingSettings(StageSettings):
 class TrainVAESettings(TrainingSettings):
     """Train the VAE on a folder of images."""
 
-    NO_FLAG: ClassVar = frozenset({"model.architecture"})  # a preset or a file names it
+    NO_FLAG: ClassVar = frozenset({"preset", "model.architecture"})  # a preset or a file names it
 
     allow_missing: bool = ALLOW_MISSING
     freeze_encoder: bool = Field(False, description="with --init-from: train only the decoder; latents stay valid")
@@ -279,12 +283,18 @@ class EncodeSettings(StageSettings):
     restart: bool = Field(False, description="start over; the old run is renamed")
     allow_missing: bool = ALLOW_MISSING
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: this run's best")
-    batch_size: int = Field(64, ge=1, description="images per forward pass of each process")
+    batch_size: int = Field(0, ge=0, description="images per forward pass of each process; 0: 64, fewer above 128 px")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of the stored latents")
     logvar: bool = Field(True, description="store logvar, too; without it, half of the disk, and scale has --only-mu")
     shard_size: int = Field(2048, ge=1, description="images per shard file")
     images: ImageSettings = Field(ImageSettings(), title="Images (read from the VAE)")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
+
+    def resolved(self) -> Self:
+        """The same settings with a batch of as many pixels at any resolution: 64 images of 128 px, 16 of 256."""
+        height, width = self.images.resolution
+        fitting = max(1, min(64, ENCODED_PIXELS // (height * width)))
+        return with_changes(self, batch_size=self.batch_size or fitting)
 
 
 class ScaleSettings(StageSettings):
@@ -302,7 +312,7 @@ class TrainUNetSettings(TrainingSettings):
     """Train the diffusion U-Net on cached latents."""
 
     # Named by a preset or a file; read from the latents; there are no images to load
-    NO_FLAG: ClassVar = frozenset({"model.architecture", "latent", "loop.workers"})
+    NO_FLAG: ClassVar = frozenset({"preset", "model.architecture", "latent", "loop.workers"})
     NO_FILE: ClassVar = frozenset({"latent"})  # a saved settings.json may be of other latents
 
     latents: AbsolutePath | None = Field(None, description="latents: a folder or a run folder; default: this run's")

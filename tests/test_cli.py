@@ -16,7 +16,7 @@ import lightdiff
 from lightdiff import settings
 from lightdiff.cli import COMMANDS as ROWS
 from lightdiff.data.index import read_index
-from lightdiff.options import flag, flag_fields, leaves
+from lightdiff.options import PRESETS, flag, flag_fields, leaves
 
 STAGES = {
     "train-vae": settings.TrainVAESettings,
@@ -466,8 +466,8 @@ def test_presets_lists_all(cli):
     assert result.code == 0
     lines = [line.strip("│┃ ").split() for line in result.stdout.splitlines()]
     names = [words[0] for words in lines if "VAE" in words]
-    assert names == ["tiny", "small", "base", "kl-f8", "original"]
-    assert result.out.count("U-Net") == 5
+    assert names == list(PRESETS)
+    assert result.out.count("U-Net") == len(PRESETS)
     assert result.err == ""
 
 
@@ -490,18 +490,22 @@ def test_presets_numbers_are_plausible(cli):
     from lightdiff.options import build, preset_layer
 
     rows = [re.split(r" *[│┃] *", line)[1:-1] for line in cli("presets", "--resolution", 256).stdout.splitlines()]
-    kinds = {kind: [row for row in rows if len(row) == 6 and row[1] == kind] for kind in ("VAE", "U-Net")}
+    kinds = {kind: [row for row in rows if len(row) == 9 and row[1] == kind] for kind in ("VAE", "U-Net")}
     sizes = {kind: [float(row[3].removesuffix(" M")) for row in found] for kind, found in kinds.items()}
     for found in sizes.values():
-        assert found[:3] == sorted(found[:3])  # tiny, small, base
-    assert (sizes["VAE"][-1], sizes["U-Net"][-1]) == (21.48, 201.43)
-    assert sizes["VAE"][-2] == 83.65  # as Stable Diffusion's VAE has
+        assert found[:5] == sorted(found[:5])  # tiny, small, base-s, base, base-l
+    original = PRESETS.index("original")
+    assert (sizes["VAE"][original], sizes["U-Net"][original]) == (21.48, 201.43)
+    assert sizes["VAE"][PRESETS.index("kl-f8")] == 83.65  # as Stable Diffusion's VAE has
     for row in (*kinds["VAE"], *kinds["U-Net"]):
-        fixed, image = (float(cell.removesuffix(" MB")) for cell in row[4:])
+        fixed, image = (float(cell.removesuffix(" MB")) for cell in row[5:7])
         parameters = float(row[3].removesuffix(" M"))
-        adamw = row in (*kinds["VAE"][-2:], kinds["U-Net"][-1])  # the original; else Muon, but for some small weights
-        assert fixed == pytest.approx((20 if adamw else 16.1) * parameters, rel=0.02, abs=0.7)  # bytes a parameter
+        adamw = row in (kinds["VAE"][original], kinds["U-Net"][original], kinds["VAE"][PRESETS.index("kl-f8")])
+        assert fixed == pytest.approx(
+            (20 if adamw else 16.1) * parameters, rel=0.02, abs=0.7
+        )  # bytes a parameter; Muon's are more, but for some small weights
         assert image > 0
+        assert float(row[4]) > 0 < float(row[8])
     chosen = build(settings.TrainVAESettings, [preset_layer("vae", "tiny")]).model.resolved(256)
     assert f"{sum(p.numel() for p in VAE(chosen).parameters()) / 1e6:.2f}" == f"{sizes['VAE'][0]:.2f}"
 
@@ -513,7 +517,7 @@ def test_every_preset_can_be_chosen(cli, tmp_path, run, name):
     unet = dry(cli, "train-unet", "--run", run, "--preset", name)
     if name == "small":  # is the default
         assert vae == dry(cli, "train-vae", "--run", tmp_path / "new")
-        assert unet == dry(cli, "train-unet", "--run", run)
+        assert dry(cli, "train-unet", "--run", run)["preset"] == "tiny"  # the VAE's
     assert [made["model"]["architecture"] == "original" for made in (vae, unet)] == 2 * [name == "original"]
 
 

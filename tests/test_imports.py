@@ -30,7 +30,7 @@ STEPS = [
     ["architectures", "options"],
     ["loops"],
     ["settings"],
-    ["run_folder"],
+    ["defaults", "run_folder"],
     ["checkpoint"],
     ["models", "diffusion", "losses", "runtime"],
     ["data"],

@@ -228,7 +228,7 @@ def test_a_partial_layer_keeps_the_stages_own_defaults() -> None:
 def test_flags_are_unique_and_fields_format_value(model: type[Settings]) -> None:
     fields = dict(leaves(model))
     names = Counter(flag(model, path) for path in fields)
-    names.update(["settings", "dry-run", "preset", "help"])
+    names.update(["settings", "dry-run", "help"] + ["preset"] * ("preset" not in names))
     names.update(f"no-{flag(model, path)}" for path, field in fields.items() if field.annotation is bool)
     assert not [name for name, count in names.items() if count > 1]
     for path, field in fields.items():
@@ -388,8 +388,8 @@ def test_layers_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file = tmp_path / "a.toml"
     file.write_text("[loop]\nclip = 3.0\nbeta2 = 0.3\n[model]\nlatent_channels = 3\n")
 
-    def preset(family: str, name: str) -> Layer:
-        assert family == "some"
+    def preset(family: str, name: str, size: int) -> Layer:
+        assert (family, size) == ("some", 0)
         return {"loop": {"lr": 1.0, "clip": 1.0, "keep": 1}, "model": {"mid_blocks": len(name)}}
 
     monkeypatch.setattr(options, "preset_layer", preset)
@@ -765,10 +765,10 @@ def test_numbers_that_are_none_are_refused(name: str, number: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("resolution", [32, 64, 256])
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256, 512])
 def test_presets_build(name: str, resolution: int) -> None:
-    vae = build(TrainVAESettings, [preset_layer("vae", name)])
-    unet = build(TrainUNetSettings, [preset_layer("unet", name)])
+    vae = build(TrainVAESettings, [preset_layer("vae", name, resolution)])
+    unet = build(TrainUNetSettings, [preset_layer("unet", name, resolution)])
     network = vae.model.resolved(resolution)
     assert resolution % network.factor == 0
     assert network == network.resolved(resolution)
@@ -787,6 +787,14 @@ def test_the_small_preset_is_the_default(network: str, model: type[Settings]) ->
     assert list(said) == ["model"]
     assert said["model"]
     assert model.model_validate(said["model"]) == model()
+
+
+@pytest.mark.parametrize("size", [64, 128, 191, 192, 256, 384, 512])
+def test_sections_of_a_preset_are_for_images_of_that_size_and_more(size: int) -> None:
+    model = build(TrainVAESettings, [preset_layer("vae", "base", size)]).model.resolved(size)
+    assert (model.encoder_width, model.factor) == (64, 16 if size >= 384 else 8 if size >= 192 else 4)
+    assert model.latent_channels == (16 if size >= 384 else 4)
+    assert model.decoder_blocks == ((2, 2, 3, 2) if size >= 384 else (2, 3, 2) if size >= 192 else (3,))
 
 
 def test_every_settings_model_is_frozen_and_described() -> None:

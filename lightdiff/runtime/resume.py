@@ -14,7 +14,16 @@ from lightdiff.runtime.progress import console
 from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
 
 Changes = dict[str, tuple[Any, Any]]  # of flat settings: {"loop.lr": (old, new), ...}
-RESUME_MAY_CHANGE = ("loop", "run", "init_from", "latents", "images.data", "images.max_bad", "images.max_megapixels")
+RESUME_MAY_CHANGE = (
+    "loop",
+    "run",
+    "preset",
+    "init_from",
+    "latents",
+    "images.data",
+    "images.max_bad",
+    "images.max_megapixels",
+)
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
+from lightdiff.defaults import FEW, with_intervals
 from lightdiff.errors import LostContact, RunError, Stopped, UserError, from_os
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
 from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
@@ -139,6 +140,8 @@ class Stage(Generic[S]):
         images, one_pass = self.total_steps * self.loop.batch_size, partial(self.pass_time, task)
         images //= self.processes.world_size
         self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, images, one_pass))
+        loop = with_intervals(self.loop, self.total_steps, self.begun)
+        self.settings = with_changes(self.settings, loop=loop)
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
             return self.resume(self.saved, task)
@@ -155,7 +158,15 @@ class Stage(Generic[S]):
         steps = f"{self.total_steps} steps, batch size {self.loop.batch_size}: {passes:.3g} passes over the data"
         how = f"{on}{self.device.type}, {self.loop.precision}"
         console.print(task.summary, f"{steps}; {how}; pictures: {self.folder.images}", sep="\n", soft_wrap=True)
-        if (warmup := self.loop.warmup_steps) > self.total_steps:
+        loop, warmup = self.loop, self.loop.warmup_steps or 0
+        chosen = [f"preset {preset}"] if (preset := getattr(self.settings, "preset", "")) else []
+        chosen += [f"KL weight {loss.kl_beta:.3g}"] if (loss := getattr(self.settings, "loss", None)) else []
+        chosen += [f"lr {loop.lr:.3g}", f"warm-up of {warmup} steps"]
+        console.print(", ".join([*chosen, f"validated every {loop.val_every} steps, saved every {loop.save_every}"]))
+        if task.train_items < FEW:
+            better = "a smaller network (--preset tiny), or --init-from a model of similar images, makes more of them"
+            print_note(f"{task.train_items} training images are few, and samples may be copies of them: {better}")
+        if warmup > self.total_steps:
             longer, lr = f"{warmup} is longer than this run of {self.total_steps} steps", self.loop.lr
             ends = f"the learning rate ends at {lr * self.total_steps / warmup:.2g}, not --lr {lr:g}"
             console.print(f"note: --warmup-steps {longer}: {ends}")

@@ -15,6 +15,7 @@ from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
+from lightdiff.options import PRESETS
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Pipeline, default_sampling, load_vae, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_latents
@@ -41,8 +42,12 @@ def run(settings: TrainUNetSettings) -> Path:
 
 
 def inherited(run: Path, latents: Path | None) -> dict[str, object]:
-    """What train-unet takes over from the latents."""
-    return {"latent": latents_settings(find_latents(latents, RunFolder(run))).model_dump()}
+    """What train-unet takes over from the latents, and the preset of the VAE that they came from."""
+    folder = find_latents(latents, RunFolder(run))
+    copy = folder / VAE_COPY
+    preset = Checkpoint(copy, "vae").metadata.settings.get("preset") if copy.is_file() else ""
+    taken = {"preset": preset} if preset in PRESETS else {}
+    return {"latent": latents_settings(folder).model_dump(), **taken}
 
 
 def open_latents(stage: Stage[TrainUNetSettings]) -> LatentSet:

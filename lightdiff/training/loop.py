@@ -292,7 +292,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             with watch.measure(VALIDATION):
                 metrics = finish_step(trainer, reporter, trainer.unvalidated, metrics, validating)
             with watch.measure(SAVING):
-                trainer.save(metrics, trainer.step % loop.save_every == 0, validating)
+                trainer.save(metrics, is_due(loop.save_every, trainer.step), validating)
         for batch in watch.waiting(task.batches(trainer.images_seen, total - trainer.step)):
             with watch.measure(FIRST, trainer.images_seen == images_before):
                 losses = trainer.train_step(batch)
@@ -302,7 +302,7 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             validating = is_validated(loop, step, total)
             # A write that has failed is a reason to save: all processes meet its error there.
             exit_code, save_wanted = stage.poll(reserve + 2 * writer.longest, due=validating, save=writer.failed)
-            keep_step = step % loop.save_every == 0
+            keep_step = is_due(loop.save_every, step)
             saving = validating or keep_step or exit_code or save_wanted
             logging = validating or step % loop.log_every == 0
             if not (saving or logging):
@@ -342,7 +342,12 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
 
 def is_validated(loop: LoopSettings, step: int, total: int) -> bool:
     """Whether there is a validation after this step."""
-    return step == total or (loop.val_every > 0 and step % loop.val_every == 0)
+    return step == total or is_due(loop.val_every, step)
+
+
+def is_due(interval: int | None, step: int) -> bool:
+    """Whether a step ends an interval; without one, none does."""
+    return bool(interval) and step % (interval or 1) == 0
 
 
 def finish_step(

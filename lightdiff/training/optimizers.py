@@ -223,9 +223,10 @@ def learning_rate(loop: LoopSettings, step: int, total_steps: int) -> float:
     Linear from lr / warmup_steps to lr, then constant, or a half cosine that reaches 0 at the end
     (Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts).
     """
-    if step < loop.warmup_steps:
-        return loop.lr * (step + 1) / loop.warmup_steps
+    warmup = loop.warmup_steps or 0
+    if step < warmup:
+        return loop.lr * (step + 1) / warmup
     if loop.lr_schedule == "constant":
         return loop.lr
-    after = (step - loop.warmup_steps) / max(1, total_steps - loop.warmup_steps)
+    after = (step - warmup) / max(1, total_steps - warmup)
     return loop.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))

@@ -26,14 +26,14 @@ def check_training(loop: LoopSettings, stage: Stage, rows: list[Row], images: in
 
 def check_warmup(loop: LoopSettings, stage: Stage, images: int) -> Iterator[Finding]:
     """A training that ends before its warm-up does."""
-    total = loop.total_steps(images)
-    if loop.warmup_steps > total and (images or not loop.epochs):
+    total, warmup = loop.total_steps(images), loop.warmup_steps or 0
+    if warmup > total and (images or not loop.epochs):
         yield Finding(
             code="warm-up",
             stage=stage,
             title="The training ends before its warm-up",
-            measured=f"{total:,} steps with --warmup-steps {loop.warmup_steps}: the learning rate ends at "
-            f"{total / loop.warmup_steps:.0%} of --lr",
+            measured=f"{total:,} steps with --warmup-steps {warmup}: the learning rate ends at "
+            f"{total / warmup:.0%} of --lr",
             usual="a warm-up of a tenth of the steps or less",
             advice=f"lightdiff train-{stage} --restart --warmup-steps {total // 10}",
         )
