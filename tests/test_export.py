@@ -107,8 +107,10 @@ def test_the_exported_kl_vae_can_be_imported(tmp_path: Path) -> None:
         assert torch.equal(found[f"model.{name}"], tensor)
 
 
-def test_a_run_is_exported_with_a_model_card(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_run_is_exported_with_a_model_card(run: Path, tmp_path: Path) -> None:
+    out, trained = tmp_path / "out", run
+    measured = {"unet": {"FID": 12.345, "FID +-": 0.5, "network": "a|b"}, "vae": {"PSNR": 30.0}}
+    write_json(run / "evaluation/metrics.json", measured)
     words = "Drawn faces <b>, 16 px"
     succeed(
         "export", "--run", trained, "--to", "safetensors", out, "--about", words, "--license", "mit", "--samples", 2
@@ -124,8 +126,10 @@ def test_a_run_is_exported_with_a_model_card(trained: Path, tmp_path: Path) -> N
     }  # fmt: skip
     for path in (out / "README.md", out / ABOUT):
         assert str(trained) not in path.read_text()
-    run, exported = (Pipeline.load(place, device="cpu") for place in (trained, out))
-    assert torch.equal(run.decode(run.sample(2)), exported.decode(exported.sample(2)))
+    assert "| unet: FID | 12.35 +- 0.5 |" in card
+    assert "| vae: PSNR | 30 |" in card
+    own, exported = (Pipeline.load(place, device="cpu") for place in (trained, out))
+    assert torch.equal(own.decode(own.sample(2)), exported.decode(exported.sample(2)))
     again = call("export", "--run", trained, "--to", "safetensors", out)
     assert (again.code, "is there already: choose another folder" in again.err) == (2, True)
     other = call("export", "--run", trained, "--to", "safetensors", tmp_path / "b", "--license", "GPL: v3")
