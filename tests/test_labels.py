@@ -266,3 +266,10 @@ def test_fairfaces_tables_are_found_beside_its_folders_or_above(tmp_path: Path, 
     assert {(file.split, *file.labels.items()) for file in found.files} == {
         (split, ("age", "3-9"), ("gender", "Male"), ("race", split)) for split in ("train", "val")
     }
+
+
+def test_the_table_of_hugging_faces_image_folder_is_read(tmp_path: Path) -> None:
+    fill(tmp_path, ["1.jpg", "2.jpg"])
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n1.jpg,a\n2.jpg,b\n")
+    found = scan([tmp_path], 0, table=tmp_path / "metadata.csv")
+    assert [file.labels for file in found] == [{"kind": "a"}, {"kind": "b"}]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -169,6 +170,9 @@ ARCHIVE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside
 SOURCES: dict[str, Source] = dict.fromkeys(ARCHIVES, ARCHIVE)  # files that hold many images, by suffix
 
 
+EXTRA_SOURCES = {".parquet": "lightdiff.extras.parquet:SOURCE"}  # imported when they are asked for
+
+
 def source_of(place: Path) -> Source:
     """How the images that --data names are listed and opened.
 
@@ -177,8 +181,12 @@ def source_of(place: Path) -> Source:
     """
     if os.path.isdir(place):
         return FOLDER
-    if os.path.isfile(place) and place.suffix.lower() in SOURCES:
-        return SOURCES[place.suffix.lower()]
+    suffix = place.suffix.lower()
+    if suffix in EXTRA_SOURCES:
+        source: Source = resolve_name(EXTRA_SOURCES[suffix])
+        return source
+    if os.path.isfile(place) and suffix in SOURCES:
+        return SOURCES[suffix]
     archives_at(place)
     return ARCHIVE
 

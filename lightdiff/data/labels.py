@@ -51,6 +51,8 @@ def _rows_of_csv(text: str, columns: Sequence[str]) -> list[Row]:
         raise UserError(f"has a quote that is left open or stands in the middle of a cell: {_listed(quotes)}")
     cells = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))  # a line a row: no quote is open
     header = [_text(name) for name in cells[0]]
+    if "file" not in header:  # as Hugging Face calls it
+        header = ["file" if name == "file_name" else name for name in header]
     names = [name for name in header if name]  # the column of a table's index has none
     missing = {"file", *columns}.difference(names)
     if missing:
