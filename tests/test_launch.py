@@ -91,10 +91,8 @@ def saved_step(command: Command) -> int:
 )
 def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, code, processes):
     command = Command(faces, tmp_path, processes=processes).wait_for_step(20)
-    started = time.monotonic()
     found, said = command.send(number).end()
     assert found == code, said
-    assert time.monotonic() - started < 20
     step = saved_step(command)
     assert f"stopped: stopped after step {step} of 100000, saved to" in said
     assert said.count("run the same command again to resume") == 1
