@@ -97,7 +97,7 @@ def hub(session: nox.Session) -> None:
     theirs = session.run(borrowed(session), *where, external=True, silent=True)
     own = session.run("python", *where, silent=True)
     (Path(str(own).strip()) / "tests.pth").write_text(str(theirs).strip())
-    session.install("onnx", "onnxscript", "onnxruntime", "wandb", "trackio", "mlflow-skinny", "sqlalchemy", "alembic")
+    session.install("onnx", "onnxscript", "onnxruntime", "wandb", "trackio", "mlflow")
     browser = Path(session.create_tmp()) / "onnxruntime-web"
     if shutil.which("npm") and not browser.exists():
         session.run("npm", "install", "--prefix", str(browser), f"onnxruntime-web@{ONNXRUNTIME_WEB}", external=True)

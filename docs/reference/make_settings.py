@@ -76,7 +76,9 @@ def kind(field: FieldInfo) -> list[str]:
     if get_origin(annotation) is Literal:
         return [" ".join(f"`{choice}`" for choice in get_args(annotation))]
     if get_origin(annotation) is tuple:
-        items = {Path: "paths", str: "list of names"}.get(plain(get_args(annotation)[0]), "list of numbers")
+        item = plain(get_args(annotation)[0])
+        named = "list of names" if get_origin(item) is Literal else "list of numbers"
+        items = {Path: "paths", str: "list of names"}.get(item, named)
         return ["`NAME=VALUES`" if extra(field, "repeated").startswith("NAME") else items]
     return {bool: ["`on` `off`"], int: ["whole number"], float: ["number"], Path: ["path"]}.get(annotation, [])
 
