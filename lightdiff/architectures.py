@@ -296,7 +296,7 @@ class UNetSettings(UNetArchitecture):
     attend_levels: Levels = Field(
         None,
         description="levels with self-attention, 0 the finest; none: no level; not given: those of 4 to 8 pixels, and "
-        "of 16 below finer ones",
+        "of up to 16 below finer ones",
     )
     mid_attention: bool = Field(True, description="self-attention in the middle")
     heads: int = Field(4, ge=1, description="heads of each self-attention")

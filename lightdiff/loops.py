@@ -98,3 +98,8 @@ class JobSettings(Settings):
     max_time: float = Field(0.0, ge=0, description="minutes after which to save and exit with code 75; 0: no limit")
     quiet: bool = Field(False, description="print only results and errors")
     force_unlock: bool = Field(False, description="take over a run folder that another host has locked")
+
+
+def is_due(interval: int | None, step: int) -> bool:
+    """Whether a step ends an interval; without one, none does."""
+    return bool(interval) and step % (interval or 1) == 0

@@ -224,9 +224,8 @@ def preset_layer(family: str, name: str, size: int = 0) -> Layer:
     """One of the packaged presets: `vae` or `unet`, and one of PRESETS; sections `at-N` are for N px and more."""
     layer = read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
     larger = {int(section[3:]): layer.pop(section) for section in list(layer) if section.startswith("at-")}
-    for smallest in sorted(larger):
-        if size >= smallest:
-            layer |= {group: layer.get(group, {}) | values for group, values in larger[smallest].items()}
+    for smallest in sorted(n for n in larger if n <= size):
+        layer |= {group: layer.get(group, {}) | values for group, values in larger[smallest].items()}
     return layer
 
 
@@ -361,9 +360,7 @@ def command(
     pick: Callable[[str, Layer, Layer], tuple[str, int]] = lambda asked, saved, said: (asked, 0),
     follow: Callable[[Any], Layer] = lambda built: {},
 ) -> Callable[..., None]:
-    """A function for Typer with an option for every field, that builds the model and calls `run`.
-
-    It has its own --help.
+    """A function for Typer with an option for every field and its own --help, that builds the model and calls `run`.
 
     Args:
         model: The settings; its docstring becomes the command's help.

@@ -33,9 +33,9 @@ from lightdiff.architectures import (
     with_changes,
 )
 from lightdiff.errors import UserError
-from lightdiff.loops import Compile, ComputeSettings, Device, JobSettings, LoopSettings, Precision
+from lightdiff.loops import Compile, ComputeSettings, Device, JobSettings, LoopSettings, Precision, is_due
 
-__all__ = ["Compile", "ComputeSettings", "Device", "JobSettings", "LoopSettings", "Precision"]
+__all__ = ["Compile", "ComputeSettings", "Device", "JobSettings", "LoopSettings", "Precision", "is_due"]
 __all__ += ["Architecture", "Counts", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
 __all__ += ["VAEArchitecture", "VAESettings", "Width", "flat", "parse_names", "parse_numbers", "with_changes"]
 

@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 715, "files": 27},
     "generate": {"lines": 577, "files": 22},
 }
-CORE_LINES = 7_285
+CORE_LINES = 7_284
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

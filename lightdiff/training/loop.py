@@ -22,7 +22,7 @@ from lightdiff.runtime.compile import compile_network, enable_activation_checkpo
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter, trending
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
-from lightdiff.settings import LoopSettings
+from lightdiff.settings import LoopSettings, is_due
 from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
 from lightdiff.training.saving import Progress, SnapshotWriter, write_snapshots
@@ -343,11 +343,6 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
 def is_validated(loop: LoopSettings, step: int, total: int) -> bool:
     """Whether there is a validation after this step."""
     return step == total or is_due(loop.val_every, step)
-
-
-def is_due(interval: int | None, step: int) -> bool:
-    """Whether a step ends an interval; without one, none does."""
-    return bool(interval) and step % (interval or 1) == 0
 
 
 def finish_step(
