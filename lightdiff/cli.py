@@ -19,7 +19,7 @@ import typer
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands
-from lightdiff.options import command
+from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, outlive_readers, rank, restarted
 from lightdiff.settings_file import Layer
@@ -107,9 +107,11 @@ def pick_preset(asked: str, saved: Layer, said: Layer) -> tuple[str, int]:
         if asked not in ("", "auto") or "model" in saved:
             return asked.removesuffix("auto"), size
         device = group(said, "loop").get("device", "auto")
+        if saved.get("preset") in PRESETS:
+            return saved["preset"], size
         if device == "auto":
             device = import_module("lightdiff.runtime.processes").pick_device("auto").type
-        return saved.get("preset") or import_module("lightdiff.defaults").preset_for(device), size
+        return import_module("lightdiff.defaults").preset_for(device), size
     return asked.removesuffix("auto"), 0  # the resolution is none, which is told later
 
 

@@ -384,8 +384,8 @@ def command(
         said = merge(model, file, nest(typed))
         saved = inherit(said)
         name, size = pick(preset or "", saved, said)
-        chosen = {"preset": name, **checked_preset(model, presets, name, saved, size)} if name else {}
-        built = build(model, [follow(build(model, [chosen, saved, said])), chosen, saved, said])
+        layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, said]
+        built = build(model, [follow(build(model, layers)), *layers, {"preset": name} if name else {}])
         check_effects(ruled, typed, file, built)
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))

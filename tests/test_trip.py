@@ -17,9 +17,9 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 
 # From a command to the first optimizer step, or to the first call of the U-Net.
 TRIP = {
-    "train-vae": {"lines": 812, "files": 31},
-    "train-unet": {"lines": 715, "files": 27},
-    "generate": {"lines": 577, "files": 22},
+    "train-vae": {"lines": 920, "files": 34},
+    "train-unet": {"lines": 790, "files": 30},
+    "generate": {"lines": 605, "files": 22},
 }
 CORE_LINES = 7_284
 FILE_LINES = 400  # of a core file, with docstrings and blank lines

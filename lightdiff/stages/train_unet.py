@@ -15,7 +15,6 @@ from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
-from lightdiff.options import PRESETS
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Pipeline, default_sampling, load_vae, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_latents
@@ -46,8 +45,7 @@ def inherited(run: Path, latents: Path | None) -> dict[str, object]:
     folder = find_latents(latents, RunFolder(run))
     copy = folder / VAE_COPY
     preset = Checkpoint(copy, "vae").metadata.settings.get("preset") if copy.is_file() else ""
-    taken = {"preset": preset} if preset in PRESETS else {}
-    return {"latent": latents_settings(folder).model_dump(), **taken}
+    return {"latent": latents_settings(folder).model_dump(), **({"preset": preset} if preset else {})}
 
 
 def open_latents(stage: Stage[TrainUNetSettings]) -> LatentSet:
