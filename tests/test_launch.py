@@ -16,7 +16,7 @@ from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")]
-SECONDS = 60
+SECONDS = 300  # for what takes a few on a quiet machine
 
 
 @pytest.fixture(scope="module")
