@@ -106,9 +106,7 @@ def all_defaults(model: type[BaseModel]) -> BaseModel:
 
 def format_value(value: Any) -> str:
     """A value as help shows it and as one types it; nothing for none."""
-    if hasattr(value, "_fields"):  # a named tuple has a text of its own
-        return str(value)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):  # a named tuple has a text of its own
         return ",".join(map(format_value, value))
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -164,8 +162,7 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo, start: Collect
     elif kind is Path:
         kind, parser = str, partial(not_empty, f"--{name}")
     elif kind in NUMBERS:  # `parse_number` says better than Typer what is wrong with one
-        parser = partial(parse_number, kind, f"--{name}", example=f"--{name} {shown or 1}")
-        kind = str
+        kind, parser = str, partial(parse_number, kind, f"--{name}", example=f"--{name} {shown or 1}")
     if get_origin(kind) is Literal:
         text = f"{', '.join(get_args(kind))}: {text}"
     text = f"{written}: {text}" if "=" in written else text
