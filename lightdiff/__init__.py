@@ -4,6 +4,7 @@ A map of the package, in the order in which images travel:
 
     cli.py, options.py     commands; settings -> options
     settings.py            every setting of the core but the networks', on one page
+    defaults.py            defaults that follow the machine, the resolution and the data
     loops.py               settings of where and how long to compute
     architectures.py       settings of the networks, and which architectures there are
     stages/                one file per command: train_vae, encode, scale, train_unet, generate

@@ -53,6 +53,7 @@ LPIPS = SHARED / "weights" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth
 Stage = Literal["train-vae", "train-unet"]
 # Of processor time, user and system, in all threads:
 SECONDS: dict[Stage, float] = {"train-vae": 900.0, "train-unet": 1500.0}
+PARTS = 10  # of a training, after each of which a step file is kept
 TRIALS = (10, 60)  # optimizer steps of the two short runs that the time of a step is found by
 TURNS = 3  # of such runs, where the times of two recipes are compared
 FIELDS = [
@@ -86,6 +87,15 @@ class Recipe:
         return replace(self, **more, timed=tuple({*self.timed, *timed}))  # type: ignore[arg-type]
 
 
+def guided(share: str, weight: float) -> Recipe:
+    """The default, guided by its own step file after this share of the steps."""
+    about = (
+        f"guided by the U-Net after a {share} of its steps" if share != "half" else "guided by that after half of them"
+    )
+    return Recipe(f"{about}, weight {weight:g}", generate=f"--guide-with step-{{{share}}} --guidance {weight:g}")
+
+
+EMAS = "--ema-decay 0.9999,0.99"
 UNLIMITED = "--sampler ddim --num-steps 50 --min-alpha-bar 0"  # begins where there is next to no signal
 ORIGINAL = Recipe(
     "the original scripts' recipe, its networks scaled to the budget",
@@ -114,6 +124,14 @@ ROWS: dict[str, Recipe] = {
         timed=("train-unet",),
     ),
     "no-ema": Recipe("drawn with the raw weights", generate="--ema 0"),
+    "ema-0.99": Recipe("weights averaged over some 100 steps", unet=EMAS, generate="--ema 0.99"),
+    "autoguidance-tenth-1.5": guided("tenth", 1.5),
+    "autoguidance-tenth-2": guided("tenth", 2),
+    "autoguidance-fifth-1.5": guided("fifth", 1.5),
+    "autoguidance-fifth-2": guided("fifth", 2),
+    "autoguidance-fifth-3": guided("fifth", 3),
+    "autoguidance-half-2": guided("half", 2),
+    "density-shifted": Recipe("levels shifted by the latents' dimension", unet="--density-mean -0.69"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
     "draws": Recipe("the U-Net learns draws of the posterior, not mu", scale="--no-only-mu"),
@@ -178,7 +196,13 @@ class Training:
 
     def train(self, steps: int, run: Path | None = None) -> float:
         """Train, there or in another folder, and return the processor time."""
-        words = [self.stage, *self.flags, "--restart", "--val-every", 0, "--save-every", 10**6]
+        words = [self.stage, *self.flags, "--restart", "--val-every", 0]
+        words += [
+            "--save-every",
+            max(1, steps // PARTS),
+            "--keep",
+            PARTS,
+        ]  # a step file after each tenth, to guide with
         return lightdiff(*words, "--run", run or self.run, "--steps", steps)
 
 
@@ -273,10 +297,12 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     cost = work.home("cost", "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else None
     unet_steps, unet_cpu = work.trained(unet, budgeted, share, cost)
 
+    tenth = max(1, unet_steps // PARTS)
+    how = recipe.generate.format(tenth=tenth, fifth=2 * tenth, half=5 * tenth)
     drawn = work.home("drawn", unet.run.name, recipe.generate, max(samples))
     copy = latents / "latents" / "vae.safetensors"
     words = ["generate", "--run", unet.run, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
-    work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *recipe.generate.split()])
+    work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *how.split()])
     with suppress(FileNotFoundError):  # where it has been moved before
         (drawn / "images" / "grid.png").rename(drawn / "grid.png")  # it is no sample
     row = {
