@@ -26,7 +26,7 @@ STAGES = {
     "generate": settings.GenerateSettings,
 }
 MODELS = STAGES | {name: row.model for name, row in ROWS.items() if name not in STAGES}
-COMMANDS = [*MODELS, "inspect", "show", "report", "presets", "import", "export"]
+COMMANDS = [*MODELS, "inspect", "show", "report", "presets", "import", "export", "pack"]
 FIXED_FLAGS = (
     "--run --data --resolution --preset --steps --epochs --batch-size --micro-batch --lr --seed --device --settings "
     "--val-every --save-every --kl-beta --lpips-gamma --lpips-net --lpips-weights --only-mu --vae --latents --unet "
