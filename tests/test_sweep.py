@@ -13,8 +13,8 @@ from PIL import Image
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import read_index
 from lightdiff.errors import Stopped, UserError
+from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.extras.sweep.axes import parse_axis
-from lightdiff.extras.sweep.sheet import Heading, contact_sheet
 
 BOTH = ["--vary", "kl-beta=0.003,1", "--vary", "objective=flow,eps", "--num-images", 2, "--set", "num-steps=2"]
 

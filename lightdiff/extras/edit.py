@@ -1,6 +1,7 @@
 """edit: begin with an image instead of noise (SDEdit, Meng et al. 2022, arXiv:2108.01073), or inpaint a part of it."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from lightdiff.diffusion.objectives import Denoise, Latents, inpainting
 from lightdiff.diffusion.schedules import Level
 from lightdiff.errors import UserError
 from lightdiff.extras.settings import EditSettings
+from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.extras.trajectory import save_trajectory
+from lightdiff.pictures import GRID_IMAGES, grid, opened, save_png
 from lightdiff.pipeline import Pipeline, Start
 from lightdiff.settings import ImageSettings, Size
 from lightdiff.stages.generate import open_samples
 
 STRENGTH = 0.6
+ACROSS = 8  # images in a row of the sheet
 
 
 def run(settings: EditSettings) -> Path:
@@ -37,7 +41,7 @@ def run(settings: EditSettings) -> Path:
         samples.draw(images, source.strength, from_=source.digest)
         if settings.trajectory:
             save_trajectory(samples, source.strength, start)
-        return samples.finish()
+        return samples.finish(save=source.save_sheet)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,15 @@ class Source:
         # A latent that the mask touches at all is redrawn
         mask = None if self.mask is None else F.adaptive_max_pool2d(self.mask, z.shape[-2:]).to(z)
         return from_latent(pipeline.scaling.to_x0(z), mask)
+
+    def save_sheet(self, path: Path, images: Sequence[Path]) -> None:
+        """Save the source, and the mask if there is one, above what was made of it."""
+        first = [self.x] + ([] if self.mask is None else [self.mask.expand_as(self.x) * 2 - 1])
+        made = [opened(image) for image in images[:GRID_IMAGES]]
+        rows = [made[i : i + ACROSS] for i in range(0, len(made), ACROSS)]
+        labels = ["source" if self.mask is None else "source, mask", "variations", *[""] * (len(rows) - 1)]
+        cells = [[[grid(x, 1) for x in first]], *([row] for row in rows)]
+        save_png(path, contact_sheet("", Heading("", labels), Heading("", [""]), cells, ACROSS))
 
     def pasted(self, x: Float[Tensor, "b 3 m n"]) -> Float[Tensor, "b 3 m n"]:
         """Drawn images, with the source's own pixels where they were to stay."""

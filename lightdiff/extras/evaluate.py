@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -34,10 +34,11 @@ from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
+from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.extras.tables import print_table
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import TRUNKS, cached
-from lightdiff.pictures import save_grid
+from lightdiff.pictures import grid, save_png
 from lightdiff.pipeline import find_weak, load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import Means, Processes, pick_workers
@@ -55,6 +56,7 @@ from lightdiff.settings import (
 from lightdiff.stages import generate
 
 SHOWN = 8
+NOTE = 24  # characters below a picture
 INCEPTION_SIDE = 299  # pixels
 PICTURES = ("grid.png", "trajectory.png", "trajectory.webp", "walk.webp")  # written beside samples
 BASIS = (
@@ -238,6 +240,13 @@ def lpips_settings(loss: VAELossSettings, settings: EvaluateSettings, ranks: Pro
     return loss.model_copy(update=chosen)
 
 
+class Neighbour(NamedTuple):
+    """A training image near to a sample, and how near."""
+
+    file: ImageFile
+    distance: float
+
+
 class PairedFeatures:
     """Features of images and of their reconstructions."""
 
@@ -328,7 +337,13 @@ def evaluate_unet(
         result |= features.name_measures(copies(distance[:, 0], new[:, 0]))
     picture = home / "nearest.png"
     most_alike = distance[:, 0].argsort()[:SHOWN].tolist()
-    rows = [(samples[numbers[i]], [train[of_train[1][j]] for j in nearest[i].tolist()]) for i in most_alike]
+    rows = [
+        (
+            samples[numbers[i]],
+            [Neighbour(train[of_train[1][j]], float(d)) for j, d in zip(nearest[i].tolist(), distance[i], strict=True)],
+        )
+        for i in most_alike
+    ]
     ranks.run_on_main(lambda: draw_nearest(picture, rows, sample_images, images))
     result["samples nearest to training images, shown beside them"] = str(picture)
     return result
@@ -396,11 +411,17 @@ def cached_features(
 
 
 def draw_nearest(
-    path: Path, rows: list[tuple[ImageFile, list[ImageFile]]], sample_images: ImageSettings, images: ImageSettings
+    path: Path, rows: list[tuple[ImageFile, list[Neighbour]]], sample_images: ImageSettings, images: ImageSettings
 ) -> None:
-    """Save a grid: in each row a sample, then the training images nearest to it."""
-    shown = []
+    """Save a sheet: in each row a sample, then the training images nearest to it, with their distances and labels."""
+    cells, notes = [], []
     for sample, others in rows:
-        for files, of in (([sample], sample_images), (others, images)):
-            shown += [to_float(x) for x in load_images(files, of)]
-    save_grid(path, torch.stack(shown), 1 + len(rows[0][1]))
+        readable = [load_images([sample], sample_images), *(load_images([other.file], images) for other in others)]
+        cells.append([[grid(to_float(x)[None], 1) for x in found] for found in readable])
+        labels = [" ".join(filter(None, other.file.labels.values())) for other in others]
+        texts = zip(others, labels, strict=True)
+        notes.append(["", *(f"{other.distance:.2f} {label}"[:NOTE] for other, label in texts)])
+    heads = ["sample", *(f"nearest {i + 1}" for i in range(len(rows[0][1])))]
+    names = Heading("", [Path(sample.path).stem for sample, _ in rows])
+    caption = "Samples and the training images nearest to them, with the distances of their features"
+    save_png(path, contact_sheet(caption, names, Heading("", heads), cells, notes=notes))

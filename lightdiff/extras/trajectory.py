@@ -13,7 +13,8 @@ from lightdiff.diffusion.objectives import Denoise, Latents
 from lightdiff.diffusion.schedules import Level
 from lightdiff.extras.animation import save_animation
 from lightdiff.extras.settings import TrajectorySettings
-from lightdiff.pictures import grid, save_grid
+from lightdiff.extras.sheet import Heading, contact_sheet
+from lightdiff.pictures import grid, save_png
 from lightdiff.pipeline import Pipeline, Start, from_noise
 from lightdiff.settings import SamplingSettings
 from lightdiff.stages.generate import Samples, open_samples
@@ -79,7 +80,7 @@ def with_callback(see: Callable[[Level, Latents, Latents], None], start: Start =
 def save_trajectory(samples: Samples, strength: float = 1.0, start: Start = from_noise) -> None:
     """Save how the first images come out of noise: trajectory.webp, animated, and trajectory.png, some steps of it.
 
-    Both show x_t above the estimate of x0.
+    Both show x_t above the estimate of x0; trajectory.png has the noise levels as labels.
     """
     if not samples.stage.processes.is_main:
         return
@@ -90,5 +91,8 @@ def save_trajectory(samples: Samples, strength: float = 1.0, start: Start = from
     save_animation(samples.path("trajectory.webp"), frames, LAST_MS)
     columns = min(STRIP, len(steps))
     some = [steps[round(i * (len(steps) - 1) / max(1, columns - 1))] for i in range(columns)]
-    rows = [getattr(step, what)[i] for i in range(count) for what in ("x_t", "x0") for step in some]
-    save_grid(samples.path("trajectory.png"), torch.stack(rows), columns)
+    rows = [(f"image {i}: {what}", what, i) for i in range(count) for what in ("x_t", "x0")]
+    cells = [[[grid(getattr(step, what)[i : i + 1], 1)] for step in some] for _, what, i in rows]
+    levels = Heading("noise sigma of x_t; below it, the estimate of x0", [f"{step.level.sigma:.2f}" for step in some])
+    labels = Heading("", [label for label, *_ in rows])
+    save_png(samples.path("trajectory.png"), contact_sheet("From noise to images", labels, levels, cells))

@@ -13,9 +13,9 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.extras.evidence import held_out, load_images, loss_definition
+from lightdiff.extras.sheet import Heading, Pictures, contact_sheet
 from lightdiff.extras.sweep.axes import Axis
 from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
-from lightdiff.extras.sweep.sheet import Heading, Pictures, contact_sheet
 from lightdiff.extras.tables import print_table
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
