@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
 from shutil import get_terminal_size
-from textwrap import fill
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lightdiff.errors import UserError, shorten
+from lightdiff.narrow_help import NARROW, narrow_help
 from lightdiff.settings_file import Layer, read_settings
 
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
@@ -32,7 +32,6 @@ OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside th
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 MAX_TOLD = 20  # wrong values told at once
-NARROW = 60  # columns of a terminal below which help is no table
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
 
@@ -332,20 +331,6 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
     return [make(name, default=None, annotation=Annotated[kind | None, info]) for name, kind, info in rows]
 
 
-def narrow_help(context: typer.Context, width: int) -> str:
-    """The help in lines of at most this width, where a table would cut flags off: each flag above its description."""
-    panels: dict[str, list[str]] = {}
-    for option in context.command.params:
-        if not option.hidden:  # type: ignore[attr-defined]
-            text = str(option.help).replace("\\[", "[")  # type: ignore[attr-defined]
-            indented = fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-            names = " / ".join(max(same, key=len) for same in (option.opts, option.secondary_opts) if same)
-            panels.setdefault(option.rich_help_panel or "Options", []).append(f"{names}\n{indented}")  # type: ignore[attr-defined]
-    about = [fill(" ".join(part.split()), width) for part in str(context.command.help).split("\n\n")]
-    first = [f"lightdiff {context.command.name}", *about]
-    return "\n\n".join(first + [f"{title}\n\n" + "\n".join(rows) for title, rows in panels.items()])
-
-
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
@@ -363,7 +348,7 @@ def command(
         model: The settings; its docstring becomes the command's help.
         run: What to do with them.
         inherit: What file and flags say -> what an earlier stage or a stopped run saved, a layer below the file's.
-        estimate: What --dry-run does with the settings, after it has printed them.
+        estimate: What --dry-run does with the settings, besides printing them.
         start: The flags, without dashes, that --help shows; all if empty.
         example: A call that help shows.
         presets: The family of presets to choose from, if any.
@@ -384,9 +369,12 @@ def command(
         layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, said]
         built = build(model, [follow(build(model, layers)), *layers, {"preset": name} if name else {}])
         check_effects(ruled, typed, file, built)
+        if dry_run and not presets:
+            estimate(built)  # of a sweep: what it varies comes first
         if dry_run:
             typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
-        (estimate if dry_run else run)(built)
+        if presets or not dry_run:
+            (estimate if dry_run else run)(built)
 
     order = sorted(fields, key=lambda path: start.index(name) if (name := flag(model, path)) in start else len(start))
     parameters = [option(model, path, fields[path], start) for path in order]

@@ -17,6 +17,7 @@ LIGHT = [
     "lightdiff.architectures",
     "lightdiff.settings",
     "lightdiff.settings_file",
+    "lightdiff.narrow_help",
     "lightdiff.options",
     "lightdiff.errors",
     "lightdiff.run_folder",
@@ -26,7 +27,7 @@ LIGHT += LIGHT_EXTRAS
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
     ["errors", "shapes"],
-    ["settings_file"],
+    ["narrow_help", "settings_file"],
     ["architectures", "options"],
     ["loops"],
     ["settings"],

@@ -1,6 +1,7 @@
 """What a stage tells while it runs: the live display, plain lines, metrics.jsonl, TensorBoard, grids."""
 
 import io
+import json
 import math
 import re
 import time
@@ -182,6 +183,18 @@ def test_the_display_shows_the_best_validation_loss_and_no_noise():
     assert "20.4 dB" in text
     assert "lr" not in text
     assert "kl_sum" not in text
+
+
+def test_the_display_shows_losses_beside_those_of_the_level_alone(trained):
+    """Which the command line puts in, as the display knows nothing of diffusion."""
+    settings = json.loads((trained / "unet/settings.json").read_text())
+    display = Display("unet", 10, 0, progress.losses_beside(settings))
+    display.remember({"loss": 0.5, "val_loss": 0.6, "val_loss_band_1": 0.7})
+    text = drawn(display, 80)
+    assert "0.6 (1.57)" in text
+    assert "0.7 (1.29)" in text
+    assert "in parentheses: what the noise level alone gives" in text
+    assert "(" not in drawn(Display("vae", 10, 0, progress.losses_beside({"loss": {}})), 80)
 
 
 def test_the_display_of_a_terminal_without_unicode_has_no_trends():

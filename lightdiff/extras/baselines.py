@@ -1,5 +1,8 @@
 """The loss of a predictor that knows a latent's noise level and nothing of images: what a U-Net's is compared with."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,8 +42,13 @@ def band_baselines(target: ObjectiveSettings, noise: ScheduleSettings, std: floa
 
 def baselines_of(metadata: Metadata) -> Row:
     """The baselines of a U-Net's validation losses, for latents of unit std; empty for a VAE, or without settings."""
-    target, noise = (metadata.settings.get(part) for part in ("target", "noise"))
+    return losses_beside(metadata.settings) if metadata.stage == "unet" else {}
+
+
+def losses_beside(settings: Mapping[str, Any]) -> Row:
+    """The same of the settings of a training."""
+    target, noise = (settings.get(part) for part in ("target", "noise"))
     known = try_read(
         lambda: band_baselines(ObjectiveSettings.model_validate(target), ScheduleSettings.model_validate(noise))
     )
-    return known or {} if metadata.stage == "unet" else {}
+    return known or {}

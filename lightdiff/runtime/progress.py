@@ -82,6 +82,11 @@ logger.addHandler(LogHandler())
 logger.setLevel(logging.INFO)
 
 
+def losses_beside(settings: Mapping[str, Any]) -> Row:
+    """What the live display shows beside a training's numbers, by its settings; the command line replaces this."""
+    return {}
+
+
 class Reporter:
     """Shows progress and writes metrics.jsonl; a context manager."""
 
@@ -115,6 +120,8 @@ class Reporter:
         self._printed, self._settings = time.monotonic(), settings or {}
         self._display = Display(title, total, start)
         self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
+        if self._live:
+            self._display.beside = losses_beside(self._settings)
         if metrics is not None and metrics.is_file():
             for row in cut_metrics(metrics, start):
                 self._display.remember(trending(row))
@@ -252,6 +259,7 @@ class Display:
     title: str
     total: int  # steps
     start: int = 0  # of them done before
+    beside: Row = field(default_factory=dict)  # name of a number -> what is shown beside it
     done: int = field(init=False)
     now: dict[str, float] = field(
         default_factory=dict
@@ -288,7 +296,8 @@ class Display:
         yield Text("  ").join(parts)  # broken between words
         yield ProgressBar(self.total, self.done, width=min(BAR, options.max_width))
         yield Segment.line()  # the bar alone does not end its line
-        numbers = {name: number(values[-1]) + UNITS.get(name, "") for name, values in past.items()}
+        beside = {name: f" ({number(value)})" for name, value in self.beside.items()}
+        numbers = {name: number(values[-1]) + UNITS.get(name, beside.get(name, "")) for name, values in past.items()}
         names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
         room = 0 if options.ascii_only else options.max_width - names - widest - 7
         for name, values in past.items():
@@ -296,6 +305,8 @@ class Display:
             label = Text(f"  {name:<{names}}", style="dim")
             best = [Text(f"best {number(min(values))}")] if name == "val_loss" and room > TREND else []
             yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend, *best])
+        if beside.keys() & past.keys():
+            yield Text("  in parentheses: what the noise level alone gives", style="dim")
         for what, path in [*self.files.items()]:
             yield Text.assemble((f"  {what}  ", "dim"), printable(str(path)), overflow="fold")
 
