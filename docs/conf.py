@@ -56,14 +56,15 @@ def inline_math(writer: Any, node: nodes.math) -> None:
 
 
 def block_math(writer: Any, node: nodes.math_block) -> None:
-    """An equation that stands by itself."""
-    writer.body.append(f'<div class="math">{mathml(node, "block")}</div>\n')
+    """Equations that stand by themselves, side by side where there is room; a wide space lies between them."""
+    parts = (mathml(node, "block", part) for part in node.astext().split(r"\qquad"))
+    writer.body.append(f'<div class="math">{"".join(parts)}</div>\n')
     raise nodes.SkipNode
 
 
-def mathml(node: nodes.Element, display: str) -> str:
+def mathml(node: nodes.Element, display: str, latex: str = "") -> str:
     """MathML of a node's LaTeX; a command that the converter does not know, it copies, and that is a warning."""
-    latex = node.astext()
+    latex = latex or node.astext()
     found: str = convert(latex, display=display)
     if unknown := re.findall(r"\\[A-Za-z]+", found):
         logging.getLogger(__name__).warning("LaTeX that is not known: %s", ", ".join(unknown), location=node)

@@ -5,6 +5,7 @@ import copy
 import doctest
 import importlib.util
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from lightdiff.losses import VAELoss, kl_per_element
 from lightdiff.models.vae import Posterior
 from lightdiff.options import build
 from lightdiff.pictures import GAP
+from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import LevelSettings, ScheduleSettings, TrainUNetSettings, VAELossSettings
 from lightdiff.stages import train_unet
@@ -47,13 +49,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for _, _, name, code in FENCE.findall(page.read_text(encoding="utf-8")) if name.strip() == language]
 
 
-def make_figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_figures", TOUR / "make_figures.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOUR / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def make_figures() -> ModuleType:
+    return script("make_figures")
 
 
 # --- code -----------------------------------------------------------------------------------------------------------
@@ -203,7 +209,49 @@ def test_a_face_in_noise_is_drawn(trained: Path, tmp_path: Path) -> None:
     assert away == sorted(away)
 
 
+def test_figures_of_a_run_are_drawn(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    module, run = script("run_figures"), RunFolder(trained)
+    module.draw_channels(run, tmp_path / "channels.png")
+    module.draw_betas([trained, trained], tmp_path / "betas.png")
+    module.draw_histograms(run, tmp_path / "histograms.svg")
+    module.draw_bands(run, tmp_path / "bands.svg")
+    for name, columns in (("channels", 6), ("betas", 6)):  # an image, four channels, decoded; six latents
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > columns * 64
+    texts = [(tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in ("histograms", "bands")]
+    assert "channel 3" in texts[0]
+    assert "band 4" in texts[1]
+
+
+def test_the_flow_in_two_dimensions_moves_noise_to_the_arcs() -> None:
+    """After a short training: nearer to the data than noise is, along paths that bend, unlike those of training."""
+    module = script("toy_flow")
+    network = module.train(steps=150, batch=256)
+    rng = torch.Generator().manual_seed(1)
+    data, noise = module.two_arcs(500, rng).flatten(1), torch.randn(200, 2, 1, 1, generator=rng)
+    assert data.mean(0).abs().max() < 0.15
+    assert 0.8 < data.std() < 1.2
+    moved = module.paths(network, noise, steps=20)
+    assert moved.shape == (21, 200, 2)
+    torch.testing.assert_close(moved[0], noise.flatten(1))
+    far, near = (torch.cdist(some, data).amin(1).median() for some in (moved[0], moved[-1]))
+    assert near < 0.7 * far
+    length = (moved[1:] - moved[:-1]).norm(dim=2).sum(0)
+    assert (length / (moved[-1] - moved[0]).norm(dim=1)).median() > 1.02
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_what_you_should_see_is_what_a_demo_shows() -> None:
+    """Each claim is still in its page; where there is a demo's run, its numbers are those that the page says."""
+    module = script("check_claims")
+    assert all(module.said(claim) for claim in module.CLAIMS)
+    run = RunFolder(Path(os.environ.get("LIGHTDIFF_DEMO", ROOT / "runs/demo")))
+    if not run.unet.last.is_file():
+        pytest.skip("needs the run of lightdiff demo, in runs/demo or where LIGHTDIFF_DEMO says")
+    assert module.wrong(run) == []
 
 
 def test_beta_in_both_conventions() -> None:

@@ -3,8 +3,8 @@
 Run it after a change of settings; it imports no torch.
 """
 
+import re
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from lightdiff.cli import COMMANDS
 from lightdiff.options import default_of, extra, flag, flag_fields, format_value, panel, plain
 
+PLAIN = "Options"  # the panel of settings without one of their own
 PAGE = Path(__file__).with_name("settings.md")
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 INTRO = """\
@@ -34,17 +35,39 @@ settings file, flags.
 
 
 def page() -> str:
-    """The whole page."""
-    return "\n".join([INTRO, *(section(name, command.model) for name, command in COMMANDS.items())])
+    """The whole page: the sections of all commands as links, then their tables."""
+    links = [f"- [{name}](#{anchor(name)}){listed(name, command.model)}" for name, command in COMMANDS.items()]
+    tables = (section(name, command.model) for name, command in COMMANDS.items())
+    return "\n".join([INTRO, *links, "", *tables])
+
+
+def listed(name: str, model: type[BaseModel]) -> str:
+    """A command's sections as links."""
+    titles = [title for title in sections(model) if title != PLAIN]
+    links = ", ".join(f"[{title}](#{anchor(f'{name}: {title}')})" for title in titles)
+    return f": {links}" if links else ""
+
+
+def anchor(heading: str) -> str:
+    """The anchor of a heading, as repository browsers and MyST make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def sections(model: type[BaseModel]) -> dict[str, list[tuple[tuple[str, ...], FieldInfo]]]:
+    """The settings of a command by their panel in its help, those without one first."""
+    found: dict[str, list[tuple[tuple[str, ...], FieldInfo]]] = {PLAIN: []}
+    for path, field in flag_fields(model).items():
+        found.setdefault(panel(model, path), []).append((path, field))
+    return {title: rows for title, rows in found.items() if rows}
 
 
 def section(name: str, model: type[BaseModel]) -> str:
     """A command: its purpose and its tables."""
     parts = [f"## {name}\n\n{(model.__doc__ or '').strip()}\n"]
-    for title, rows in groupby(flag_fields(model).items(), key=lambda leaf: panel(model, leaf[0])):
+    for title, rows in sections(model).items():
         lines = ["| Flag | Default | Values | Meaning |", "| --- | --- | --- | --- |"]
         lines += [row(model, path, field) for path, field in rows]
-        group = f"### {name}: {title}\n\n" if title != "Options" else ""
+        group = f"### {name}: {title}\n\n" if title != PLAIN else ""
         parts.append(group + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
