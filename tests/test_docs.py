@@ -47,6 +47,7 @@ ONLY_PARSED = {  # commands that are not run here, and why
     r"--init-from runs/original": "a network of 201 million weights: test_models.py reads smaller ones",
     r"runs/borrowed": "a VAE of others: test_import_vae.py imports small ones",
     r"--to web|--track": "other libraries: nox -s hub runs the tests of both",
+    r"^report --live": "it serves until Ctrl-C: test_live.py runs it",
     r"^sweep ": "it trains many times: its own tests run it",
 }
 WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are written

@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 790, "files": 30},
     "generate": {"lines": 605, "files": 22},
 }
-CORE_LINES = 7_284
+CORE_LINES = 7_301
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 
