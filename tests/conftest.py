@@ -26,7 +26,7 @@ FRAMES = re.compile(r"[│╭╮╰╯─]+")
 
 VAE_FLAGS = (
     "--resolution 16 --preset tiny --steps 3 --batch-size 6 --workers 0 --lpips-gamma 0 --val-every 2 --save-every 2 "
-    "--val-share 0.2 --precision fp32 --device cpu"
+    "--val-share 0.2 --precision fp32 --device cpu --kl-beta 0.003"
 ).split()
 UNET_FLAGS = "--preset tiny --steps 3 --batch-size 6 --val-every 2 --save-every 2 --precision fp32 --device cpu".split()
 
