@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import TrainVAESettings
@@ -58,7 +59,7 @@ def stage(steps: int) -> Stage[TrainVAESettings]:
 
 
 def trained(kind, weight=0.0, starts_at=0, steps=3):
-    task = kind(stage(steps), [])
+    task = kind(stage(steps), ImageList(ImageTable.of([])))
     if kind is Opposed:
         task.oppose(weight, 1e-3, starts_at)
     trainer, said = Trainer(task, task.stage), []

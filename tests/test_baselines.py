@@ -17,7 +17,14 @@ from lightdiff.diffusion.schedules import Schedule
 from lightdiff.extras.baselines import band_baselines, baseline_loss, baselines_of
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import Objective, ObjectiveSettings, ScheduleName, ScheduleSettings, TrainUNetSettings
+from lightdiff.settings import (
+    ImageSettings,
+    Objective,
+    ObjectiveSettings,
+    ScheduleName,
+    ScheduleSettings,
+    TrainUNetSettings,
+)
 from lightdiff.stages.train_unet import UNetTask
 
 PAIRS: list[tuple[Objective, ScheduleName]] = [("flow", "flow"), ("x0", "flow"), ("x0", "cosine")]
@@ -78,7 +85,8 @@ class Best(nn.Module):
 @pytest.mark.parametrize(("objective", "schedule"), PAIRS)
 def test_it_is_the_validation_loss_of_the_best_predictor(objective: Objective, schedule: ScheduleName) -> None:
     x0 = normal(1000, 4, 8, 8, seed=3, dtype=torch.float32)
-    latents = SimpleNamespace(train=[], val=range(1000), gather=lambda positions, device: (x0[positions],))
+    index = SimpleNamespace(images=ImageSettings())
+    latents = SimpleNamespace(train=[], val=range(1000), index=index, gather=lambda positions, device: (x0[positions],))
     layer = {"target": {"objective": objective}, "noise": {"schedule": schedule}, "model": {"width": 8, "time_dim": 8}}
     layer |= {"loop": {"precision": "fp32", "batch_size": 250}, "latent": {"height": 8, "width": 8}}
     settings = TrainUNetSettings.model_validate(layer).resolved()

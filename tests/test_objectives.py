@@ -25,7 +25,15 @@ from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import NOISY, Objective, SamplerName, ScheduleName, ScheduleSettings, TrainUNetSettings
+from lightdiff.settings import (
+    NOISY,
+    ImageSettings,
+    Objective,
+    SamplerName,
+    ScheduleName,
+    ScheduleSettings,
+    TrainUNetSettings,
+)
 from lightdiff.stages.train_unet import UNetTask
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -134,7 +142,7 @@ def test_the_training_loss_is_the_weighed_error(objective: Objective, kind: str)
     }
     whole = TrainUNetSettings.model_validate(layer).resolved()
     stage = Stage("unet", whole, torch.device("cpu"), Processes(), Path())
-    task = UNetTask(stage, cast(Any, SimpleNamespace(train=[], val=[])))
+    task = UNetTask(stage, cast(Any, SimpleNamespace(train=[], val=[], index=SimpleNamespace(images=ImageSettings()))))
     x0, eps = (normal(3, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t = torch.tensor([150, 500, 850])
 

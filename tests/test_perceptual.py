@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
 from lightdiff.models import lpips as ours
 from lightdiff.models.lpips import TRUNKS, Net, PerceptualLoss, find_weights, load_lpips
@@ -176,7 +177,7 @@ def test_neither_optimizer_nor_average_nor_checkpoint_sees_it(
     layer = {"images": {"resolution": 16}, "model": {"encoder_width": 16, "decoder_width": 16}}
     weighted = {"lpips_gamma": 1, "lpips_net": "squeeze", "lpips_weights": str(weights)}
     settings = build(TrainVAESettings, [layer, {"loss": weighted, "loop": {"precision": "fp32"}}]).resolved()
-    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), [])
+    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), ImageList(ImageTable.of([])))
     task.vae_loss.terms["lpips"] = lambda x, x_hat, posterior: loss(x_hat, x).mean()
     trainer = Trainer(task, task.stage)
     part = {"x": images(2, 3, 16, 16), "noise": images(2, 4, 8, 8), "change": torch.tensor([[4, 0], [4, 0]])}

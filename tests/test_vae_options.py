@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracles import normal
 
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.losses import VAELoss
 from lightdiff.models.vae import VAE, LatentTransform
 from lightdiff.options import build
@@ -96,7 +97,7 @@ def test_a_training_step_decodes_changed_latents_to_images_changed_alike(change,
         "model": {"encoder_width": 8, "decoder_width": 8},
     }
     settings = build(TrainVAESettings, [layer]).resolved()
-    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), [])
+    task = VAETask(Stage("vae", settings, torch.device("cpu"), Processes(), tmp_path), ImageList(ImageTable.of([])))
     x, noise = normal(2, 3, 32, 32).float().tanh(), normal(2, 4, 8, 8, seed=1).float()
     part = {"x": x, "noise": noise, "change": torch.tensor([change]).expand(2, -1)}
     found = task.loss(task.model, part)
