@@ -365,7 +365,8 @@ def command(
         file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)
-        name, size = pick(preset or "", saved, said)
+        asked = preset or said.get("preset")
+        name, size = pick(asked if asked in PRESETS else "", saved, said)
         layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, said]
         built = build(model, [follow(build(model, layers)), *layers, {"preset": name} if name else {}])
         check_effects(ruled, typed, file, built)

@@ -81,8 +81,9 @@ class PretendGPU:
             wait([future])  # FakeTensorMode is for one thread at a time
             return future
 
-        def tensor_on_cpu_first(data: Any, dtype: Any = None, device: Any = "cpu") -> Tensor:
-            return tensor(data, dtype=dtype).to(device)  # torch.tensor goes past the dispatcher
+        def tensor_on_cpu_first(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
+            on_cpu = tensor(data, dtype=dtype, device="cpu")  # torch.tensor goes past the dispatcher
+            return on_cpu.to(device or torch.utils._device.CURRENT_DEVICE or "cpu")
 
         replaced: list[tuple[Any, str, Any]] = [
             (threading.Thread, "run", run_on_gpu),

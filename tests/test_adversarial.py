@@ -90,7 +90,7 @@ def test_with_weight_the_decoder_is_moved_and_the_frozen_encoder_is_not():
 
 def test_the_weight_is_adaptive():
     """The adversarial gradient at the last convolution is as long as the error's, times the weight."""
-    task = Opposed(stage(1), [])
+    task = Opposed(stage(1), ImageList(ImageTable.of([])))
     grown = []
     for weight in (0.0, 0.5):
         task.oppose(weight, 0.0, 0)

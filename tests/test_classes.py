@@ -262,11 +262,11 @@ def test_a_network_that_is_never_told_a_label_is_not_trained(encoded, tmp_path, 
 
 
 def test_one_that_was_says_so_when_asked_for_a_class(told, capsys):
-    settings = Pipeline.load(told, device="cpu").settings
-    settings = settings.model_copy(update={"label_dropout": 1.0})
-    check(settings, SamplingSettings(class_=("blue",)), 1.0)
+    model = Pipeline.load(told, device="cpu")
+    model.settings = model.settings.model_copy(update={"label_dropout": 1.0})
+    check(model, SamplingSettings(class_=("blue",)), 1.0)
     assert "--label-dropout 1, so it knows no class from another" in " ".join(capsys.readouterr().err.split())
-    check(settings, SamplingSettings(), 1.0)
+    check(model, SamplingSettings(), 1.0)
     assert capsys.readouterr().err == ""
 
 

@@ -425,13 +425,14 @@ def test_no_finding_on_data_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loop", "images", "found"),
     [
-        ({"steps": 20}, 0, True),
-        ({"steps": 99}, 50, True),
-        ({"steps": 100}, 50, False),
+        ({"steps": 20, "warmup_steps": 100}, 0, True),
+        ({"steps": 99, "warmup_steps": 100}, 50, True),
+        ({"steps": 100, "warmup_steps": 100}, 50, False),
+        ({"steps": 20}, 50, False),
         ({"steps": 20, "warmup_steps": 0}, 50, False),
-        ({"epochs": 2, "batch_size": 10}, 50, True),
-        ({"epochs": 2, "batch_size": 10}, 5000, False),
-        ({"epochs": 2, "batch_size": 10}, 0, False),  # who knows
+        ({"epochs": 2, "batch_size": 10, "warmup_steps": 100}, 50, True),
+        ({"epochs": 2, "batch_size": 10, "warmup_steps": 100}, 5000, False),
+        ({"epochs": 2, "batch_size": 10, "warmup_steps": 100}, 0, False),  # who knows
     ],
 )
 def test_a_training_that_ends_before_its_warm_up(loop: dict[str, float], images: int, found: bool) -> None:
@@ -463,7 +464,7 @@ def every_finding(pictures: ImageSettings) -> Iterator[Finding]:
     spike, seldom = losses([*varying(30, 32), 50.0]), [{"step": 20_000, "images_seen": 9, "loss": 1.0}]
     yield from check_data(with_changes(pictures, resolution=32))
     for stage in ("vae", "unet"):
-        yield from check_warmup(LoopSettings(steps=20), stage, 9)
+        yield from check_warmup(LoopSettings(steps=20, warmup_steps=100), stage, 9)
         yield from check_unused(loop, stage, seldom, 10)
         yield from check_spikes(loop, stage, spike)
         yield from check_rise(loop, stage, curve((100, 1.0), (200, 2.0)))

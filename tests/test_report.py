@@ -374,7 +374,7 @@ def test_a_training_that_has_not_saved_yet_is_shown(run, cli, stage):
     shown = cli("show", run)
     assert shown.code == 0
     assert f"stage {stage}, not saved yet (of settings and metrics) step 3 (18 images seen) val_loss" in shown.out
-    assert "--lr" in shown.out
+    assert "--batch-size" in shown.out
     for other in {"vae", "unet", "latents"} - {stage}:
         shutil.rmtree(run / other)
     assert "step 3 (18 images seen)" in cli("show", run / stage).out

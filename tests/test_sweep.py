@@ -189,7 +189,7 @@ def test_a_cell_shows_what_generate_draws(swept, tmp_path):
         for name in ("00000.png", "00001.png"):
             image = Image.open(tmp_path / str(i) / name)
             assert (pixels(image) == pixels(Image.open(Path(place["samples"]) / name))).all()
-            assert contains(sheet, pixels(image.resize((48, 48), Image.Resampling.NEAREST)))
+            assert contains(sheet, pixels(image.resize((64, 64), Image.Resampling.NEAREST)))
 
 
 def contains(whole: np.ndarray, part: np.ndarray) -> bool:
@@ -213,28 +213,28 @@ def test_pictures_lie_at_the_crossing_of_their_row_and_column():
     for line in cells:
         for cell in line:
             for image in cell:
-                part = pixels(image.resize((60, 60), Image.Resampling.NEAREST))  # 20 x 3: at least 48
-                corners = np.argwhere((found[:-59, :-59] == part[0, 0]).all(2))
-                here = [(y, x) for y, x in corners if (found[y : y + 60, x : x + 60] == part).all()]
+                part = pixels(image.resize((80, 80), Image.Resampling.NEAREST))  # 20 x 4: at least 64
+                corners = np.argwhere((found[:-79, :-79] == part[0, 0]).all(2))
+                here = [(y, x) for y, x in corners if (found[y : y + 80, x : x + 80] == part).all()]
                 assert len(here) == 1
                 places += here
     grid = np.array(places).reshape(3, 2, 3, 2)  # rows, columns, pictures, (y, x)
-    assert (grid[:, :, 1, 1] - grid[:, :, 0, 1] == 62).all()
-    assert (grid[:, :, 2, 0] - grid[:, :, 0, 0] == 62).all()
-    assert (np.diff(grid[..., 0], axis=0) == 122 + 14).all()
-    assert (np.diff(grid[..., 1], axis=1) == 122 + 14).all()
+    assert (grid[:, :, 1, 1] - grid[:, :, 0, 1] == 82).all()
+    assert (grid[:, :, 2, 0] - grid[:, :, 0, 0] == 82).all()
+    assert (np.diff(grid[..., 0], axis=0) == 162 + 14).all()
+    assert (np.diff(grid[..., 1], axis=1) == 162 + 14).all()
     assert (grid[:, :, 0, 0] == grid[:, :1, 0, 0]).all()
-    assert sheet.height == grid[2, 0, 2, 0] + 60 + 16
-    assert sheet.width == grid[0, 1, 1, 1] + 60 + 16
+    assert sheet.height == grid[2, 0, 2, 0] + 80 + 16
+    assert sheet.width == grid[0, 1, 1, 1] + 80 + 16
 
 
 def test_reconstructions_are_of_the_vae_s_settings_alone(swept, base):
     folder, _ = swept
     succeed("sweep", "--run", base, *BOTH)
     sheet = Image.open(folder / "sheet-reconstructions.png")
-    assert sheet.height == 16 + 14 + 2 * 24 + 3 * 48 + 2 * 14 + 16  # originals, and a row for each beta
+    assert sheet.height == 16 + 14 + 2 * 24 + 3 * 64 + 2 * 14 + 16  # originals, and a row for each beta
     image = sorted((p for p in Path(data_folder(base)).rglob("*.png")), key=str)
-    assert any(contains(pixels(sheet), pixels(Image.open(p).resize((48, 48), Image.Resampling.NEAREST))) for p in image)
+    assert any(contains(pixels(sheet), pixels(Image.open(p).resize((64, 64), Image.Resampling.NEAREST))) for p in image)
 
 
 def data_folder(base: Path) -> str:
