@@ -17,9 +17,9 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 
 # From a command to the first optimizer step, or to the first call of the U-Net.
 TRIP = {
-    "train-vae": {"lines": 987, "files": 34},
-    "train-unet": {"lines": 813, "files": 30},
-    "generate": {"lines": 615, "files": 22},
+    "train-vae": {"lines": 988, "files": 34},
+    "train-unet": {"lines": 814, "files": 30},
+    "generate": {"lines": 616, "files": 22},
 }
 CORE_LINES = 7_301
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
