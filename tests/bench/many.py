@@ -215,6 +215,7 @@ def full_disk(folder: Path, processes: Processes) -> None:
         train_vae.run(vae_settings(folder, steps=100_000, val_every=0, save_every=100_000))
     except LightdiffError as error:
         (folder / f"full-{processes.rank}").write_text(str(error))
+        os._exit(0)  # threads of gloo that are left by an error sometimes abort the interpreter's own end
 
 
 def main() -> None:
