@@ -18,7 +18,7 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
-from lightdiff.extras.commands import EXTRAS, add_commands, ending, losses_beside
+from lightdiff.extras.commands import EXTRAS, add_commands, ending
 from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, outlive_readers, rank, restarted
@@ -60,13 +60,12 @@ def run_stage(module: str, then: str, chosen: settings.Settings) -> None:
 
         return launch(chosen, sys.argv[1:])  # type: ignore[arg-type]
     try:
-        progress: Any = import_module("lightdiff.runtime.progress")
-        progress.losses_beside = losses_beside
         made = import_module(f"lightdiff.{module}").run(chosen)
     except KeyboardInterrupt:  # here, as Typer would leave without a word
         raise Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT) from None
     if rank() == 0 and not job.quiet:
-        console = progress.console
+        from lightdiff.runtime.progress import console
+
         if made_of := ending(module.rpartition(".")[2], chosen, time.monotonic() - began):
             console.print(made_of, soft_wrap=True)
         following = f"; next: lightdiff {then} --run {shlex.quote(str(chosen.run))}" if then else ""  # type: ignore[attr-defined]

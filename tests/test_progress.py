@@ -6,6 +6,7 @@ import math
 import re
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
+from lightdiff.extras.baselines import losses_beside
 from lightdiff.extras.tables import print_table
 from lightdiff.pictures import grid, save_grid, save_grid_of_files, save_pairs
 from lightdiff.runtime import progress
@@ -186,15 +188,16 @@ def test_the_display_shows_the_best_validation_loss_and_no_noise():
 
 
 def test_the_display_shows_losses_beside_those_of_the_level_alone(trained):
-    """Which the command line puts in, as the display knows nothing of diffusion."""
+    """Which it finds by name, as the display knows nothing of diffusion."""
+    assert resolve_name(progress.BESIDE) is losses_beside
     settings = json.loads((trained / "unet/settings.json").read_text())
-    display = Display("unet", 10, 0, progress.losses_beside(settings))
+    display = Display("unet", 10, 0, losses_beside(settings))
     display.remember({"loss": 0.5, "val_loss": 0.6, "val_loss_band_1": 0.7})
     text = drawn(display, 80)
     assert "0.6 (1.57)" in text
     assert "0.7 (1.29)" in text
     assert "in parentheses: what the noise level alone gives" in text
-    assert "(" not in drawn(Display("vae", 10, 0, progress.losses_beside({"loss": {}})), 80)
+    assert "(" not in drawn(Display("vae", 10, 0, losses_beside({"loss": {}})), 80)
 
 
 def test_the_display_of_a_terminal_without_unicode_has_no_trends():

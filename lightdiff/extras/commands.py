@@ -1,6 +1,5 @@
 """The commands beside the five stages. Imports no torch before one is called, so that `--help` does not either."""
 
-from collections.abc import Mapping
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -52,13 +51,6 @@ def ending(stage: str, chosen: Any, seconds: float) -> str:
     from lightdiff.extras.ending import ending as of_stage
 
     return of_stage(stage, chosen, seconds)
-
-
-def losses_beside(saved: Mapping[str, Any]) -> dict[str, float]:
-    """What the live display of a training with these settings shows beside its losses."""
-    from lightdiff.extras.baselines import losses_beside as of_unet
-
-    return of_unet(saved)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -32,6 +32,7 @@ from lightdiff.errors import UserError, printable
 from lightdiff.loops import TRACKERS
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
 
+BESIDE = "lightdiff.extras.baselines:losses_beside"  # what the live display shows beside a training's losses
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time", "lr", "kl_sum", "val_kl_sum"}
@@ -82,11 +83,6 @@ logger.addHandler(LogHandler())
 logger.setLevel(logging.INFO)
 
 
-def losses_beside(settings: Mapping[str, Any]) -> Row:
-    """What the live display shows beside a training's numbers, by its settings; the command line replaces this."""
-    return {}
-
-
 class Reporter:
     """Shows progress and writes metrics.jsonl; a context manager."""
 
@@ -120,8 +116,8 @@ class Reporter:
         self._printed, self._settings = time.monotonic(), settings or {}
         self._display = Display(title, total, start)
         self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
-        if self._live:
-            self._display.beside = losses_beside(self._settings)
+        if self._live and self._settings:
+            self._display.beside = resolve_name(BESIDE)(self._settings)
         if metrics is not None and metrics.is_file():
             for row in cut_metrics(metrics, start):
                 self._display.remember(trending(row))
