@@ -6,6 +6,7 @@ would have drawn, and so does another number of processes, workers or micro-batc
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -37,6 +38,18 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     """The order of `count` items in one epoch, (count,), in four bytes each where these hold them."""
     order = torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
     return order.int() if count < 1 << 31 else order
+
+
+@dataclass(frozen=True)
+class Order:
+    """All items, each once an epoch."""
+
+    count: int
+    seed: int
+
+    def batch_at(self, position: int, size: int) -> list[tuple[int, int]]:
+        """The (epoch, item) of `size` items, after `position` items have been drawn."""
+        return batch_at(position, size, self.count, self.seed)
 
 
 class Mixture:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, tensor_digest
 from lightdiff.data.latents import LatentSet, Scaling, async_copy, latents_settings, prefetch
-from lightdiff.data.order import Mixture, batch_at, item_noise, key
+from lightdiff.data.order import Mixture, Order, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
@@ -76,9 +76,9 @@ class UNetTask:
         s = self.settings = stage.settings
         self.stage, self.device, self.latents = stage, stage.device, latents
         self.train_items, self.val_items = len(latents.train), len(latents.val)
-        weights = latents.index.images.data_weights
-        roots = latents.index.roots[latents.index.positions("train")] if weights else None
-        self.mixture = None if roots is None else Mixture(roots, weights, s.loop.seed)
+        index, weights, seed = latents.index, latents.index.images.data_weights, s.loop.seed
+        mixed = Mixture(index.roots[index.positions("train")], weights, seed) if weights else None
+        self.order = mixed or Order(self.train_items, seed)
         self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
@@ -122,10 +122,7 @@ class UNetTask:
         return async_copy(self.classes[positions] if self.settings.label else self.classes, self.device)
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
-        size = self.settings.loop.batch_size
-        if self.mixture:
-            return self.mixture.batch_at(start, size)
-        return batch_at(start, size, self.train_items, self.settings.loop.seed)
+        return self.order.batch_at(start, self.settings.loop.batch_size)
 
     def names(self, start: int) -> list[str]:
         """The images behind the batch that begins after `start` images."""

@@ -15,7 +15,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
-from lightdiff.data.order import Mixture, batch_at, item_noise
+from lightdiff.data.order import Mixture, Order, item_noise
 from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
@@ -100,8 +100,9 @@ class VAETask:
         self.model.get_submodule("encoder").requires_grad_(not s.freeze_encoder)
         self.train_set, self.val_set = self._data_set("train", files), self._data_set("val", files)
         self.train_items, self.val_items = len(self.train_set), len(self.val_set)
-        roots, weights = files.of_split("train").roots, s.images.data_weights
-        self.mixture = Mixture(roots, weights, s.loop.seed) if weights else None
+        weights, seed = s.images.data_weights, s.loop.seed
+        mixed = Mixture(files.of_split("train").roots, weights, seed) if weights else None
+        self.order = mixed or Order(self.train_items, seed)
         self.part = stage.processes.batch_slice(s.loop.batch_size)
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
         self.latent_shape = (s.model.latent_channels, *s.images.resolution.divided(s.model.factor))
@@ -139,10 +140,7 @@ class VAETask:
         return load_batches(images, order, workers, on_bad, pin=self.device.type == "cuda")
 
     def _batch_at(self, start: int) -> list[tuple[int, int]]:
-        size = self.settings.loop.batch_size
-        if self.mixture:
-            return self.mixture.batch_at(start, size)
-        return batch_at(start, size, self.train_items, self.settings.loop.seed)
+        return self.order.batch_at(start, self.settings.loop.batch_size)
 
     def names(self, start: int) -> list[str]:
         """The files of the batch that begins after `start` images."""
