@@ -331,6 +331,11 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
     return [make(name, default=None, annotation=Annotated[kind | None, info]) for name, kind, info in rows]
 
 
+def show(built: BaseModel) -> None:
+    """Print settings as JSON."""
+    typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
+
+
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
@@ -370,12 +375,11 @@ def command(
         layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, said]
         built = build(model, [follow(build(model, layers)), *layers, {"preset": name} if name else {}])
         check_effects(ruled, typed, file, built)
-        if dry_run and not presets:
-            estimate(built)  # of a sweep: what it varies comes first
-        if dry_run:
-            typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
-        if presets or not dry_run:
-            (estimate if dry_run else run)(built)
+        if not dry_run:
+            run(built)
+        else:
+            for tell in (show, estimate) if presets else (estimate, show):  # of a sweep, what it varies comes first
+                tell(built)
 
     order = sorted(fields, key=lambda path: start.index(name) if (name := flag(model, path)) in start else len(start))
     parameters = [option(model, path, fields[path], start) for path in order]
