@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from lightdiff.errors import UserError
 from lightdiff.extras.export import export
 from lightdiff.extras.export.bundle import bundle
-from lightdiff.extras.export.folder import ABOUT, TEMPLATES, about, write_diffusers, write_json, write_plain
+from lightdiff.extras.export.folder import TEMPLATES, about, write_diffusers, write_json, write_plain
 from lightdiff.extras.import_vae import import_model
-from lightdiff.pipeline import Pipeline
+from lightdiff.pipeline import EXPORTED, Pipeline
 
 WITHOUT_LIGHTDIFF = """
 import sys
@@ -85,7 +85,7 @@ else:
 def test_an_exported_folder_is_loaded_again(tmp_path: Path, vae: str, write: Any) -> None:
     model, folder = random_pipeline(vae), tmp_path / "model"
     write(model, folder)
-    write_json(folder / ABOUT, about(model).model_dump())
+    write_json(folder / EXPORTED, about(model).model_dump())
     again = Pipeline.load(folder, device="cpu")
     assert again.vae_settings == model.vae_settings
     assert (again.settings.classes, again.settings.latent.shift) == (
@@ -95,7 +95,7 @@ def test_an_exported_folder_is_loaded_again(tmp_path: Path, vae: str, write: Any
     for old, new in ((model.vae, again.vae), (model.unet, again.unet)):
         for name, tensor in old.state_dict().items():
             assert torch.equal(tensor, new.state_dict()[name]), name
-    assert "secret" not in (folder / ABOUT).read_text()
+    assert "secret" not in (folder / EXPORTED).read_text()
 
 
 def test_the_exported_kl_vae_can_be_imported(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_run_is_exported_with_a_model_card(run: Path, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         "README.md", "lightdiff.json", "samples.png", "unet.safetensors", "vae.safetensors",
     }  # fmt: skip
-    for path in (out / "README.md", out / ABOUT):
+    for path in (out / "README.md", out / EXPORTED):
         assert str(trained) not in path.read_text()
     assert "| unet: FID | 12.35 +- 0.5 |" in card
     assert "| vae: PSNR | 30 |" in card
@@ -154,13 +154,13 @@ def test_a_checkpoint_names_its_run(trained: Path) -> None:
 def test_exported_folders_made_to_harm(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     model = random_pipeline()
     write_plain(model, tmp_path)
-    write_json(tmp_path / ABOUT, about(model).model_dump() | change)
+    write_json(tmp_path / EXPORTED, about(model).model_dump() | change)
     with pytest.raises(UserError, match=message):
         Pipeline.load(tmp_path, device="cpu")
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    write_json(tmp_path / ABOUT, about(random_pipeline()).model_dump())
+    write_json(tmp_path / EXPORTED, about(random_pipeline()).model_dump())
     with pytest.raises(UserError, match="those of onnx and web cannot be loaded again"):
         Pipeline.load(tmp_path, device="cpu")
 

@@ -79,7 +79,7 @@ class Archive(ImageTable):
         Raises:
             FileNotFoundError: If there is none of that name.
         """
-        wanted = name.encode("utf-8", "surrogateescape")
+        wanted = _encoded(name)
         at = bisect_left(range(len(self)), wanted, key=self.encoded_name)
         if at == len(self) or self.encoded_name(at) != wanted:
             raise FileNotFoundError(f"{name} is not in the archive")
@@ -148,13 +148,18 @@ def labels_in_archive(place: Path) -> dict[str, Labels]:
 # --- the index ----------------------------------------------------------------------------------------------------
 
 
+def files_at(place: Path) -> list[Path]:
+    """What a path names: one file, or all that fit a pattern, sorted."""
+    return [place] if place.is_file() else [Path(path) for path in sorted(glob.glob(str(place), recursive=True))]
+
+
 def archives_at(place: Path) -> list[Path]:
     """The archives that a path names: one, or all that fit a pattern such as shards/*.tar, sorted.
 
     Raises:
         UserError: If there is none, or one of another kind.
     """
-    found = [place] if place.is_file() else [Path(path) for path in sorted(glob.glob(str(place), recursive=True))]
+    found = files_at(place)
     for path in found:
         name = path.name.lower()
         for suffixes, command in UNPACK.items():

@@ -168,8 +168,6 @@ def open_in_folder(folder: Path, name: str) -> AbstractContextManager[Image.Imag
 FOLDER = Source(names_in_folder, open_in_folder)
 ARCHIVE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside_images, labels_in_archive)
 SOURCES: dict[str, Source] = dict.fromkeys(ARCHIVES, ARCHIVE)  # files that hold many images, by suffix
-
-
 EXTRA_SOURCES = {".parquet": "lightdiff.extras.parquet:SOURCE"}  # imported when they are asked for
 
 

@@ -67,11 +67,17 @@ def import_content(file: Path, content: dict[str, Any], run: Path, resolution: i
         content["global_step"] = int(content.get("global_step", 0))
         return kinds[kind](file, content, RunFolder(run), resolution)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
-        if isinstance(error, ValidationError):  # without the value, whose text may be larger than any file
-            first = error.errors(include_input=False, include_context=False)[0]
-            error = ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        if isinstance(error, ValidationError):
+            name, problem, _ = first_problem(error)
+            error = ValueError(f"{name}: {problem}")
         why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{file}: its {kind} or args are not those of the original scripts: {shorten(why)}") from None
+
+
+def first_problem(error: ValidationError) -> tuple[str, str, str]:
+    """The first field that is wrong, why, and pydantic's kind; not its value, whose text may be larger than a file."""
+    first = error.errors(include_input=False, include_context=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"], first["type"]
 
 
 def plain_dict(value: Any) -> dict[str, Any]:

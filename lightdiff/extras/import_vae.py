@@ -18,7 +18,7 @@ from torch import Tensor
 from lightdiff.checkpoint import DTYPES, Metadata
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.hub import local_copy
-from lightdiff.extras.import_original import check_size, import_content, is_plain, read, write
+from lightdiff.extras.import_original import check_size, first_problem, import_content, is_plain, read, write
 from lightdiff.extras.taesd import TinyVAESettings
 from lightdiff.models.kl import KLVAESettings
 from lightdiff.models.vae import build_vae
@@ -188,11 +188,8 @@ def import_folder(folder: Path, run: Path, resolution: int) -> Path:
         one_of("out_channels", found.out_channels, 3)
         model = found.settings()
     except ValidationError as error:
-        first = error.errors(include_input=False, include_context=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        why = (
-            f"the option {name} is not known here" if first["type"] == "extra_forbidden" else f"{name}: {first['msg']}"
-        )
+        name, why, kind_of_problem = first_problem(error)
+        why = f"the option {name} is not known here" if kind_of_problem == "extra_forbidden" else f"{name}: {why}"
         raise UserError(f"{home / 'config.json'}: {shorten(why)}") from None
     except ValueError as error:
         raise UserError(f"{home / 'config.json'}: {shorten(error)}") from None

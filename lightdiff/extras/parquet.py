@@ -4,7 +4,6 @@ Rows are read a row group at a time, and few groups are kept: in order that is f
 group. `encode` and `pack` read in order; pack first what is to be trained on. Needs the extra `parquet`.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from lightdiff.data.archives import files_at
 from lightdiff.data.files import Source, read_in_folder
 from lightdiff.data.formats import BadImage, open_stream
 from lightdiff.data.layouts import ROLES, Labels
@@ -59,14 +59,14 @@ def rows_of(place: Path) -> dict[str, Rows]:
     Raises:
         UserError: If there is none, or one has no images.
     """
-    paths = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
+    paths = files_at(place)
     if not paths:
         raise UserError(f"--data: {place} does not exist")
     found = {}
     for path in paths:
-        stem = Path(path).stem
-        role = stem.partition("-")[0]  # train-00000-of-00002
-        found[f"{role}/{stem}" if role in ROLES and len(paths) > 1 else stem] = _rows(path, os.stat(path).st_mtime_ns)
+        role = path.stem.partition("-")[0]  # train-00000-of-00002
+        name = f"{role}/{path.stem}" if role in ROLES and len(paths) > 1 else path.stem
+        found[name] = _rows(str(path), path.stat().st_mtime_ns)
     return found
 
 

@@ -17,15 +17,14 @@ import numpy as np
 
 from lightdiff.data import files
 from lightdiff.data.files import Source, find_images
-from lightdiff.data.index import LatentIndex, read_index
+from lightdiff.data.index import read_index
 from lightdiff.data.order import batch_at
 from lightdiff.data.table import ImageList, ImageTable
-from lightdiff.settings import ImageSettings
 from tests.bench.contest import resident
 from tests.bench.growth import apart
+from tests.bench.index import finished_index
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-SHARD = 2048
 
 
 def made_up(place: Path) -> Iterator[str]:
@@ -70,21 +69,9 @@ def start(folder: Path, count: int) -> dict[str, float]:
 
 def latents(folder: Path, count: int) -> dict[str, float]:
     """The index of latents: made and written by encode, read by train-unet."""
-    images, n = ImageList(ImageTable.read(folder / "images.safetensors")), np.arange(count, dtype=np.int32)
+    images = ImageList(ImageTable.read(folder / "images.safetensors"))
     began = time.process_time()
-    index = LatentIndex.of(
-        images,
-        shape=(4, 32, 32),
-        dtype="float16",
-        mirrored=True,
-        vae_digest="0" * 64,
-        images=ImageSettings(),
-        shard_size=SHARD,
-        shards=["0" * 64] * -(-count // SHARD),
-        digest="0" * 64,
-        shard=n // SHARD,
-        row=n % SHARD,
-    )
+    index = finished_index(images, (4, 32, 32))
     parts = index.by_shard()
     index.write(folder / "index.safetensors")
     assert len(parts) == len(index.shards)

@@ -6,7 +6,7 @@ python -m tests.bench.index [COUNT]    # 500,000 images by default
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,24 +33,30 @@ def measured(what: str) -> Iterator[None]:
     print(f"{what}: {seconds:.2f} s, {memory / 1e6:.0f} MB")
 
 
+def finished_index(files: Sequence[ImageFile], shape: tuple[int, int, int]) -> LatentIndex:
+    """The index of finished latents of these images, in shards that are full."""
+    n = np.arange(len(files), dtype=np.int32)
+    return LatentIndex.of(
+        files,
+        shape=shape,
+        dtype="float16",
+        mirrored=True,
+        vae_digest="0" * 64,
+        images=ImageSettings(),
+        shard_size=SHARD,
+        shards=["0" * 64] * -(-len(files) // SHARD),
+        digest="0" * 64,
+        shard=n // SHARD,
+        row=n % SHARD,
+    )
+
+
 def made_up(count: int) -> LatentIndex:
     """The index of images in a thousand class folders, a twentieth of them for validation."""
     names = [(f"person-{i % 1000:04d}", f"photo-{i:08d}.jpg", "train" if i % 20 else "val") for i in range(count)]
     files: list[Any] = [ImageFile(0, f"{of}/{name}", split, {"class": of}) for of, name, split in names]  # type: ignore[arg-type]
     with measured("make"):
-        index = LatentIndex.of(
-            files,
-            shape=(4, 8, 8),
-            dtype="float16",
-            mirrored=True,
-            vae_digest="0" * 64,
-            images=ImageSettings(),
-            shard_size=SHARD,
-            shards=["0" * 64] * -(-count // SHARD),
-            digest="0" * 64,
-            shard=np.arange(count, dtype=np.int32) // SHARD,
-            row=np.arange(count, dtype=np.int32) % SHARD,
-        )
+        index = finished_index(files, (4, 8, 8))
     index.fingerprints[:] = np.random.default_rng(0).integers(0, 256, index.fingerprints.shape)
     return index
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from lightdiff.errors import UserError
 from lightdiff.extras.export.card import check_license, write_card
-from lightdiff.extras.export.folder import ABOUT, about, write_diffusers, write_json, write_plain
+from lightdiff.extras.export.folder import about, write_diffusers, write_json, write_plain
 from lightdiff.extras.export.onnx_files import check_libraries, write_onnx
 from lightdiff.extras.export.web import write_web
 from lightdiff.extras.hub import push as upload
-from lightdiff.pipeline import Pipeline
+from lightdiff.pipeline import EXPORTED, Pipeline
 from lightdiff.run_folder import ensure_writable
 
 To = Literal["diffusers", "onnx", "safetensors", "web"]
@@ -51,7 +51,7 @@ def export(
     pipeline = Pipeline.load(run, device="cpu")
     ensure_writable(out)
     write(pipeline, out)
-    write_json(out / ABOUT, about(pipeline).model_dump())
+    write_json(out / EXPORTED, about(pipeline).model_dump())
     write_card(pipeline, out, to, run, license_, about_data, samples)
     return upload(out, push) if push else str(out)
 

@@ -20,16 +20,16 @@ from lightdiff import __version__
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.export.bundle import bundle
 from lightdiff.extras.hub import local_copy
+from lightdiff.extras.import_original import first_problem
 from lightdiff.extras.import_vae import Weights, of_safetensors, renamed, small_json
 from lightdiff.models.kl import KLVAESettings
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
-from lightdiff.pipeline import Pipeline, cast_weights
+from lightdiff.pipeline import EXPORTED, Pipeline, cast_weights
 from lightdiff.run_folder import atomic_write, atomic_write_text
 from lightdiff.runtime.processes import pick_device, pick_precision, to_device
 from lightdiff.settings import Architecture, Device, Precision, TrainUNetSettings, VAEArchitecture
 
-ABOUT = "lightdiff.json"
 PLAIN = {"vae": "vae.safetensors", "unet": "unet.safetensors"}
 FOR_DIFFUSERS = {name: f"{name}/diffusion_pytorch_model.safetensors" for name in PLAIN}
 TEMPLATES = Path(__file__).parent / "templates"
@@ -172,17 +172,14 @@ def load_exported(place: str, device: Device = "auto", precision: Precision = "f
         UserError: If it is none, or its weights are not here or do not fit.
     """
     folder = local_copy(place)
-    if not (folder / ABOUT).is_file():
-        raise UserError(f"{place} has no {ABOUT}: it was not exported by lightdiff")
+    if not (folder / EXPORTED).is_file():
+        raise UserError(f"{place} has no {EXPORTED}: it was not exported by lightdiff")
     try:
-        known = About.model_validate(small_json(folder / ABOUT))
+        known = About.model_validate(small_json(folder / EXPORTED))
         model, s = VAEArchitecture.model_validate(known.vae), TrainUNetSettings.model_validate(known.unet)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{folder / ABOUT} cannot be read by lightdiff {__version__}: {where}: {first['msg']}"
-        ) from None
+        where, why, _ = first_problem(error)
+        raise UserError(f"{folder / EXPORTED} cannot be read by lightdiff {__version__}: {where}: {why}") from None
     files = next((f for f in (PLAIN, FOR_DIFFUSERS) if all((folder / part).is_file() for part in f.values())), None)
     if files is None:
         raise UserError(f"{folder} holds no weights as .safetensors: those of onnx and web cannot be loaded again")

@@ -58,7 +58,7 @@ def write_web(pipeline: Pipeline, folder: Path, runtime: Path | None = None) -> 
 def page_settings(pipeline: Pipeline) -> dict[str, Any]:
     """What the page must know of the model."""
     s, schedule = pipeline.settings, schedule_of(pipeline.settings)
-    height, width = (side * pipeline.vae_settings.factor for side in pipeline.latent_size())
+    height, width = pipeline.resolution
     return {
         "title": f"A latent diffusion model of {height} x {width} pixels",
         "about": "Every picture begins as noise; the model takes the noise away, step by step.",
