@@ -147,10 +147,9 @@ def option(model: type[BaseModel], path: Where, field: FieldInfo, start: Collect
     kind, name, written = plain(field.annotation), flag(model, path), extra(field, "repeated")
     place = START if name in start else panel(model, path)
     shown = format_value(default_of(model, path))
+    hint = "required" if name in getattr(model, "REQUIRED", ()) else shown and f"default: {shown}"
     parser: Callable[[str], Any] | None = None
-    text = (field.description or "") + (
-        rf" \[default: {shown}]" if shown else ""
-    )  # escaped, or rich takes it for markup
+    text = (field.description or "") + (rf" \[{hint}]" if hint else "")  # escaped, or rich takes it for markup
     declaration = f"--{name}/--no-{name}" if kind is bool and len(name) <= LONGEST_PAIR else f"--{name}"
     if takes_commas(field) or hasattr(kind, "_fields"):
         kind = str
@@ -332,8 +331,9 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
 
 
 def show(built: BaseModel) -> None:
-    """Print settings as JSON."""
-    typer.echo(json.dumps(built.model_dump(mode="json"), indent=2))
+    """Print settings as JSON, those of a sweep without the ones at their defaults."""
+    short = getattr(built, "SHORT", False)
+    typer.echo(json.dumps(built.model_dump(mode="json", exclude_defaults=short), indent=2))
 
 
 def command(

@@ -260,6 +260,7 @@ class TrainVAESettings(TrainingSettings):
     """Train the VAE on a folder of images."""
 
     NO_FLAG: ClassVar = frozenset({"preset", "model.architecture"})  # a preset or a file names it
+    REQUIRED: ClassVar = frozenset({"data"})  # flags that help marks
 
     allow_missing: bool = ALLOW_MISSING
     freeze_encoder: bool = Field(False, description="with --init-from: train only the decoder; latents stay valid")

@@ -171,6 +171,14 @@ def test_help_begins_with_what_is_needed_first(helped, name):
     assert set(wanted) <= flags_in(narrow)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_help_marks_what_is_required(helped, name):
+    """Those flags, and no others; the run that is resumed, or a settings file, may say them too."""
+    page = " ".join(re.sub("[│╭╮╰╯─]", " ", helped[0][f"200 {name}"][1]).split())
+    wanted = {"train-vae": ["data"], "sweep": ["vary"], "edit": ["from"], "walk": ["between"]}.get(name, [])
+    assert re.findall(r"--([\w-]+) (?:(?! --|\[default).)*\[required\]", page) == wanted
+
+
 def test_help_shows_no_types_and_no_bounds(helped):
     pages = " ".join(page for key, (_, page) in helped[0].items() if key.split()[-1] in MODELS)
     assert re.findall(r"<(?:int|float|path|bool|str)>|; [<>]=? ", pages) == []

@@ -277,7 +277,7 @@ def test_errors_are_reported_before_any_work(run, words, message):
 def test_a_dry_run_prints_what_would_be_made_and_makes_nothing(run):
     result = call("sweep", "--run", run, "--vary", "kl-beta=1e-3,1e-1", "--vary", "num-steps=1,2", "--dry-run")
     assert result.code == 0
-    assert json.loads(result.stdout)["vary"] == ["kl-beta=1e-3,1e-1", "num-steps=1,2"]
+    assert json.loads(result.stdout) == {"run": str(run), "vary": ["kl-beta=1e-3,1e-1", "num-steps=1,2"]}
     assert "to make: 2 VAEs of 3 steps, 2 sets of latents, 2 U-Nets of 3 steps, 4 sets of samples" in result.err
     assert not (run / "sweeps").exists()
 

@@ -79,7 +79,8 @@ def row(model: type[BaseModel], path: tuple[str, ...], field: FieldInfo) -> str:
     name = flag(model, path)
     switch = field.annotation is bool and "." not in name
     spelled = f"--{name}/--no-{name}" if switch else f"--{name}"
-    cells = [f"`{spelled}`", f"`{shown}`" if shown else "", values(field), field.description or ""]
+    required = "required" if name in getattr(model, "REQUIRED", ()) else ""
+    cells = [f"`{spelled}`", f"`{shown}`" if shown else required, values(field), field.description or ""]
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 

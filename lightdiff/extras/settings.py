@@ -78,6 +78,8 @@ class SweepSettings(StageSettings):
     """Vary one or two settings of a run, and show side by side what they do."""
 
     NO_FLAG: ClassVar = frozenset({"job.nproc_per_node", "job.max_restarts", "job.timeout"})
+    REQUIRED: ClassVar = frozenset({"vary"})
+    SHORT: ClassVar = True  # a dry run prints no defaults
 
     run: Path = Field(Path("runs/default"), description="run folder whose settings are used, except what is varied")
     vary: tuple[str, ...] = Field(
@@ -108,8 +110,9 @@ class EditSettings(GenerateSettings):
     """Generate variations of an image, or inpaint a part of it."""
 
     NOT_IN_IMAGES: ClassVar = GenerateSettings.NOT_IN_IMAGES | {"from_", "mask", "trajectory"}
+    REQUIRED: ClassVar = frozenset({"from"})
 
-    from_: Path | None = Field(None, description="image to start from; required")
+    from_: Path | None = Field(None, description="image to start from")
     strength: float | None = Field(
         None,
         gt=0,
@@ -130,8 +133,9 @@ class WalkSettings(GenerateSettings):
     """Interpolate between images of a seed: generate the images between them, and an animation."""
 
     NO_FLAG: ClassVar = GenerateSettings.NO_FLAG | {"num_images"}  # it follows from the two below
+    REQUIRED: ClassVar = frozenset({"between"})
 
-    between: Integers = Field((), description="numbers of images of this seed to walk between; required")
+    between: Integers = Field((), description="numbers of images of this seed to walk between")
     frames: int = Field(24, ge=2, description="images from one of these to the next")
 
     @model_validator(mode="after")
