@@ -1,5 +1,6 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
+import atexit
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -234,7 +235,7 @@ def unexpected(error: Exception) -> LightdiffError:
     return RunError(what, "This should not happen; --debug before the command shows where.")
 
 
-def fail(error: LightdiffError) -> None:
+def fail(error: LightdiffError) -> NoReturn:
     """Report an error and exit: on stderr, or to the process that started this one, which reports it once for all."""
     if isinstance(error, Stopped) and error.exit_code > 128:  # whoever asks again need not be heard
         for name in ("SIGTERM", "SIGHUP", "SIGXCPU"):
@@ -244,7 +245,7 @@ def fail(error: LightdiffError) -> None:
         from lightdiff.runtime.launcher import send_report
 
         send_report(error)
-        sys.exit(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
+        leave(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
     from rich.text import Text
 
     from lightdiff.runtime.progress import SafeConsole
@@ -252,4 +253,18 @@ def fail(error: LightdiffError) -> None:
     head = "stopped:" if isinstance(error, Stopped) else "error:"
     who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
     SafeConsole(stderr=True).print(Text.assemble((head, "bold red"), f" {who}{error}"), soft_wrap=True)
-    sys.exit(error.exit_code)
+    leave(error.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit after an error; one of several processes at once.
+
+    It may have left the others in the middle of an exchange. To leave their group in order would be to wait for them,
+    and threads of gloo that outlive the interpreter abort the process in place of its exit code.
+    """
+    if DistEnv.from_env(os.environ).world_size > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

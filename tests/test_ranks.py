@@ -348,3 +348,32 @@ def test_errors_of_lost_contact_are_explained_and_others_left_alone(monkeypatch)
             raise RuntimeError("[/pytorch/gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1234\nmore")
     with pytest.raises(RuntimeError, match="shape mismatch"), translate_errors(StageSettings()):
         raise RuntimeError("shape mismatch")
+
+
+def test_one_of_several_leaves_at_once_after_an_error():
+    """Not by the interpreter's own end, which threads of the group may abort; here, an object's end does that."""
+    job = """
+import atexit, os
+from lightdiff import cli
+
+class Threads:
+    def __del__(self):
+        os.abort()
+
+threads = Threads()
+atexit.register(print, "told at the exit")
+cli.main()
+"""
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    for world in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", job, "scale", "--only-mi"],
+            env=alone | {"PYTHONPATH": str(HOME), "RANK": "0", "WORLD_SIZE": str(world)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode == 2) == (world == 2), done.stderr
+        assert done.stdout == "told at the exit\n"
+        assert done.stderr.startswith("error: No such option: --only-mi")

@@ -325,14 +325,18 @@ def no_meeting(env: DistEnv, seconds: float, error: str) -> str:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, with all its threads."""
     if dist.is_available() and dist.is_initialized():
+        NO_TIMEOUT.clear()
         dist.destroy_process_group()
 
 
 @contextmanager
 def distributed(device: torch.device, timeout: float) -> Iterator[Processes]:
-    """The processes of a run, joined until its end; a stage within another one leaves that to it."""
+    """The processes of a run, joined until its end; a stage within another one leaves that to it.
+
+    After an error they stay joined, as the others may wait for what will not come: the process is to end.
+    """
     inner = dist.is_available() and dist.is_initialized()
     yield init_distributed(device, timeout)
     if not inner:
