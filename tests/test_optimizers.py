@@ -210,8 +210,11 @@ def test_muon_takes_matrices_and_adamw_the_rest(network):
     assert not taken & left
     assert all(p.ndim > 1 for p in muon.param_groups[0]["params"])
     ends = {"out.weight", "label.weight"} if network == "unet" else {"encoder.mu.weight", "decoder.body.0.weight"}
-    assert ends <= left
-    assert sum(p.numel() for p in muon.param_groups[0]["params"]) > 0.9 * sum(p.numel() for p in model.parameters())
+    time = {name for name in names.values() if name.startswith("time.") or ".time." in name}
+    assert bool(time) == (network == "unet")
+    assert ends | time <= left
+    maps = sum(p.numel() for name, p in model.named_parameters() if name not in time)  # of layers on feature maps
+    assert sum(p.numel() for p in muon.param_groups[0]["params"]) > 0.9 * maps
 
 
 def test_adamw_alone_takes_everything_and_frozen_weights_nobody():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -201,13 +202,15 @@ def make_optimizers(model: nn.Module, loop: LoopSettings, processes: Processes =
 
 
 def muon_params(model: nn.Module, loop: LoopSettings) -> list[Tensor]:
-    """What Muon trains, if it is chosen: weights of convolutions and linear layers.
+    """What Muon trains, if it is chosen: weights of convolutions and linear layers on feature maps.
 
-    Those with few rows or columns are left out, as at both ends of a network, and those that are frozen.
+    Those with few rows or columns are left out, as at both ends of a network, those that are frozen, and those of the
+    time embedding: square and wide, they would take two thirds of the products of a small U-Net.
     """
     if loop.optimizer != "muon":
         return []
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    weights = [m.weight for name, m in layers.items() if not re.search(r"\btime", name)]
     return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= MUON_MIN_SIDE]
 
 
