@@ -87,9 +87,9 @@ def parse_numbers(value: Any) -> Any:
 
 
 def absolute(path: Path) -> Path:
-    """The whole path, with ~ replaced."""
+    """The whole path, with ~ replaced; hf://... is none, and stays."""
     try:
-        return path.expanduser().absolute()
+        return path if path.parts[:1] == ("hf:",) else path.expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{path.parts[0]}: there is no such user") from None
 

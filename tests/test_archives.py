@@ -247,6 +247,7 @@ def test_webdataset_files_beside_an_image_are_its_labels(tmp_path: Path) -> None
         "s/001.output.png": {"kind": "cat", "year": "1999"},
         "s/002.png": {},
     }
+    assert found.notes[0] == "passed over: caption .txt (1)"  # s/000.txt: nothing is conditioned on texts
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------

@@ -273,3 +273,37 @@ def test_the_table_of_hugging_faces_image_folder_is_read(tmp_path: Path) -> None
     (tmp_path / "metadata.csv").write_text("file_name,kind\n1.jpg,a\n2.jpg,b\n")
     found = scan([tmp_path], 0, table=tmp_path / "metadata.csv")
     assert [file.labels for file in found] == [{"kind": "a"}, {"kind": "b"}]
+
+
+# --- Hugging Face's metadata.jsonl ----------------------------------------------------------------------------------
+
+
+def test_lines_of_json_are_a_table(folder: Path) -> None:
+    """Texts and whole numbers are labels, other values are not; names count as in other tables."""
+    rows = [
+        {"file_name": "1.jpg", "kind": " cat ", "year": 1999, "score": 0.5, "boxes": [1], "none": None},
+        {"kind": "dog", "file_name": "p/2.JPG"},
+        {"file_name": "3.jpg"},
+    ]
+    path = table(folder, "\n\n".join(map(json.dumps, rows)) + "\r\n", "metadata.jsonl")
+    assert labels(folder, path) == {"0/1.jpg": {"kind": "cat", "year": "1999"}, "0/2.jpg": {"kind": "dog"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file_name": "1.jpg"}\n{"kind": "cat"}', r"metadata\.jsonl has no file_name in line 2"),
+        ('{"file_name": 3}', "has no file_name in line 1"),
+        ("[1]", "has no file_name in line 1"),
+        ('{"file_name": "1.jpg"', "cannot be read: "),
+    ],
+)
+def test_lines_of_json_that_do_not_fit_are_named(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        labels(folder, table(folder, text, "metadata.jsonl"))
+
+
+def test_a_table_that_is_not_read_is_named(folder: Path) -> None:
+    path = table(folder, '{"file_name": "1.jpg", "kind": "cat"}\n', "metadata.jsonl")
+    assert notes(folder, None) == [f"{path} is not read; to have labels from it: --labels {path}"]
+    assert not any("is not read" in note for note in notes(folder, path))

@@ -61,6 +61,20 @@ def test_packing_that_was_stopped_goes_on(faces, tmp_path):
     assert not list(out.glob(".*.tmp"))
 
 
+def test_several_processes_write_the_shards_of_one(faces, tmp_path):
+    """Labels, and the images that cannot be read, are told by the processes that pack."""
+    data = labelled(faces, tmp_path / "data")
+    (data / "a" / "99.png").write_bytes(b"none")
+    written = {}
+    for processes in (1, 2):
+        out = tmp_path / f"by-{processes}"
+        said = succeed("pack", data, out, *FLAGS[:-1], processes, "--val-share", 0.2, "--max-bad", 0.1)
+        assert "24 images in 3 shards" in said.err
+        written[processes] = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written[1] == written[2]
+    assert b"99.png" in written[2]["bad-files.txt"]
+
+
 def test_a_pack_of_other_images_is_not_mixed_with(cli, faces, tmp_path):
     data, out = labelled(faces, tmp_path / "data"), tmp_path / "pack"
     (out / "x").mkdir(parents=True)

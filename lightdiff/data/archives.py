@@ -220,7 +220,7 @@ def _index(parts: Sequence[Part]) -> Archive:
     Raises:
         UserError: If an archive is damaged, encrypted, or compressed in another way than by deflate.
     """
-    left_out, tables = set[tuple[str, str]](), dict[str, tuple[int, ...]]()
+    left_out, tables, captions = set[tuple[str, str]](), dict[str, tuple[int, ...]](), set[tuple[int, str]]()
     found: list[tuple[int, Member, Labels]] = []
     for number, part in enumerate(parts):
         images, labels = dict[str, Member](), dict[str, Labels]()
@@ -234,9 +234,12 @@ def _index(parts: Sequence[Part]) -> Archive:
                 tables[name] = (number, *member[1:])
             elif suffix in LABEL_FILES and member.size <= LONGEST_LABEL:
                 labels.setdefault(_key(name), {}).update(_labels(part, member))
+            elif suffix == ".txt":
+                captions.add((number, _key(name)))
             elif suffix in UNREAD_SUFFIXES:
                 left_out.add((suffix, f"{number}/{name}"))
         found += [(number, member, labels.get(_key(name), {})) for name, member in images.items()]
+        left_out |= {("caption .txt", f"{n}/{key}") for n, key in captions & {(number, _key(name)) for name in images}}
     if len({member.name for _, member, _ in found}) < len(found):  # shards that count from 0 each
         found = [(n, m._replace(name=_with_stem(m.name, Path(parts[n][0]).stem)), of) for n, m, of in found]
     found.sort(key=lambda row: _encoded(row[1].name))

@@ -60,6 +60,7 @@ from lightdiff.settings import ImageSettings
 
 Report = Callable[[int], object]  # of how many images have been found
 REPORT_EVERY = 1000
+UNREAD_TABLES = ("metadata.csv", "metadata.jsonl")  # Hugging Face's: they may hold captions or boxes, too
 PARTS_OF_RUN = frozenset({"vae", "latents", "unet", "samples", "evaluation", "sweeps"})
 KINDS = 8  # of what was passed over, that a note names
 MISSES = 200  # files of an unknown suffix that are no pictures, after which no more of that suffix are opened
@@ -168,7 +169,10 @@ def open_in_folder(folder: Path, name: str) -> AbstractContextManager[Image.Imag
 FOLDER = Source(names_in_folder, open_in_folder)
 ARCHIVE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside_images, labels_in_archive)
 SOURCES: dict[str, Source] = dict.fromkeys(ARCHIVES, ARCHIVE)  # files that hold many images, by suffix
-EXTRA_SOURCES = {".parquet": "lightdiff.extras.parquet:SOURCE"}  # imported when they are asked for
+EXTRA_SOURCES = {  # imported when they are asked for; hf://datasets/... is a path that begins with hf:
+    ".parquet": "lightdiff.extras.parquet:SOURCE",
+    "hf:": "lightdiff.extras.hub_data:SOURCE",
+}
 
 
 def source_of(place: Path) -> Source:
@@ -179,7 +183,7 @@ def source_of(place: Path) -> Source:
     """
     if os.path.isdir(place):
         return FOLDER
-    suffix = place.suffix.lower()
+    suffix = "hf:" if place.parts[:1] == ("hf:",) else place.suffix.lower()
     if suffix in EXTRA_SOURCES:
         source: Source = resolve_name(EXTRA_SOURCES[suffix])
         return source
@@ -285,6 +289,8 @@ def find_images(
             labels[-1] = given
         elif layouts[-1] in LABELS:
             labels[-1] = LABELS[layouts[-1]](kept)
+            unread = [path for name in UNREAD_TABLES if (path := folder / name).is_file()]
+            notes += [f"{path} is not read; to have labels from it: --labels {path}" for path in unread]
         else:
             for own_table in label_tables(folder, kept, read):
                 rows = read_labels(own_table, "--data", {root: Images(folder, names)}, notes, read)

@@ -26,12 +26,13 @@ class Row(NamedTuple):
 
 
 def _read_rows(table: Path, raw: bytes, columns: Sequence[str]) -> list[Row]:
-    """The rows of a CSV table, or of StyleGAN's dataset.json, that name a file."""
+    """The rows of a CSV table, of StyleGAN's dataset.json, or of a .jsonl of Hugging Face, that name a file."""
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"line {1 + raw[: error.start].count(10)} is not UTF-8") from error
-    rows = _rows_of_json(text) if table.suffix.lower() == ".json" else _rows_of_csv(text, columns)
+    read = {".json": _rows_of_json, ".jsonl": _rows_of_lines}.get(table.suffix.lower())
+    rows = read(text) if read else _rows_of_csv(text, columns)
     return [row for row in rows if row.file or row.labels]
 
 
@@ -91,6 +92,19 @@ def _rows_of_json(text: str) -> list[Row]:
                 rows.append(Row(f"entry {number}", file, {"class": _text(str(value))}))
             case _:
                 raise UserError(f"has an entry {number} that is not a file and its class: {json.dumps(pair)[:200]}")
+    return rows
+
+
+def _rows_of_lines(text: str) -> list[Row]:
+    """Hugging Face's metadata.jsonl, an object a line: its texts and whole numbers are labels."""
+    rows = []
+    for number, line in ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()):
+        found = json.loads(line)
+        file = found.pop("file_name", None) if isinstance(found, dict) else None
+        if not isinstance(file, str):
+            raise UserError(f'has no file_name in line {number}; one is {{"file_name": "1.png", "kind": "cat"}}')
+        labels = {name: _text(str(value)) for name, value in found.items() if isinstance(value, (str, int))}
+        rows.append(Row(f"line {number}", file, {name: value for name, value in labels.items() if value}))
     return rows
 
 

@@ -93,6 +93,7 @@ def pack(
     labels: Annotated[Path | None, typer.Option(help="table of labels, as for train-vae")] = None,
     val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
     background: Annotated[str, typer.Option(help="colour behind transparent pixels")] = "white",
+    max_bad: Annotated[float, number(float, "max-bad", "tolerated share of unreadable images")] = 0.01,
     processes: Annotated[int, number(int, "processes", "processes that pack; 0: as many as there are cores")] = 0,
 ) -> None:
     """Resize images once and pack them as tar or zip shards, which load faster and copy well."""
@@ -110,6 +111,7 @@ def pack(
         "labels": labels,
         "val_share": val_share,
         "background": background,
+        "max_bad": max_bad,
     }
     images = build(TrainVAESettings, [{"images": chosen}]).images
     typer.echo(write(images, out, image, quality, shards, shard_size, processes or usable_cores()))

@@ -21,9 +21,19 @@ def local_copy(source: str) -> Path:
     if not source.startswith(PREFIX):
         return Path(source)
     repository, part = parsed(source)
-    patterns = [f"{part}{end}" for end in ("", "/*")] if part else PATTERNS
+    return fetched(source, repository, [f"{part}{end}" for end in ("", "/*")] if part else PATTERNS) / part
+
+
+def fetched(source: str, repository: str, patterns: list[str], **more: str) -> Path:
+    """A local copy of a repository's files that fit one of these patterns.
+
+    Raises:
+        UserError: If huggingface_hub is not installed.
+        RunError: If they cannot be fetched.
+    """
+    hub = library()
     try:
-        return Path(library().snapshot_download(repository, allow_patterns=patterns)) / part
+        return Path(hub.snapshot_download(repository, allow_patterns=patterns, **more))
     except Exception as error:  # of the network, of the hub, of the disk
         raise RunError(f"{source} cannot be fetched: {shorten(first_line(error))}") from None
 

@@ -159,11 +159,16 @@ PLANS: list[Plan] = []  # in a process that packs: the one that it packs by
 def packing(plan: Plan, todo: list[int], processes: int) -> Iterator[Iterable[tuple[int, str, list[tuple[int, str]]]]]:
     """What `write_shard` says of each of these shards, as they are written by so many processes."""
     if processes == 1:
-        PLANS[:] = [plan]
+        pack_by(plan)
         yield map(write_shard, todo)
     else:
-        with get_context("spawn").Pool(processes, PLANS.append, (plan,)) as pool:
+        with get_context("spawn").Pool(processes, pack_by, (plan,)) as pool:
             yield pool.imap(write_shard, todo)
+
+
+def pack_by(plan: Plan) -> None:
+    """Keep the plan of this process."""
+    PLANS[:] = [plan]
 
 
 def write_shard(number: int) -> tuple[int, str, list[tuple[int, str]]]:

@@ -62,10 +62,12 @@ def rows_of(place: Path) -> dict[str, Rows]:
     paths = files_at(place)
     if not paths:
         raise UserError(f"--data: {place} does not exist")
-    found = {}
+    found = dict[str, Rows]()
     for path in paths:
         role = path.stem.partition("-")[0]  # train-00000-of-00002
         name = f"{role}/{path.stem}" if role in ROLES and len(paths) > 1 else path.stem
+        if name in found:
+            raise UserError(f"--data: {path} and {found[name].path} are named alike: name the folder of one of them")
         found[name] = _rows(str(path), path.stat().st_mtime_ns)
     return found
 
