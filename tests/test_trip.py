@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 814, "files": 30},
     "generate": {"lines": 616, "files": 22},
 }
-CORE_LINES = 7_301
+CORE_LINES = 7_331
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 
