@@ -16,15 +16,20 @@ from oracles import normal
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import ImageFile
+from lightdiff.data.files import ImageFile, list_images
+from lightdiff.data.images import to_float
+from lightdiff.data.index import read_index
 from lightdiff.extras import distances, evaluate
-from lightdiff.extras.evidence import read_evaluation
+from lightdiff.extras.evidence import held_out, load_images, read_evaluation
 from lightdiff.extras.features import Features
+from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.models.lpips import TRUNKS, cached
+from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime.processes import Processes
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, VAELossSettings
 
 pytest.importorskip("torch_fidelity")
@@ -215,6 +220,11 @@ def test_the_command_measures_both_networks(trained, weights, run, cli):
     assert {f"{name} (made-up)" for name in ("Frechet distance", "precision", "recall")} <= set(found["unet"])
     assert not {"FID", "precision", "recall"} & set(found["unet"])
     assert found["vae"]["which are"] == "held out"
+    images = read_index(run / "latents").images
+    x = to_float(torch.stack(load_images(held_out(list_images(images, console)), images)))
+    model = Pipeline.load(run, device="cpu")
+    error = 127.5 * (model.decode(model.encode(x)) - x).double().mean(0)
+    assert found["vae"][PATTERN] == pytest.approx(grid_pattern(error, model.vae_settings.factor), rel=1e-3) != 0
     for part, files in (("vae", ["files"]), ("unet", ["files of samples", "files of training images"])):
         assert all(found[part][name].endswith(" png") for name in files)
         assert "to 16 px, then to 299 px" in found[part]["resampling"]

@@ -18,6 +18,7 @@ from torch import nn
 from lightdiff.checkpoint import Metadata
 from lightdiff.data.files import scan
 from lightdiff.extras.evidence import metrics_of
+from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
 from lightdiff.extras.health import Finding, complete_commands, data, latents, samples, training, unet, vae
 from lightdiff.extras.health.data import check_data, check_sizes
 from lightdiff.extras.health.latents import check_latents, check_lineage
@@ -31,7 +32,7 @@ from lightdiff.extras.health.unet import (
     check_overfitting,
     check_schedule,
 )
-from lightdiff.extras.health.vae import check_vae
+from lightdiff.extras.health.vae import MAX_PATTERN, check_pattern, check_vae
 from lightdiff.extras.latent_facts import EDGES, ChannelFacts, LatentFacts
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.runtime.progress import Row
@@ -511,3 +512,49 @@ def test_the_page_lists_every_finding() -> None:
     modules = (data, training, vae, latents, unet, samples)
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     assert re.findall(r'code="([a-z-]+)"', source) == LISTED
+
+
+# --- a pattern of the decoder -----------------------------------------------------------------------------------------
+
+
+def checkerboard(side: int, every: int, height: float) -> torch.Tensor:
+    """+height and -height in turn along both axes, each for half of `every` pixels."""
+    half = (torch.arange(side) % every < every // 2).double() * 2 - 1
+    return height * half[:, None] * half
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_the_strength_of_a_pattern_is_its_root_mean_square(factor: int) -> None:
+    """Also on uneven ground; one that repeats otherwise is none."""
+    own, slope = checkerboard(32, factor, 1.5), torch.linspace(-9, 9, 32, dtype=torch.float64).expand(32, 32)
+    assert grid_pattern(own.expand(3, -1, -1) + 7, factor) == pytest.approx(1.5)
+    assert grid_pattern((own + slope + slope.T).expand(3, -1, -1), factor) == pytest.approx(1.5, rel=0.05)
+    assert grid_pattern(torch.stack([own, own * 0, own * 0]), factor) == pytest.approx(1.5 / math.sqrt(3))
+    assert grid_pattern(checkerboard(32, 32, 1.5).expand(3, -1, -1), factor) < 0.01
+
+
+def test_borders_edges_and_noise_are_no_pattern() -> None:
+    """Each with an error that is ten times as large as the limit, or more."""
+    border, edge = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
+    border[:, 0] = border[:, -1] = border[:, :, 0] = border[:, :, -1] = 20
+    edge[:, 10:] = 20
+    noise = 10 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert max(grid_pattern(error, 4) for error in (border, edge, noise)) < MAX_PATTERN
+    assert grid_pattern(noise[:, :8, :8], 4) == 0  # too small to tell
+
+
+def test_an_uneven_transposed_convolution_leaves_a_pattern() -> None:
+    """Its kernel of 3 covers a pixel once, twice or four times (Odena et al. 2016); resizing first covers all alike."""
+    torch.manual_seed(0)
+    z = torch.ones(1, 4, 12, 12) + 0.1 * torch.randn(1, 4, 12, 12)
+    uneven = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1)
+    even = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(4, 3, 3, padding=1))
+    levels = [grid_pattern(127.5 * network(z)[0].detach().double(), 2) for network in (uneven, even)]
+    assert levels[0] > 10 * MAX_PATTERN
+    assert levels[1] < MAX_PATTERN
+
+
+def test_a_pattern_that_can_be_seen_is_a_finding() -> None:
+    for level, wanted in ((0.9, []), (1.1, ["decoder-pattern"]), ("1.1", [])):
+        found = list(check_pattern(TrainVAESettings(), {PATTERN: level, "images": 50}))
+        assert [finding.code for finding in found] == wanted

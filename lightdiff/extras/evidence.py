@@ -42,6 +42,7 @@ class Evidence:
     unet: TrainUNetSettings | None = None
     unet_rows: list[Row] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)  # of samples
+    vae_evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def same_vae(self) -> bool:
@@ -71,7 +72,8 @@ def gather(run: RunFolder) -> Evidence:
         found.vae_rows = rows_of(run.vae)
         found.vae_metrics = metrics_of(vae.metadata, found.vae_rows)
         found.vae_digest = vae_digest(vae)
-    found.evaluation = (try_read(lambda: read_evaluation(run)) or {}).get("unet", {})
+    results = try_read(lambda: read_evaluation(run)) or {}
+    found.evaluation, found.vae_evaluation = results.get("unet", {}), results.get("vae", {})
     return found
 
 

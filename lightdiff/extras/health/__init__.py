@@ -11,7 +11,7 @@ from lightdiff.extras.health.latents import check_latents, check_lineage
 from lightdiff.extras.health.samples import check_quality, check_samples
 from lightdiff.extras.health.training import check_rise, check_training
 from lightdiff.extras.health.unet import check_baseline, check_ema, check_labels, check_overfitting, check_schedule
-from lightdiff.extras.health.vae import check_vae
+from lightdiff.extras.health.vae import check_pattern, check_vae
 from lightdiff.run_folder import RunFolder
 
 
@@ -29,6 +29,7 @@ def examine(run: Path) -> list[Finding]:
         findings += check_training(loop, "vae", found.vae_rows, images)
         findings += check_rise(loop, "vae", found.vae_rows)
         findings += check_vae(found.vae, found.vae_metrics, facts if found.same_vae else None)
+        findings += check_pattern(found.vae, found.vae_evaluation)
     if facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
         findings += check_latents(facts, regular)

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+from lightdiff.extras.grid_pattern import PATTERN
 from lightdiff.extras.health.finding import Finding, double_length, mean, value_range
 from lightdiff.extras.latent_facts import ChannelFacts, LatentFacts
 from lightdiff.runtime.progress import Row
@@ -16,6 +18,7 @@ COLLAPSED_KL = 0.02  # nats per element: of a normal channel, all but 1 - exp(-2
 KL_SHARE, KL_PSNR = 0.5, 25.0
 # beta 1e-4 leaves a sigma of 0.02 of the std or more; below 0.003, the decoder has learnt nothing about small errors.
 MIN_SIGMA = 0.003
+MAX_PATTERN = 1.0  # grey levels of 256, about what an eye can see on even ground; healthy VAEs have 0.02 to 0.3
 LOW_PSNR = 20.0  # dB: an error of a tenth of the range, 26 of 256 grey levels
 
 
@@ -103,3 +106,19 @@ def check_no_kl(settings: TrainVAESettings, metrics: Row, channels: list[Channel
         "take any size and shape, and small errors of the U-Net show in the pixels",
         advice="lightdiff train-vae --restart --kl-beta 3e-3, then encode, scale and train-unet again",
     )
+
+
+def check_pattern(settings: TrainVAESettings, evaluation: dict[str, Any]) -> Iterator[Finding]:
+    """A pattern that the decoder adds to every image, as `evaluate` measured it."""
+    level = evaluation.get(PATTERN)
+    if isinstance(level, float) and level > MAX_PATTERN:
+        yield Finding(
+            code="decoder-pattern",
+            stage="vae",
+            title="The decoder adds the same pattern to every image",
+            measured=f"{level:.1f} of 256 grey levels (root mean square) of the mean error of reconstructions repeat "
+            "at each position of the latent",
+            usual=f"0 to 0.3; more than {MAX_PATTERN:g} can be seen on even ground, and is in all samples, too",
+            advice=f"lightdiff train-vae {double_length(settings.loop)} continues the training; transposed "
+            "convolutions, as in --preset original, do this more easily than the default's",
+        )
