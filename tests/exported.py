@@ -22,11 +22,13 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_pipeline(vae: str = "default", unet: str = "default", classes: bool = True, **target: Any) -> Pipeline:
-    """A model of two architectures, whose networks say something, on the CPU."""
+def random_pipeline(
+    vae: str = "default", unet: str = "default", classes: bool = True, width: int = 8, **target: Any
+) -> Pipeline:
+    """A model of two architectures, whose networks say something, on the CPU; for latents of 8 x `width`."""
     torch.manual_seed(0)
     model = VAEArchitecture.model_validate(VAES[vae]).resolved(16)
-    latent: dict[str, Any] = {"channels": 4, "height": 8, "width": 8, "shift": (0.1, -0.2, 0.0, 0.3)}
+    latent: dict[str, Any] = {"channels": 4, "height": 8, "width": width, "shift": (0.1, -0.2, 0.0, 0.3)}
     latent |= {"scale": (1.1, 0.9, 1.3, 1.0)}
     known = {"label": "animal"} if classes else {}
     latent |= {"labels": {"animal": ("cat", "dog", "fish"), "secret": ("a",)}} if classes else {}

@@ -137,7 +137,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, Any]]:
-    """A model with classes, and its page in a browser that can reach nothing else."""
+    """A model with classes, of images that are not square, and its page in a browser that can reach nothing else."""
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason=f"{library} is not installed: nox -s hub runs these")
     if not CHROMIUM or not RUNTIME.is_dir():
@@ -145,7 +145,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, A
     sync_api = pytest.importorskip("playwright.sync_api")
     from lightdiff.extras.export.web import write_web
 
-    model, folder = random_pipeline(), tmp_path_factory.mktemp("page")
+    model, folder = random_pipeline(width=12), tmp_path_factory.mktemp("page")
     write_web(model, folder, RUNTIME)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -203,7 +203,7 @@ def test_the_first_picture_is_that_of_generate(page: tuple[Pipeline, Any]) -> No
     assert "ms a step, on wasm" in tab.inner_text("#status")
     tab.evaluate("e = document.getElementById('step'); e.value = 0; e.dispatchEvent(new Event('input'))")
     tab.wait_for_function("document.getElementById('level').textContent.startsWith('step 1:')")
-    first = item_noise((4, 8, 8), [0], 5, "start")
+    first = item_noise((4, 8, 12), [0], 5, "start")
     noisy = first * math.hypot(*levels_for(model.settings, asked)[0][1:])
     assert largest(pixels(tab, "#noisy"), model, model.scaling.to_z(noisy)) <= 2
 
