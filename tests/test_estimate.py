@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import scan
-from lightdiff.extras.estimate import batch_seconds
+from lightdiff.extras.estimate import batch_seconds, process_memory
 from lightdiff.extras.gpu_memory import CARDS, GPUMemory
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.vae import VAE
@@ -78,6 +80,24 @@ def convolutions(model: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, int
     with torch.no_grad():
         model(*inputs)
     return found
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_training_on_a_cpu_is_told(faces, tmp_path):
+    flags = ["--run", tmp_path / "run", "--data", faces, "--device", "cpu", "--resolution", 64, "--preset", "small"]
+    flags += ["--steps", 8, "--batch-size", 24, "--lpips-gamma", 0, "--workers", 0, "--log-every", 8]
+    words = [sys.executable, "-m", "lightdiff", "train-vae", *map(str, flags)]
+    said = [subprocess.run(line, capture_output=True, text=True, check=True) for line in ([*words, "--dry-run"], words)]
+    found = re.search(r"memory: ([\d.]+) GB", said[0].stderr)
+    assert found is not None
+    numbers = json.loads((tmp_path / "run" / "vae" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(found[1]) * 1e3 == pytest.approx(numbers["memory_mb"], rel=0.15)
+
+
+@pytest.mark.parametrize("images", [8, 20, 64])
+def test_memory_rises_evenly_with_the_images_of_a_pass(images):
+    assert process_memory({4: 1400, 8: 1800}, images) == pytest.approx(1000 + 100 * images)
+    assert process_memory({4: 1400}, 4) == 1400
 
 
 def test_a_unet_is_estimated(run, cli):

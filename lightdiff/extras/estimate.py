@@ -3,8 +3,10 @@
 For a GPU, what it will hold is worked out; on a machine without one, nothing is timed.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +25,13 @@ from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
 from lightdiff.run_folder import RunFolder, find_latents
-from lightdiff.runtime.processes import Processes, pick_device, pick_precision
+from lightdiff.runtime.processes import Processes, keep_memory, pick_device, pick_precision
 from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import ImageSettings, TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.stages import train_unet, train_vae
 from lightdiff.training.loop import Trainer
+from lightdiff.training.timing import memory_in_use
 
 WARM_UP, TIMED, MAX_SECONDS = 1, 5, 10.0
 CPU_IMAGES = 4  # in the first timed steps on a CPU, where the whole batch may take minutes
@@ -53,6 +56,7 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         task, batch, inputs = random_images(stage) if name == "vae" else random_latents(stage)
         return Trainer(task, stage), batch, inputs
 
+    keep_memory()  # as in a training
     first = batch_size if device.type == "cuda" else min(batch_size, CPU_IMAGES)
     trainer, batch, inputs = prepare(first)
     task = trainer.task
@@ -78,9 +82,21 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     if absent:
         console.print("no GPU here: nothing is timed")
         return
-    seconds = batch_seconds(
-        first, batch_size, lambda size: step_seconds(*prepare(size)[:2]), step_seconds(trainer, batch)
-    )
+    peaks: dict[int, int] = {}
+
+    def time_step(trainer: Trainer, batch: Any) -> float:
+        seconds = step_seconds(trainer, batch)
+        peaks[trainer.loop.micro] = memory_in_use(device)
+        return seconds
+
+    seconds, copy = time_step(trainer, batch), trainer.snapshot_bytes
+    del trainer, batch, inputs, task  # or the next ones would be counted on top
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)  # what `keep_memory` has kept is in pieces that do not fit
+    seconds = batch_seconds(first, batch_size, lambda size: time_step(*prepare(size)[:2]), seconds)
+    if not on_gpu and all(peaks.values()):  # which Windows does not tell
+        taken = process_memory(peaks, settings.loop.micro) + copy
+        console.print(f"memory: {taken / 1e9:.3g} GB, without the processes that load images")
     count = count_train_images(settings) if settings.loop.epochs else 0
     if settings.loop.epochs and not count:
         duration = "how long an epoch takes depends on the number of images"
@@ -106,6 +122,12 @@ def batch_seconds(first: int, batch_size: int, time_step: Callable[[int], float]
         return time_step(batch_size)
     per_image = max(0.0, time_step(2 * first) - seconds) / first
     return seconds + per_image * (batch_size - first)
+
+
+def process_memory(peaks: dict[int, int], images: int) -> float:
+    """Peak bytes of a step with so many images at a time, from the peaks of steps with fewer: they rise evenly."""
+    (few, least), (more, most) = min(peaks.items()), max(peaks.items())
+    return most + (most - least) * (images - more) / max(1, more - few)
 
 
 def count_train_images(settings: TrainVAESettings | TrainUNetSettings) -> int:
