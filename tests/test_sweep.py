@@ -12,9 +12,12 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import read_index
+from lightdiff.defaults import with_intervals
 from lightdiff.errors import Stopped, UserError
 from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.extras.sweep.axes import parse_axis
+from lightdiff.extras.sweep.base import reset_derived
+from lightdiff.settings import TrainVAESettings, with_changes
 
 BOTH = ["--vary", "kl-beta=0.003,1", "--vary", "objective=flow,eps", "--num-images", 2, "--set", "num-steps=2"]
 
@@ -148,6 +151,14 @@ def test_what_follows_from_a_varied_setting_follows(run):
     ]
     assert sorted(found) == [[16, 16], [24, 24]]
     assert result.stdout == f"{folder / 'sheet-reconstructions.png'}\n"
+
+
+def test_intervals_follow_from_the_steps_unless_they_were_chosen():
+    loop = {"steps": 500, "max_passes": 0.0, "warmup_steps": 7, "val_every": 50, "save_every": 50}
+    found = reset_derived(TrainVAESettings.model_validate({"loop": loop})).loop
+    assert (found.warmup_steps, found.val_every, found.save_every) == (7, None, None)
+    shorter = with_intervals(with_changes(found, steps=20), 20, {})
+    assert (shorter.warmup_steps, shorter.val_every, shorter.save_every) == (7, 2, 2)
 
 
 def test_an_interrupted_sweep_resumes(run):

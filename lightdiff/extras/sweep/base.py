@@ -6,11 +6,19 @@ from typing import Any, TypeVar
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import LatentIndex, read_index
+from lightdiff.defaults import with_intervals
 from lightdiff.errors import UserError
 from lightdiff.extras.evidence import latents_behind
 from lightdiff.options import Where, build, merge, nest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_unet, find_vae
-from lightdiff.settings import EncodeSettings, LoopSettings, StageSettings, TrainUNetSettings, TrainVAESettings
+from lightdiff.settings import (
+    EncodeSettings,
+    LoopSettings,
+    StageSettings,
+    TrainUNetSettings,
+    TrainVAESettings,
+    with_changes,
+)
 from lightdiff.settings_file import Layer
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
@@ -103,6 +111,10 @@ def reset_derived(settings: T) -> T:
         trial = type(settings).model_validate(merge(type(settings), settings.model_dump(), nest({path: empty})))
         if trial.resolved() == whole:
             settings = trial
+    for name in ("warmup_steps", "val_every", "save_every"):
+        free = with_changes(settings.loop, **{name: None})
+        if getattr(with_intervals(free, free.steps, {}), name) == getattr(settings.loop, name):
+            settings = with_changes(settings, loop=free)
     return settings
 
 
