@@ -16,11 +16,12 @@ from conftest import VAE_FLAGS
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data import archives, files
-from lightdiff.data.archives import Archive, open_archive
-from lightdiff.data.files import ARCHIVE, find_images, lookers, scan
+from lightdiff.data import files
+from lightdiff.data.files import find_images, lookers, scan
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.errors import UserError
+from lightdiff.extras.data import archives
+from lightdiff.extras.data.archives import SOURCE, Archive, open_archive
 from lightdiff.run_folder import RunFolder
 
 Content = dict[str, bytes]
@@ -129,9 +130,9 @@ def test_an_archive_that_changes_while_it_is_read(forms: dict[str, Path]) -> Non
     (name, *_) = names(scan([path], 0))
     os.utime(path, (1, 1))
     with pytest.raises(BadImage, match=r"^its archive has been changed since its list was made$"):
-        load_image(name, folder=path, source=ARCHIVE)
+        load_image(name, folder=path, source=SOURCE)
     scan([path], 0)
-    assert load_image(name, folder=path, source=ARCHIVE).size == (16, 16)
+    assert load_image(name, folder=path, source=SOURCE).size == (16, 16)
 
 
 # --- what is listed -----------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_a_pattern_names_all_that_fit(tmp_path: Path) -> None:
     make_tar(tmp_path / "s2.tar", {"x/00.png": picture(3)})  # one more of the same name
     found = names(scan([pattern], 0))
     assert found == ["x/s0:00.png", "x/s0:01.png", "x/s1:10.png", "x/s1:11.png", "x/s2:00.png"]
-    assert load_image("x/s2:00.png", folder=pattern, source=ARCHIVE).getpixel((0, 0)) == (3, 7, 9)
+    assert load_image("x/s2:00.png", folder=pattern, source=SOURCE).getpixel((0, 0)) == (3, 7, 9)
     with pytest.raises(UserError, match=r"holds no image .*; for the archives in it: --data '.*/\*\.tar'$"):
         scan([tmp_path], 0)
     with pytest.raises(UserError, match=r"^--data: no file fits .*none-\*\.zip$"):
@@ -173,7 +174,7 @@ def test_of_two_members_of_one_name_the_later_one_counts(tmp_path: Path) -> None
             member.size = len(picture(value))
             archive.addfile(member, io.BytesIO(picture(value)))
     assert names(scan([tmp_path / "a.tar"], 0)) == ["1.png"]
-    assert load_image("1.png", folder=tmp_path / "a.tar", source=ARCHIVE).getpixel((0, 0)) == (2, 7, 9)
+    assert load_image("1.png", folder=tmp_path / "a.tar", source=SOURCE).getpixel((0, 0)) == (2, 7, 9)
 
 
 def test_the_index_of_a_large_archive_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +328,8 @@ def test_a_damaged_member_is_an_unreadable_image(tmp_path: Path) -> None:
         path.write_bytes(data)
         scan([path], 0)
         with pytest.raises(BadImage, match=r"^damaged: its bytes are not those that the archive's directory tells of$"):
-            load_image("1.png", folder=path, source=ARCHIVE)
-        load_image("2.png", folder=path, source=ARCHIVE)
+            load_image("1.png", folder=path, source=SOURCE)
+        load_image("2.png", folder=path, source=SOURCE)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,14 +337,14 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     scan([path], 0)
     monkeypatch.setattr(archives, "LARGEST", 1 << 19)
     with pytest.raises(BadImage, match=r"^more than 524,288 bytes in an archive"):
-        load_image("1.png", folder=path, source=ARCHIVE)
+        load_image("1.png", folder=path, source=SOURCE)
     data = bytearray(path.read_bytes())
     at = data.index(b"PK\1\2")
     data[at + 24 : at + 28] = struct.pack("<I", 100)  # it says that it is small
     path.write_bytes(data)
     scan([path], 0)
     with pytest.raises(BadImage, match=r"^damaged"):
-        load_image("1.png", folder=path, source=ARCHIVE)
+        load_image("1.png", folder=path, source=SOURCE)
     assert len(open_archive(path)) == 1
 
 

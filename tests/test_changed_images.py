@@ -301,7 +301,7 @@ def test_an_unfinished_encoding_takes_in_no_shard_of_another_vae_or_other_images
     latents, before = encoded / "latents", latents_by_name(encoded)
     index = read_index(latents)
     index.digest = ""
-    index.forget(number)
+    index.forget(number, index.by_shard()[number])
     index.write(latents / "index.safetensors")
     own = latents / "shard-00001.safetensors"
     shutil.copy(own if number == 0 else foreign, latents / f"shard-0000{number}.safetensors")
@@ -328,7 +328,7 @@ def test_an_unfinished_encoding_takes_in_no_shard_of_other_settings(encoded: Pat
     encode_again(other, "--restart", "--background", "red")
     index = read_index(encoded / "latents")
     index.digest = ""
-    index.forget(0)
+    index.forget(0, index.by_shard()[0])
     index.write(encoded / "latents/index.safetensors")
     shutil.copy(other / "latents/shard-00000.safetensors", encoded / "latents")
     assert "shard-00000.safetensors is damaged, or of another VAE, other settings" in encode_again(encoded)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from lightdiff.data import colours
-from lightdiff.data.colours import choose_white
 from lightdiff.data.images import BadImage, load_image
+from lightdiff.extras.data import colours
+from lightdiff.extras.data.colours import choose_white
 from lightdiff.settings import ImageSettings
 
 # Columns: red, green and blue in XYZ, relative to D50, as profiles have them.

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from lightdiff.data.files import ImageFile, find_images, scan
+from lightdiff.data.layouts import may_hold_copies
 from lightdiff.errors import UserError
+from lightdiff.extras.data import copies
 
 COUNT = 40
 
@@ -148,3 +152,32 @@ def test_pictures_that_cannot_be_read_are_no_copies(tmp_path: Path) -> None:
             (tmp_path / name / f"{i}.png").touch()
     found = find_images([tmp_path], 0)
     assert (len(found.files), found.layouts, found.notes) == (18, ["class folders"], [])
+
+
+# --- by names alone -----------------------------------------------------------------------------------------------
+
+PARTS = st.one_of(st.sampled_from(["small", "large", "IMG", "64x64", "a", ""]), st.integers(0, 40).map(str))
+STEMS = st.lists(PARTS, min_size=1, max_size=3).flatmap(
+    lambda parts: st.sampled_from("-_@ ").map(lambda s: s.join(parts))
+)
+HOMES = st.sampled_from(["", "", "a/", "b/", "train/", "val/a/", "64x64/a/", "margin025/", "a\n/"])
+NAMES = st.builds("{}{}.{}".format, HOMES, STEMS, st.sampled_from(["jpg", "jpg", "png"]))
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=16, unique=True).map(sorted))
+def test_names_that_leave_no_room_for_copies_are_known_without_a_look(names: list[str]) -> None:
+    """If all variants of the same name were copies, there would still be none."""
+    notes = list[str]()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(copies, "_order", lambda *_: "same size")
+        try:
+            found = copies.find_copies(Path("photos"), names, lambda name: pytest.fail("opened"), notes)
+        except UserError:
+            found = [], {}
+    if not may_hold_copies(names):
+        assert (found, notes) == ((names, {}), [])
+
+
+def test_ordinary_names_leave_no_room_for_copies() -> None:
+    for template in ("{i}.jpg", "IMG_{i:04d}.jpg", "cats/cat-{i}.jpg", "{i:03d}_IMG.jpg"):
+        assert not may_hold_copies([template.format(i=i) for i in range(9)])

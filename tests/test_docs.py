@@ -348,7 +348,7 @@ def edited(package: Path) -> None:
     files, layouts = package / "data/files.py", package / "data/layouts.py"
     put(layouts, r"^Layout = .*\n", layout)
     put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
-    put(files, r"^SOURCES: .*\n", rf"\g<0>{source}")
+    put(files, r"^SOURCES: [^}]*\}\n", rf"\g<0>{source}")
     put(layouts, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
     put(layouts, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
     put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\n\\g<0>{term_row}")

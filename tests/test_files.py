@@ -18,6 +18,7 @@ from lightdiff.data.files import ImageFile, find_images, list_images, scan
 from lightdiff.data.layouts import layout
 from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
+from lightdiff.extras.data import unread
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
 
@@ -187,7 +188,7 @@ def test_the_two_spellings_of_an_accent_fall_into_the_same_split(tmp_path: Path)
 def test_fairface_keeps_its_own_split_and_its_labels(tmp_path: Path) -> None:
     paths = ["train/1.jpg", "train/2.jpg", "train/3.jpg", "val/1.jpg"]
     files = scan([fairface(tmp_path, paths)], 0.9)
-    assert layout(tmp_path, paths) == "FairFace"
+    assert find_images([tmp_path], 0.9).layouts == ["FairFace"]
     assert splits(files) == {"train/1.jpg": "train", "train/2.jpg": "train", "train/3.jpg": "train", "val/1.jpg": "val"}
     assert [file.labels for file in files] == [
         {"age": "50-59", "gender": "Male", "race": "East Asian"},
@@ -234,7 +235,7 @@ def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
 )
 def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]) -> None:
     files = scan([fill(tmp_path, paths)], 0)
-    assert layout(tmp_path, [file.path for file in files]) == word
+    assert layout([file.path for file in files]) == word
     assert ImageTable.of(files).label_values() == ({"class": tuple(classes)} if classes else {})
 
 
@@ -405,6 +406,6 @@ def test_what_to_install_is_said_of_pictures_that_could_be_read(
 def test_few_files_of_an_unknown_suffix_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, ["1.png", *(f"{i}.txt" for i in range(300))])
     opened: list[str] = []
-    monkeypatch.setattr(files_module, "open_regular", lambda path: opened.append(path) or open(path, "rb"))
+    monkeypatch.setattr(unread, "open_regular", lambda path: opened.append(path) or open(path, "rb"))
     scan([tmp_path], 0)
-    assert len(opened) == files_module.MISSES
+    assert len(opened) == unread.MISSES

@@ -12,8 +12,9 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lightdiff.data import formats
-from lightdiff.data.formats import FORMATS, SUFFIXES, how_to_read, picture_format
+from lightdiff.data.formats import FORMATS, SUFFIXES
 from lightdiff.data.images import BadImage, load_image
+from lightdiff.extras.data.unread import how_to_read, picture_format
 
 
 def picture() -> Image.Image:

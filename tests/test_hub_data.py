@@ -12,7 +12,7 @@ from conftest import VAE_FLAGS, succeed
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import find_images, lookers
 from lightdiff.errors import RunError, UserError
-from lightdiff.extras import hub_data
+from lightdiff.extras.data import hub_data
 from lightdiff.run_folder import RunFolder
 
 Fetch = Callable[..., str]

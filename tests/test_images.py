@@ -28,11 +28,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lightdiff.data import colours, images
+from lightdiff.data import images
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.colours import colour
 from lightdiff.data.files import ImageFile
-from lightdiff.data.images import BadImage, frame, load_image, random_frame, to_float, to_uint8
+from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame, to_float, to_uint8
 from lightdiff.data.loading import ImageDataset, load_batches
 from lightdiff.errors import RunError, UserError
 from lightdiff.settings import ImageSettings
@@ -375,7 +374,7 @@ def test_a_photo_of_108_megapixels_is_read_at_reduced_scale(tmp_path: Path) -> N
 def test_another_large_image_is_reduced_before_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(colours, "LARGE", 100_000)
+    monkeypatch.setattr(images, "LARGE", 100_000)
     image = picture(400, 300).convert(mode)
     Image.fromarray(np.asarray(image) / np.float32(255)).save(tmp_path / "a.tif") if mode == "F" else image.save(
         tmp_path / "a.tif"

@@ -2,14 +2,19 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import VAE_FLAGS
+from PIL import Image
 
 import lightdiff
+from lightdiff.data import on_demand
+from lightdiff.data.files import SOURCES
 
 ROOT = Path(lightdiff.__file__).parent
 LIGHT = [
@@ -197,3 +202,47 @@ def test_networks_need_only_torch_safetensors_and_pydantic(tmp_path: Path) -> No
     command = [sys.executable, "-c", ALONE, str(tmp_path / "unet.safetensors")]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_imported_on_demand_is_there() -> None:
+    named = [
+        node.args[0].value
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "on_demand"
+        if isinstance(node.args[0], ast.Constant)
+    ]
+    assert len(named) > 10
+    for name in [*named, *(source for source in SOURCES.values() if isinstance(source, str))]:
+        assert on_demand(str(name))
+
+
+ORDINARY = """
+import sys
+from lightdiff.cli import app
+
+for line in sys.argv[1].splitlines():
+    app(line.split(), standalone_mode=False)
+found = [name for name in sys.modules if name.startswith("lightdiff.extras.data")]
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize("homes", [("",), ("cats/a-", "dogs/b-")])
+def test_an_ordinary_folder_of_pictures_imports_nothing_on_demand(tmp_path: Path, homes: tuple[str, ...]) -> None:
+    """JPEGs and PNGs of 8 bits a colour, some grey, transparent or with a palette, in one folder or one a class."""
+    for i in range(12):
+        path = tmp_path / "data" / f"{homes[i % len(homes)]}IMG_{i:04d}.{('jpg', 'png')[i % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(("RGB", "RGBA", "L", "P")[i % 4], (20, 18), i).save(path)
+    train = f"train-vae --run run --data data {' '.join(VAE_FLAGS)}"
+    done = subprocess.run(
+        [sys.executable, "-c", ORDINARY, f"{train}\nencode --run run --workers 0 --device cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/latents/index.safetensors").is_file()

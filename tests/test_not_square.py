@@ -84,13 +84,13 @@ def test_a_random_frame_has_the_shape_and_stays_within_the_centre() -> None:
 
 
 def test_a_very_large_image_keeps_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightdiff.data import colours
+    from lightdiff.data import images
 
     pixels = np.random.default_rng(0).integers(0, 256, (30, 80, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     settings = ImageSettings(resolution="15x40")
     whole = frame(load_image(tmp_path / "a.png", settings), settings.resolution).float()
-    monkeypatch.setattr(colours, "LARGE", 1000)
+    monkeypatch.setattr(images, "LARGE", 1000)
     reduced = frame(load_image(tmp_path / "a.png", settings, at_least=80), settings.resolution).float()
     assert (whole - reduced).abs().mean() < 8  # of 255: another filter
 

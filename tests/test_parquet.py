@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lightdiff.data.files import find_images, lookers, source_of
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.data.latents import LatentSet
 from lightdiff.errors import UserError
-from lightdiff.extras import parquet
+from lightdiff.extras.data import parquet
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet as pq  # noqa: E402
@@ -65,7 +66,7 @@ def test_files_for_training_and_validation(tmp_path: Path) -> None:
 
 def test_few_row_groups_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = write(tmp_path / "a.parquet", [png(i) for i in range(40)], group=2)
-    read = [parquet.read(place, name) for name in parquet.names(place)]
+    read = [parquet.read(place, name) for name in parquet.names(place, Counter())]
     assert read == [png(i) for i in range(40)]
     assert parquet._group.cache_info().currsize <= parquet.GROUPS
     monkeypatch.setattr(parquet, "LARGEST", 10)

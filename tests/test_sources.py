@@ -1,6 +1,7 @@
 """A data source that is no folder of images, added as how-lightdiff-is-built.md describes."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lightdiff.errors import UserError
 from lightdiff.settings import ImageSettings
 
 
-def names_in_array(file: Path) -> Iterator[str]:
+def names_in_array(file: Path, passed_over: Counter[str]) -> Iterator[str]:
     return (f"{i:06d}" for i in range(len(np.load(file, mmap_mode="r"))))
 
 

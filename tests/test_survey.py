@@ -14,7 +14,8 @@ from lightdiff.data import survey
 from lightdiff.data.files import scan
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageDataset
-from lightdiff.data.survey import note_sizes, with_whites
+from lightdiff.data.survey import note_sizes
+from lightdiff.extras.data import colours
 from lightdiff.settings import ImageSettings
 
 RAMP = np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)
@@ -31,8 +32,7 @@ def surveyed(folder: Path, **settings: Any) -> tuple[ImageSettings, str]:
     """The image settings with the whites found, and what was printed."""
     images, notes = ImageSettings(data=(folder,), resolution=16, **settings), list[str]()
     files = scan(images.data, 0)
-    images = with_whites(images, files, notes.append)
-    note_sizes(images, files, notes.append)
+    images = survey.survey(images, files, notes.append)
     return images, "\n".join(notes)
 
 
@@ -81,12 +81,12 @@ def test_integers_and_floats_have_a_white_each(tmp_path: Path) -> None:
 def test_a_white_that_is_given_is_kept_and_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, (RAMP * 300).astype(np.uint16))
     assert surveyed(tmp_path, integer_white=4095)[0].integer_white == 4095
-    monkeypatch.setattr(survey, "highest_value", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(colours, "highest_value", lambda image: pytest.fail("decoded"))
     surveyed(tmp_path, integer_white=4095, float_white=1)
 
 
 def test_images_of_8_bits_are_not_decoded_and_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "highest_value", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(colours, "highest_value", lambda image: pytest.fail("decoded"))
     for suffix in (".png", ".tif", ".jpg"):
         folder = fill(tmp_path / suffix[1:], *[(RAMP * 255).astype(np.uint8)] * 3, suffix=suffix)
         before = ImageSettings(data=(folder,), resolution=16)
@@ -95,7 +95,7 @@ def test_images_of_8_bits_are_not_decoded_and_nothing_is_said(tmp_path: Path, mo
 
 def test_only_a_sample_is_opened_from_all_parts_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "SAMPLE", 4)
-    monkeypatch.setattr(survey, "DECODED", 2)
+    monkeypatch.setattr(colours, "DECODED", 2)
     fill(tmp_path, *((RAMP * s).astype(np.uint16) for s in [200] * 8 + [4000] * 4))
     images, printed = surveyed(tmp_path)
     assert images.integer_white == 4095

@@ -21,6 +21,7 @@ from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.data.table import HASH_BYTES, ImageTable, fingerprint
 from lightdiff.errors import Damaged, LightdiffError, RunError, UserError
+from lightdiff.extras.data.changes import compare
 from lightdiff.extras.latent_facts import latent_facts
 from lightdiff.extras.show import as_objects
 from lightdiff.settings import EncodeSettings, ImageSettings, ScaleSettings
@@ -100,7 +101,7 @@ def test_what_has_become_of_the_images(three: Path, change: Callable[[Path], obj
     change(three)
     now = ImageTable.of([ImageFile(0, path.name, "train", {}) for path in sorted(three.iterdir())])
     now.look(lookers([three]))
-    assert str(now.compare(before, lookers([three]), contents=True)) == words
+    assert str(compare(now, before, lookers([three]), contents=True)) == words
 
 
 def test_without_hashes_a_file_of_the_same_size_is_the_same(three: Path) -> None:
@@ -108,8 +109,8 @@ def test_without_hashes_a_file_of_the_same_size_is_the_same(three: Path) -> None
     (three / "b").write_text("pixels of x")
     now = ImageTable.of([ImageFile(0, name, "train", {}) for name in "abc"])
     now.look(lookers([three]))
-    assert now.compare(before, lookers([three]), contents=False).nothing
-    assert now.compare(before, lookers([three]), contents=True).changed.tolist() == [False, True, False]
+    assert compare(now, before, lookers([three]), contents=False).nothing
+    assert compare(now, before, lookers([three]), contents=True).changed.tolist() == [False, True, False]
 
 
 def test_a_name_in_another_unicode_form_is_the_same_name(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_name_in_another_unicode_form_is_the_same_name(tmp_path: Path) -> None
     before = table_of(tmp_path, [composed, "x.png"])
     shutil.move(tmp_path / composed, tmp_path / apart)
     now = table_of(tmp_path, [apart, "x.png"])
-    assert now.compare(before, lookers([tmp_path]), contents=True).nothing
+    assert compare(now, before, lookers([tmp_path]), contents=True).nothing
 
 
 def test_images_in_one_file_change_with_it(tmp_path: Path) -> None:
@@ -133,18 +134,18 @@ def test_images_in_one_file_change_with_it(tmp_path: Path) -> None:
     os.utime(archive, (1, 1))
     now = before.model_copy()
     now.look(lookers([archive]))
-    assert now.compare(before, lookers([archive]), contents=True).changed.all()
+    assert compare(now, before, lookers([archive]), contents=True).changed.all()
 
 
 def test_a_broken_link_is_known_as_such(three: Path) -> None:
     (three / "d").symlink_to(three / "nowhere")
     before = table_of(three, ["a", "d"])
     assert before.files["size"].tolist() == [11, -1]
-    assert table_of(three, ["a", "d"]).compare(before, lookers([three]), contents=True).nothing
+    assert compare(table_of(three, ["a", "d"]), before, lookers([three]), contents=True).nothing
     (three / "nowhere").write_text("here now")
     now = ImageTable.of([ImageFile(0, name, "train", {}) for name in "ad"])
     now.look(lookers([three]))
-    assert now.compare(before, lookers([three]), contents=True).changed.tolist() == [False, True]
+    assert compare(now, before, lookers([three]), contents=True).changed.tolist() == [False, True]
 
 
 def test_names_whose_ends_overflow_are_refused() -> None:
@@ -173,14 +174,13 @@ def make_latents(folder: Path) -> Path:
         row=np.full(12, -1, np.int32),
         shards=["", "", ""],
     )
-    for number in range(3):
-        mine = index.planned(number)
+    for number, mine in index.by_shard().items():
         bad = [(*key, "a hole") for key in index.keys(mine[3:].tolist())]
         facts = ShardFacts(vae="none", plan=index.plan(mine), bad=bad)
         tensors = {name: torch.randn(3, 2, 2, 3, 3).half() for name in ("mu", "logvar")}
         tensors["fingerprints"] = torch.ones(3, 32, dtype=torch.uint8)
         save(shard_path(folder, number), tensors, Metadata(stage="latents", extra=facts.model_dump()))
-        index.take_in(number, open_shard(folder, index, number))
+        index.take_in(number, mine, open_shard(folder, index, number, mine))
     index.digest = index.compute_digest()
     index.write(folder / "index.safetensors")
     scale.run(ScaleSettings(latents=folder, run=folder / "run"))
@@ -281,7 +281,7 @@ def test_a_hostile_index_or_shard_is_refused_in_a_sentence_or_used(
     if not finished:
         index = read_index(folder)
         index.digest = ""
-        index.forget(0)
+        index.forget(0, index.by_shard()[0])
         index.write(folder / "index.safetensors")
     path = folder / "index.safetensors" if number < 0 else shard_path(folder, number)
     whole = Checkpoint(path)

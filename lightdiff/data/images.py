@@ -10,28 +10,28 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PpmImagePlugin import PpmImageFile
 from torch import Tensor
 
-from lightdiff.data.colours import to_rgb
+from lightdiff.data import on_demand
 from lightdiff.data.files import FOLDER, Source
 from lightdiff.data.formats import BadImage as BadImage
-from lightdiff.errors import LightdiffError
+from lightdiff.errors import LightdiffError, UserError
 from lightdiff.settings import ImageSettings, Size
 
 DEFAULTS = ImageSettings()
 LONGEST = 2**28  # bytes of a JPEG that are searched for scans; a file with holes may claim to have terabytes
 MAX_SCANS = 100  # of a JPEG: half a millisecond each for every million pixels
-MAX_SLOW_PPM = 4  # megapixels: Pillow reads these at seconds for each
+LARGE = 90e6  # pixels
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of 8 bits a colour, or fewer
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length, number of components
 
 # Odd metadata and the like. For all threads and for good, as filters that come and go are no matter of one thread.
@@ -56,16 +56,12 @@ def opened(
                 raise BadImage(f"{size}, are more than --max-megapixels {max_megapixels:g}")
             if isinstance(image, JpegImageFile) and (scans := _count_scans(image)) > MAX_SCANS:
                 raise BadImage(f"a JPEG of {scans} scans, made to take long; at most {MAX_SCANS} are read")
-            if isinstance(image, PpmImageFile) and image.tile[0][0] != "raw" and megapixels > MAX_SLOW_PPM:
-                raise BadImage(
-                    "a PPM of values that are no bytes, too large to read in a reasonable time; save it as PNG"
-                )
             yield image
     except (BadImage, LightdiffError, MemoryError):
         raise
     # Damaged bytes make Pillow's readers raise almost anything: SyntaxError, KeyError, struct.error, ...
     except Exception as error:
-        raise BadImage(_reason(error, os.path.join(folder, name), max_megapixels)) from error
+        raise BadImage(on_demand("unread:reason")(error, os.path.join(folder, name), max_megapixels)) from error
 
 
 def _count_scans(image: JpegImageFile) -> int:
@@ -106,17 +102,31 @@ def load_image(
         return to_rgb(image, settings, at_least)
 
 
-def _reason(error: Exception, path: str, max_megapixels: float) -> str:
-    """What is wrong, on one line and without the folder, so that a report may be shown to others."""
-    if isinstance(error, UnidentifiedImageError):
-        empty = os.path.isfile(path) and not os.path.getsize(path)
-        return "the file is empty" if empty else "no image, or too damaged to be recognised"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"far more pixels than --max-megapixels {max_megapixels:g} million"
-    if "MAX_TEXT" in str(error):
-        return "more text or too large a colour profile in it than is read; save it without"
-    text = getattr(error, "strerror", None) or " ".join(str(error).replace(path, os.path.basename(path)).split())
-    return text or type(error).__name__
+def colour(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour's name or #rrggbb."""
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
+
+
+def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Image.Image:
+    """The decoded image, upright, in sRGB, transparent pixels on the background.
+
+    A very large one, which takes gigabytes in every copy, is reduced, its shorter side to `at_least` pixels or more;
+    for square images, only its centre square is returned.
+    """
+    sixteen = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # in PNG and TIFF
+    image.load()  # before the EXIF data, which may follow the pixels
+    with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    large = image.width * image.height > LARGE
+    if sixteen or large or image.mode not in MODES or image.info.get("icc_profile"):
+        image = on_demand("colours:to_srgb")(image, settings, at_least if large else 0, bool(sixteen))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, colour(settings.background))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 # --- framing ------------------------------------------------------------------------------------------------------

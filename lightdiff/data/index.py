@@ -139,17 +139,8 @@ class LatentIndex(ImageTable):
         """Positions of the images of a split that have a latent."""
         return np.flatnonzero(self.encoded & self.of_split(split))
 
-    def planned(self, number: int) -> NDArray[np.int64]:
-        """Positions of the images that a shard holds or is to hold, unreadable ones included."""
-        return np.flatnonzero(self.shard == number)
-
-    @property
-    def used(self) -> list[int]:
-        """The numbers of the shards that hold, or are to hold, an image."""
-        return [number for number in np.unique(self.shard).tolist() if number >= 0]
-
     def by_shard(self) -> dict[int, NDArray[np.int64]]:
-        """What is `planned` for each shard that is used, at once."""
+        """Positions of the images that each shard holds or is to hold, unreadable ones included, by its number."""
         order = np.argsort(self.shard, kind="stable")
         numbers, starts = np.unique(self.shard[order], return_index=True)
         parts = zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
@@ -167,13 +158,12 @@ class LatentIndex(ImageTable):
         columns = [hashlib.sha256(column.tobytes()).hexdigest() for column in (self.shard, self.row, self.splits)]
         return hashlib.sha256(json.dumps([self.shards, columns]).encode()).hexdigest()
 
-    def forget(self, number: int) -> None:
-        """Have a shard written again."""
-        self.shards[number], self.row[self.planned(number)] = "", -1
+    def forget(self, number: int, mine: NDArray[np.int64]) -> None:
+        """Have a shard, of the images at these positions, written again."""
+        self.shards[number], self.row[mine] = "", -1
 
-    def take_in(self, number: int, shard: Checkpoint) -> list[tuple[int, str]]:
+    def take_in(self, number: int, mine: NDArray[np.int64], shard: Checkpoint) -> list[tuple[int, str]]:
         """Note what a shard has: rows and fingerprints; the positions of its unreadable images, with reasons."""
-        mine = self.planned(number)
         reasons = {(root, name): why for root, name, why in ShardFacts.model_validate(shard.metadata.extra).bad}
         keys = zip(mine.tolist(), self.keys(mine.tolist()), strict=True)
         bad = [(position, reasons[key]) for position, key in keys if key in reasons]
@@ -191,15 +181,15 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def open_shard(folder: Path, index: LatentIndex, number: int, planned: NDArray[np.int64] | None = None) -> Checkpoint:
+def open_shard(folder: Path, index: LatentIndex, number: int, mine: NDArray[np.int64]) -> Checkpoint:
     """A shard, checked against the index: it is the one that was written, or it holds what it is to hold.
 
-    `planned` is what is planned for it, if that is known.
+    `mine` are the positions of its images, as `by_shard` has them.
 
     Raises:
         UserError: If it is missing, damaged, or another one.
     """
-    path, mine = shard_path(folder, number), index.planned(number) if planned is None else planned
+    path = shard_path(folder, number)
     shard = Checkpoint(path, "latents")
     try:
         facts = ShardFacts.model_validate(shard.metadata.extra)

@@ -1,43 +1,29 @@
-"""What the names of a source's images say: the user's own split, the layout, the classes. Opens no image."""
+"""What the names of a source's images say: the layout, the classes, and whether to look closer. Opens no image."""
 
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from lightdiff.data import on_demand
 from lightdiff.run_folder import open_regular
 
 Split = Literal["train", "val"]
-Role = Literal["train", "val", "test", ""]
 Layout = Literal["FairFace", "StyleGAN", "class folders", "plain"]
 Labels = dict[str, str]
 Read = Callable[[Path], bytes]
 
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-FAIRFACE_TABLES = ("fairface_label_train.csv", "fairface_label_val.csv")
-FAIRFACE_LABELS = ("age", "gender", "race")
-STYLEGAN_TABLE = "dataset.json"
-# What systems keep for themselves in the folders of users, in lower case: thumbnails, deleted files, other versions.
-SYSTEM_NAMES = frozenset(
-    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler recycled __macosx lost+found "
-    "lost.dir _vti_cnf _gsdata_ thumbs.db ehthumbs.db ehthumbs_vista.db zbthumbnail.info".split()
-) | {"system volume information"}
-FEW_STRAY = 0.05  # share of images beside class folders that is hardly meant
-
-
-class Place(NamedTuple):
-    """Where an image lies: the role of the split folder above it, if any, and its other folders."""
-
-    role: Role
-    folders: tuple[str, ...]
+# Tables of labels that come with data sets: FairFace's, and StyleGAN's.
+TABLES = ("fairface_label_train.csv", "fairface_label_val.csv", "dataset.json")
+# The last part of a file's name, as in 1_small.jpg, and the first, as in small_1.jpg
+LAST = re.compile(r"[-_@ ]([^-_@ /.\n]+)(?=\.\w+$)", re.MULTILINE)
+FIRST = re.compile(r"(?:^|(?<=/))([^-_@ /.\n]+)[-_@ ](?=[^/\n]*$)", re.MULTILINE)
+MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
+SPLIT = re.compile("train|val|test", re.IGNORECASE)
 
 
 def common_folder(names: Sequence[str]) -> str:
@@ -47,68 +33,19 @@ def common_folder(names: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=1)  # asked for several times in a row
-def places(names: tuple[str, ...]) -> list[Place]:
-    """The place of each image, counted from the folder that holds all.
-
-    Split folders lie at the top (train/cat/1.jpg) or in every class (cat/train/1.jpg).
-    """
+def folders_of(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The folders of each image below the one that holds all, split folders (train, val, test) aside."""
+    if has_split_folders(names):
+        return [place.folders for place in on_demand("splits:places")(names)]
     start = len(common_folder(names))
     homes = [name[start:].rpartition("/")[0] for name in names]
     parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names
-    depth, roles = 0, _top_roles({part[0] for part in parts.values() if part})
-    if not roles and all(len(part) > 1 and part[1].lower() in ROLES for part in parts.values()):
-        depth, roles = 1, {part[1]: ROLES[part[1].lower()] for part in parts.values()}
-        roles = roles if len(set(roles.values())) > 1 else {}
-    found = {home: Place("", part) for home, part in parts.items()}
-    for home, part in parts.items():
-        if len(part) > depth and part[depth] in roles:
-            found[home] = Place(roles[part[depth]], part[:depth] + part[depth + 1 :])
-    return [found[home] for home in homes]
+    return [parts[home] for home in homes]
 
 
-def _top_roles(folders: set[str]) -> dict[str, Role]:
-    """The split folders among those at the top, with their roles."""
-    exact = {folder: ROLES[folder.lower()] for folder in folders if folder.lower() in ROLES}
-    if exact.keys() == folders:
-        return exact
-    # train2017, seg_test, DIV2K_valid_HR, testA: words that are a role, if every folder has one and two differ.
-    words = {f: [w.lower().removesuffix("set") for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", f)] for f in folders}
-    named = {folder: ROLES[word] for folder in folders for word in words[folder] if word in ROLES}
-    if named.keys() == folders and len(set(named.values())) > 1:
-        return named
-    # A lone folder "train" beside others is a class of vehicles.
-    return {} if set(exact.values()) == {"train"} else exact
-
-
-def folder_roles(folders: Sequence[Path]) -> list[Role]:
-    """The role of each --data folder, if several are given and their own names are those of split folders."""
-    if len(folders) == 1:
-        return [""]
-    roles = _top_roles({folder.name for folder in folders})
-    of = [roles.get(folder.name, "") for folder in folders]
-    if "val" not in of:  # some of the others are held out
-        of = ["test" if role == "test" else "" for role in of]
-    return of if set(of) != {"test"} else [""] * len(of)
-
-
-def own_split(names: Sequence[str], whole: Role = "") -> tuple[dict[str, Split | None], list[str]]:
-    """The images to use, each with the split that the user's folders give it, if they do; and what is to be said.
-
-    Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
-    `whole` is the role of the --data folder itself.
-    """
-    roles = {name: whole or place.role for name, place in zip(names, places(tuple(names)), strict=True)}
-    used = {name: role for name, role in roles.items() if role != "test"}
-    if not used and not whole:
-        return dict.fromkeys(names), []
-    held_out = sum(role == "val" for role in used.values())
-    said, splits = [], dict[str, Split | None].fromkeys(used)
-    if (used and whole) or 0 < held_out < len(used):
-        splits = {name: "val" if role == "val" else "train" for name, role in used.items()}
-        said.append(f"split by its folders into {len(used) - held_out:,} training and {held_out:,} validation images")
-    if left_out := len(names) - len(used):
-        said.append(f"{left_out:,} images in a folder for testing are left out")
-    return splits, ["; ".join(said)] if said else []
+def has_split_folders(names: Iterable[str]) -> bool:
+    """Whether a folder's name speaks of training, validation or testing; that of a class may, too."""
+    return any(map(SPLIT.search, {name.rpartition("/")[0] for name in names}))
 
 
 def read_table(table: Path) -> bytes:
@@ -117,10 +54,10 @@ def read_table(table: Path) -> bytes:
         return stream.read()
 
 
-def layout(folder: Path, names: Sequence[str], read: Read = read_table) -> Layout:
-    """What the images of this source look like: a known data set, one folder a class, or neither."""
-    if tables := label_tables(folder, names, read):
-        return "StyleGAN" if tables[0].name == STYLEGAN_TABLE else "FairFace"
+def layout(names: Sequence[str], tables: Sequence[Path] = ()) -> Layout:
+    """What the images of a source look like: a data set with its own `tables`, one folder a class, or neither."""
+    if tables:
+        return "StyleGAN" if tables[0].name == TABLES[-1] else "FairFace"
     # Folders such as 00000 and 01000 number the images; they say nothing about them.
     return "plain" if all(re.fullmatch("[0-9]{5}", name) for name in set(classes(names))) else "class folders"
 
@@ -129,49 +66,44 @@ def classes(names: Sequence[str]) -> list[str]:
     """The class of each image: its first folder where these differ, split folders aside. Empty if any has none."""
     if any("/" not in name for name in names):
         return []
-    lie = places(tuple(names))
-    folders = {place: place.folders for place in set(lie)}
-    while all(folders.values()):
-        if len({parts[0] for parts in folders.values()}) > 1:
-            of = {place: unicodedata.normalize("NFC", parts[0]) for place, parts in folders.items()}
-            return [of[place] for place in lie]
-        folders = {place: parts[1:] for place, parts in folders.items()}
+    folders = folders_of(tuple(names))
+    for depth in range(min(map(len, folders))):
+        if len(kinds := {parts[depth] for parts in folders}) > 1:
+            of = {kind: unicodedata.normalize("NFC", kind) for kind in kinds}
+            return [of[parts[depth]] for parts in folders]
     return []
 
 
-def stray_images(names: Sequence[str]) -> list[str]:
-    """The few images beside the folders of all others, without which these would be classes."""
-    lie = places(tuple(names))
-    stray = [name for name, place in zip(names, lie, strict=True) if not place.folders]
-    if not 0 < len(stray) <= FEW_STRAY * len(names):
-        return []
-    others = classes([name for name, place in zip(names, lie, strict=True) if place.folders])
-    return stray if others and not all(map(str.isdigit, others)) else []
+def data_set_tables(folder: Path, names: Sequence[str], read: Read) -> dict[Path, bytes]:
+    """The `TABLES` beside all images or above, nearest first: in --data or, FairFace's, beside it.
 
-
-def label_tables(folder: Path, names: Sequence[str], read: Read) -> list[Path]:
-    """FairFace's tables or StyleGAN's dataset.json, beside all images or above: in --data or, FairFace's, beside it.
-
-    FairFace's need its folders train/ or val/, StyleGAN's needs labels. `read` reads a table, or raises an OSError.
+    `read` reads a table, or raises an OSError.
     """
     place = folder / common_folder(names)
-    above = (place, *place.parents[: len(place.parts) - len(folder.parts) + 1])
     found = dict[Path, bytes]()
-    for path in (path / table for path in above for table in (*FAIRFACE_TABLES, STYLEGAN_TABLE)):
-        with suppress(OSError):
-            found[path] = read(path)
-    return _own_tables(found, folder, names) if found else []
+    for above in (place, *place.parents[: len(place.parts) - len(folder.parts) + 1]):
+        for table in TABLES:
+            with suppress(OSError):
+                found[above / table] = read(above / table)
+    return found
 
 
-def _own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str]) -> list[Path]:
-    """Those of the tables found, nearest first, that speak of these images."""
-    fairface = [table for table in found if table.name in FAIRFACE_TABLES]
-    if fairface and any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names):
-        return [table for table in fairface if table.parent == fairface[0].parent]
-    for table, text in found.items():
-        if table.name == STYLEGAN_TABLE and folder in table.parents:
-            return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', text) else []
-    return []
+def may_hold_copies(names: Sequence[str]) -> bool:
+    """Whether images can be copies of one another by their names, which differ in a folder, a suffix or one part.
+
+    A part is the first or last of several, as in small_1.jpg. Where there are many, numbers count images.
+    """
+    stems, text = [posixpath.splitext(name)[0] for name in names], "\n".join(names)
+    if len(set(map(posixpath.basename, stems))) < len(names) or text.count("\n") >= len(names):
+        return True
+    for pattern in (LAST, FIRST):
+        parts = set(pattern.findall(text))
+        if parts and (len(parts) <= MAX_VARIANTS or not all(map(str.isdigit, parts))):
+            rests = [posixpath.splitext(name)[0] for name in pattern.sub("", text).split("\n")]
+            rests = [rest for rest, stem in zip(rests, stems, strict=True) if rest != stem]
+            if len({*stems, *rests}) < len(stems) + len(rests):
+                return True
+    return False
 
 
 def _of_classes(names: Sequence[str], of: Sequence[str]) -> dict[str, Labels]:

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from lightdiff.data.colours import colour
 from lightdiff.data.files import ImageFile, full_paths, source_of
-from lightdiff.data.images import BadImage, frame, load_image, random_frame
+from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame
 from lightdiff.data.order import key
 from lightdiff.data.table import Fingerprint
 from lightdiff.errors import RunError

@@ -5,45 +5,39 @@ from contextlib import suppress
 from statistics import median
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
-from lightdiff.data.colours import choose_white, highest_value, kind_of
-from lightdiff.data.files import ImageFile, source_of
+from lightdiff.data import on_demand
+from lightdiff.data.files import source_of
 from lightdiff.data.images import BadImage, opened
-from lightdiff.data.table import ImageList
-from lightdiff.settings import ImageSettings, with_changes
+from lightdiff.data.table import ImageFile, ImageList
+from lightdiff.settings import ImageSettings
 
 Tell = Callable[[str], object]
 SAMPLE = 256  # images whose headers are read
-DECODED = 32  # images that are read whole
 T = TypeVar("T")
-DEEP = ((".tif", ".tiff", ".pgm", ".pnm"), (".png",))  # suffixes of formats with 16 bits; most PNGs have 8
+DEEP = ((b".tif", b"tiff", b".pgm", b".pnm"), (b".png",))  # suffixes of formats with 16 bits; most PNGs have 8
 FEW = 0.05  # share of images, enlarged or large, that needs no word
 LARGE, LARGE_SIDE = 4, 512  # times the resolution, and pixels a side, from which decoding whole images takes long
 REDUCED = ("JPEG", "MPO")  # formats that are decoded at about the size needed
-NAMES = {"integer": "16-bit", "float": "float"}
+
+
+def survey(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSettings:
+    """The settings `with_whites`; sizes that are worth a word are told, too."""
+    images = with_whites(images, files, tell)
+    note_sizes(images, files, tell)
+    return images
 
 
 def with_whites(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSettings:
     """The settings with the value of white in 16-bit and float images, found once for all of them and told."""
-    deep = [files.where(files.table.ending_in(suffixes)) for suffixes in DEEP]
-    unknown = [kind for kind in NAMES if any(deep) and not getattr(images, f"{kind}_white")]
-    if not unknown:
-        return images
-    kinds = [pair for some in deep for pair in look_at(evenly(some, SAMPLE), images, kind_of)]
-    for kind in unknown:
-        found = evenly([file for file, of in kinds if of == kind], DECODED)
-        if highest := [value for _, value in look_at(found, images, highest_value)]:
-            white = choose_white(kind, highest)
-            images = with_changes(images, **{f"{kind}_white": white})
-            why = f"as the values of {len(highest)} of them suggest; --{kind}-white changes that"
-            tell(f"white is {white:g} in {NAMES[kind]} images, {why}")
-    return images
-
-
-def sizes(images: ImageSettings, files: Sequence[ImageFile]) -> list[tuple[int, int]]:
-    """Width and height of each readable image of a sample."""
-    return [size for _, size in look_at(evenly(files, SAMPLE), images, lambda image: image.size)]
+    deep = list[tuple[ImageFile, str]]()
+    for suffixes in DEEP:
+        some = evenly(files.where(np.isin(files.table.endings, suffixes)), SAMPLE)
+        deep += [pair for pair in look_at(some, images, lambda image: image.mode) if pair[1][0] in "IF"]
+    found: ImageSettings = on_demand("colours:find_whites")(images, deep, tell) if deep else images
+    return found
 
 
 def scale_of(size: tuple[int, int], images: ImageSettings) -> float:

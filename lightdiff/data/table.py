@@ -6,11 +6,10 @@ been changed, added or removed. Half a million images load in a fraction of a se
 
 import hashlib
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, overload
 
@@ -24,18 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.layouts import Labels, Split
-from lightdiff.errors import Damaged, UserError
+from lightdiff.errors import Damaged
 from lightdiff.run_folder import open_regular
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 HASH_BYTES = 16
-READERS = 8  # threads that read files to compare their contents
 MAX_TIME = 2**63 - 1
-CHUNK = 1 << 17  # bytes read at a time
 MANY = 1 << 31  # more than an int32 holds
 Mask = NDArray[np.bool_]
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
+NO_FILE: Fingerprint = (-1, 0, bytes(HASH_BYTES))
 Look = Callable[[str, bool], Fingerprint]  # of an image of a source, by its name; with its hash, if so wanted
+LISTED = ("text", "ends", "roots", "splits", "labels", "codes")  # fields of a table that its list is made of
 COLUMN: Any = Field(exclude=True)  # it is a tensor of the file, no part of its document
 FINGERPRINT = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("hash", f"S{HASH_BYTES}")])  # a row of 32 bytes
 
@@ -63,7 +62,7 @@ class ImageTable(BaseModel):
     labels: dict[str, list[str]]  # the values of each label
     made_of: str = ""  # a digest of the archives that it was made of, and how, if there are no folders among them
     codes: Int32[Array, "labels n"] = COLUMN  # for each label, the number of each image's value; -1: none
-    fingerprints: UInt8[Array, "n 32"] = COLUMN  # FINGERPRINT of each; size -1: no such file, hash of zeros: not known
+    fingerprints: UInt8[Array, "n 32"] = COLUMN  # FINGERPRINT of each; NO_FILE: there is none; hash of zeros: not known
 
     @classmethod
     def of(cls, files: Sequence[ImageFile], **more: Any) -> Self:
@@ -71,8 +70,8 @@ class ImageTable(BaseModel):
 
         The columns of a list that is a whole table are shared with it.
         """
-        if isinstance(files, ImageList):
-            columns = files.columns()
+        if isinstance(files, ImageList) and files.positions is None:
+            columns = {name: getattr(files.table, name) for name in LISTED}
             return cls(**columns, fingerprints=np.zeros((len(files), FINGERPRINT.itemsize), np.uint8), **more)
         rows = [(file.root, SPLITS.index(file.split)) for file in files]
         roots, splits = np.array(rows, np.int32).reshape(-1, 2).T.copy()
@@ -174,16 +173,11 @@ class ImageTable(BaseModel):
         ((root, name),) = self.keys([position])
         return ImageFile(root, name, SPLITS[self.splits[position]], self.labels_of(position))
 
-    def ending_in(self, suffixes: Sequence[str]) -> Mask:
-        """Which names end in one of these, in any letter case, (n,)."""
-        found = np.zeros(len(self), np.bool_)
-        for suffix in map(str.encode, suffixes):
-            long = np.flatnonzero(np.diff(self.ends, prepend=0) >= len(suffix))
-            for back, letter in enumerate(reversed(suffix), 1):
-                last = self.text[self.ends[long] - back]
-                long = long[(last | 32 if 97 <= letter <= 122 else last) == letter]
-            found[long] = True
-        return found
+    @property
+    def endings(self) -> NDArray[np.bytes_]:
+        """The last four letters of each name, in lower case, (n,)."""
+        last = np.maximum(self.ends[:, None] - np.arange(4, 0, -1), 0)
+        return (self.text[last] | 32).view("S4")[:, 0]
 
     def name(self, position: int) -> str:
         """An image's path below its source."""
@@ -233,31 +227,6 @@ class ImageTable(BaseModel):
         found = (lookers[root](name, False) for root, name in self.keys(range(len(self))))
         self.fingerprints = np.fromiter(found, FINGERPRINT, len(self))[:, None].view(np.uint8)
 
-    def compare(self, older: "ImageTable", lookers: Sequence[Look], contents: bool) -> "Comparison":
-        """What has become of the images of an older table.
-
-        A file is another one when its size is. Where only the time of change differs, as after copying, its contents
-        decide if the older table has their hashes (`contents`); if not, it counts as the same.
-        """
-        if self.list_digest() == older.list_digest():
-            before = np.arange(len(self))
-        else:
-            names = {key: i for i, key in enumerate(older.keys(range(len(older))))}
-            known = {_composed(key): i for key, i in names.items() if not key[1].isascii()} | names
-            keys = self.keys(range(len(self)))
-            before = np.fromiter((known.get(key, known.get(_composed(key), -1)) for key in keys), np.int64, len(self))
-        now, then = self.files, older.files[before]
-        changed = (before >= 0) & (now["size"] != then["size"])
-        if contents:
-            touched = np.flatnonzero((before >= 0) & ~changed & (now["mtime"] != then["mtime"]))
-            with ThreadPoolExecutor(READERS) as pool:
-                read = pool.map(lambda key: lookers[key[0]](key[1], True), self.keys(touched))
-                now["hash"][touched] = [hashed for _, _, hashed in read]
-            known = now["hash"] != b""
-            changed[touched] = ((now["hash"] != then["hash"]) | ~known)[touched]
-        gone = np.setdiff1d(np.arange(len(older)), before)
-        return Comparison(before, changed, gone, older)
-
 
 class ImageList(Sequence[ImageFile]):
     """Images of a table, all or some of them, in their order; one becomes an object when it is asked for."""
@@ -299,42 +268,6 @@ class ImageList(Sequence[ImageFile]):
         """The number of each image's source."""
         return self.table.roots if self.positions is None else self.table.roots[self.positions]
 
-    def columns(self) -> dict[str, Any]:
-        """The fields of a table of these images, but for what their files are like."""
-        table = self.table if self.positions is None else ImageTable.of(list(self))
-        return {name: getattr(table, name) for name in ("text", "ends", "roots", "splits", "labels", "codes")}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What has become of the images of an older table."""
-
-    before: NDArray[np.int64]  # the position of each image there; -1: it is new
-    changed: Mask  # whether its file is another one since
-    gone: NDArray[np.int64]  # positions there
-    older: ImageTable
-
-    @property
-    def nothing(self) -> bool:
-        """Whether they are the same images."""
-        return not (self.changed.any() or len(self.gone) or (self.before < 0).any())
-
-    def __str__(self) -> str:
-        return f"{self.changed.sum():,} changed, {(self.before < 0).sum():,} added, {len(self.gone):,} gone"
-
-    def check_loss(self, max_bad: float, where: Path) -> None:
-        """Check that hardly any images are gone.
-
-        Raises:
-            UserError: If more are than can be unreadable.
-        """
-        if len(self.gone) > max_bad * len(self.older):
-            example = self.older.name(int(self.gone[0]))
-            raise UserError(
-                f"{len(self.gone):,} of the {len(self.older):,} images behind {where} are gone ({example}), more than "
-                f"--max-bad {max_bad:g}: is every disk mounted, and --data right? --allow-missing goes on without them"
-            )
-
 
 def check_ranges(*limits: tuple[NDArray[Any], int, Any]) -> None:
     """Check that columns hold numbers from the first limit to below the second.
@@ -346,27 +279,28 @@ def check_ranges(*limits: tuple[NDArray[Any], int, Any]) -> None:
         raise ValueError("its columns hold what does not fit together")
 
 
-def _composed(key: tuple[int, str]) -> tuple[int, str]:
-    """The same in one Unicode form: on its way between systems, "é" may become two characters."""
-    return (key[0], key[1] if key[1].isascii() else unicodedata.normalize("NFC", key[1]))
+def content_hash(contents: bytes | BufferedReader | None) -> bytes:
+    """A hash of what a file holds; zeros if it is not wanted."""
+    if contents is None:
+        return bytes(HASH_BYTES)
+    stream = BytesIO(contents) if isinstance(contents, bytes) else contents
+    return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=HASH_BYTES)).digest()
 
 
 def fingerprint(folder: Path, name: str, contents: bool = False) -> Fingerprint:
-    """What the file of an image in a source is like: -1, 0 and zeros where there is none.
+    """What the file of an image in a source is like.
 
-    The hash is zeros, too, if it is not asked for, and for files that hold many images.
+    The hash is zeros if it is not asked for, and for files that hold many images.
     """
-    path, hashed = os.path.join(folder, name), hashlib.blake2b(digest_size=HASH_BYTES)
+    path = os.path.join(folder, name)
     try:
         if not contents:
-            found = os.stat(path)
+            found, hashed = os.stat(path), content_hash(None)
         else:
             with open_regular(path) as file:
-                found = os.fstat(file.fileno())
-                for chunk in iter(partial(file.read, CHUNK), b""):
-                    hashed.update(chunk)
+                found, hashed = os.fstat(file.fileno()), content_hash(file)
     except NotADirectoryError:
-        found, contents = os.stat(folder), False
+        found, hashed = os.stat(folder), content_hash(None)
     except (OSError, ValueError):
-        return -1, 0, bytes(HASH_BYTES)
-    return found.st_size, min(found.st_mtime_ns, MAX_TIME), hashed.digest() if contents else bytes(HASH_BYTES)
+        return NO_FILE
+    return found.st_size, min(found.st_mtime_ns, MAX_TIME), hashed

@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
-from lightdiff.data.colours import to_rgb
 from lightdiff.data.files import ImageFile, Source, find_images, full_paths, lookers, source_of
-from lightdiff.data.images import BadImage, opened
+from lightdiff.data.images import BadImage, opened, to_rgb
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
 from lightdiff.extras.tables import print_table

@@ -115,12 +115,12 @@ def latent_facts(folder: Path, max_images: int = 1000) -> LatentFacts:
 def sampled_latents(folder: Path, index: LatentIndex, max_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of mu and logvar (n, m, c, h, w) of training images, spread evenly over at most MAX_SHARDS shards."""
     size = (1 + index.mirrored) * math.prod(index.shape)
-    used, wanted = index.used, index.encoded & index.of_split("train")
-    shards = [used[i] for i in evenly(len(used), MAX_SHARDS)]
+    parts, wanted = list(index.by_shard().items()), index.encoded & index.of_split("train")
+    shards = [parts[i] for i in evenly(len(parts), MAX_SHARDS)]
     train = [
-        (open_shard(folder, index, number).path, row)
-        for number in shards
-        for row in index.row[wanted & (index.shard == number)].tolist()
+        (open_shard(folder, index, number, mine).path, row)
+        for number, mine in shards
+        for row in index.row[mine[wanted[mine]]].tolist()
     ]
     rows: dict[Path, list[int]] = {}
     for i in evenly(len(train), min(max_images, max(2, MAX_ELEMENTS // size))):

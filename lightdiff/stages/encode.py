@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff.data import on_demand
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, OnBad, load_batches
-from lightdiff.data.survey import note_sizes, with_whites
+from lightdiff.data.survey import survey
 from lightdiff.data.table import FINGERPRINT, Fingerprint, ImageList
 from lightdiff.errors import RunError, UserError
 from lightdiff.pipeline import load_vae, vae_digest
@@ -40,9 +41,8 @@ def run(settings: EncodeSettings) -> Path:
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
         files = list_images(settings.images, console, RunFolder(settings.run).vae.image_list)
-        images = processes.run_on_main(lambda: with_whites(settings.images, files, print_note))
+        images = processes.run_on_main(lambda: survey(settings.images, files, print_note))
         settings = stage.settings = with_changes(settings, images=images)
-        processes.run_on_main(lambda: note_sizes(images, files, print_note))
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
         on_bad = partial(BadFiles(stage.folder.bad_files, len(files), settings.images.max_bad).add, files)
@@ -108,17 +108,17 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
         UserError: If too many of the images are gone.
     """
     unreadable: dict[int, str] = {}
-    for number in old.used:
+    for number, mine in old.by_shard().items():
         try:
-            unreadable |= old.take_in(number, open_shard(stage.path, old, number).verify())
+            unreadable |= old.take_in(number, mine, open_shard(stage.path, old, number, mine).verify())
         except UserError:
             path = shard_path(stage.path, number)
             if old.shards[number] or path.exists():
                 what = "damaged, or of another VAE, other settings or other images" if path.exists() else "missing"
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
-            old.forget(number)
+            old.forget(number, mine)
     with console.status("comparing the images with those that were encoded"):
-        found = index.compare(old, lookers(index.images.data), contents=True)
+        found = on_demand("changes:compare")(index, old, lookers(index.images.data), contents=True)
     found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
     if not found.nothing:
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)
@@ -135,10 +135,10 @@ def finish(folder: Path, index: LatentIndex, before: str) -> None:
 
     `before` is the digest of the latents that were there, if any.
     """
-    used = index.used
-    for number in used:
+    used = index.by_shard()
+    for number, mine in used.items():
         if not index.shards[number]:
-            index.take_in(number, open_shard(folder, index, number))
+            index.take_in(number, mine, open_shard(folder, index, number, mine))
     unused = [number for number, digest in enumerate(index.shards) if digest and number not in used]
     for number in unused:
         index.shards[number] = ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
+from lightdiff.data import on_demand
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
@@ -16,8 +17,8 @@ from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import Mixture, Order, item_noise
-from lightdiff.data.survey import note_sizes, with_whites
-from lightdiff.data.table import ImageList, ImageTable
+from lightdiff.data.survey import survey
+from lightdiff.data.table import ImageList
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
@@ -34,7 +35,7 @@ def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
         files = list_images(stage.settings.images, console, stage.folder.image_list)
-        images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
+        images = stage.processes.run_on_main(lambda: survey(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
         table = files.table
         digest = table.list_digest()
@@ -42,8 +43,7 @@ def run(settings: TrainVAESettings) -> Path:
         task = VAETask(stage, files)
         stage.processes.run_on_main(lambda: table.look(lookers(images.data)))
         if stage.saved is not None:
-            stage.processes.run_on_main(partial(compare_images, stage, stage.saved, table))
-        stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))
+            stage.processes.run_on_main(partial(on_demand("changes:compare_images"), stage, stage.saved, table))
         if stage.start_or_resume(task, {"data": digest}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
@@ -56,32 +56,6 @@ def run(settings: TrainVAESettings) -> Path:
 def inherited(run: Path, init_from: Path | None) -> dict[str, object]:
     """The architecture of the VAE whose weights to start from."""
     return {"model": Checkpoint(find_vae(init_from, RunFolder(run)), "vae").metadata.settings.get("model", {})}
-
-
-def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: ImageTable) -> None:
-    """Say what has become of the images that a run to resume was trained on.
-
-    Raises:
-        UserError: If too many are gone, or other --data hold other images.
-    """
-    images = stage.settings.images
-    try:
-        older = ImageTable.read(stage.folder.image_list)
-    except UserError as error:
-        if saved.metadata.lineage.get("data") != table.list_digest():
-            print_note(f"this run was started with another list of images: {error}")
-        return
-    found = table.compare(older, lookers(images.data), contents=False)
-    if found.nothing:
-        return
-    moved = saved.settings(TrainVAESettings).images.data != images.data and not stage.settings.allow_missing
-    if moved and found.changed.sum() + len(found.gone) > images.max_bad * len(older):
-        raise UserError(
-            f"--data: {', '.join(map(str, images.data))} holds other images than {stage.path} was trained on "
-            f"({found}): choose another --run, or leave --data out; --allow-missing trains on with these"
-        )
-    found.check_loss(1.0 if stage.settings.allow_missing else images.max_bad, stage.path)
-    console.print(f"images since this run was last started: {found}", soft_wrap=True)
 
 
 class VAETask:

@@ -87,7 +87,7 @@ def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048)
     for number, first in enumerate(range(0, count, shard_size)):
         n = min(shard_size, count - first)
         mu, logvar = noise[:, :n]
-        facts = ShardFacts(vae=index.vae_digest, plan=index.plan(index.planned(number)), bad=[])
+        facts = ShardFacts(vae=index.vae_digest, plan=index.plan(np.arange(first, first + n)), bad=[])
         tensors = {
             "mu": mu,
             "logvar": logvar - 6,

@@ -17,6 +17,7 @@ import numpy as np
 from lightdiff.data.files import ImageFile
 from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.data.table import fingerprint
+from lightdiff.extras.data.changes import compare
 from lightdiff.settings import ImageSettings
 from tests.bench.contest import resident
 from tests.bench.growth import apart
@@ -77,7 +78,7 @@ def read(folder: Path) -> None:
     older = index.model_copy()
     index = index.model_copy(update={"splits": 1 - index.splits})
     with measured("compare with another list"):
-        index.compare(older, [partial(fingerprint, folder)], contents=True)
+        compare(index, older, [partial(fingerprint, folder)], contents=True)
 
 
 def look(folder: Path, count: int = 10_000) -> None:

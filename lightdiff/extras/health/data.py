@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from lightdiff.data.files import ImageFile, scan
-from lightdiff.data.survey import scale_of, sizes
+from lightdiff.data.survey import SAMPLE, evenly, look_at, scale_of
 from lightdiff.extras.evidence import try_read
 from lightdiff.extras.health.finding import Finding, quote_path
 from lightdiff.extras.inspect import duplicate_groups
@@ -25,7 +25,8 @@ def check_data(images: ImageSettings) -> Iterator[Finding]:
     files: Sequence[ImageFile] = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
     if 0 < len(files) <= MAX_FILES:
         yield from check_duplicates(images, files)
-        yield from check_sizes(images, try_read(lambda: sizes(images, files)) or [])
+        looked = try_read(lambda: look_at(evenly(files, SAMPLE), images, lambda image: image.size)) or []
+        yield from check_sizes(images, [size for _, size in looked])
 
 
 def check_duplicates(images: ImageSettings, files: Sequence[ImageFile]) -> Iterator[Finding]:

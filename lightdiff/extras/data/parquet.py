@@ -4,9 +4,9 @@ Rows are read a row group at a time, and few groups are kept: in order that is f
 group. `encode` and `pack` read in order; pack first what is to be trained on. Needs the extra `parquet`.
 """
 
-import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from io import BytesIO
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lightdiff.data.archives import files_at
 from lightdiff.data.files import Source, read_in_folder
 from lightdiff.data.formats import BadImage, open_stream
-from lightdiff.data.layouts import ROLES, Labels
-from lightdiff.data.table import HASH_BYTES, Fingerprint
+from lightdiff.data.layouts import Labels
+from lightdiff.data.table import NO_FILE, Fingerprint, content_hash
 from lightdiff.errors import UserError
+from lightdiff.extras.data.archives import files_at
+from lightdiff.extras.data.splits import ROLES
 
 GROUPS = 4  # row groups that are kept in memory
 LARGEST = 1 << 30  # bytes of the images of one, unpacked
@@ -91,7 +92,7 @@ def _has_bytes(kind: Any) -> bool:
     return bool(pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
-def names(place: Path) -> Iterator[str]:
+def names(place: Path, passed_over: Counter[str]) -> Iterator[str]:
     """FILE:ROW of each image, in a folder train, validation or test where several files say so."""
     _found.cache_clear()
     return (f"{stem}:{row:08d}" for stem, rows in rows_of(place).items() for row in range(rows.starts[-1]))
@@ -141,10 +142,9 @@ def look(place: Path, name: str, contents: bool = False) -> Fingerprint:
     """The time of change of an image's file, and its hash; its size is not known without reading it."""
     try:
         changed = _found(place)[name.rpartition(":")[0]].changed
-        hashed = hashlib.blake2b(read(place, name), digest_size=HASH_BYTES).digest() if contents else bytes(HASH_BYTES)
+        return 0, changed, content_hash(read(place, name) if contents else None)
     except (OSError, BadImage, UserError, LookupError, StopIteration):
-        return -1, 0, bytes(HASH_BYTES)
-    return 0, changed, hashed
+        return NO_FILE
 
 
 def labels(place: Path) -> dict[str, Labels]:

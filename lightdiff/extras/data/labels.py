@@ -5,13 +5,14 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightdiff.data.layouts import FAIRFACE_LABELS, FAIRFACE_TABLES, Labels, Read, common_folder, read_table
+from lightdiff.data.layouts import TABLES, Labels, Read, common_folder, read_table
 from lightdiff.errors import UserError
 
+FAIRFACE_LABELS = ("age", "gender", "race")
 Labelled = dict[tuple[int, str], Labels]  # by the number of the source and the image's name
 FEW = 10  # images, of which nothing is said about the number of a label's values
 SHOWN = 3  # lines of a table that a message names
@@ -165,9 +166,7 @@ def read_labels(
             twice with different labels, or one that could be several.
     """
     try:
-        rows = _read_rows(
-            table, read(table), FAIRFACE_LABELS if flag == "--data" and table.name in FAIRFACE_TABLES else ()
-        )
+        rows = _read_rows(table, read(table), FAIRFACE_LABELS if flag == "--data" and table.name in TABLES[:2] else ())
     except UserError as error:
         raise UserError(f"{flag}: {table} {error}") from None
     except (OSError, csv.Error, ValueError, RecursionError) as error:
@@ -197,3 +196,51 @@ def read_labels(
         if len(values) >= FEW and len(set(values)) > len(values) / 2:
             notes.append(f"{name} has {len(set(values)):,} values for {len(values):,} images: hardly a class")
     return labels
+
+
+# --- of a source, and of all --------------------------------------------------------------------------------------
+
+
+def own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the tables found, nearest first, that speak of these images.
+
+    FairFace's need its folders train/ or val/, StyleGAN's needs labels.
+    """
+    fairface = [table for table in found if table.name in TABLES[:2]]
+    if fairface and any(re.search("(^|/)(train|val)/", f"{folder.name}/{name}") for name in names):
+        return [table for table in fairface if table.parent == fairface[0].parent]
+    for table, text in found.items():
+        if table.name == TABLES[-1] and folder in table.parents:
+            return [table] if re.match(rb'\s*\{\s*"labels"\s*:\s*\[\s*\[\s*"', text) else []
+    return []
+
+
+def labels_of_tables(
+    tables: Sequence[Path], folder: Path, names: Sequence[str], read: Read, notes: list[str]
+) -> dict[str, Labels]:
+    """The labels that a source's own tables give to its images, by their names."""
+    images = {0: Images(folder, names)}
+    rows = [read_labels(table, "--data", images, notes, read) for table in tables]
+    return {name: labels for found in rows for (_, name), labels in found.items()}
+
+
+def labels_of_one_table(
+    table: Path,
+    folders: Sequence[Path],
+    listed: Sequence[Sequence[str]],
+    used: Sequence[Collection[str]],
+    notes: list[str],
+) -> list[dict[str, Labels]]:
+    """The labels that the table of --labels gives to the images of each source.
+
+    `listed` are the names that it may use, `used` those that are taken: how many of these have none is noted.
+    """
+    images = {root: Images(*pair) for root, pair in enumerate(zip(folders, listed, strict=True))}
+    by_root: list[dict[str, Labels]] = [{} for _ in folders]
+    for (root, name), labels in read_labels(table, "--labels", images, notes).items():
+        by_root[root][name] = labels
+    without = [name for names, of in zip(used, by_root, strict=True) for name in names if not of.get(name)]
+    if without:
+        count = sum(map(len, used))
+        notes.append(f"{len(without):,} of {count:,} images have no label in {table} (such as {without[0]})")
+    return by_root

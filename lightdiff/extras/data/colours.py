@@ -1,7 +1,6 @@
-"""Decoded pixels of any kind -> 8-bit sRGB: embedded profiles, transparency, 16 bits, floats."""
+"""Decoded pixels of any kind -> 8-bit sRGB: embedded profiles, 16 bits, floats, very large images."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
@@ -9,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from lightdiff.data.formats import BadImage
-from lightdiff.errors import UserError
-from lightdiff.settings import ImageSettings, Size
+from lightdiff.data.survey import evenly, look_at
+from lightdiff.data.table import ImageFile
+from lightdiff.settings import ImageSettings, Size, with_changes
 
 SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space -> Pillow's mode
 GREY = ("1", "L", "LA")
@@ -28,35 +28,24 @@ PROBE = np.stack(np.meshgrid(LEVELS, LEVELS, LEVELS), axis=-1).reshape(1, -1, 3)
 ROUNDING = 2  # of 255
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits; floats also end at 1
 LOOKED_AT = 2**20  # pixels
-LARGE = 90e6  # pixels
+DECODED = 32  # images of which white is decided
+NAMES = {"integer": "16-bit", "float": "float"}
 REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "F")
 
 
-def colour(background: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour's name or #rrggbb."""
-    try:
-        return ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        raise UserError(f"--background: {background!r} is no colour; try white, grey or #ff8800") from error
+def to_srgb(image: Image.Image, settings: ImageSettings, at_least: int, sixteen: bool) -> Image.Image:
+    """The decoded, upright image as 8-bit sRGB, in mode RGB or, where it has transparent pixels, RGBA.
 
-
-def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Image.Image:
-    """The decoded image, upright, in sRGB, transparent pixels on the background.
-
-    A very large one, which takes gigabytes in every copy, is reduced, its shorter side to `at_least` pixels or more;
-    for square images, only its centre square is returned.
+    Args:
+        image: Of any mode, with or without a colour profile.
+        settings: The values of white, and the shape that is wanted.
+        at_least: How many pixels its shorter side may be reduced to; 0: it is not.
+        sixteen: Whether each colour had 16 bits in its file.
     """
-    sixteen = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # in PNG and TIFF
-    image.load()  # before the EXIF data, which may follow the pixels
     negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-    with suppress(Exception):  # damaged EXIF data is no reason to give up the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.width * image.height > LARGE:
-        image = _reduced(image, at_least, settings.resolution)
+    image = _reduced(image, at_least, settings.resolution)
     profile, transparent = image.info.get("icc_profile"), image.has_transparency_data
-    if image.mode == "RGB" and not (sixteen or profile or transparent):
-        return image.convert("RGB")
-    if kind_of(image):
+    if kind_of(image.mode):
         image = _eight_bits(image, settings, negative)
     elif image.mode == "La":
         image = image.convert("LA")
@@ -68,8 +57,7 @@ def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Im
     rgba = image.convert("RGBA")
     srgb = _to_srgb(image if image.mode in GREY else rgba, profile)
     srgb.putalpha(rgba.getchannel("A"))
-    ground = Image.new("RGBA", image.size, colour(settings.background))
-    return Image.alpha_composite(ground, srgb).convert("RGB")
+    return srgb
 
 
 def _reduced(image: Image.Image, at_least: int, size: Size) -> Image.Image:
@@ -112,9 +100,24 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 # --- 16 bits and floats -------------------------------------------------------------------------------------------
 
 
-def kind_of(image: Image.Image) -> str:
-    """`integer` or `float`, if an image's pixels are grey values of 16 or 32 bits."""
-    return "float" if image.mode == "F" else "integer" if image.mode.startswith("I") else ""
+def kind_of(mode: str) -> str:
+    """`integer` or `float`, if the pixels of an image of this mode are grey values of 16 or 32 bits."""
+    return "float" if mode == "F" else "integer" if mode.startswith("I") else ""
+
+
+def find_whites(
+    images: ImageSettings, deep: Sequence[tuple[ImageFile, str]], tell: Callable[[str], object]
+) -> ImageSettings:
+    """The settings with each value of white that is not given, as `deep` images, given with their modes, suggest."""
+    for kind, name in NAMES.items():
+        some = evenly([file for file, mode in deep if kind_of(mode) == kind], DECODED)
+        if some and not getattr(images, f"{kind}_white"):
+            if highest := [value for _, value in look_at(some, images, highest_value)]:
+                white = choose_white(kind, highest)
+                images = with_changes(images, **{f"{kind}_white": white})
+                why = f"as the values of {len(highest)} of them suggest; --{kind}-white changes that"
+                tell(f"white is {white:g} in {name} images, {why}")
+    return images
 
 
 def highest_value(image: Image.Image) -> float:
@@ -135,7 +138,7 @@ def _eight_bits(image: Image.Image, settings: ImageSettings, negative: bool) -> 
 
     In a negative, 0 is white. Of 8 bits and fewer, Pillow inverts them itself.
     """
-    values, kind = np.asarray(image).astype(np.float32, copy=False), kind_of(image)
+    values, kind = np.asarray(image).astype(np.float32, copy=False), kind_of(image.mode)
     low, middle, high = _quantiles(values)
     default = choose_white(kind, [high]) if kind == "float" else WHITES[-1]
     white = getattr(settings, f"{kind}_white") or default

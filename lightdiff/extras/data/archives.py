@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from io import BufferedReader, BytesIO
@@ -27,14 +27,17 @@ from jaxtyping import Int64
 from numpy import ndarray as Array
 from PIL import Image
 
-from lightdiff.data.formats import SUFFIXES, UNREAD_SUFFIXES, BadImage, open_stream
-from lightdiff.data.layouts import FAIRFACE_TABLES, STYLEGAN_TABLE, SYSTEM_NAMES, Labels, read_table
-from lightdiff.data.table import COLUMN, HASH_BYTES, Fingerprint, ImageFile, ImageTable
+from lightdiff import __version__
+from lightdiff.data.files import Source, left_out, source_of
+from lightdiff.data.formats import SUFFIXES, BadImage, open_stream
+from lightdiff.data.layouts import TABLES, Labels, read_table
+from lightdiff.data.table import COLUMN, NO_FILE, Fingerprint, ImageFile, ImageList, ImageTable, content_hash
 from lightdiff.errors import LightdiffError, UserError
+from lightdiff.extras.data.unread import PICTURES, UNREAD_SUFFIXES
 from lightdiff.run_folder import open_regular
+from lightdiff.settings import ImageSettings
 
 ARCHIVES = (".zip", ".tar")
-TABLES = (*FAIRFACE_TABLES, STYLEGAN_TABLE)
 LABEL_FILES = (".cls", ".json")  # of WebDataset, beside an image of the same key
 LARGEST = 1 << 30  # bytes of one member, unpacked
 LONGEST_LABEL = 1 << 16  # bytes of a file of labels
@@ -100,10 +103,11 @@ class Archive(ImageTable):
 # --- what a source needs ------------------------------------------------------------------------------------------
 
 
-def names_in_archive(place: Path) -> Iterator[str]:
-    """The names of all images, sorted."""
+def names_in_archive(place: Path, passed_over: Counter[str]) -> Iterator[str]:
+    """The names of all images, sorted; what looks like one and is not read is counted by kind."""
     open_archive.cache_clear()  # they may have been changed since
     archive = open_archive(place)
+    passed_over.update(archive.passed_over)
     return (name for _, name in archive.keys(range(len(archive))))
 
 
@@ -117,10 +121,9 @@ def look_in_archive(place: Path, name: str, contents: bool = False) -> Fingerpri
     try:
         archive = open_archive(place)
         size, changed, _ = archive.files[archive.find(name)].tolist()
-        hashed = hashlib.blake2b(archive.read_image(name), digest_size=HASH_BYTES).digest() if contents else b""
+        return size, changed, content_hash(archive.read_image(name) if contents else None)
     except (OSError, BadImage, LightdiffError):
-        return -1, 0, bytes(HASH_BYTES)
-    return size, changed, hashed or bytes(HASH_BYTES)
+        return NO_FILE
 
 
 def read_beside_images(place: Path, path: Path) -> bytes:
@@ -143,6 +146,25 @@ def labels_in_archive(place: Path) -> dict[str, Labels]:
     archive = open_archive(place)
     labelled = np.flatnonzero((archive.codes >= 0).any(0)).tolist()
     return {name: archive.labels_of(at) for at, (_, name) in zip(labelled, archive.keys(labelled), strict=True)}
+
+
+SOURCE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside_images, labels_in_archive)
+
+
+def kept_list(images: ImageSettings, kept: Path | None, search: Callable[[], ImageList]) -> ImageList:
+    """The images that `search` finds or, of archives of which none has changed, the list in a file."""
+    if any(source_of(place) is not SOURCE for place in images.data):
+        return search()
+    parts = [(str(place), state_of(place)) for place in images.data]
+    labels = file_state(images.labels) if images.labels and images.labels.is_file() else str(images.labels)
+    made_of = hashlib.sha256(repr([__version__, parts, images.val_share, labels]).encode()).hexdigest()
+    if kept:
+        with suppress(UserError):
+            if (table := ImageTable.read(kept)).made_of == made_of:
+                return ImageList(table)
+    files = search()
+    files.table.made_of = made_of
+    return files
 
 
 # --- the index ----------------------------------------------------------------------------------------------------
@@ -220,14 +242,14 @@ def _index(parts: Sequence[Part]) -> Archive:
     Raises:
         UserError: If an archive is damaged, encrypted, or compressed in another way than by deflate.
     """
-    left_out, tables, captions = set[tuple[str, str]](), dict[str, tuple[int, ...]](), set[tuple[int, str]]()
+    skipped, tables, captions = set[tuple[str, str]](), dict[str, tuple[int, ...]](), set[tuple[int, str]]()
     found: list[tuple[int, Member, Labels]] = []
     for number, part in enumerate(parts):
         images, labels = dict[str, Member](), dict[str, Labels]()
         for member in _members(part):
             name, suffix = member.name, posixpath.splitext(member.name)[1].lower()
-            if kept_out := _left_out(name):
-                left_out.add(kept_out)
+            if kept_out := _kept_out(name):
+                skipped.add(kept_out)
             elif suffix in SUFFIXES:
                 images[name] = member  # of two of one name, the later one, as when unpacked
             elif posixpath.basename(name) in TABLES:
@@ -237,9 +259,9 @@ def _index(parts: Sequence[Part]) -> Archive:
             elif suffix == ".txt":
                 captions.add((number, _key(name)))
             elif suffix in UNREAD_SUFFIXES:
-                left_out.add((suffix, f"{number}/{name}"))
+                skipped.add((suffix, f"{number}/{name}"))
         found += [(number, member, labels.get(_key(name), {})) for name, member in images.items()]
-        left_out |= {("caption .txt", f"{n}/{key}") for n, key in captions & {(number, _key(name)) for name in images}}
+        skipped |= {("caption .txt", f"{n}/{key}") for n, key in captions & {(number, _key(name)) for name in images}}
     if len({member.name for _, member, _ in found}) < len(found):  # shards that count from 0 each
         found = [(n, m._replace(name=_with_stem(m.name, Path(parts[n][0]).stem)), of) for n, m, of in found]
     found.sort(key=lambda row: _encoded(row[1].name))
@@ -247,7 +269,7 @@ def _index(parts: Sequence[Part]) -> Archive:
     archive = Archive.of(
         [ImageFile(number, member.name, "train", of) for number, member, of in found],
         parts=list(parts),
-        passed_over=Counter(kind for kind, _ in left_out if kind),
+        passed_over=Counter(kind for kind, _ in skipped if kind),
         tables=tables,
         **dict(zip(("offsets", "lengths", "crcs"), columns[[0, 1, 3]], strict=True)),
     )
@@ -256,15 +278,15 @@ def _index(parts: Sequence[Part]) -> Archive:
     return archive
 
 
-def _left_out(name: str) -> tuple[str, str] | None:
+def _kept_out(name: str) -> tuple[str, str] | None:
     """What a member, or a folder above it, is counted as that is not looked at, and its path; None if it is."""
     *above, base = name.split("/")
     for depth, folder in enumerate(above, 1):
-        if folder[0] == "." or folder.lower() in SYSTEM_NAMES:
-            return "hidden folder" if folder[0] == "." else f"folder {folder}", "/".join(above[:depth])
+        if kind := left_out(folder):
+            return kind, "/".join(above[:depth])
     if base[0] != ".":
         return None
-    return "hidden file" if base.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) else "", name
+    return "hidden file" if base.lower().endswith(PICTURES) else "", name
 
 
 def _encoded(name: str) -> bytes:

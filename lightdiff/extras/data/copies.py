@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lightdiff.data.layouts import places
+from lightdiff.data.layouts import FIRST, LAST, MAX_VARIANTS
 from lightdiff.errors import UserError
+from lightdiff.extras.data.splits import places
 
 Names = Sequence[str]
 Read = Sequence[tuple[str, str]]  # of each name: its variant, and the rest of its path
@@ -31,11 +32,7 @@ COPY = re.compile(r"(?<![a-z])thumb(nail)?s?(?![a-z])|\d{2,5}x\d{2,5}|in-the-wil
 MARGIN = re.compile(r"(margin|padding)[-_]?\d|^[01]\.25$", re.IGNORECASE)
 # Other words of copies, which count where there are many others.
 WORD = re.compile(r"^(tiny|small|medium|large|full|orig(inals?)?|previews?|(hi|low?)-?res|edited)$", re.IGNORECASE)
-# The last part of a file's name, as in 1_small.jpg, and the first, as in small_1.jpg
-LAST = re.compile(r"[-_@ ]([^-_@ /.\n]+)(?=\.\w+$)", re.MULTILINE)
-FIRST = re.compile(r"(?:^|(?<=/))([^-_@ /.\n]+)[-_@ ](?=[^/\n]*$)", re.MULTILINE)
 DEPTHS = 3  # folders of a path that are tried
-MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
 LOOKS = 8  # photographs that are compared,
 FEWEST = 4  # or as many, where there are fewer
 CLOSE = 0.2  # between two sizes of a picture, of the difference of two pictures
@@ -66,8 +63,6 @@ def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) 
         for name in names:
             if (first := stems.setdefault(posixpath.splitext(name)[0], name)) != name:  # 1.png, after 1.jpg
                 originals[name] = first
-    if set("-_@ /").isdisjoint("".join(names)):  # neither folders nor parts of names
-        return names, originals
     look = lru_cache(maxsize=None)(partial(_look, open_image))
     judge = partial(_judge, folder, look, originals, notes)
     for depth in range(DEPTHS):
@@ -94,7 +89,7 @@ def _variants(parts: set[str]) -> set[str]:
 
 def _by_folder(depth: int, names: Names) -> Read:
     """The folder of each image at this depth, split folders aside, and the rest of its path; empty if none matters."""
-    lie = places(tuple(names))
+    lie = places(names)
     variants = _variants({place.folders[depth] for place in set(lie) if len(place.folders) > depth})
     if not variants:
         return []

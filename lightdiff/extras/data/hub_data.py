@@ -4,6 +4,7 @@ It is fetched once, and read as if its local copy had been named: its Parquet fi
 folder. hf://datasets/OWNER/NAME/FOLDER is a part of it.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightdiff.data.archives import ARCHIVES
 from lightdiff.data.files import Source, source_of
 from lightdiff.data.formats import SUFFIXES
 from lightdiff.data.layouts import Labels
 from lightdiff.data.table import Fingerprint
 from lightdiff.errors import UserError, shorten
+from lightdiff.extras.data.archives import ARCHIVES
 from lightdiff.extras.hub import fetched, parsed
 
 KIND = "datasets/"
@@ -45,9 +46,9 @@ def copied(place: Path) -> Path:
     return folder / "**" / f"*{held}" if held else folder
 
 
-def names(place: Path) -> Iterable[str]:
+def names(place: Path, passed_over: Counter[str]) -> Iterable[str]:
     """The names of all images."""
-    return source_of(copied(place)).names(copied(place))
+    return source_of(copied(place)).names(copied(place), passed_over)
 
 
 def open_image(place: Path, name: str) -> AbstractContextManager[Image.Image]:
