@@ -85,6 +85,15 @@ def saving(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def tour(session: nox.Session) -> None:
+    """Run the demo, and compare the numbers that the tour says one should see with it. 5 minutes."""
+    python = borrowed(session)
+    with tempfile.TemporaryDirectory() as folder:
+        session.run(python, "-m", "lightdiff", "demo", "--run", folder, external=True)
+        session.run(python, "docs/tour/check_claims.py", folder, external=True)
+
+
+@nox.session(venv_backend="none")
 def two_machines(session: nox.Session) -> None:
     """Train over a network link between two namespaces, and cut it. Needs root and iproute2."""
     measure(session, "tests.bench.two_machines")

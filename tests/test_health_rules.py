@@ -18,7 +18,7 @@ from torch import nn
 from lightdiff.checkpoint import Metadata
 from lightdiff.data.files import scan
 from lightdiff.extras.evidence import metrics_of
-from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
+from lightdiff.extras.grid_pattern import PATTERN, GridPattern, grid_pattern
 from lightdiff.extras.health import Finding, complete_commands, data, latents, samples, training, unet, vae
 from lightdiff.extras.health.data import check_data, check_sizes
 from lightdiff.extras.health.latents import check_latents, check_lineage
@@ -341,7 +341,7 @@ def test_few_images_seen_very_often(images: int, seen: int, found: bool) -> None
             0.0,
             0.0,
             500,
-            "Hardly any samples look like training images and Hardly any training images look like a sample",
+            "Hardly any samples look like training images, and hardly any training images look like a sample",
         ),
         (0.36, 0.06, 500, None),
         (0.36, 0.0, 50, None),  # too few to say so
@@ -554,7 +554,22 @@ def test_an_uneven_transposed_convolution_leaves_a_pattern() -> None:
     assert levels[1] < MAX_PATTERN
 
 
+def test_what_chance_alone_would_give() -> None:
+    """Errors that are all noise: their mean's energy at the pattern's frequencies is what is said."""
+    rng, power = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        pattern = GridPattern(16, 16)
+        x_hat = 0.1 * torch.randn(5, 3, 16, 16, generator=rng)
+        pattern.add(torch.zeros_like(x_hat), x_hat)
+        spectrum = (torch.fft.fft2(pattern.sums[0] / 5) / 256).abs().square()[:, ::4, ::4].sum((1, 2))
+        power.append(float((spectrum - (pattern.sums[0] / 5).mean((1, 2)).square()).mean()))
+    found = pattern.measures(5, 4)
+    expected = math.sqrt(sum(power) / len(power)) * math.sqrt(4 / 5)  # the spread about the mean of 5 is smaller
+    assert found[f"{PATTERN} +-"] == pytest.approx(expected, rel=0.06)
+    assert found[PATTERN] < found[f"{PATTERN} +-"]
+
+
 def test_a_pattern_that_can_be_seen_is_a_finding() -> None:
-    for level, wanted in ((0.9, []), (1.1, ["decoder-pattern"]), ("1.1", [])):
-        found = list(check_pattern(TrainVAESettings(), {PATTERN: level, "images": 50}))
+    for level, chance, wanted in ((0.9, 0.1, []), (1.1, 0.3, ["decoder-pattern"]), (1.1, 0.4, []), ("1.1", 0.1, [])):
+        found = list(check_pattern(TrainVAESettings(), {PATTERN: level, f"{PATTERN} +-": chance}))
         assert [finding.code for finding in found] == wanted

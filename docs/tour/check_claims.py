@@ -1,5 +1,7 @@
 """Compare the numbers under "What you should see" with a run: `python docs/tour/check_claims.py runs/demo`.
 
+`nox -s tour` makes a new demo for it. The tests look for a demo in runs/demo, or where LIGHTDIFF_DEMO says.
+
 Each claim is a pattern in a page, whose groups are numbers, and where a finished demo has them. A processor of another
 kind rounds differently: numbers may differ by TOLERANCE.
 """

@@ -32,7 +32,7 @@ from lightdiff.extras.distances import (
 )
 from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
-from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
+from lightdiff.extras.grid_pattern import GridPattern
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.extras.sheet import Heading, contact_sheet
@@ -200,7 +200,7 @@ def evaluate_vae(
     size, workers = images.resolution.divided(model.factor), pick_workers(settings.compute.workers, device)
     means, moments = Means(), UnitMoments(model.latent_channels, *size)
     pairs = PairedFeatures(features, len(chosen))
-    errors = torch.zeros(3, *images.resolution, dtype=torch.float64)
+    pattern = GridPattern(*images.resolution)
 
     def measure(batch: ImageBatch) -> None:
         x = to_float(batch.x.to(device))
@@ -211,21 +211,21 @@ def evaluate_vae(
         if distance:
             found[f"LPIPS ({loss.lpips_net})"] = distance(x, x_hat.clamp(-1, 1), posterior)
         means.add(found, len(x))
-        errors.add_((x_hat.clamp(-1, 1) - x).double().sum(0).cpu(), alpha=127.5)
+        pattern.add(x, x_hat)
         moments.add(posterior.mu[:, None].cpu(), posterior.logvar[:, None].cpu())
         pairs.add(batch.index, batch.x.to(device), pixels)
 
     process_images(measure, chosen, images, settings.batch_size, workers, ranks, "reconstructions")
     numbers = means.over(ranks)
     ranks.all_reduce_sum(moments.sums)
-    ranks.all_reduce_sum(errors)
+    ranks.all_reduce_sum(pattern.sums)
     originals, reconstructed = pairs.gather(ranks)
     if not len(originals):
         raise UserError(f"none of the {len(chosen)} images to measure reconstructions on can be read")
     which = "held out" if chosen[0].split == "val" else "training images, as none are held out"
     result: Found = {NETWORK: saved.metadata.digest, "images": len(originals), "which are": which, **numbers}
     result |= {"files": formats(chosen), "resampling": resampling(images)}
-    result |= {PATTERN: grid_pattern(errors / len(originals), model.factor)}
+    result |= pattern.measures(len(originals), model.factor)
     result |= frechet(features, reconstructed, originals, ("reconstructions' Frechet distance", "rFID"))
     result |= caution(features.width, len(originals))
     result["KL per channel (nats per element)"] = channel_kl(moments)

@@ -5,12 +5,34 @@ doi:10.23915/distill.00003). Resizing and then convolving, as the default decode
 constant images, borders aside.
 """
 
+import math
+
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 PATTERN = "pattern at the latent's grid (grey levels)"  # in results of `evaluate`
 NEAREST = 3  # positions of a latent along a side, below which the pattern's frequencies are each other's neighbours
+
+
+class GridPattern:
+    """The pattern of a decoder, from the errors of many reconstructions."""
+
+    def __init__(self, height: int, width: int) -> None:
+        """Begin with none."""
+        self.sums = torch.zeros(2, 3, height, width, dtype=torch.float64)  # of errors, and of their squares
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add a batch of images in [-1, 1] and of reconstructions, (b, 3, h, w)."""
+        error = 127.5 * (x_hat.clamp(-1, 1) - x).double()
+        self.sums += torch.stack([error.sum(0), error.square().sum(0)]).cpu()
+
+    def measures(self, count: int, factor: int) -> dict[str, float]:
+        """Its strength over `count` images, and what chance alone would put at its frequencies."""
+        mean, square = self.sums / count
+        places = mean[0].numel() * count
+        chance = math.sqrt(max(0, factor**2 - 1) * float((square - mean.square()).mean()) / places)
+        return {PATTERN: grid_pattern(mean, factor), f"{PATTERN} +-": chance}
 
 
 def grid_pattern(mean_error: Float64[Tensor, "c h w"], factor: int) -> float:

@@ -2,6 +2,7 @@
 
 A source of made-up names stands for archives, whose index lists them; files and pixels are none. Each step is a process
 of its own: the first search, the start after it (a list that is taken over, an order, batches), and latents' index.
+Results are added to docs/benchmarks/images.json, from which images.svg beside it is drawn (needs matplotlib).
 """
 
 import json
@@ -26,6 +27,19 @@ from tests.bench.growth import apart
 from tests.bench.index import finished_index
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+SECONDS = {
+    "search s": "first search",
+    "start s": "start",
+    "index s": "index of latents",
+    "train-unet s": "train-unet's start",
+}
+MEMORY = {
+    "its peak B an image": "first search, peak",
+    "list B an image": "its list",
+    "train-vae B an image": "train-vae's own",
+}
+HIDDEN = 100_000  # images, below which what a process takes anyway hides the memory of a list
 
 
 def made_up(place: Path, passed_over: Counter[str]) -> Iterator[str]:
@@ -103,5 +117,33 @@ def measure(counts: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Seconds, and bytes an image, against the number of images."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightdiff"
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, rows, least in ((left, SECONDS, 0), (right, MEMORY, HIDDEN)):
+        at = sorted(count for count in map(int, found) if count >= least)
+        for name, label in rows.items():
+            axis.plot(at, [max(found[str(count)][name], 1e-2) for count in at], marker="o", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="images")
+        axis.legend(frameon=False, fontsize=9)
+    left.set_ylabel("seconds of processor time")
+    right.set_ylabel("bytes an image")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure the counts given, or all, and draw all that have been measured."""
+    kept = json.loads((FOLDER / "images.json").read_text()) if (FOLDER / "images.json").is_file() else {}
+    kept |= measure(tuple(map(int, sys.argv[1:])) or COUNTS)
+    (FOLDER / "images.json").write_text(json.dumps(kept, indent=1) + "\n")
+    plot(kept, FOLDER / "images.svg")
+
+
 if __name__ == "__main__":
-    measure(tuple(map(int, sys.argv[1:])) or COUNTS)
+    main()

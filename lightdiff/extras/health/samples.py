@@ -28,7 +28,7 @@ def check_quality(evaluation: dict[str, Any], loop: LoopSettings) -> Iterator[Fi
         yield Finding(
             code="poor-samples",
             stage="samples",
-            title=" and ".join(f"Hardly any {meant[name]}" for name in low),
+            title="Hardly any " + ", and hardly any ".join(meant[name] for name in low),
             measured="; ".join(f"{name} {found[name]:.3f}" for name in low) + f", of {sizes[0]:,} samples",
             usual=f"{LOW_SHARE:g} or more: about 0.2 in the demo, and 0.9 for held-out images in place of samples",
             advice=f"lightdiff train-unet {double_length(loop)} continues the training",

@@ -19,6 +19,7 @@ KL_SHARE, KL_PSNR = 0.5, 25.0
 # beta 1e-4 leaves a sigma of 0.02 of the std or more; below 0.003, the decoder has learnt nothing about small errors.
 MIN_SIGMA = 0.003
 MAX_PATTERN = 1.0  # grey levels of 256, about what an eye can see on even ground; healthy VAEs have 0.02 to 0.3
+SIGMAS = 3.0  # times what chance alone would give
 LOW_PSNR = 20.0  # dB: an error of a tenth of the range, 26 of 256 grey levels
 
 
@@ -110,8 +111,8 @@ def check_no_kl(settings: TrainVAESettings, metrics: Row, channels: list[Channel
 
 def check_pattern(settings: TrainVAESettings, evaluation: dict[str, Any]) -> Iterator[Finding]:
     """A pattern that the decoder adds to every image, as `evaluate` measured it."""
-    level = evaluation.get(PATTERN)
-    if isinstance(level, float) and level > MAX_PATTERN:
+    level, chance = evaluation.get(PATTERN), evaluation.get(f"{PATTERN} +-", 0.0)
+    if isinstance(level, float) and isinstance(chance, float) and level > max(MAX_PATTERN, SIGMAS * chance):
         yield Finding(
             code="decoder-pattern",
             stage="vae",
