@@ -19,7 +19,8 @@ Read = Callable[[Path], bytes]
 
 # Tables of labels that come with data sets: FairFace's, and StyleGAN's.
 TABLES = ("fairface_label_train.csv", "fairface_label_val.csv", "dataset.json")
-# The last part of a file's name, as in 1_small.jpg, and the first, as in small_1.jpg
+# Of a file's name: the suffix, the last part, as in 1_small.jpg, and the first, as in small_1.jpg
+SUFFIX = re.compile(r"(?<=[^/\n])\.[^./\n]*$", re.MULTILINE)
 LAST = re.compile(r"[-_@ ]([^-_@ /.\n]+)(?=\.\w+$)", re.MULTILINE)
 FIRST = re.compile(r"(?:^|(?<=/))([^-_@ /.\n]+)[-_@ ](?=[^/\n]*$)", re.MULTILINE)
 MAX_VARIANTS = 6  # more folders than a photograph has sizes are classes
@@ -93,15 +94,19 @@ def may_hold_copies(names: Sequence[str]) -> bool:
 
     A part is the first or last of several, as in small_1.jpg. Where there are many, numbers count images.
     """
-    stems, text = [posixpath.splitext(name)[0] for name in names], "\n".join(names)
-    if len(set(map(posixpath.basename, stems))) < len(names) or text.count("\n") >= len(names):
+    text = "\n".join(names)
+    stems = SUFFIX.sub("", text).split("\n")
+    if len({stem.rpartition("/")[2] for stem in stems}) < len(names) or len(stems) > len(names):
         return True
     for pattern in (LAST, FIRST):
-        parts = set(pattern.findall(text))
-        if parts and (len(parts) <= MAX_VARIANTS or not all(map(str.isdigit, parts))):
-            rests = [posixpath.splitext(name)[0] for name in pattern.sub("", text).split("\n")]
-            rests = [rest for rest, stem in zip(rests, stems, strict=True) if rest != stem]
-            if len({*stems, *rests}) < len(stems) + len(rests):
+        parts = pattern.findall(text)
+        kinds = set(parts)
+        if len(kinds) == 1 and len(parts) == len(names):  # as in IMG_0001.jpg
+            continue
+        if kinds and (len(kinds) <= MAX_VARIANTS or not all(map(str.isdigit, kinds))):
+            rests = SUFFIX.sub("", pattern.sub("", text)).split("\n")
+            cut = [rest for rest, stem in zip(rests, stems, strict=True) if rest != stem]
+            if len({*stems, *cut}) < len(stems) + len(cut):
                 return True
     return False
 
