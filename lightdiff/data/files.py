@@ -32,11 +32,11 @@ from lightdiff.data.layouts import (
     has_split_folders,
     layout,
     may_hold_copies,
-    read_table,
 )
 from lightdiff.data.table import SPLITS, Fingerprint, ImageList, ImageTable, Look, fingerprint
 from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
+from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
 Report = Callable[[int], object]  # of how many images have been found
@@ -54,8 +54,9 @@ SYSTEM_NAMES = frozenset(
 
 
 def read_in_folder(folder: Path, table: Path) -> bytes:
-    """A table of labels, in a folder or beside it."""
-    return read_table(table)
+    """The bytes of a table of labels, in a folder or beside it."""
+    with open_regular(table) as stream:
+        return stream.read()
 
 
 def no_labels(place: Path) -> dict[str, Labels]:
@@ -312,8 +313,3 @@ def position(name: str) -> float:
 def lookers(folders: Sequence[Path]) -> list[Look]:
     """For each source, what tells whether an image of it has been changed."""
     return [partial(source_of(folder).look, folder) for folder in folders]
-
-
-def full_paths(files: Sequence[ImageFile], folders: Sequence[Path]) -> list[str]:
-    """Where each image lies on this machine."""
-    return [os.path.join(folders[file.root], file.path) for file in files]

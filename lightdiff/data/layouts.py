@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from lightdiff.data import on_demand
-from lightdiff.run_folder import open_regular
 
 Split = Literal["train", "val"]
 Layout = Literal["FairFace", "StyleGAN", "class folders", "plain"]
@@ -47,12 +46,6 @@ def folders_of(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 def has_split_folders(names: Iterable[str]) -> bool:
     """Whether a folder's name speaks of training, validation or testing; that of a class may, too."""
     return any(map(SPLIT.search, {name.rpartition("/")[0] for name in names}))
-
-
-def read_table(table: Path) -> bytes:
-    """The bytes of a table of labels, in a folder or beside it."""
-    with open_regular(table) as stream:
-        return stream.read()
 
 
 def layout(names: Sequence[str], tables: Sequence[Path] = ()) -> Layout:

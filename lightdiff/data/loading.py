@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from lightdiff.data.files import ImageFile, full_paths, source_of
+from lightdiff.data.files import ImageFile, source_of
 from lightdiff.data.images import BadImage, colour, frame, load_image, random_frame
 from lightdiff.data.order import key
 from lightdiff.data.table import Fingerprint
@@ -92,7 +92,7 @@ class ImageDataset(Dataset[Item]):
 
     def path(self, index: int) -> str:
         """Where an image lies on this machine."""
-        return full_paths([self.files[index]], self.settings.data)[0]
+        return os.path.join(self.settings.data[self.files[index].root], self.files[index].path)
 
     def __getitem__(self, position: tuple[int, int]) -> Item:
         """The image, or the next readable one, or none where `tries` images in a row are bad."""

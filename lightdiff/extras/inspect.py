@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
-from lightdiff.data.files import ImageFile, Source, find_images, full_paths, lookers, source_of
+from lightdiff.data.files import ImageFile, Source, find_images, lookers, source_of
 from lightdiff.data.images import BadImage, opened, to_rgb
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
@@ -112,7 +112,7 @@ def inspect(
     """
     found = find_images(folders, val_share, table=labels)
     files = found.files
-    paths = full_paths(files, folders)
+    paths = [os.path.join(folders[file.root], file.path) for file in files]
     sources = [(folder, source_of(folder)) for folder in folders]
     images = with_whites(ImageSettings(data=tuple(folders)), files, found.notes.append)
     infos: list[_FileInfo] = []

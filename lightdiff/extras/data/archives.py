@@ -28,9 +28,9 @@ from numpy import ndarray as Array
 from PIL import Image
 
 from lightdiff import __version__
-from lightdiff.data.files import Source, left_out, source_of
+from lightdiff.data.files import Source, left_out, read_in_folder, source_of
 from lightdiff.data.formats import SUFFIXES, BadImage, open_stream
-from lightdiff.data.layouts import TABLES, Labels, read_table
+from lightdiff.data.layouts import TABLES, Labels
 from lightdiff.data.table import COLUMN, NO_FILE, Fingerprint, ImageFile, ImageList, ImageTable, content_hash
 from lightdiff.errors import LightdiffError, UserError
 from lightdiff.extras.data.unread import PICTURES, UNREAD_SUFFIXES
@@ -133,7 +133,7 @@ def read_beside_images(place: Path, path: Path) -> bytes:
         OSError: There is none.
     """
     if place not in path.parents:
-        return read_table(path)
+        return read_in_folder(place, path)
     name, archive = path.relative_to(place).as_posix(), open_archive(place)
     if name not in archive.tables:
         raise FileNotFoundError(f"{path} does not exist")

@@ -6,10 +6,12 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lightdiff.data.layouts import TABLES, Labels, Read, common_folder, read_table
+from lightdiff.data.files import read_in_folder
+from lightdiff.data.layouts import TABLES, Labels, Read, common_folder
 from lightdiff.errors import UserError
 
 FAIRFACE_LABELS = ("age", "gender", "race")
@@ -147,9 +149,7 @@ def _key(name: str) -> str:
     return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
 
 
-def read_labels(
-    table: Path, flag: str, sources: Mapping[int, Images], notes: list[str], read: Read = read_table
-) -> Labelled:
+def read_labels(table: Path, flag: str, sources: Mapping[int, Images], notes: list[str], read: Read) -> Labelled:
     """The labels that a table gives to the images of some sources, by the number of the source and the image's name.
 
     A table inside a folder speaks of that folder alone. FairFace's has columns that are no labels.
@@ -237,7 +237,9 @@ def labels_of_one_table(
     """
     images = {root: Images(*pair) for root, pair in enumerate(zip(folders, listed, strict=True))}
     by_root: list[dict[str, Labels]] = [{} for _ in folders]
-    for (root, name), labels in read_labels(table, "--labels", images, notes).items():
+    for (root, name), labels in read_labels(
+        table, "--labels", images, notes, partial(read_in_folder, table.parent)
+    ).items():
         by_root[root][name] = labels
     without = [name for names, of in zip(used, by_root, strict=True) for name in names if not of.get(name)]
     if without:
