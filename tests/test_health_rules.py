@@ -477,6 +477,7 @@ def every_finding(pictures: ImageSettings) -> Iterator[Finding]:
     ):
         settings = TrainVAESettings.model_validate({"loss": {"kl_beta": beta}})
         yield from check_vae(settings, {"mse": 0.5, "psnr": psnr}, LatentFacts(images=9, channels=channels))
+    yield from check_pattern(TrainVAESettings(), {PATTERN: 9.0, f"{PATTERN} +-": 0.1})
     for one in (channel(scaled_std=9.0), heavy(0.1)):
         yield from check_latents(LatentFacts(images=9, channels=[one]), regular=True)
     index = SimpleNamespace(vae_digest="a")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import list_images, lookers
+from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.data.order import item_noise, key
@@ -91,10 +91,9 @@ def reconstructions(folder: StageFolder, device: torch.device) -> Reconstruction
     saved = Checkpoint(folder.best if folder.best.is_file() else folder.last, "vae")
     images = saved.settings(ImageSettings, "images")
     try:
-        lookers(images.data)
+        files = held_out(list_images(images, console))
     except UserError as gone:
         raise UserError(f"the images are no longer where they were: {str(gone).removeprefix('--data: ')}") from None
-    files = held_out(list_images(images, console))
     chosen = [files[i] for i in evenly(len(files), MEASURED)]
     readable = load_images(chosen, images)
     if not readable:
