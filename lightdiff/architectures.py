@@ -27,6 +27,7 @@ from pydantic import (
 from lightdiff.errors import not_divisible, shorten
 
 S = TypeVar("S", bound="Settings")
+Layer = dict[str, Any]  # settings, nested as in their models, that somebody or something has said
 MAX_INTEGER = 1 << 53
 
 

@@ -1,6 +1,5 @@
 """The command line: one command a stage, in the order of the pipeline. Imports a stage only when it is called."""
 
-import atexit
 import os
 import shlex
 import signal
@@ -13,17 +12,18 @@ from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
 from lightdiff import __version__, settings
+from lightdiff.architectures import Layer
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands, ending
 from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import WORKER_FOLDER, DistEnv, end_with_parent, outlive_readers, rank, restarted
-from lightdiff.settings_file import Layer
+from lightdiff.runtime import SEVERAL, WORKER_FOLDER, DistEnv, outlive_readers, rank, restarted
 
 STAGES = "The five stages"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
@@ -57,9 +57,8 @@ def run_stage(module: str, then: str, chosen: settings.Settings) -> None:
     began = time.monotonic()
     job = getattr(chosen, "job", settings.JobSettings())
     if WORKER_FOLDER not in os.environ and job.nproc_per_node > 1:
-        from lightdiff.runtime.launcher import launch
-
-        return launch(chosen, sys.argv[1:])  # type: ignore[arg-type]
+        resolve_name(f"{SEVERAL}.launcher:launch")(chosen, sys.argv[1:])
+        return
     try:
         made = import_module(f"lightdiff.{module}").run(chosen)
     except KeyboardInterrupt:  # here, as Typer would leave without a word
@@ -204,14 +203,9 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be valid UTF-8
     outlive_readers()
-    if DistEnv.from_env(os.environ).world_size > 1:
-        end_with_parent()
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost connection is told in one sentence of ours
     try:
-        if WORKER_FOLDER in os.environ:
-            from lightdiff.runtime.launcher import register_worker
-
-            register_worker()
+        if DistEnv.from_env(os.environ).world_size > 1:
+            resolve_name(f"{SEVERAL}.worker:begin")()
         sys.exit(app(prog_name="lightdiff", standalone_mode=False))
     except typer.Abort:
         fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
@@ -241,11 +235,14 @@ def fail(error: LightdiffError) -> NoReturn:
         for name in ("SIGTERM", "SIGHUP", "SIGXCPU"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if WORKER_FOLDER in os.environ:
-        from lightdiff.runtime.launcher import send_report
+    if DistEnv.from_env(os.environ).world_size > 1:
+        resolve_name(f"{SEVERAL}.worker:fail")(error, tell)
+    tell(error)
+    sys.exit(error.exit_code)
 
-        send_report(error)
-        leave(0 if isinstance(error, Stopped) else error.exit_code)  # torch's agent takes other codes for a failure
+
+def tell(error: LightdiffError) -> None:
+    """Print an error on stderr."""
     from rich.text import Text
 
     from lightdiff.runtime.progress import SafeConsole
@@ -253,18 +250,3 @@ def fail(error: LightdiffError) -> NoReturn:
     head = "stopped:" if isinstance(error, Stopped) else "error:"
     who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
     SafeConsole(stderr=True).print(Text.assemble((head, "bold red"), f" {who}{error}"), soft_wrap=True)
-    leave(error.exit_code)
-
-
-def leave(code: int) -> NoReturn:
-    """Exit after an error; one of several processes at once.
-
-    It may have left the others in the middle of an exchange. To leave their group in order would be to wait for them,
-    and threads of gloo that outlive the interpreter abort the process in place of its exit code.
-    """
-    if DistEnv.from_env(os.environ).world_size > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightdiff.settings import (
+    Layer,
     LoopSettings,
     TrainUNetSettings,
     TrainVAESettings,
@@ -15,7 +16,6 @@ from lightdiff.settings import (
     VAESettings,
     with_changes,
 )
-from lightdiff.settings_file import Layer
 
 LR, VAE_WIDTH, UNET_WIDTH = 2e-3, 32, 64  # the learning rate that was measured, and the widths it was measured at
 KL_BETA, RATIO = 3e-3, 12  # the KL weight that was measured, and pixels' numbers a latent's number there

@@ -7,9 +7,11 @@ override what a file or an earlier stage said.
 
 import inspect
 import json
+import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
+from pkgutil import resolve_name
 from shutil import get_terminal_size
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,9 +20,8 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lightdiff.architectures import Layer
 from lightdiff.errors import UserError, shorten
-from lightdiff.narrow_help import NARROW, narrow_help
-from lightdiff.settings_file import Layer, read_settings
 
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
 Preset = Literal["auto", "tiny", "small", "base-s", "base", "base-l", "kl-f8", "original"]
@@ -31,6 +32,10 @@ START, MORE = "Start here", "More"  # panels of help
 OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside the settings
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
+NARROW = 60  # columns of a terminal below which help is no table
+NARROW_HELP = "lightdiff.extras.narrow_help:narrow_help"
+READ_SETTINGS = "lightdiff.extras.settings_file:read_settings"
+EXPLAIN = "lightdiff.extras.wrong_settings:explain"
 MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
@@ -217,7 +222,7 @@ def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] 
 
 def preset_layer(family: str, name: str, size: int = 0) -> Layer:
     """One of the packaged presets: `vae` or `unet`, and one of PRESETS; sections `at-N` are for N px and more."""
-    layer = read_settings(Path(__file__).parent / "presets" / f"{family}-{name}.toml")
+    layer = tomllib.loads((Path(__file__).parent / "presets" / f"{family}-{name}.toml").read_text("utf-8"))
     larger = {int(section[3:]): layer.pop(section) for section in list(layer) if section.startswith("at-")}
     for smallest in sorted(n for n in larger if n <= size):
         layer |= {group: layer.get(group, {}) | values for group, values in larger[smallest].items()}
@@ -253,25 +258,7 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
     try:
         return model.model_validate(merge(model, defaults(model), *layers))
     except ValidationError as error:
-        raise UserError(*(explain(model, row) for row in error.errors()[:MAX_TOLD])) from None
-
-
-def explain(model: type[BaseModel], row: Mapping[str, Any]) -> str:
-    """One of pydantic's complaints as a sentence about a flag."""
-    path = tuple(part for part in row["loc"] if isinstance(part, str))
-    known, message = [leaf for leaf, _ in leaves(model)], str(row["msg"]).removeprefix("Value error, ")
-    if row["type"] == "extra_forbidden" and path in known:
-        return f"--{flag(model, path)}: a {path[-2]} of the kind that is chosen has no such setting"
-    if row["type"] == "extra_forbidden":  # only a file can be wrong here: named as files do
-        near = [".".join(leaf) for leaf in sorted(known) if leaf[-1].startswith(path[-1][:3])]
-        return f"unknown setting {shorten('.'.join(path))}" + (f"; similar ones: {', '.join(near)}" if near else "")
-    if message.startswith("--"):  # it names what it is about
-        return message
-    if path not in known:  # a group, or a field without a flag
-        return f"--{'.'.join(path)}{'.*' * (len(path) == 1)}: {message}" if path else f"settings: {message}"
-    found = row.get("input")
-    shown = shorten(",".join(map(str, found)) if isinstance(found, (list, tuple)) else found)
-    return f"--{flag(model, path)}: {message}" + (f" (found {shown})" if shown not in message else "")
+        raise UserError(*(resolve_name(EXPLAIN)(model, row) for row in error.errors()[:MAX_TOLD])) from None
 
 
 def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
@@ -316,7 +303,7 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
         for other in context.command.params if hidden and parameter.name == "help" else ():
             other.hidden = other.opts[0].lstrip("-") not in (*start, *OWN)  # type: ignore[attr-defined]
         width = get_terminal_size().columns
-        typer.echo(context.get_help() if width >= NARROW else narrow_help(context, width))
+        typer.echo(context.get_help() if width >= NARROW else resolve_name(NARROW_HELP)(context, width))
         raise typer.Exit
 
     asked = partial(about, is_eager=True, callback=show, expose_value=False)
@@ -367,7 +354,7 @@ def command(
         *, settings: Path | None = None, dry_run: bool | None = None, preset: Preset | None = None, **values: Any
     ) -> None:
         typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        file = read_settings(settings, getattr(model, "NO_FILE", ())) if settings else {}
+        file = resolve_name(READ_SETTINGS)(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)
         asked = preset or said.get("preset")

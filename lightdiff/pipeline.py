@@ -7,7 +7,6 @@ x = model.decode(z)                    # -> (b, 3, h, w) in [-1, 1]
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,7 +28,7 @@ from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError, shorten
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
-from lightdiff.run_folder import VAE_COPY, RunFolder, StageFolder, find_unet, find_vae, named_latents
+from lightdiff.run_folder import VAE_COPY, RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
     EPS_MIN_ALPHA_BAR,
@@ -45,6 +44,7 @@ from lightdiff.settings import (
 N = TypeVar("N", bound=nn.Module)
 Start = Callable[[Denoise, Level, Latents], tuple[Denoise, Latents]]
 """(denoiser, first level, noise) -> (denoiser, x at that level): how sampling begins."""
+FIND_WEAK = "lightdiff.extras.guide:find_weak"
 EXPORTED, LOADER = "lightdiff.json", "lightdiff.extras.export.folder:load_exported"
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
@@ -170,7 +170,7 @@ class Pipeline:
         s, chosen = learned.settings(TrainUNetSettings), pick_precision(precision, on)
         network, opened, weak = load_unet(learned, on, chosen, ema), {"unet": learned, "vae": behind}, None
         if guide_with is not None:
-            opened["guide"] = find_weak(guide_with, learned)
+            opened["guide"] = resolve_name(FIND_WEAK)(guide_with, learned)
             weak = load_unet(opened["guide"], on, chosen)
         return cls(*load_vae(behind, on, chosen), network, s, on, chosen, opened, weak)
 
@@ -270,35 +270,6 @@ def load_unet(saved: Checkpoint, device: torch.device, precision: str, ema: floa
     """A U-Net ready for use."""
     s = saved.settings(TrainUNetSettings)
     return load_network(partial(build_unet, s.model, s.latent.channels, len(s.classes)), saved, device, precision, ema)
-
-
-def find_weak(named: Path, unet: Checkpoint) -> Checkpoint:
-    """The worse U-Net of a name, for guidance of another one.
-
-    Raises:
-        UserError: If there is none, or they do not predict the same of the same noisy latents.
-    """
-    beside = StageFolder(unet.path.parent.parent)
-    if step := re.fullmatch(r"step-(\d+)", str(named)):
-        path = beside.step(int(step[1]))
-        if not path.is_file():
-            steps = ", ".join(f"step-{beside.step_of(file)}" for file in beside.steps()) or "none"
-            raise UserError(f"--guide-with {named}: {beside.checkpoints} has no such step file; there are: {steps}")
-    else:
-        path = find_unet(named, RunFolder(named), "--guide-with")
-    weak = Checkpoint(path, "unet")
-    s, w = (each.settings(TrainUNetSettings) for each in (unet, weak))
-    differs = {
-        "on latents of another VAE": weak.metadata.lineage.get("vae") != unet.metadata.lineage.get("vae"),
-        "on latents with another shift or scale": (w.latent.shift, w.latent.scale) != (s.latent.shift, s.latent.scale),
-        f"with --objective {w.target.objective}": w.target.objective != s.target.objective,
-        "with another noise schedule": w.noise.resolved(w.target.objective) != s.noise.resolved(s.target.objective),
-        "for other classes": w.classes != s.classes,
-    }
-    for how, wrong in differs.items():
-        if wrong:
-            raise UserError(f"--guide-with: {path} was trained {how} than {unet.path}: guidance needs two of a kind")
-    return weak
 
 
 def load_network(

@@ -11,7 +11,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -145,27 +145,6 @@ def ensure_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to: check its owner and permissions")
-
-
-def free_name(path: Path) -> Path:
-    """The first of NAME.old-1, NAME.old-2, ... that does not exist."""
-    names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Move what a folder holds, but for hidden files, to NAME.old-1 (or -2, ...); None if it holds nothing."""
-    held = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    return move_aside(held, folder) if held else None
-
-
-def move_aside(paths: Iterable[Path], name: Path) -> Path:
-    """Move files and folders into a new folder, NAME.old-1 (or -2, ...), and return it."""
-    aside = free_name(name)
-    aside.mkdir()
-    for path in paths:
-        path.rename(aside / path.name)
-    return aside
 
 
 @contextmanager

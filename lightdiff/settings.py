@@ -16,6 +16,7 @@ from lightdiff.architectures import (
     AbsolutePath,
     Architecture,
     Counts,
+    Layer,
     Names,
     Numbers,
     Resolution,
@@ -36,7 +37,7 @@ from lightdiff.errors import UserError
 from lightdiff.loops import Compile, ComputeSettings, Device, JobSettings, LoopSettings, Precision, is_due
 
 __all__ = ["Compile", "ComputeSettings", "Device", "JobSettings", "LoopSettings", "Precision", "is_due"]
-__all__ += ["Architecture", "Counts", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
+__all__ += ["Architecture", "Counts", "Layer", "Settings", "Size", "UNetArchitecture", "UNetSettings"]
 __all__ += ["VAEArchitecture", "VAESettings", "Width", "flat", "parse_names", "parse_numbers", "with_changes"]
 
 LPIPSNet = Literal["vgg", "alex", "squeeze"]

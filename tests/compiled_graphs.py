@@ -33,7 +33,7 @@ if __name__ == "__main__":
     transforms = itertools.cycle(TRANSFORMS)
     with (
         patch.object(nn.Module, "compile", compile_counted),
-        patch("lightdiff.runtime.compile.compiler_works", lambda device: True),
+        patch("lightdiff.extras.compile.compiler_works", lambda device: True),
         patch("lightdiff.stages.train_vae.sample_transform", lambda rng, share: next(transforms)),
     ):
         try:

@@ -11,7 +11,7 @@ from conftest import VAE_FLAGS
 from test_perceptual import made_up_state
 from torch import nn
 
-from lightdiff.runtime.compile import note_recompiled
+from lightdiff.extras.compile import note_recompiled
 
 HOME = Path(__file__).parent.parent
 

@@ -13,12 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightdiff.data.latents import prefetch
-from lightdiff.models.original import OriginalVAESettings
-from lightdiff.models.unet import UNet
-from lightdiff.models.vae import VAE, build_vae
-from lightdiff.pipeline import cast_weights
-from lightdiff.runtime import processes as compute
-from lightdiff.runtime.compile import (
+from lightdiff.extras.compile import (
     PassTime,
     cache_folder,
     compile_network,
@@ -26,6 +21,11 @@ from lightdiff.runtime.compile import (
     enable_activation_checkpointing,
     pick_compile,
 )
+from lightdiff.models.original import OriginalVAESettings
+from lightdiff.models.unet import UNet
+from lightdiff.models.vae import VAE, build_vae
+from lightdiff.pipeline import cast_weights
+from lightdiff.runtime import processes as compute
 from lightdiff.runtime.processes import autocast, keep_memory
 from lightdiff.settings import UNetSettings, VAESettings
 from lightdiff.training.ema import EMA

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import os
 import subprocess
 import sys
@@ -21,19 +22,20 @@ LIGHT = [
     "lightdiff",
     "lightdiff.architectures",
     "lightdiff.settings",
-    "lightdiff.settings_file",
-    "lightdiff.narrow_help",
     "lightdiff.options",
     "lightdiff.errors",
     "lightdiff.run_folder",
 ]
 LIGHT_EXTRAS = ["lightdiff.extras.settings", "lightdiff.extras.commands"]
 LIGHT += LIGHT_EXTRAS
+# Named as text by the light modules, and imported where they are wanted
+LIGHT += ["lightdiff.extras.narrow_help", "lightdiff.extras.settings_file", "lightdiff.extras.wrong_settings"]
+LIGHT += ["lightdiff.extras.several.launcher", "lightdiff.extras.several.worker"]
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
     ["errors", "shapes"],
-    ["narrow_help", "settings_file"],
-    ["architectures", "options"],
+    ["architectures"],
+    ["options"],
     ["loops"],
     ["settings"],
     ["defaults", "run_folder"],
@@ -150,9 +152,9 @@ def test_only_the_command_line_and_extras_know_options() -> None:
     assert {part_of(module) for module in found} == {"cli", "extras"}
 
 
-def test_only_launcher_and_processes_import_torch_distributed() -> None:
+def test_only_what_runs_several_processes_imports_torch_distributed() -> None:
     found = {module for module, names in MODULES.items() for name, _ in names if within(name, "torch.distributed")}
-    assert found <= {"lightdiff.runtime.launcher", "lightdiff.runtime.processes"}
+    assert found <= {"lightdiff.extras.several.launcher", "lightdiff.extras.several.group"}
 
 
 @pytest.mark.parametrize("module", [*LIGHT, "lightdiff.cli", "lightdiff.__main__"])
@@ -246,3 +248,50 @@ def test_an_ordinary_folder_of_pictures_imports_nothing_on_demand(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/latents/index.safetensors").is_file()
+
+
+# What plain runs of the five stages, in one process and without a terminal, do not need
+RARE = {"display", "guide", "narrow_help", "nonfinite", "set_aside", "settings_file", "several", "wrong_settings"}
+RARE |= {f"several.{name}" for name in ("group", "launcher", "worker")}
+RARE_IN = {
+    "train-vae": RARE | {"compile"},
+    "encode": RARE | {"compile"},
+    "scale": RARE | {"compile"},
+    "train-unet": RARE | {"compile"},
+    "generate": RARE,  # which looks whether compiling pays
+}
+PLAIN_RUNS = """
+import json, sys
+from lightdiff.cli import main
+
+loaded = {}
+for name, flags in json.loads(sys.argv[1]).items():
+    sys.argv = ["lightdiff", name, *flags]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, name
+    loaded[name] = [name for name in sys.modules if name.startswith("lightdiff.extras.")]
+print(json.dumps(loaded))
+"""
+
+
+@pytest.mark.slow
+def test_plain_runs_import_no_extra_that_they_do_not_need(tmp_path: Path, faces: Path) -> None:
+    assert {f"lightdiff.extras.{name}" for name in RARE | {"compile"}} <= MODULES.keys()
+    short = "--preset tiny --steps 1 --batch-size 4 --device cpu --run".split()
+    images = ["--data", str(faces), "--resolution", "16", "--lpips-gamma", "0", "--workers", "0"]
+    run = str(tmp_path / "run")
+    commands = {
+        "train-vae": [*images, *short, run],
+        "encode": ["--device", "cpu", "--workers", "0", "--run", run],
+        "scale": ["--run", run],
+        "train-unet": [*short, run],
+        "generate": ["--num-images", "1", "--num-steps", "1", "--device", "cpu", "--run", run],
+    }
+    code = [sys.executable, "-c", PLAIN_RUNS, json.dumps(commands)]
+    done = subprocess.run(code, cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    found = {name: {f"lightdiff.extras.{rare}" for rare in RARE_IN[name]} & {*loaded[name]} for name in commands}
+    assert found == {name: set() for name in commands}

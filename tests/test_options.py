@@ -20,6 +20,7 @@ from lightdiff.cli import COMMANDS
 from lightdiff.errors import UserError
 from lightdiff.extras import settings as extras_settings
 from lightdiff.extras.settings import DemoSettings
+from lightdiff.extras.settings_file import read_settings
 from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.options import (
     PRESETS,
@@ -40,6 +41,7 @@ from lightdiff.options import (
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,
+    Layer,
     LoopSettings,
     ScaleSettings,
     Settings,
@@ -48,7 +50,6 @@ from lightdiff.settings import (
     UNetSettings,
     VAESettings,
 )
-from lightdiff.settings_file import Layer, read_settings
 
 PRESET_FOLDER = Path(options.__file__).parent / "presets"
 PROPERTY = profile(deadline=None, max_examples=150, derandomize=True, database=None)

@@ -22,13 +22,13 @@ from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import CLEAN, Level, Schedule
 from lightdiff.errors import LightdiffError, RunError, Stopped, UserError
 from lightdiff.extras import demo
+from lightdiff.extras.compile import PassTime, pick_compile
 from lightdiff.extras.evidence import latents_behind
 from lightdiff.extras.settings import DemoSettings
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.options import build
 from lightdiff.pipeline import Pipeline, guidance_for, vae_behind
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.compile import PassTime, pick_compile
 from lightdiff.settings import (
     EncodeSettings,
     GenerateSettings,

@@ -23,7 +23,7 @@ from lightdiff.models.vae import build_vae
 from lightdiff.options import build, preset_layer
 from lightdiff.runtime.processes import Processes, autocast, pick_device, to_device
 from lightdiff.runtime.stage import Stage
-from lightdiff.settings import LoopSettings, TrainUNetSettings, TrainVAESettings, with_changes
+from lightdiff.settings import LoopSettings, StageSettings, TrainUNetSettings, TrainVAESettings, with_changes
 from lightdiff.training.loop import Trainer
 from lightdiff.training.optimizers import Muon, muon_params
 from tests.bench.cases import random_squeezenet
@@ -36,44 +36,19 @@ pytestmark = [
 RANKS = ((0, 1), (1, 8))  # rank, number of processes
 
 
-class Alone(Processes):
-    """One of several processes, the others of which are silent and agree with all that it says."""
-
-    def run_on_main(self, work):
-        return work()
-
-    def fetch(self, find):
-        return find()
-
-    def check_same(self, what, value):
-        pass
-
-    def all_names(self, found):
-        return list(found)
-
-    def all_reduce_sum(self, value):
-        return value
-
-    def all_true(self, value):
-        return value
-
-    def all_reduce_max(self, *numbers, patient=False):
-        return list(numbers)
-
-
 @contextmanager
 def process(rank: int, world_size: int) -> Iterator[PretendGPU]:
     """One of the processes of a machine with 8 GPUs."""
 
     @contextmanager
-    def distributed(device: torch.device, timeout: float) -> Iterator[Processes]:
-        yield Alone(rank, world_size)
+    def distributed(device: torch.device, settings: StageSettings) -> Iterator[Processes]:
+        yield Processes(rank, world_size)  # which exchanges nothing
 
     names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
     with (
         patch.dict("os.environ", {name: str(number) for name, number in names.items()} if world_size > 1 else {}),
-        patch("lightdiff.runtime.stage.distributed", distributed),
-        patch("lightdiff.training.loop.wrap_ddp", lambda model: model),
+        patch("lightdiff.extras.several.group.distributed", distributed),
+        patch("lightdiff.extras.several.worker.fail", lambda error, tell: None),  # which would end this process
         PretendGPU(rank) as gpu,
     ):
         yield gpu

@@ -21,10 +21,11 @@ from rich.text import Text
 from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
 from lightdiff.extras.baselines import losses_beside
+from lightdiff.extras.display import BLOCKS, Display, sparkline
 from lightdiff.extras.tables import print_table
 from lightdiff.pictures import grid, save_grid, save_grid_of_files, save_pairs
 from lightdiff.runtime import progress
-from lightdiff.runtime.progress import BLOCKS, Display, Reporter, SafeConsole, cut_metrics, number, sparkline, trending
+from lightdiff.runtime.progress import Reporter, SafeConsole, cut_metrics, number, trending
 
 
 def drawn(display: Display, width: int = 100, encoding: str = "utf-8") -> str:
@@ -188,10 +189,8 @@ def test_the_display_shows_the_best_validation_loss_and_no_noise():
 
 
 def test_the_display_shows_losses_beside_those_of_the_level_alone(trained):
-    """Which it finds by name, as the display knows nothing of diffusion."""
-    assert resolve_name(progress.BESIDE) is losses_beside
     settings = json.loads((trained / "unet/settings.json").read_text())
-    display = Display("unet", 10, 0, losses_beside(settings))
+    display = resolve_name(progress.DISPLAY)("unet", 10, 0, settings, [])
     display.remember({"loss": 0.5, "val_loss": 0.6, "val_loss_band_1": 0.7})
     text = drawn(display, 80)
     assert "0.6 (1.57)" in text

@@ -23,15 +23,15 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import read_index
 from lightdiff.data.latents import LatentSet
 from lightdiff.errors import LostContact, UserError
+from lightdiff.extras.several.group import check_env, explain_lost_contact, for_this_start, wrap_ddp
+from lightdiff.extras.several.worker import first_host
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import DistEnv, first_host, rank
-from lightdiff.runtime.processes import Processes, autocast, check_env
-from lightdiff.runtime.stage import translate_errors
-from lightdiff.settings import StageSettings, UNetSettings, VAESettings
-from lightdiff.training.loop import wrap_ddp
+from lightdiff.runtime import DistEnv, rank
+from lightdiff.runtime.processes import Processes, autocast
+from lightdiff.settings import EncodeSettings, StageSettings, TrainVAESettings, UNetSettings, VAESettings
 from tests.bench import many
 
 HOME = Path(__file__).parent.parent
@@ -344,9 +344,9 @@ def test_errors_of_lost_contact_are_explained_and_others_left_alone(monkeypatch)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LostContact, match=r"process 1 has lost contact with the others \(Connection closed by peer"):
-        with translate_errors(StageSettings()):
+        with explain_lost_contact(StageSettings()):
             raise RuntimeError("[/pytorch/gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1234\nmore")
-    with pytest.raises(RuntimeError, match="shape mismatch"), translate_errors(StageSettings()):
+    with pytest.raises(RuntimeError, match="shape mismatch"), explain_lost_contact(StageSettings()):
         raise RuntimeError("shape mismatch")
 
 
@@ -377,3 +377,10 @@ cli.main()
         assert (done.returncode == 2) == (world == 2), done.stderr
         assert done.stdout == "told at the exit\n"
         assert done.stderr.startswith("error: No such option: --only-mi")
+
+
+@pytest.mark.parametrize("settings", [EncodeSettings(restart=True), TrainVAESettings(restart=True, from_step=3)])
+def test_a_restarted_process_forgets_what_is_for_the_first_start(monkeypatch, settings):
+    assert for_this_start(settings, "--restart") == settings
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert for_this_start(settings, "--restart") == type(settings)()

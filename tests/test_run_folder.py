@@ -16,6 +16,7 @@ from lightdiff import run_folder
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.errors import NoRoom, RunError, UserError
+from lightdiff.extras.set_aside import set_aside
 from lightdiff.run_folder import (
     RunFolder,
     StageFolder,
@@ -27,7 +28,6 @@ from lightdiff.run_folder import (
     open_regular,
     read_json,
     remove_abandoned,
-    set_aside,
 )
 
 Find = Callable[[Path | None, RunFolder], Path]

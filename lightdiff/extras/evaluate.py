@@ -33,6 +33,7 @@ from lightdiff.extras.distances import (
 from lightdiff.extras.evidence import NETWORK, held_out, load_images
 from lightdiff.extras.features import EVAL, Features, compute_features, load_features, process_images
 from lightdiff.extras.grid_pattern import GridPattern
+from lightdiff.extras.guide import find_weak
 from lightdiff.extras.latent_facts import UnitMoments, channel_active_share, channel_kl, evenly
 from lightdiff.extras.settings import EvaluateSettings
 from lightdiff.extras.sheet import Heading, contact_sheet
@@ -40,7 +41,7 @@ from lightdiff.extras.tables import print_table
 from lightdiff.losses import lpips, psnr
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.pictures import grid, save_png
-from lightdiff.pipeline import find_weak, load_vae, usable_levels, vae_behind
+from lightdiff.pipeline import load_vae, usable_levels, vae_behind
 from lightdiff.run_folder import RunFolder, atomic_write, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import Means, Processes, pick_workers
 from lightdiff.runtime.progress import console, print_note

@@ -5,19 +5,17 @@ Here, what is set up before anything else: which process of a run this is, and s
 
 import errno
 import os
-import re
-import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from pkgutil import resolve_name
 from typing import Any
 
 WORKER_FOLDER = "LIGHTDIFF_LAUNCH"  # variable that `--nproc-per-node` sets for its workers: where they leave reports
-LAUNCHER = "LIGHTDIFF_LAUNCHER"  # another one: the pid of the process that started them
-ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
+SEVERAL = "lightdiff.extras.several"  # what only several processes need
+COMPILE = "lightdiff.extras.compile"  # torch.compile, where it pays or is asked for
+READ_ENVIRONMENT = f"{SEVERAL}.worker:read_environment"
+LAUNCHED = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})  # variables of torch, and of srun
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,8 @@ class DistEnv:
 
         A Slurm batch script itself has SLURM_NTASKS, but only what srun starts has SLURM_STEP_NUM_TASKS.
         """
-        if "RANK" in env and "WORLD_SIZE" in env:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        else:
-            return cls()
-        found = [re.match(r"\d{1,9}", env.get(name, "")) for name in names]
-        numbers = [int(match.group()) if match else default for match, default in zip(found, (0, 1, 0, 1), strict=True)]
-        address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "localhost"
-        job = re.match(r"\d{1,18}", env.get("SLURM_JOB_ID", "9500"))
-        port = env.get("MASTER_PORT") or str(20000 + (int(job.group()) if job else 0) % 20000)
-        rank, world_size, local_rank, local_world_size = numbers
-        rank = rank if world_size > 1 else 0  # a number left over from another job
-        return cls(rank, world_size, local_rank, local_world_size, address, port)
-
-
-def first_host(hosts: str) -> str:
-    """The first of Slurm's host names: node[07-12,15] -> node07."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", hosts)
-    return (match[1] + (match[2] or "")) if match else ""
+        found: DistEnv = resolve_name(READ_ENVIRONMENT)(env) if any(n <= env.keys() for n in LAUNCHED) else cls()
+        return found
 
 
 def rank() -> int:
@@ -67,29 +47,6 @@ def rank() -> int:
 def restarted() -> bool:
     """Whether torch's elastic agent has started this process again after one has died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def may_restart_elsewhere() -> bool:
-    """Whether agents on several machines may start processes again, each counting its own restarts."""
-    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
-@cache  # once for each process, as early as it can be
-def end_with_parent() -> None:
-    """End this process soon after the one that started it, so that no worker outlives its launcher.
-
-    That may be gone already: the launcher of `--nproc-per-node` says who it is.
-    """
-    parent = int(os.environ.get(LAUNCHER) or os.getppid())
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_SECONDS)
-        if folder := os.environ.get(WORKER_FOLDER):
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Progress of a running stage: a live display, metrics.jsonl, trackers such as TensorBoard.
+"""Progress of a running stage: messages, metrics.jsonl, the live display and trackers that are told of it.
 
 Everything here goes to stderr or to files; stdout is kept for results.
 """
@@ -9,21 +9,15 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
@@ -32,15 +26,10 @@ from lightdiff.errors import UserError, printable
 from lightdiff.loops import TRACKERS
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
 
-BESIDE = "lightdiff.extras.baselines:losses_beside"  # what the live display shows beside a training's losses
+DISPLAY = "lightdiff.extras.display:open_display"  # the live one of a terminal
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time", "lr", "kl_sum", "val_kl_sum"}
-UNITS = {"val_psnr": " dB"}
-BLOCKS = "▁▂▃▄▅▆▇█"
-BAR = 60  # characters of the bar
-TREND = 32  # characters of a trend
-REMEMBERED = 1024  # values of each number that a trend may show
 
 
 class SafeConsole(Console):
@@ -114,13 +103,9 @@ class Reporter:
         self._track = ("tensorboard", *track)
         self.title, self.total, self._metrics = title, total, metrics
         self._printed, self._settings = time.monotonic(), settings or {}
-        self._display = Display(title, total, start)
-        self._live = Live(self._display, console=console) if console.is_terminal and not console.quiet else None
-        if self._live and self._settings:
-            self._display.beside = resolve_name(BESIDE)(self._settings)
-        if metrics is not None and metrics.is_file():
-            for row in cut_metrics(metrics, start):
-                self._display.remember(trending(row))
+        shown = console.is_terminal and not console.quiet
+        self._start, past = start, cut_metrics(metrics, start) if metrics is not None and metrics.is_file() else []
+        self._display: Any = resolve_name(DISPLAY)(title, total, start, self._settings, past) if shown else None
 
     @cached_property
     def _trackers(self) -> list[Any]:
@@ -131,20 +116,20 @@ class Reporter:
         """One of `TRACKERS`; None where it cannot be opened, or where TensorBoard is not installed."""
         assert self._metrics is not None
         try:
-            return resolve_name(TRACKERS[name])(self._metrics.parent, self._display.start, self._settings)
+            return resolve_name(TRACKERS[name])(self._metrics.parent, self._start, self._settings)
         except Exception as error:  # of a network, a server, a library
             if not isinstance(error, ImportError):
                 self.note(f"{name} cannot be opened: {error}; the training goes on without it")
             return None
 
     def __enter__(self) -> "Reporter":
-        if self._live:
-            self._live.start()
+        if self._display:
+            self._display.live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        if self._display:
+            self._display.live.stop()
         if "_trackers" in self.__dict__:
             self._tell(lambda tracker: tracker.close())
 
@@ -155,10 +140,11 @@ class Reporter:
 
         On a terminal, losses are shown as they are recorded.
         """
-        self._display.done = done
-        self._display.now |= speed or {}
         now = time.monotonic()
-        if losses is not None and not self._live and (now - self._printed > PLAIN_EVERY or done == self.total):
+        if self._display:
+            self._display.done = done
+            self._display.now |= speed or {}
+        elif losses is not None and (now - self._printed > PLAIN_EVERY or done == self.total):
             self._printed = now
             words = "  ".join(
                 f"{name} {number(value)}" for name, value in {**trending(losses), **(speed or {})}.items()
@@ -171,7 +157,8 @@ class Reporter:
 
     def record(self, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, where this process writes one; `step` is among the values."""
-        self._display.remember(trending(values))
+        if self._display:
+            self._display.remember(trending(values))
         if self._metrics is None:
             return
         append_text(self._metrics, json.dumps(dict(values)) + "\n")
@@ -186,11 +173,13 @@ class Reporter:
 
     def saved(self, path: Path) -> None:
         """Show where the last checkpoint is."""
-        self._display.files["last checkpoint"] = path
+        if self._display:
+            self._display.files["last checkpoint"] = path
 
     def picture(self, path: Path, step: int) -> None:
         """Show where the last picture is, and the picture in trackers."""
-        self._display.files["last picture"] = path
+        if self._display:
+            self._display.files["last picture"] = path
         self._tell(lambda tracker: tracker.picture(path, step))
 
     def _tell(self, do: Callable[[Any], object]) -> None:
@@ -243,82 +232,6 @@ def cut_metrics(path: Path, last_step: int) -> list[Row]:
     if path.is_file():
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-# --- the live display ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Display:
-    """A bar, numbers with their trends, and the last files, as rich draws them several times a second."""
-
-    title: str
-    total: int  # steps
-    start: int = 0  # of them done before
-    beside: Row = field(default_factory=dict)  # name of a number -> what is shown beside it
-    done: int = field(init=False)
-    now: dict[str, float] = field(
-        default_factory=dict
-    )  # unit -> number of which only the last matters, such as a speed
-    files: dict[str, Path] = field(default_factory=dict)  # the last file of each kind
-    _past: dict[str, deque[float]] = field(default_factory=dict)
-    _began: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.done = self.start
-
-    def remember(self, values: Mapping[str, float]) -> None:
-        """Add values to the trends of their names."""
-        for name, value in values.items():
-            self._past.setdefault(name, deque(maxlen=REMEMBERED)).append(value)
-
-    def remaining(self) -> str:
-        """The time left, at the speed so far."""
-        done = self.done - self.start
-        if done <= 0:
-            return "-:--:--"
-        seconds = (time.monotonic() - self._began) / done * (self.total - self.done)
-        return str(timedelta(seconds=round(seconds)))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        past = {name: [*values] for name, values in [*self._past.items()]}  # copied: training adds to it meanwhile
-        elapsed = timedelta(seconds=round(time.monotonic() - self._began))
-        parts = [
-            Text(self.title, style="bold"),
-            Text(f"{self.done:,}/{self.total:,}"),
-            Text(f"{elapsed} elapsed, {self.remaining()} left"),
-            *(Text(f"{number(value)} {unit}") for unit, value in [*self.now.items()]),
-        ]
-        yield Text("  ").join(parts)  # broken between words
-        yield ProgressBar(self.total, self.done, width=min(BAR, options.max_width))
-        yield Segment.line()  # the bar alone does not end its line
-        beside = {name: f" ({number(value)})" for name, value in self.beside.items()}
-        numbers = {name: number(values[-1]) + UNITS.get(name, beside.get(name, "")) for name, values in past.items()}
-        names, widest = (max(map(len, texts), default=0) for texts in (numbers, numbers.values()))
-        room = 0 if options.ascii_only else options.max_width - names - widest - 7
-        for name, values in past.items():
-            trend = Text(sparkline(values, min(TREND, room)) if room > 0 else "", style="cyan")
-            label = Text(f"  {name:<{names}}", style="dim")
-            best = [Text(f"best {number(min(values))}")] if name == "val_loss" and room > TREND else []
-            yield Text("  ").join([label, Text(f"{numbers[name]:<{widest}}"), trend, *best])
-        if beside.keys() & past.keys():
-            yield Text("  in parentheses: what the noise level alone gives", style="dim")
-        for what, path in [*self.files.items()]:
-            yield Text.assemble((f"  {what}  ", "dim"), printable(str(path)), overflow="fold")
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """A trend in one line of at most `width` characters: each the mean of its share of the values, low to high."""
-    known = [value for value in values if math.isfinite(value)]
-    if len(known) < 2:
-        return ""
-    count = min(width, len(known))
-    edges = [i * len(known) // count for i in range(count + 1)]
-    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low = min(means)
-    high = sorted(means)[math.ceil(0.9 * (count - 1))]  # the steep start of a loss would flatten the rest
-    step = (high - low) / (len(BLOCKS) - 1) or 1.0
-    return "".join(BLOCKS[min(len(BLOCKS) - 1, round((mean - low) / step))] for mean in means)
 
 
 def number(value: float) -> str:

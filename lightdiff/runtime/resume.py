@@ -1,14 +1,16 @@
-"""Resuming a training: the newest whole snapshot, the same settings as it was started with, going back to a step."""
+"""Resuming a training: the newest whole snapshot, the same settings as it was started with."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, load_weights
 from lightdiff.errors import Damaged, UserError
-from lightdiff.run_folder import StageFolder, atomic_link, free_name, set_aside
+from lightdiff.run_folder import StageFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
 from lightdiff.settings import StageSettings, TrainUNetSettings, TrainVAESettings
@@ -27,6 +29,9 @@ RESUME_MAY_CHANGE = (
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
+START_OVER = "lightdiff.extras.set_aside:start_over"
+STEP_FILE = "lightdiff.extras.set_aside:step_file"
+SET_NEWER_ASIDE = "lightdiff.extras.set_aside:set_newer_aside"
 AGAIN = "run the same command again to resume"
 
 
@@ -36,7 +41,8 @@ def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) 
     Raises:
         UserError: If there is none that is whole.
     """
-    path = processes.run_on_main(lambda: (step_file(folder, step, name) if step else newest(folder, name)).path)
+    find = partial(resolve_name(STEP_FILE), step=step) if step else newest
+    path = processes.run_on_main(lambda: find(folder, name).path)
     processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
     return Checkpoint(path, name)
 
@@ -62,25 +68,6 @@ def newest(folder: StageFolder, name: str, whole: bool = True) -> Checkpoint:
                 console.print(f"{problem}; {path.name} is used instead", style="yellow", soft_wrap=True)
             return found
     raise Damaged(f"{problems[0]}; there is no whole state to resume from: --restart starts over")
-
-
-def step_file(folder: StageFolder, step: int, name: str) -> Checkpoint:
-    """The state after a number of steps.
-
-    Raises:
-        UserError: If there is no such file, or it is damaged.
-    """
-    path = folder.step(step)
-    if not path.is_file():
-        available = ", ".join(str(folder.step_of(p)) for p in folder.steps()) or "none"
-        raise UserError(f"--from-step {step}: {folder.checkpoints} has no such step file; there are: {available}")
-    return Checkpoint(path, name).verify()
-
-
-def start_over(folder: Path) -> None:
-    """Move what a folder holds aside, and say where it is now."""
-    if aside := set_aside(folder):
-        console.print(f"the contents of {folder} are now in {aside}", soft_wrap=True)
 
 
 def compare_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
@@ -122,37 +109,6 @@ def flag_of(name: str) -> str:
     """A setting's name as the user types it."""
     group, _, field = name.rpartition(".")
     return "--" + (f"{group}.{field}" if group == "model" else field).rstrip("_").replace("_", "-")
-
-
-def set_newer_aside(folder: StageFolder, saved: Checkpoint, going_back: bool) -> None:
-    """Make a step file the newest state, and set aside what was saved after it.
-
-    If that was cut off once `last` was replaced, the next start, which finds a folder of this name, completes it.
-    """
-    step = saved.metadata.step
-    name = folder.checkpoints / f"after-step-{step}"
-    if going_back and any(is_newer(path, step) for path in (*folder.steps(), folder.last, folder.best)):
-        aside = free_name(name)
-        aside.mkdir()
-        if is_newer(folder.last, step):
-            atomic_link(aside / folder.last.name, folder.last)
-        console.print(f"what was saved after step {step} is now in {aside}", soft_wrap=True)
-    asides = sorted(name.parent.glob(f"{name.name}.old-*"), key=lambda path: path.stat().st_mtime_ns)
-    if going_back:
-        atomic_link(folder.last, saved.path)
-    for path in (*folder.steps(), folder.best) if asides else ():
-        if is_newer(path, step) and not (asides[-1] / path.name).exists():  # else it is half of a later save
-            path.rename(asides[-1] / path.name)
-    if not folder.best.is_file():
-        saved.metadata.extra.pop("best", None)  # the search starts again
-
-
-def is_newer(path: Path, step: int) -> bool:
-    """Whether a snapshot is of a later step; one that cannot be read is set aside with those."""
-    try:
-        return path.is_file() and Checkpoint(path).metadata.step > step
-    except Damaged:
-        return True
 
 
 def load_initial_weights(model: nn.Module, path: Path, name: str) -> None:

@@ -3,15 +3,15 @@
 import json
 import math
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -20,15 +20,22 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.defaults import FEW, with_intervals
-from lightdiff.errors import LostContact, RunError, Stopped, UserError, from_os
+from lightdiff.errors import RunError, Stopped, from_os
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
-from lightdiff.runtime import DistEnv, may_restart_elsewhere, rank, restarted, resume
-from lightdiff.runtime.compile import PassTime, pick_compile
+from lightdiff.runtime import COMPILE, SEVERAL, DistEnv, resume
 from lightdiff.runtime.lock import open_stage_dir
-from lightdiff.runtime.processes import Processes, distributed, pick_device, pick_precision, to_device
+from lightdiff.runtime.processes import Processes, pick_device, pick_precision, to_device
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.resume import AGAIN, untouched
-from lightdiff.settings import ComputeSettings, LoopSettings, StageSettings, TrainingSettings, flat, with_changes
+from lightdiff.settings import (
+    Compile,
+    ComputeSettings,
+    LoopSettings,
+    StageSettings,
+    TrainingSettings,
+    flat,
+    with_changes,
+)
 
 S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
@@ -38,7 +45,6 @@ OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
 SAVE, HANG_UP, OUT_OF_CPU = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP", "SIGXCPU"))  # not on Windows
 SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, SAVE, HANG_UP, OUT_OF_CPU) if number}
 STARTED = float(os.environ.get("LIGHTDIFF_STARTED", time.time() - time.process_time()))  # the launcher knows better
-DISTRIBUTED_ERRORS = ("gloo", "nccl", "c10d", "connection", "timed out", "timeout", "broken pipe", "socket", "peer")
 
 
 class Trainable(Protocol):
@@ -89,11 +95,6 @@ class Stage(Generic[S]):
         """How a training stage trains."""
         return self.settings.loop  # type: ignore[attr-defined, no-any-return]
 
-    def pass_time(self, task: Trainable) -> PassTime:
-        """How long the network takes for as many images as it sees at a time, in this process."""
-        share = -(-self.loop.batch_size // self.processes.world_size)
-        return PassTime.of(task.model, task.example, min(self.loop.micro, share), self.loop.precision)
-
     # --- settings and networks ------------------------------------------------------------------------------------
 
     def resolve_auto(self, name: Literal["precision", "compile"], pick: Callable[[Any], str]) -> None:
@@ -137,9 +138,7 @@ class Stage(Generic[S]):
             UserError: If settings or data are not those of the run to resume, or the weights do not fit.
         """
         self.total_steps = self.loop.total_steps(task.train_items)
-        images, one_pass = self.total_steps * self.loop.batch_size, partial(self.pass_time, task)
-        images //= self.processes.world_size
-        self.resolve_auto("compile", lambda asked: pick_compile(asked, self.device, images, one_pass))
+        self.resolve_auto("compile", partial(self.pick_compile, task))
         loop = with_intervals(self.loop, self.total_steps, self.begun)
         self.settings = with_changes(self.settings, loop=loop)
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
@@ -150,6 +149,15 @@ class Stage(Generic[S]):
         self.processes.run_on_main(self.write_settings)
         self.announce(task)
         return True
+
+    def pick_compile(self, task: Trainable, asked: Compile) -> str:
+        """Whether to compile the network: `auto` never does on a CPU, where training gains nothing.
+
+        Convolutions take most of its time there, and stay as they are.
+        """
+        if asked == "off" or (asked == "auto" and self.device.type != "cuda"):
+            return "off"
+        return str(resolve_name(f"{COMPILE}:pick_for_training")(asked, self, task))
 
     def announce(self, task: Trainable) -> None:
         """Print what is about to be trained, and how."""
@@ -190,8 +198,12 @@ class Stage(Generic[S]):
             console.print(f"{self.path} {has} steps already; give more --steps to train on", soft_wrap=True)
             return False
         going_back = self.settings.from_step > 0  # type: ignore[attr-defined]
-        # Not before everything else has been checked
-        self.processes.run_on_main(lambda: resume.set_newer_aside(self.folder, saved, going_back))
+        cut_off = self.folder.checkpoints.glob(f"after-step-{step}.old-*")  # going back, the last time
+        if self.processes.run_on_main(lambda: going_back or any(cut_off)):  # not before all else has been checked
+            set_newer_aside = resolve_name(resume.SET_NEWER_ASIDE)
+            self.processes.run_on_main(lambda: set_newer_aside(self.folder, saved, going_back))
+        if not self.folder.best.is_file():
+            saved.metadata.extra.pop("best", None)  # the search starts again
         self.metadata.extra = resume.history(saved, changed)
         self.processes.run_on_main(self.write_settings)
         console.print(f"resuming from step {step} of {total}")
@@ -201,7 +213,7 @@ class Stage(Generic[S]):
     def write_settings(self) -> None:
         """Leave the settings beside the checkpoints to come; with --restart, the old run is moved first."""
         if getattr(self.settings, "restart", False):
-            resume.start_over(self.path)
+            resolve_name(resume.START_OVER)(self.path)
         ensure_writable(self.folder.checkpoints)
         atomic_write_text(self.folder.settings, json.dumps(self.settings.to_save(), indent=2) + "\n")
 
@@ -277,12 +289,17 @@ def open_stage(
     Raises:
         UserError: If another process writes to the folder, or there is a state to resume but none that is whole.
         Stopped: At a signal.
-        RunError: Instead of what torch raises when memory runs out or another process is gone.
+        RunError: Instead of what torch raises when memory runs out.
     """
-    settings = (for_this_start(settings) if "TORCHELASTIC_MAX_RESTARTS" in os.environ else settings).resolved()
+    if "TORCHELASTIC_MAX_RESTARTS" in os.environ and (once := once_flags(settings)):
+        settings = resolve_name(f"{SEVERAL}.group:for_this_start")(settings, once)
+    settings = settings.resolved()
     device = pick_device(getattr(settings, settings.compute_section, ON_CPU).device)
     choose, quiet = folder or (lambda: settings.run / name), console.quiet
-    with translate_errors(settings), ExitStack() as held, distributed(device, settings.job.timeout) as processes:
+    with translate_errors(settings), ExitStack() as held:
+        several = DistEnv.from_env(os.environ).world_size > 1
+        join = resolve_name(f"{SEVERAL}.group:distributed") if several else lambda *_: nullcontext(Processes())
+        processes: Processes = held.enter_context(join(device, settings))
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
         stage, force = Stage(name, settings, device, processes, settings.run / name), settings.job.force_unlock
@@ -301,18 +318,6 @@ def open_stage(
             yield stage
         except KeyboardInterrupt:  # here, as Typer would leave without a word
             raise Stopped(f"interrupted; {untouched(settings, stage.again)}", 130) from None
-
-
-def for_this_start(settings: S) -> S:
-    """What a process of an elastic agent runs: after a restart, without what is for a run's first start alone.
-
-    Raises:
-        UserError: If agents on several machines may restart it: each counts for itself, so processes could disagree.
-    """
-    once = once_flags(settings)
-    if once and may_restart_elsewhere():
-        raise UserError(f"{once} would be repeated by torchrun's --max-restarts: start once without that")
-    return with_changes(settings, restart=False, from_step=0) if once and restarted() else settings
 
 
 def once_flags(settings: StageSettings) -> str:
@@ -338,7 +343,7 @@ def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator
 
 @contextmanager
 def translate_errors(settings: StageSettings) -> Iterator[None]:
-    """Turn what is raised when memory or disk runs out, or another process is gone, into errors that say what to do."""
+    """Turn what is raised when memory or disk runs out into errors that say what to do."""
     try:
         yield
     except Stopped as stopped:
@@ -354,10 +359,3 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
         raise RunError(f"{what}: {advice}; {untouched(settings)}") from error
     except OSError as error:
         raise from_os(error) from error
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in DISTRIBUTED_ERRORS):
-            raise
-        reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # without a place in C++
-        raise LostContact(
-            f"process {rank()} has lost contact with the others ({reason}); {untouched(settings)}"
-        ) from error

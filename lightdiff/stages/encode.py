@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console, print_note, shape_words
-from lightdiff.runtime.resume import start_over
+from lightdiff.runtime.resume import START_OVER
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
 
@@ -82,7 +83,7 @@ def prepare(
     old: LatentIndex | None = stage.begun.get("index")
     index.look(lookers(index.images.data), files.table)
     if stage.settings.restart:
-        start_over(stage.path)
+        resolve_name(START_OVER)(stage.path)
     stage.check_begun(index.depends_on, ADVICE)
     unreadable = [] if old is None else resume(stage, index, old)
     stage.folder.bad_files.unlink(missing_ok=True)  # what it lists may have been repaired

@@ -5,11 +5,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import torch
 from jaxtyping import Float, UInt8
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -20,8 +20,7 @@ from lightdiff.errors import UserError
 from lightdiff.pictures import save_grid_of_files, save_png, text_chunks
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for
 from lightdiff.run_folder import RunFolder, atomic_write_text, ensure_writable, find_unet, read_json
-from lightdiff.runtime import restarted
-from lightdiff.runtime.compile import PassTime, compile_network, note_recompiled, pick_compile
+from lightdiff.runtime import COMPILE, restarted
 from lightdiff.runtime.processes import usable_cores
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import Stage, open_stage
@@ -99,16 +98,11 @@ class Samples:
         """
         s, stage = self.settings, self.stage
         check(self.pipeline, s.sampling, strength)
-        passed = s.num_images * s.sampling.num_steps // stage.processes.world_size  # images through the U-Net
-        shape, device = (1, self.pipeline.settings.latent.channels, *self.size), stage.device
-        example = torch.zeros(shape, device=device), torch.zeros(1, device=device)
-        one_pass = cache(partial(PassTime.of, self.pipeline.unet, example, s.batch_size, self.pipeline.precision))
-        stage.resolve_auto("compile", lambda asked: pick_compile(asked, device, passed, one_pass, training=False))
+        pick: Any = resolve_name(f"{COMPILE}:pick_for_sampling")
+        stage.resolve_auto("compile", lambda asked: pick(asked, self))
         mine = stage.processes.strided(stage.processes.run_on_main(lambda: self.missing(about)))
         if compiled := stage.settings.compute.compile == "on":
-            compile_network(self.pipeline.unet, device, training=False, graphs=one_pass().launch_bound)
-            if self.pipeline.weak:  # without a graph, which would overwrite what the other one returns
-                compile_network(self.pipeline.weak, device, training=False)
+            resolve_name(f"{COMPILE}:compile_sampling")(self)
         writers = max(1, min(8, usable_cores() // 2))
         with Reporter("generate", sum(map(len, mine))) as reporter, ThreadPoolExecutor(writers) as pool:
             done, writing, unfinished, graphs = 0, iter([None]), False, 0
@@ -116,7 +110,7 @@ class Samples:
                 # A compiled network is made for one size of batch: the last batch is filled up
                 filled = range(batch.start, batch.start + len(mine[0])) if compiled else batch
                 pixels = to_uint8(images(filled)[: len(batch)])
-                graphs = note_recompiled(graphs) if compiled else 0
+                graphs = resolve_name(f"{COMPILE}:note_recompiled")(graphs) if compiled else 0
                 list(writing)  # the batch before, saved while this one was generated
                 writing = pool.map(self.save, batch, pixels)
                 done += len(batch)

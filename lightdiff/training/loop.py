@@ -6,19 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightdiff.checkpoint import Checkpoint, ema_prefixes, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import RunError, Stopped, UserError
 from lightdiff.run_folder import check_disk_space
-from lightdiff.runtime.compile import compile_network, enable_activation_checkpointing, note_recompiled
+from lightdiff.runtime import COMPILE
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter, trending
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
@@ -31,7 +30,7 @@ from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch, memo
 Tensors = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
-NAMES_SHOWN = 8
+NONFINITE = "lightdiff.extras.nonfinite:report_skipped"  # steps that changed nothing
 
 
 class Task(Trainable, Protocol):
@@ -81,13 +80,10 @@ class Trainer:
         self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
         self.graphs = 0  # compiled so far
         if loop.compile == "on":
-            one_pass = self.processes.world_size == 1 and loop.micro == loop.batch_size
-            graphs = one_pass and stage.pass_time(task).launch_bound
-            for part in task.parts:
-                compile_network(part, stage.device, graphs=graphs)
+            resolve_name(f"{COMPILE}:compile_training")(stage, task)
         if loop.checkpoint_activations:
-            enable_activation_checkpointing(self.model)
-        self.network = wrap_ddp(self.model) if self.processes.world_size > 1 else self.model
+            resolve_name(f"{COMPILE}:enable_activation_checkpointing")(self.model)
+        self.network = self.processes.average_gradients(self.model)
 
     @property
     def averaged(self) -> nn.Module:
@@ -112,11 +108,10 @@ class Trainer:
             weight = counts * len(next(iter(part.values()))) / loop.batch_size
             if loop.compile == "on":  # what a CUDA graph has returned may be overwritten now
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            # Gradients stay in this process while more micro-batches of this step come.
-            network, more = self.network, first + loop.micro < size
-            with network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext():
+            more = first + loop.micro < size
+            with processes.no_sync(self.network) if more else nullcontext():
                 with autocast(device, loop.precision):
-                    losses = self.task.loss(network, part)
+                    losses = self.task.loss(self.network, part)
                 (losses["loss"] * (weight * processes.world_size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
@@ -251,19 +246,6 @@ class Trainer:
             adamw.state[parameter] = {"step": count, **averages}
 
 
-# --- what a trainer is made of ------------------------------------------------------------------------------------
-
-
-def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over all processes; its buffers are constants, so they are not sent."""
-    for p in model.parameters():  # DDP warns of other strides, even of sides of 1, where they mean nothing
-        if p.requires_grad and p.shape[2:] == (1, 1):
-            p.register_hook(partial(torch.as_strided, size=p.shape, stride=p.stride()))  # type: ignore[no-untyped-call]
-    newer = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # torch 2.14 and later
-    options = {"gradient_as_bucket_view": True, "forward_sync_buffers" if newer else "broadcast_buffers": False}
-    return DistributedDataParallel(model, **options)  # type: ignore[arg-type]
-
-
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
@@ -308,9 +290,11 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             if not (saving or logging):
                 reporter.advance(step)
                 continue
-            trainer.graphs = note_recompiled(trainer.graphs) if loop.compile == "on" else 0
+            if loop.compile == "on":
+                trainer.graphs = resolve_name(f"{COMPILE}:note_recompiled")(trainer.graphs)
             values, skipped = trainer.sync_metrics(losses)
-            check_nonfinite(trainer, skipped, reporter)
+            if skipped:
+                resolve_name(NONFINITE)(trainer, skipped, reporter)
             speed = watch.speed(trainer.images_seen - images_before, loop.batch_size)
             row = {"step": step, "images_seen": trainer.images_seen, **values}
             row |= {"skipped": trainer.skipped} if trainer.skipped else {}
@@ -369,29 +353,3 @@ def finish_step(
             trainer.save_unvalidated(before, row)
         raise
     return metrics
-
-
-def check_nonfinite(trainer: Trainer, skipped: list[int], reporter: Reporter) -> None:
-    """Report steps that were skipped because something was not finite, and stop the run if they are too many.
-
-    Raises:
-        RunError: If they are more than tolerated.
-    """
-    if not skipped:
-        return
-    loop, step = trainer.loop, skipped[0]
-    names = trainer.task.names(trainer.images_seen - (trainer.step - step + 1) * loop.batch_size)
-    what = [f"step {step}: loss or gradient is not finite, so it changed nothing. Its batch:"]
-    what += [f"  {name}" for name in names[:NAMES_SHOWN]]
-    what += [f"  and {len(names) - NAMES_SHOWN} more"] * (len(names) > NAMES_SHOWN)
-    if trainer.skipped <= loop.skip_nonfinite:
-        reporter.note(*what, f"{trainer.skipped} of at most {loop.skip_nonfinite} such steps (--skip-nonfinite)")
-        return
-    trainer.writer.wait()
-    folder = trainer.stage.folder
-    kept = f"The last good state is in {folder.checkpoints}" if folder.resumable() else "Nothing was saved yet"
-    raise RunError(
-        *what,
-        f"{kept}. Look at those images, try a lower "
-        "--lr, a lower --clip or --precision fp32, or allow some such steps with --skip-nonfinite",
-    )

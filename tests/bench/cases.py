@@ -24,13 +24,13 @@ from lightdiff.data.index import LatentIndex, ShardFacts, shard_path
 from lightdiff.data.latents import LatentSet
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.table import FINGERPRINT
+from lightdiff.extras.compile import PassTime, compile_network, pick_compile
 from lightdiff.losses import VAELoss
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import UNet, build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import preset_layer
 from lightdiff.run_folder import INDEX, RunFolder
-from lightdiff.runtime.compile import PassTime, compile_network, pick_compile
 from lightdiff.runtime.processes import Processes, keep_memory, pick_precision, to_device
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (

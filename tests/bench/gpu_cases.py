@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lightdiff.data.images import to_float
+from lightdiff.extras.compile import compile_network
 from lightdiff.extras.estimate import random_images, random_latents
 from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
 from lightdiff.options import build, preset_layer
 from lightdiff.pipeline import Pipeline, cast_weights
-from lightdiff.runtime.compile import compile_network
 from lightdiff.runtime.processes import Processes, autocast, to_device
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import SamplingSettings, TrainUNetSettings, TrainVAESettings

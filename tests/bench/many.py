@@ -17,9 +17,10 @@ from lightdiff.data.files import scan
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
+from lightdiff.extras.several.group import init_distributed, shutdown
 from lightdiff.pictures import save_grid
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime.processes import Processes, init_distributed, shutdown
+from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (
     EncodeSettings,

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from lightdiff.architectures import Layer
 from lightdiff.errors import UserError
 from lightdiff.options import Where, extra, flag, flag_fields, nest, parse_number, plain, takes_commas
 from lightdiff.settings import (
@@ -18,7 +19,6 @@ from lightdiff.settings import (
     parse_names,
     parse_numbers,
 )
-from lightdiff.settings_file import Layer
 
 STAGES: dict[str, type[StageSettings]] = {
     "train-vae": TrainVAESettings,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightdiff.architectures import Layer
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import LatentIndex, read_index
 from lightdiff.defaults import with_intervals
@@ -19,7 +20,6 @@ from lightdiff.settings import (
     TrainVAESettings,
     with_changes,
 )
-from lightdiff.settings_file import Layer
 
 T = TypeVar("T", TrainVAESettings, TrainUNetSettings)
 DERIVED: dict[type[StageSettings], dict[Where, Any]] = {  # settings that follow from others unless given

@@ -13,13 +13,14 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import list_images
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.extras.evidence import held_out, load_images, loss_definition
+from lightdiff.extras.set_aside import move_aside
 from lightdiff.extras.sheet import Heading, Pictures, contact_sheet
 from lightdiff.extras.sweep.axes import Axis
 from lightdiff.extras.sweep.plan import Cell, Plan, Result, cache_key
 from lightdiff.extras.tables import print_table
 from lightdiff.pictures import opened, save_png
 from lightdiff.pipeline import load_vae
-from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, move_aside, read_json
+from lightdiff.run_folder import RunFolder, atomic_write_text, find_unet, find_vae, read_json
 from lightdiff.runtime.processes import pick_device
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, with_changes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightdiff.architectures import Layer
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import latents_settings
 from lightdiff.errors import UserError
@@ -30,7 +31,6 @@ from lightdiff.settings import (
     TrainVAESettings,
     flat,
 )
-from lightdiff.settings_file import Layer
 
 Kind = Literal["vae", "latents", "unet", "samples"]
 # Results do not depend on these.

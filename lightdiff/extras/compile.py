@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.settings import Compile
+
+if TYPE_CHECKING:
+    from lightdiff.runtime.stage import Stage, Trainable
+    from lightdiff.stages.generate import Samples
+    from lightdiff.training.loop import Task
 
 GPU_FLOPS, CPU_FLOPS = 1e14, 3e10  # reached in a second: a third of an A100's bf16 peak; by a core of a CPU
 LAYER_SECONDS = 8 * 5e-6  # to launch a layer: the default networks' 62 launch 547 kernels, each in about 5 us
@@ -79,6 +84,49 @@ def pick_compile(
         able = device.type == "cuda" or (device.type == "cpu" and not training)
         name = "on" if able and one_pass().saved((3 if training else 1) * images) > COMPILE_SECONDS else "off"
     return "on" if name == "on" and compiler_works(device) else "off"
+
+
+def pick_for_training(asked: Compile, stage: "Stage[Any]", task: "Trainable") -> Literal["on", "off"]:
+    """Whether to compile the network of a training."""
+    images = stage.total_steps * stage.loop.batch_size // stage.processes.world_size
+    return pick_compile(asked, stage.device, images, partial(pass_of_training, stage, task))
+
+
+def pass_of_training(stage: "Stage[Any]", task: "Trainable") -> PassTime:
+    """How long the network takes for as many images as it sees at a time, in this process."""
+    share = -(-stage.loop.batch_size // stage.processes.world_size)
+    return PassTime.of(task.model, task.example, min(stage.loop.micro, share), stage.loop.precision)
+
+
+def compile_training(stage: "Stage[Any]", task: "Task") -> None:
+    """Compile the networks of a training."""
+    one_pass = stage.processes.world_size == 1 and stage.loop.micro == stage.loop.batch_size
+    graphs = one_pass and pass_of_training(stage, task).launch_bound
+    for part in task.parts:
+        compile_network(part, stage.device, graphs=graphs)
+
+
+def pick_for_sampling(asked: Compile, samples: "Samples") -> Literal["on", "off"]:
+    """Whether to compile the network that images are generated with."""
+    s, stage = samples.settings, samples.stage
+    images = s.num_images * s.sampling.num_steps // stage.processes.world_size  # through the U-Net
+    return pick_compile(asked, stage.device, images, partial(pass_of_sampling, samples), training=False)
+
+
+def pass_of_sampling(samples: "Samples") -> PassTime:
+    """How long the U-Net takes for as many images as are generated at a time."""
+    pipeline, device = samples.pipeline, samples.stage.device
+    shape = (1, pipeline.settings.latent.channels, *samples.size)
+    example = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+    return PassTime.of(pipeline.unet, example, samples.settings.batch_size, pipeline.precision)
+
+
+def compile_sampling(samples: "Samples") -> None:
+    """Compile the network that images are generated with."""
+    pipeline, device = samples.pipeline, samples.stage.device
+    compile_network(pipeline.unet, device, training=False, graphs=pass_of_sampling(samples).launch_bound)
+    if pipeline.weak:  # without a graph, which would overwrite what the other one returns
+        compile_network(pipeline.weak, device, training=False)
 
 
 def compiler_works(device: torch.device) -> bool:

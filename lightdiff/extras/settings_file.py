@@ -6,9 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lightdiff.architectures import Layer
 from lightdiff.errors import UserError, shorten
-
-Layer = dict[str, Any]
 
 
 def read_settings(path: Path, leave_out: Collection[str] = ()) -> Layer:

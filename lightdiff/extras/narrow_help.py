@@ -4,8 +4,6 @@ from textwrap import fill
 
 import typer
 
-NARROW = 60  # columns of a terminal below which help is no table
-
 
 def narrow_help(context: typer.Context, width: int) -> str:
     """The help in lines of at most this width, where a table would cut flags off: each flag above its description."""

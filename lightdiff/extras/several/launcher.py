@@ -1,4 +1,4 @@
-"""Several processes on one machine: `--nproc-per-node N` runs the same command N times, under torch's elastic agent.
+"""`--nproc-per-node N` runs the same command N times on this machine, under torch's elastic agent.
 
 The agent runs in a thread, so that signals reach this process's own handlers instead of the agent's, which would end
 everything without saving. They are passed on to the workers; a worker leaves its report in a folder, and this process
@@ -15,60 +15,14 @@ import tempfile
 import threading
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightdiff.errors import LightdiffError, LostContact, RunError, Stopped
-from lightdiff.runtime import LAUNCHER, WORKER_FOLDER
+from lightdiff.errors import RunError, Stopped
+from lightdiff.extras.several.worker import LAUNCHER, WorkerReport
+from lightdiff.runtime import WORKER_FOLDER
 from lightdiff.settings import StageSettings
-
-FATAL = 2  # a mistake of the user's: starting again would not help
-
-
-# --- in a worker --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WorkerReport:
-    """How a worker ended."""
-
-    rank: int
-    message: str
-    exit_code: int
-    stopped: bool
-    lost_contact: bool
-
-
-def register_worker() -> None:
-    """Leave this worker's pid, so that signals can be passed on to it."""
-    folder, rank = Path(os.environ[WORKER_FOLDER]), os.environ["RANK"]
-    for report in folder.glob("report-*.json"):
-        if json.loads(report.read_text())["exit_code"] == FATAL:
-            sys.exit(FATAL)
-    (folder / f"report-{rank}.json").unlink(missing_ok=True)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
-    write(folder / f"pid-{rank}", str(os.getpid()))
-
-
-def send_report(error: LightdiffError) -> None:
-    """Leave an error for the launching process."""
-    rank = int(os.environ["RANK"])
-    report = WorkerReport(rank, str(error), error.exit_code, isinstance(error, Stopped), isinstance(error, LostContact))
-    with suppress(OSError):  # as on a full disk: then the exit code says that something failed
-        write(Path(os.environ[WORKER_FOLDER]) / f"report-{rank}.json", json.dumps(vars(report)))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file at once."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-# --- in the process that launches ---------------------------------------------------------------------------------
 
 
 def launch(settings: StageSettings, arguments: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Several processes: what a launcher has told each, starting them on one machine, and what they exchange."""
