@@ -190,7 +190,7 @@ def test_the_display_shows_the_best_validation_loss_and_no_noise():
 
 def test_the_display_shows_losses_beside_those_of_the_level_alone(trained):
     settings = json.loads((trained / "unet/settings.json").read_text())
-    display = resolve_name(progress.DISPLAY)("unet", 10, 0, settings, [])
+    display = resolve_name(progress.DISPLAY)(progress.console, "unet", 10, 0, settings, [])
     display.remember({"loss": 0.5, "val_loss": 0.6, "val_loss_band_1": 0.7})
     text = drawn(display, 80)
     assert "0.6 (1.57)" in text

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lightdiff.errors import printable
 from lightdiff.extras.baselines import losses_beside
-from lightdiff.runtime.progress import Row, console, number, trending
+from lightdiff.runtime.progress import Row, number, trending
 
 UNITS = {"val_psnr": " dB"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -27,9 +27,12 @@ TREND = 32  # characters of a trend
 REMEMBERED = 1024  # values of each number that a trend may show
 
 
-def open_display(title: str, total: int, start: int, settings: Mapping[str, Any], past: Sequence[Row]) -> "Display":
+def open_display(
+    console: Console, title: str, total: int, start: int, settings: Mapping[str, Any], past: Sequence[Row]
+) -> "Display":
     """The display of a stage that has some rows of metrics already; `live.start()` shows it."""
     display = Display(title, total, start, losses_beside(settings) if settings else {})
+    display.live = Live(display, console=console)
     for row in past:
         display.remember(trending(row))
     return display
@@ -44,6 +47,7 @@ class Display:
     start: int = 0  # of them done before
     beside: Row = field(default_factory=dict)  # name of a number -> what is shown beside it
     done: int = field(init=False)
+    live: Live = field(init=False)
     now: dict[str, float] = field(
         default_factory=dict
     )  # unit -> number of which only the last matters, such as a speed
@@ -52,7 +56,7 @@ class Display:
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.done, self.live = self.start, Live(self, console=console)
+        self.done = self.start
 
     def remember(self, values: Mapping[str, float]) -> None:
         """Add values to the trends of their names."""

@@ -105,7 +105,9 @@ class Reporter:
         self._printed, self._settings = time.monotonic(), settings or {}
         shown = console.is_terminal and not console.quiet
         self._start, past = start, cut_metrics(metrics, start) if metrics is not None and metrics.is_file() else []
-        self._display: Any = resolve_name(DISPLAY)(title, total, start, self._settings, past) if shown else None
+        self._display: Any = (
+            resolve_name(DISPLAY)(console, title, total, start, self._settings, past) if shown else None
+        )
 
     @cached_property
     def _trackers(self) -> list[Any]:
