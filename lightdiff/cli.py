@@ -19,13 +19,15 @@ import typer
 
 from lightdiff import __version__, settings
 from lightdiff.architectures import Layer
-from lightdiff.errors import LightdiffError, RunError, Stopped, UserError, from_os, printable
+from lightdiff.defaults import following, preset_for
+from lightdiff.errors import LightdiffError, Stopped, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands, ending
 from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
 from lightdiff.runtime import SEVERAL, WORKER_FOLDER, DistEnv, outlive_readers, rank, restarted
 
 STAGES = "The five stages"
+UNEXPECTED = "lightdiff.extras.wrong_settings:unexpected"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
 
 app = typer.Typer(
@@ -113,14 +115,8 @@ def pick_preset(asked: str, saved: Layer, said: Layer) -> tuple[str, int]:
             return saved["preset"], size
         if device == "auto":
             device = import_module("lightdiff.runtime.processes").pick_device("auto").type
-        return import_module("lightdiff.defaults").preset_for(device), size
+        return preset_for(device), size
     return asked.removesuffix("auto"), 0  # the resolution is none, which is told later
-
-
-def follow(built: settings.Settings) -> Layer:
-    """What follows from a training's settings."""
-    layer: Layer = import_module("lightdiff.defaults").following(built)
-    return layer
 
 
 def inherit_encode(said: Layer) -> Layer:
@@ -192,7 +188,7 @@ COMMANDS = {
 } | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
     run, outlook = partial(run_stage, row.module, row.then), partial(estimate, row.estimate)
-    rules = (row.presets, pick_preset, follow) if row.presets else ()
+    rules = (row.presets, pick_preset, following) if row.presets else ()
     call = command(row.model, run, row.inherit, outlook, row.start.split(), row.example, *rules)
     app.command(name, rich_help_panel=row.panel, add_help_option=False)(call)
 add_commands(app)
@@ -212,21 +208,9 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv[1:2] and not isinstance(error, Stopped):
             raise
-        fail(error if isinstance(error, LightdiffError) else unexpected(error))
-
-
-def unexpected(error: Exception) -> LightdiffError:
-    """An error of another kind in our words: the system's, Typer's about how a command was typed, or a bug of ours."""
-    if isinstance(error, OSError):
-        return from_os(error)
-    if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
-        sys.exit(2)
-    if format_message := getattr(error, "format_message", None):
-        context: Any = getattr(error, "ctx", None)
-        more = f"'{context.command_path} --help' lists what there is" if context else ""
-        return UserError(format_message().rstrip("."), *filter(None, [more]))
-    what = f"{type(error).__name__}: {error}"
-    return RunError(what, "This should not happen; --debug before the command shows where.")
+        if isinstance(error, OSError):
+            fail(from_os(error))
+        fail(error if isinstance(error, LightdiffError) else resolve_name(UNEXPECTED)(error))
 
 
 def fail(error: LightdiffError) -> NoReturn:

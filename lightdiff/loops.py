@@ -3,7 +3,6 @@
 Nothing here imports torch.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -16,12 +15,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 Tracker = Literal["wandb", "trackio", "mlflow"]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(parse_numbers)]
-TRACKERS: Mapping[str, str] = {  # "module:class", imported when it is asked for
-    "tensorboard": "lightdiff.extras.trackers:TensorBoard",
-    "wandb": "lightdiff.extras.trackers:WandB",
-    "trackio": "lightdiff.extras.trackers:Trackio",
-    "mlflow": "lightdiff.extras.trackers:MLflow",
-}
 STEPS: JsonDict = {"replaces": "steps"}
 MEMORY: JsonDict = {"panel": "Memory"}
 

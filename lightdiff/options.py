@@ -206,18 +206,13 @@ def merge_two(model: type[BaseModel], below: Layer, above: Layer) -> Layer:
     field = model.model_fields.get
     result = {name: value for name, value in below.items() if extra(field(name), "replaces") not in above}
     for name, value in above.items():
-        group = group_model(field(name), result.get(name), value)
+        group, old = None, result.get(name)
+        if (known := field(name)) and isinstance(old, Mapping) and isinstance(value, Mapping):
+            kind = extra(known, "kind")
+            held = old.get(kind, getattr(known.default, kind, None))  # a layer that names none is of the default's kind
+            group = nested_model(known) if value.get(kind, held) == held else None
         result[name] = merge_two(group, result[name], value) if group else value
     return result
-
-
-def group_model(field: FieldInfo | None, old: Any, new: Any) -> type[BaseModel] | None:
-    """The model that two values of a field are both layers of; None where the new one replaces the old one."""
-    if not (field and isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return None
-    kind = extra(field, "kind")
-    held = old.get(kind, getattr(field.default, kind, None))  # a layer that names none is of the default's kind
-    return nested_model(field) if new.get(kind, held) == held else None
 
 
 def preset_layer(family: str, name: str, size: int = 0) -> Layer:
@@ -267,22 +262,20 @@ def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], fi
     Raises:
         UserError: If two flags stand for one another, or a setting belongs to another one that is off.
     """
-    for path, field in ruled.items():
-        if path in typed or (stated(file, path) and reduce(getattr, path, built) != default_of(type(built), path)):
-            check_effect(path, field, typed, built)
-
-
-def check_effect(path: Where, field: FieldInfo, typed: Collection[Where], built: BaseModel) -> None:
-    """Refuse one setting that would do nothing."""
     name = partial(flag, type(built))
-    rival = (*path[:-1], extra(field, "replaces"))
-    if path in typed and rival in typed:
-        raise UserError(f"--{name(path)} replaces --{name(rival)}: give only one of them")
-    needed, _, values = extra(field, "needs").partition("=")
-    other = (*path[:-1], needed)
-    value: Any = reduce(getattr, other, built) if needed else True
-    if value not in values.split("|") if values else not value:
-        raise UserError(f"--{name(path)} does nothing without --{name(other)} {values.replace('|', ' or ')}".rstrip())
+    for path, field in ruled.items():
+        changed = stated(file, path) and reduce(getattr, path, built) != default_of(type(built), path)
+        if path not in typed and not changed:
+            continue
+        rival = (*path[:-1], extra(field, "replaces"))
+        if path in typed and rival in typed:
+            raise UserError(f"--{name(path)} replaces --{name(rival)}: give only one of them")
+        needed, _, values = extra(field, "needs").partition("=")
+        other = (*path[:-1], needed)
+        value: Any = reduce(getattr, other, built) if needed else True
+        if value not in values.split("|") if values else not value:
+            words = values.replace("|", " or ")
+            raise UserError(f"--{name(path)} does nothing without --{name(other)} {words}".rstrip())
 
 
 def stated(layer: Any, path: Where) -> bool:

@@ -1,13 +1,11 @@
 """Where each stage's files lie below a run folder, how a later stage finds them, and how they are written."""
 
-import difflib
 import errno
 import itertools
 import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import stat
 import time
@@ -15,14 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from lightdiff.errors import NoRoom, RunError, UserError, from_os
+from lightdiff.errors import RunError, UserError, from_os
 
 TEMPORARY = ".tmp"
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
 MAKER = re.compile(r"~([^~]*)~(\d+)~[0-9a-f]+\.tmp$")  # in a temporary file's name: host and process
 ABANDONED = 24 * 3600  # seconds after which a temporary file of another host belongs to nobody
+
+CHECK_SPELLING = "lightdiff.extras.wrong_settings:check_spelling"
 
 INDEX = "index.safetensors"  # of a folder of latents
 VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
@@ -95,7 +96,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     for place in places:
         if (place / INDEX).is_file():
             return place
-    check_spelling(places[-1].parent)
+    resolve_name(CHECK_SPELLING)(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")
 
 
@@ -112,20 +113,8 @@ def _find(given: Path | None, places: list[Path], flag: str, folder: Path, comma
     for place in places:
         if place.is_file():
             return place
-    check_spelling(folder.parent)
+    resolve_name(CHECK_SPELLING)(folder.parent)
     raise UserError(f"{folder} holds no checkpoint: run '{command}' first, or point {flag} at one")
-
-
-def check_spelling(run: Path) -> None:
-    """Where there is no such run, but some of a similar name, say so instead of what is missing in it.
-
-    Raises:
-        UserError: If so.
-    """
-    beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() and not run.exists() else []
-    if near := difflib.get_close_matches(run.name, beside):
-        meant = " or ".join(str(run.parent / name) for name in near)
-        raise UserError(f"there is no run folder {run}; did you mean {meant}?")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -280,20 +269,6 @@ def start_time(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
-
-
-def check_disk_space(folder: Path, needed: int) -> None:
-    """Check that the disk has room for the next checkpoint.
-
-    Raises:
-        NoRoom: If not, with both numbers.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoRoom(
-            f"the disk of {folder} has {free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB: "
-            "make room, or lower --keep"
-        )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

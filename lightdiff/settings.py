@@ -238,12 +238,6 @@ class StageSettings(Settings):
         """The same settings with all that follows from others filled in."""
         return self
 
-    @property
-    def images_at_once(self) -> tuple[str, int]:
-        """The flag that says how many images memory must hold at a time, and its value."""
-        loop: LoopSettings | None = getattr(self, "loop", None)
-        return ("--micro-batch", loop.micro) if loop else ("--batch-size", getattr(self, "batch_size", 1))
-
 
 class TrainingSettings(StageSettings):
     """Base of the two trainings."""

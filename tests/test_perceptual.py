@@ -288,7 +288,7 @@ def test_weights_are_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatc
     before = socket.getdefaulttimeout()
     path = find_weights("alex")
     assert path == find_weights("alex") == cache / "alexnet-owt-7be5be79.pth"
-    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, ours.CONNECT_SECONDS)]
+    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, download.CONNECT_SECONDS)]
     assert socket.getdefaulttimeout() == before
 
 

@@ -101,7 +101,7 @@ def test_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_library_is_named_before_any_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightdiff.runtime.progress.find_spec", lambda name: None)
+    monkeypatch.setattr("lightdiff.extras.trackers.find_spec", lambda name: None)
     result = call("train-unet", "--run", run, *UNET_FLAGS, "--restart", "--track", "wandb")
     assert result.code == 2
     assert "--track wandb needs the library wandb: pip install 'lightdiff[wandb]'" in result.err
@@ -130,8 +130,7 @@ class Failing:
 def test_a_tracker_that_fails_ends_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = {"tensorboard": f"{__name__}:Failing", "json": f"{__name__}:nothing"}
-    monkeypatch.setattr("lightdiff.runtime.progress.TRACKERS", table)
+    monkeypatch.setattr("lightdiff.extras.trackers.KINDS", {"tensorboard": Failing})
     with Reporter("vae", 4, metrics=tmp_path / "metrics.jsonl", track=["json"]) as reporter:
         for step in range(1, 5):
             reporter.record({"step": step, "loss": 1.0})

@@ -16,7 +16,8 @@ from lightdiff.data.files import ImageFile
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.errors import UserError
 from lightdiff.extras import not_installed
-from lightdiff.models.lpips import check_finite, fetched, published_hash
+from lightdiff.extras.download import fetched
+from lightdiff.models.lpips import check_finite, published_hash
 from lightdiff.run_folder import open_regular
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import Reporter

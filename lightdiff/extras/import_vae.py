@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightdiff.checkpoint import DTYPES, Metadata
+from lightdiff.data.index import Statistics
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.hub import local_copy
 from lightdiff.extras.import_original import check_size, first_problem, import_content, is_plain, read, write
@@ -23,7 +24,7 @@ from lightdiff.extras.taesd import TinyVAESettings
 from lightdiff.models.kl import KLVAESettings
 from lightdiff.models.vae import build_vae
 from lightdiff.run_folder import RunFolder, open_regular, read_json
-from lightdiff.runtime.progress import print_note
+from lightdiff.runtime.progress import console, print_note
 from lightdiff.settings import ImageSettings, TrainVAESettings, VAEArchitecture
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -375,3 +376,13 @@ def finish(
     settings = TrainVAESettings(run=run, images=ImageSettings(resolution=resolution), model=model)
     metadata = Metadata(stage="vae", settings=settings.model_dump(mode="json"), extra={"imported": about})
     return write(here.vae.best, here.vae.last, tensors, metadata)
+
+
+def compare_factors(s: Statistics, imported: Any) -> None:
+    """Say how an imported VAE's own factors, by which its makers scaled latents, compare with those measured here."""
+    factors = imported if isinstance(imported, dict) else {}
+    factor, shift = (factors.get(name) or 0.0 for name in ("scaling_factor", "shift_factor"))
+    if isinstance(factor, float) and isinstance(shift, float) and factor:
+        measured = f"scaling factor {1 / max(s.std, 1e-6):.4f}, shift {s.mean:.4f}"
+        console.print(f"The VAE came with scaling factor {factor:g}, shift {shift:g}; these latents have {measured}.")
+        console.print("What is measured is used; where it is far from that, these images are unlike the VAE's.")

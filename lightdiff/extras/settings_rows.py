@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lightdiff.checkpoint import Metadata
+from lightdiff.extras.wrong_settings import flag_of
 from lightdiff.options import default_of, flag, flag_fields, format_value
-from lightdiff.runtime.resume import flag_of
 from lightdiff.settings import TrainUNetSettings, TrainVAESettings
 
 MODELS: dict[str, type[TrainVAESettings | TrainUNetSettings]] = {"vae": TrainVAESettings, "unet": TrainUNetSettings}

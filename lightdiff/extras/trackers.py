@@ -11,11 +11,13 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightdiff.errors import UserError
 from lightdiff.run_folder import atomic_write_text, read_json
 from lightdiff.settings import flat
 
@@ -183,3 +185,54 @@ class MLflow:
     def close(self) -> None:
         """Say that the run has ended."""
         self.client.set_terminated(self.number)
+
+
+KINDS: dict[str, Callable[[Path, int, Mapping[str, Any]], Any]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Check that the libraries of trackers are there.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    for name in names:
+        if not find_spec(name):
+            raise UserError(f"--track {name} needs the library {name}: pip install 'lightdiff[{name}]'")
+
+
+class Trackers:
+    """The trackers of a training: what one of them cannot do ends it, and nothing else."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        start: int,
+        settings: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        """Open those that can be opened; TensorBoard may not be installed."""
+        self.note, self.opened = note, list[Any]()
+        for name in names:
+            try:
+                self.opened.append(KINDS[name](folder, start, settings))
+            except ImportError:
+                continue
+            except Exception as error:  # of a network, a server, a library
+                note(f"{name} cannot be opened: {error}; the training goes on without it")
+
+    def tell(self, do: Callable[[Any], object]) -> None:
+        """Let every tracker do something."""
+        for tracker in [*self.opened]:
+            try:
+                do(tracker)
+            except Exception as error:
+                why = getattr(error, "strerror", None) or error
+                self.note(f"{tracker.name}'s files could not be written: {why}; there are no more of them")
+                self.opened.remove(tracker)

@@ -3,11 +3,10 @@
 import hashlib
 import logging
 import math
-import socket
 import warnings
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal, NamedTuple
 
 import lpips
@@ -21,7 +20,7 @@ from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Wei
 from lightdiff.errors import UserError
 
 Net = Literal["vgg", "alex", "squeeze"]
-CONNECT_SECONDS = 5.0  # a machine without a network should learn so at once
+FETCH = "lightdiff.extras.download:fetched"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ def find_weights(net: Net, file: Path | None = None) -> Path:
     if file is not None and not file.is_file():
         raise UserError(f"--lpips-weights: there is no file {file}")
     otherwise = "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0"
-    found = file or fetched(url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
+    if not (found := file or cached(url)).is_file():
+        found = resolve_name(FETCH)(url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
     with found.open("rb") as stream:  # 528 MB of VGG take half a second
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(published_hash(url)):
@@ -82,30 +82,6 @@ def check_finite(state: Mapping[str, Tensor], file: Path) -> None:
     """
     if odd := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{file} is no use: {odd[0]} holds values that are not finite; take the published weights")
-
-
-def fetched(url: str, need: str, otherwise: str) -> Path:
-    """A file of weights in torch's cache, downloaded if it is not there.
-
-    Raises:
-        UserError: If the download fails; says what is needed, and what else can be done.
-    """
-    file = cached(url)
-    if file.is_file():
-        return file
-    logger.info("downloading %s to %s", url, file)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch hands urlopen none
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), published_hash(url), progress=False)
-    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash differs
-        why = getattr(error, "reason", error)
-        advice = f"fetch {url} elsewhere and put it at {file}, {otherwise}"
-        raise UserError(f"{need}, and the download failed ({why}): {advice}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return file
 
 
 def load_lpips(net: Net, weights: Path | None) -> nn.Module:

@@ -9,9 +9,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from types import TracebackType
@@ -22,11 +21,11 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from lightdiff.errors import UserError, printable
-from lightdiff.loops import TRACKERS
+from lightdiff.errors import printable
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
 
 DISPLAY = "lightdiff.extras.display:open_display"  # the live one of a terminal
+TRACKERS, CHECK_TRACKERS = "lightdiff.extras.trackers:Trackers", "lightdiff.extras.trackers:check_installed"
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time", "lr", "kl_sum", "val_kl_sum"}
@@ -97,9 +96,8 @@ class Reporter:
         Raises:
             UserError: If the library of one of them is missing.
         """
-        for name in track:
-            if not find_spec(name):
-                raise UserError(f"--track {name} needs the library {name}: pip install 'lightdiff[{name}]'")
+        if track:
+            resolve_name(CHECK_TRACKERS)(track)
         self._track = ("tensorboard", *track)
         self.title, self.total, self._metrics = title, total, metrics
         self._printed, self._settings = time.monotonic(), settings or {}
@@ -110,19 +108,10 @@ class Reporter:
         )
 
     @cached_property
-    def _trackers(self) -> list[Any]:
+    def _trackers(self) -> Any:
         """Where numbers and pictures go from the first line of metrics on, which takes seconds to be opened."""
-        return [tracker for name in self._track if self._metrics and (tracker := self._open_tracker(name))]
-
-    def _open_tracker(self, name: str) -> Any:
-        """One of `TRACKERS`; None where it cannot be opened, or where TensorBoard is not installed."""
         assert self._metrics is not None
-        try:
-            return resolve_name(TRACKERS[name])(self._metrics.parent, self._start, self._settings)
-        except Exception as error:  # of a network, a server, a library
-            if not isinstance(error, ImportError):
-                self.note(f"{name} cannot be opened: {error}; the training goes on without it")
-            return None
+        return resolve_name(TRACKERS)(self._track, self._metrics.parent, self._start, self._settings, self.note)
 
     def __enter__(self) -> "Reporter":
         if self._display:
@@ -133,7 +122,7 @@ class Reporter:
         if self._display:
             self._display.live.stop()
         if "_trackers" in self.__dict__:
-            self._tell(lambda tracker: tracker.close())
+            self._trackers.tell(lambda tracker: tracker.close())
 
     def advance(
         self, done: int, losses: Mapping[str, float] | None = None, speed: Mapping[str, float] | None = None
@@ -165,7 +154,7 @@ class Reporter:
             return
         append_text(self._metrics, json.dumps(dict(values)) + "\n")
         step = int(values["step"])
-        self._tell(lambda tracker: tracker.record(values, step))
+        self._trackers.tell(lambda tracker: tracker.record(values, step))
 
     def flush(self) -> None:
         """Put all lines of metrics.jsonl on the disk, as a checkpoint follows that relies on them."""
@@ -182,17 +171,8 @@ class Reporter:
         """Show where the last picture is, and the picture in trackers."""
         if self._display:
             self._display.files["last picture"] = path
-        self._tell(lambda tracker: tracker.picture(path, step))
-
-    def _tell(self, do: Callable[[Any], object]) -> None:
-        """Let every tracker do something; what one of them cannot do ends it, and nothing else."""
-        for tracker in [*self._trackers]:
-            try:
-                do(tracker)
-            except Exception as error:
-                why = getattr(error, "strerror", None) or error
-                self.note(f"{tracker.name}'s files could not be written: {why}; there are no more of them")
-                self._trackers.remove(tracker)
+        if self._metrics is not None:
+            self._trackers.tell(lambda tracker: tracker.picture(path, step))
 
 
 # --- metrics.jsonl -----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ RESUME_MAY_CHANGE = (
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
+OTHER_SETTING = "lightdiff.extras.wrong_settings:other_setting"
 START_OVER = "lightdiff.extras.set_aside:start_over"
 STEP_FILE = "lightdiff.extras.set_aside:step_file"
 SET_NEWER_ASIDE = "lightdiff.extras.set_aside:set_newer_aside"
@@ -97,18 +98,8 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
         if name in RESUME_MAY_DECIDE and not old:
             continue
         if name in RESUME_MUST_MATCH or not {name, name.split(".")[0]} & set(RESUME_MAY_CHANGE):
-            if name.startswith("latent."):
-                raise UserError(f"{folder} was trained on other latents ({name}): choose another --run, or --restart")
-            flag = flag_of(name) if name != "command" else "lightdiff"
-            what = f"without {flag} {new}" if old in ("", None) else f"with {flag} {old}, not {new}"
-            raise UserError(f"{folder} was started {what}: {advice}")
+            raise resolve_name(OTHER_SETTING)(folder, name, old, new, advice)
     return changed
-
-
-def flag_of(name: str) -> str:
-    """A setting's name as the user types it."""
-    group, _, field = name.rpartition(".")
-    return "--" + (f"{group}.{field}" if group == "model" else field).rstrip("_").replace("_", "-")
 
 
 def load_initial_weights(model: nn.Module, path: Path, name: str) -> None:

@@ -1,7 +1,6 @@
 """How every stage begins and ends: joins processes, locks the folder, resolves `auto`, handles signals and errors."""
 
 import json
-import math
 import os
 import signal
 import threading
@@ -20,7 +19,7 @@ from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.defaults import FEW, with_intervals
-from lightdiff.errors import RunError, Stopped, from_os
+from lightdiff.errors import Stopped, from_os
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
 from lightdiff.runtime import COMPILE, SEVERAL, DistEnv, resume
 from lightdiff.runtime.lock import open_stage_dir
@@ -39,6 +38,7 @@ from lightdiff.settings import (
 
 S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
+OUT_OF_MEMORY = "lightdiff.extras.out_of_memory:out_of_memory"
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGREE_EVERY, AGREE_STEPS = 1.0, 64  # seconds, about, and steps at most until all processes agree again
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
@@ -350,12 +350,6 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
     except torch.OutOfMemoryError as error:
-        flag, images = settings.images_at_once
-        if isinstance(settings, TrainingSettings):  # of which each process has its share
-            images = min(images, math.ceil(settings.loop.batch_size / DistEnv.from_env(os.environ).world_size))
-        size = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0.0
-        advice = f"try {flag} {images // 2}" if images > 1 else "a smaller network or --resolution is needed"
-        what = f"the GPU's memory ({size:.0f} GB) does not suffice for {images} images at a time"
-        raise RunError(f"{what}: {advice}; {untouched(settings)}") from error
+        raise resolve_name(OUT_OF_MEMORY)(settings) from error
     except OSError as error:
         raise from_os(error) from error

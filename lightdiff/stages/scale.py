@@ -3,7 +3,8 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from pkgutil import resolve_name
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import ScaleSettings
 
+COMPARE_IMPORTED = "lightdiff.extras.import_vae:compare_factors"
 CHUNK = 1 << 18  # numbers added at a time, so that they stay in the processor's cache
 DEAD_BITS = 0.05  # per latent element: a channel with less carries no information
 
@@ -44,8 +46,9 @@ def run(settings: ScaleSettings) -> Path:
         index.statistics = statistics(moments, settings).model_copy(update={"latents": index.digest})
         stage.processes.run_on_main(lambda: index.write(stage.path / INDEX))
         print_statistics(index.statistics, settings)
-        if (vae := stage.path / VAE_COPY).is_file():
-            compare_imported(index.statistics, Checkpoint(vae, "vae").metadata.extra.get("imported"))
+        vae = stage.path / VAE_COPY
+        if vae.is_file() and (imported := Checkpoint(vae, "vae").metadata.extra.get("imported")):
+            resolve_name(COMPARE_IMPORTED)(index.statistics, imported)
         return stage.path / INDEX
 
 
@@ -145,16 +148,6 @@ def print_statistics(s: Statistics, settings: ScaleSettings) -> None:
         console.print(f"The scaling factor {settings.scaling_factor} was set by hand: x0 has a std of {std:.3f}.")
     for warning in channel_warnings(s):
         console.print(f"warning: {warning}", style="yellow")
-
-
-def compare_imported(s: Statistics, imported: Any) -> None:
-    """Say how an imported VAE's own factors, by which its makers scaled latents, compare with those measured here."""
-    factors = imported if isinstance(imported, dict) else {}
-    factor, shift = (factors.get(name) or 0.0 for name in ("scaling_factor", "shift_factor"))
-    if isinstance(factor, float) and isinstance(shift, float) and factor:
-        measured = f"scaling factor {1 / max(s.std, 1e-6):.4f}, shift {s.mean:.4f}"
-        console.print(f"The VAE came with scaling factor {factor:g}, shift {shift:g}; these latents have {measured}.")
-        console.print("What is measured is used; where it is far from that, these images are unlike the VAE's.")
 
 
 def channel_bits(s: Statistics) -> list[float]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, ema_prefixes, load_weights
 from lightdiff.data.order import generator
-from lightdiff.errors import RunError, Stopped, UserError
-from lightdiff.run_folder import check_disk_space
+from lightdiff.errors import NoRoom, RunError, Stopped, UserError
 from lightdiff.runtime import COMPILE
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter, trending
@@ -156,8 +156,15 @@ class Trainer:
         return (1 + len(self.emas)) * weights + optimizers.optimizer_state_bytes(self.model, self.loop)
 
     def check_room(self) -> None:
-        """Check that the disk has room for the next save: the new file lies beside the old ones until it is whole."""
-        check_disk_space(self.stage.folder.checkpoints, self.snapshot_bytes + SMALL_FILES)
+        """Check that the disk has room for the next save: the new file lies beside the old ones until it is whole.
+
+        Raises:
+            NoRoom: If not, with both numbers.
+        """
+        folder, needed = self.stage.folder.checkpoints, self.snapshot_bytes + SMALL_FILES
+        if (free := shutil.disk_usage(folder).free) < needed:
+            room = f"{free / 1e9:.2f} GB left, but the next checkpoint needs {needed / 1e9:.2f} GB"
+            raise NoRoom(f"the disk of {folder} has {room}: make room, or lower --keep")
 
     def optimizer_state(self) -> Tensors:
         """What the optimizers keep of each parameter, by kind and name."""
