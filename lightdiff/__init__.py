@@ -18,7 +18,9 @@ A map of the package, in the order in which images travel:
     run_folder.py          where each stage's files lie
     pipeline.py            the library in four calls: load, encode, sample, decode
     pictures.py            grids and animations
-    extras/                edit, walk, evaluate, sweep, report, show, demo and more; never imported by the core
+    extras/                edit, walk, evaluate, sweep, report, show, demo and more; and what most runs do without
+
+The core imports no extra; it names those that some runs need as text, as "module:function".
 
 Nothing here imports torch, so that `lightdiff --help` answers at once.
 """

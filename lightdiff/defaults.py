@@ -51,8 +51,7 @@ def with_intervals(loop: LoopSettings, total: int, begun: Mapping[str, Any]) -> 
     """The loop with its steps, and the warm-up and intervals that nobody has set: those begun with, or fitting ones."""
     part = max(1, total // TIMES)
     fitting = {"warmup_steps": min(100, part), "val_every": min(1000, part), "save_every": min(1000, part)}
-    unset = [name for name in fitting if getattr(loop, name) is None]
-    known = {name: begun.get(f"loop.{name}") for name in unset}
-    chosen = {name: fitting[name] if known[name] is None else known[name] for name in unset}
+    fitting |= {name: known for name in fitting if (known := begun.get(f"loop.{name}")) is not None}
+    chosen = {name: value for name, value in fitting.items() if getattr(loop, name) is None}
     limited = {"steps": total, "max_passes": 0.0} if loop.max_passes and not loop.epochs else {}
     return with_changes(loop, **chosen, **limited)

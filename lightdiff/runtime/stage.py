@@ -139,8 +139,7 @@ class Stage(Generic[S]):
         """
         self.total_steps = self.loop.total_steps(task.train_items)
         self.resolve_auto("compile", partial(self.pick_compile, task))
-        loop = with_intervals(self.loop, self.total_steps, self.begun)
-        self.settings = with_changes(self.settings, loop=loop)
+        self.settings = with_changes(self.settings, loop=with_intervals(self.loop, self.total_steps, self.begun))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
             return self.resume(self.saved, task)
@@ -161,12 +160,11 @@ class Stage(Generic[S]):
 
     def announce(self, task: Trainable) -> None:
         """Print what is about to be trained, and how."""
-        on = f"{self.processes.world_size} processes on " if self.processes.world_size > 1 else ""
-        passes = self.total_steps * self.loop.batch_size / task.train_items
-        steps = f"{self.total_steps} steps, batch size {self.loop.batch_size}: {passes:.3g} passes over the data"
-        how = f"{on}{self.device.type}, {self.loop.precision}"
-        console.print(task.summary, f"{steps}; {how}; pictures: {self.folder.images}", sep="\n", soft_wrap=True)
-        loop, warmup = self.loop, self.loop.warmup_steps or 0
+        loop, total, warmup = self.loop, self.total_steps, self.loop.warmup_steps or 0
+        passes = f"{total * loop.batch_size / task.train_items:.3g} passes over the data"
+        on = f"{self.processes.world_size} processes on " * (self.processes.world_size > 1) + self.device.type
+        how = f"{total} steps, batch size {loop.batch_size}: {passes}; {on}, {loop.precision}"
+        console.print(task.summary, f"{how}; pictures: {self.folder.images}", sep="\n", soft_wrap=True)
         chosen = [f"preset {preset}"] if (preset := getattr(self.settings, "preset", "")) else []
         chosen += [f"KL weight {loss.kl_beta:.3g}"] if (loss := getattr(self.settings, "loss", None)) else []
         chosen += [f"lr {loop.lr:.3g}", f"warm-up of {warmup} steps"]
@@ -174,10 +172,9 @@ class Stage(Generic[S]):
         if task.train_items < FEW:
             better = "a smaller network (--preset tiny), or --init-from a model of similar images, makes more of them"
             print_note(f"{task.train_items} training images are few, and samples may be copies of them: {better}")
-        if warmup > self.total_steps:
-            longer, lr = f"{warmup} is longer than this run of {self.total_steps} steps", self.loop.lr
-            ends = f"the learning rate ends at {lr * self.total_steps / warmup:.2g}, not --lr {lr:g}"
-            console.print(f"note: --warmup-steps {longer}: {ends}")
+        if warmup > total:
+            ends = f"the learning rate ends at {loop.lr * total / warmup:.2g}, not --lr {loop.lr:g}"
+            console.print(f"note: --warmup-steps {warmup} is longer than this run of {total} steps: {ends}")
         if not task.val_items:
             newest = "best.safetensors is the newest state, not the best; a larger --val-share holds some images out"
             print_note(f"there are no validation images, so nothing is validated: {newest}")
