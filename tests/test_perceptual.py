@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
+from lightdiff.extras.download import CONNECT_SECONDS
 from lightdiff.models import lpips as ours
 from lightdiff.models.lpips import TRUNKS, Net, PerceptualLoss, find_weights, load_lpips
 from lightdiff.models.vae import build_vae
@@ -288,7 +289,7 @@ def test_weights_are_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatc
     before = socket.getdefaulttimeout()
     path = find_weights("alex")
     assert path == find_weights("alex") == cache / "alexnet-owt-7be5be79.pth"
-    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, download.CONNECT_SECONDS)]
+    assert calls == [(TRUNKS["alex"].url, str(path), "7be5be79", False, CONNECT_SECONDS)]
     assert socket.getdefaulttimeout() == before
 
 

@@ -17,11 +17,11 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 
 # From a command to the first optimizer step, or to the first call of the U-Net.
 TRIP = {
-    "train-vae": {"lines": 920, "files": 34},
-    "train-unet": {"lines": 814, "files": 30},
+    "train-vae": {"lines": 898, "files": 32},
+    "train-unet": {"lines": 789, "files": 28},
     "generate": {"lines": 616, "files": 22},
 }
-CORE_LINES = 6_428
+CORE_LINES = 5_753
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 
