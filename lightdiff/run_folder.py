@@ -4,11 +4,9 @@ import errno
 import itertools
 import json
 import os
-import re
 import secrets
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -20,9 +18,8 @@ from lightdiff.errors import RunError, UserError, from_os
 
 TEMPORARY = ".tmp"
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
-MAKER = re.compile(r"~([^~]*)~(\d+)~[0-9a-f]+\.tmp$")  # in a temporary file's name: host and process
-ABANDONED = 24 * 3600  # seconds after which a temporary file of another host belongs to nobody
 
+REMOVE_UNLESS_WRITTEN = "lightdiff.extras.abandoned:remove_unless_written"
 CHECK_SPELLING = "lightdiff.extras.wrong_settings:check_spelling"
 
 INDEX = "index.safetensors"  # of a folder of latents
@@ -230,24 +227,13 @@ def remove_abandoned(run: RunFolder) -> None:
     """Remove what killed processes left half-written anywhere in a run; what others are writing just now stays."""
     owned = (run.vae.path, run.unet.path, run.latents, run.samples, run.path / "evaluation")
     for path in itertools.chain(run.path.glob(f".*{TEMPORARY}"), *map(temporaries, owned)):
-        with suppress(OSError):
-            if not being_written(path):
-                path.unlink()
+        resolve_name(REMOVE_UNLESS_WRITTEN)(path)
 
 
 def temporaries(folder: Path) -> Iterator[Path]:
     """The temporary files in a folder and below it."""
     for home, _, names in os.walk(folder):
         yield from (Path(home, name) for name in names if name.startswith(".") and name.endswith(TEMPORARY))
-
-
-def being_written(temporary: Path) -> bool:
-    """Whether the process that a temporary file's name tells of may still be writing it."""
-    if not (maker := MAKER.search(temporary.name)):
-        return False
-    if maker[1] == socket.gethostname():
-        return process_runs(int(maker[2]))
-    return time.time() - temporary.stat().st_mtime < ABANDONED
 
 
 def process_runs(pid: int, started: str = "") -> bool:

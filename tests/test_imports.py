@@ -252,6 +252,7 @@ def test_an_ordinary_folder_of_pictures_imports_nothing_on_demand(tmp_path: Path
 
 # What plain runs of the five stages, in one process and without a terminal, do not need
 RARE = {"display", "guide", "narrow_help", "nonfinite", "set_aside", "settings_file", "several", "wrong_settings"}
+RARE |= {"abandoned", "download", "out_of_memory"}
 RARE |= {f"several.{name}" for name in ("group", "launcher", "worker")}
 RARE_IN = {
     "train-vae": RARE | {"compile"},

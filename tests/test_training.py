@@ -790,7 +790,7 @@ def test_the_first_lines_tell_passes_and_where_pictures_will_be(tmp_path, faces,
 
 
 def test_missing_room_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(RunError, match=r"has 0.00 GB left, but the next checkpoint needs 0.01 GB"):
         fit(tmp_path)
     assert not StageFolder(tmp_path).last.exists()

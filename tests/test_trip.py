@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 789, "files": 28},
     "generate": {"lines": 616, "files": 22},
 }
-CORE_LINES = 5_753
+CORE_LINES = 5_742
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 
