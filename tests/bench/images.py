@@ -6,7 +6,6 @@ Results are added to docs/benchmarks/images.json, from which images.svg beside i
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -59,10 +58,10 @@ def search(folder: Path, count: int) -> dict[str, float]:
     """The first search for images, and the list that is kept."""
     place = folder / f"{count}.names"
     place.touch()
-    before, began = resident("RssAnon"), time.process_time()
+    before, whole, began = resident("RssAnon"), resident("VmRSS"), time.process_time()
     found = find_images((place,), 0.05)
     seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = resident("VmHWM") - whole
     found.files.table.write(folder / "images.safetensors")
     return {"search s": seconds, "its peak B an image": peak / count, "list B an image": used(before) / count}
 

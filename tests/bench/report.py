@@ -128,7 +128,8 @@ def growth(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
             cells = [f"{row[n] / 1e6:,.0f} MB" if n == "memory" else f"{row[n]:.3g}" for n in names]
             table.append(f"| {int(value):,} | " + " | ".join(cells) + " |")
         parts.append("\n".join(table))
-    return parts
+    plot = "![Seconds grow with the number of images, bytes an image hardly](benchmarks/images.svg)"
+    return [*parts, f"{plot}\n\n*Lists of images, `python -m tests.bench.images`; [remarks](#remarks) have the table.*"]
 
 
 def quality(found: dict[str, Any]) -> list[str]:

@@ -18,7 +18,9 @@ COLLAPSED_KL = 0.02  # nats per element: of a normal channel, all but 1 - exp(-2
 KL_SHARE, KL_PSNR = 0.5, 25.0
 # beta 1e-4 leaves a sigma of 0.02 of the std or more; below 0.003, the decoder has learnt nothing about small errors.
 MIN_SIGMA = 0.003
-MAX_PATTERN = 1.0  # grey levels of 256, about what an eye can see on even ground; healthy VAEs have 0.02 to 0.3
+# Grey levels of 256, about what an eye can see on even ground. Five trained VAEs, of drawn faces and photographs of 16
+# to 64 px, have 0.0, 0.1, 0.2, 0.2 and 0.7 +- 0.4; with a checkerboard of 2.55 added, 2.5 to 2.7.
+MAX_PATTERN = 1.0
 SIGMAS = 3.0  # times what chance alone would give
 LOW_PSNR = 20.0  # dB: an error of a tenth of the range, 26 of 256 grey levels
 
