@@ -19,6 +19,7 @@ from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.extras.baselines import BAND_LOSSES, baselines_of
 from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.extras.toy_faces import draw_face, random_face
+from lightdiff.losses import psnr
 from lightdiff.pictures import grid, save_png
 from lightdiff.pipeline import load_vae
 from lightdiff.run_folder import RunFolder
@@ -103,18 +104,26 @@ def draw_bands(run: RunFolder, path: Path) -> None:
 
 @torch.inference_mode()
 def draw_betas(runs: list[Path], path: Path) -> None:
-    """What VAEs of several betas make of a latent, of it with noise, and of those between it and another."""
+    """What VAEs of several betas make of a latent, of it with noise, and of those between it and another.
+
+    Prints sigma as a share of each channel's std, and the PSNR of decoded latents with that noise to those without.
+    """
     rows = []
     for run in runs:
         saved = Checkpoint(RunFolder(run).vae.last, "vae")
         vae, _ = load_vae(saved, CPU)
-        mu = vae.encoder(faces(64, saved.settings(ImageSettings, "images").resolution.height)).mu
+        posterior = vae.encoder(faces(64, saved.settings(ImageSettings, "images").resolution.height))
+        mu, beta = posterior.mu, saved.settings(VAELossSettings, "loss").kl_beta
         std = mu.std((0, 2, 3), keepdim=True)
+        widths = (posterior.logvar / 2).exp().mean((0, 2, 3)) / std.flatten()
+        each = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0))
+        still, moved = (vae.decoder(z).clamp(-1, 1) for z in (mu, mu + JITTER * std * each))
+        print(f"beta {beta:g}: sigma {widths.min():.0%} to {widths.max():.0%}; {psnr(still, moved).mean():.1f} dB")
         noise = torch.randn(mu[:1].shape, generator=torch.Generator().manual_seed(0))
         one, other = mu[:1], mu[1:2]
         shown = [one, one + JITTER * std * noise, *(torch.lerp(one, other, share) for share in BETWEEN), other]
         cells = [picture(x) for x in vae.decoder(torch.cat(shown)).clamp(-1, 1)]
-        rows.append((saved.settings(VAELossSettings, "loss").kl_beta, cells))
+        rows.append((beta, cells))
     rows.sort(key=lambda row: row[0])
     heads = ["a face", "jittered", *(f"{share:.0%}" for share in BETWEEN), "another"]
     labels = Heading("beta", [f"{beta:g}" for beta, _ in rows])
