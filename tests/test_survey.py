@@ -14,7 +14,7 @@ from lightdiff.data import survey
 from lightdiff.data.files import scan
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageDataset
-from lightdiff.data.survey import note_sizes
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.extras.data import colours
 from lightdiff.settings import ImageSettings
 
@@ -32,7 +32,8 @@ def surveyed(folder: Path, **settings: Any) -> tuple[ImageSettings, str]:
     """The image settings with the whites found, and what was printed."""
     images, notes = ImageSettings(data=(folder,), resolution=16, **settings), list[str]()
     files = scan(images.data, 0)
-    images = survey.survey(images, files, notes.append)
+    images = with_whites(images, files, notes.append)
+    note_sizes(images, files, notes.append)
     return images, "\n".join(notes)
 
 

@@ -23,13 +23,6 @@ LARGE, LARGE_SIDE = 4, 512  # times the resolution, and pixels a side, from whic
 REDUCED = ("JPEG", "MPO")  # formats that are decoded at about the size needed
 
 
-def survey(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSettings:
-    """The settings `with_whites`; sizes that are worth a word are told, too."""
-    images = with_whites(images, files, tell)
-    note_sizes(images, files, tell)
-    return images
-
-
 def with_whites(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSettings:
     """The settings with the value of white in 16-bit and float images, found once for all of them and told."""
     deep = list[tuple[ImageFile, str]]()

@@ -24,7 +24,7 @@ from PIL import Image
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images
 from lightdiff.data.loading import ImageDataset
-from lightdiff.data.survey import survey
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import ImageList
 from lightdiff.errors import UserError
 from lightdiff.run_folder import atomic_write, atomic_write_text, ensure_writable, read_json, remove_temporaries
@@ -100,7 +100,8 @@ def pack(
     ensure_writable(out)
     remove_temporaries(out)
     files = list_images(images, console)
-    images = survey(images, files, print_note)
+    images = with_whites(images, files, print_note)
+    note_sizes(images, files, print_note)
     dataset = ImageDataset(files, images, seed=0, train=False)
     plan = Plan(out, dataset, files, kind, quality, shards, shard_size)
     done = begin(plan)

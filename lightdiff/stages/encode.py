@@ -19,7 +19,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
 from lightdiff.data.loading import ImageDataset, OnBad, load_batches
-from lightdiff.data.survey import survey
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import FINGERPRINT, Fingerprint, ImageList
 from lightdiff.errors import RunError, UserError
 from lightdiff.pipeline import load_vae, vae_digest
@@ -42,8 +42,9 @@ def run(settings: EncodeSettings) -> Path:
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
         files = list_images(settings.images, console, RunFolder(settings.run).vae.image_list)
-        images = processes.run_on_main(lambda: survey(settings.images, files, print_note))
+        images = processes.run_on_main(lambda: with_whites(settings.images, files, print_note))
         settings = stage.settings = with_changes(settings, images=images)
+        processes.run_on_main(lambda: note_sizes(images, files, print_note))
         index = plan(settings, saved, model, files)
         processes.check_same("list of images or VAE", (index.list_digest(), index.vae_digest))
         on_bad = partial(BadFiles(stage.folder.bad_files, len(files), settings.images.max_bad).add, files)

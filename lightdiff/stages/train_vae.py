@@ -17,7 +17,7 @@ from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
 from lightdiff.data.order import Mixture, Order, item_noise
-from lightdiff.data.survey import survey
+from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import ImageList
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
@@ -35,7 +35,7 @@ def run(settings: TrainVAESettings) -> Path:
     """Train a VAE and return its best checkpoint."""
     with open_stage(settings, "vae") as stage:
         files = list_images(stage.settings.images, console, stage.folder.image_list)
-        images = stage.processes.run_on_main(lambda: survey(stage.settings.images, files, print_note))
+        images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
         table = files.table
         digest = table.list_digest()
@@ -44,6 +44,7 @@ def run(settings: TrainVAESettings) -> Path:
         stage.processes.run_on_main(lambda: table.look(lookers(images.data)))
         if stage.saved is not None:
             stage.processes.run_on_main(partial(on_demand("changes:compare_images"), stage, stage.saved, table))
+        stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))
         if stage.start_or_resume(task, {"data": digest}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
