@@ -49,10 +49,12 @@ class GPUMemory:
         """Peak bytes of all tensors in a step of one micro-batch of so many images, or of several.
 
         On the way back, gradients of weights take the room that activations leave, unless those of an earlier
-        micro-batch are there already. Muon's step needs twice as much again as the gradients, AdamW's nothing.
+        micro-batch are there already. Muon's step needs twice as much again as its gradients, AdamW's nothing.
         """
         always = self.weights + self.optimizer + self.averaged + self.lpips
-        return always + max(self.copies + images * self.image + several * self.gradients, 3 * self.gradients)
+        by_muon = 2 * self.gradients - self.optimizer  # of the gradients: it keeps one average, AdamW two
+        step = self.gradients + 2 * by_muon
+        return always + max(self.copies + images * self.image + several * self.gradients, step)
 
     def total(self, images: int, several: bool) -> float:
         """The same with what is no tensor, which is assumed and not measured."""
