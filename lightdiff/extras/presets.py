@@ -107,7 +107,7 @@ def add_row(
         f"{fixed / 1e6:.0f} MB",
         f"{activation_bytes(model, inputs) / 1e6:.1f} MB",
         f"{images / 1e6:.3g} M",
-        f"{images * BACKWARD * flops.get_total_flops() / speed / 3600:.2g}",
+        f"{float(f'{images * BACKWARD * flops.get_total_flops() / speed / 3600:.2g}'):,g}",
     )
 
 
