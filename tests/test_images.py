@@ -237,7 +237,7 @@ def test_pillow_warns_nobody_in_any_thread(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", textwrap.dedent(code)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=60, capture_output=True, text=True, check=False,
+        timeout=600, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout == f"{[(24, 18)] * 4}\n", done.stderr
     assert "PIL" not in done.stderr
@@ -650,7 +650,7 @@ def run_program(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
         """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(before) + textwrap.dedent(code)],
-        cwd=Path(__file__).parents[1], timeout=60, capture_output=True, text=True,
+        cwd=Path(__file__).parents[1], timeout=600, capture_output=True, text=True,
     )  # fmt: skip
 
 

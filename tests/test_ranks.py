@@ -67,7 +67,7 @@ def run_many(job: str, folder: Path, size: int, launcher: tuple[str, ...] = TORC
         )
         for number in range(size)
     ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     for number, process in enumerate(processes):
         assert process.returncode == 0, f"process {number} of {size}:\n{said[number]}"
     return said
@@ -202,7 +202,7 @@ def test_stages_in_turn_meet_again_under_torchs_agent(tmp_path):
     draw_dataset(tmp_path / "faces", 12, 0, 16)
     agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [sys.executable, "-m", *agent, "-m", "tests.bench.many", "in_turn", str(tmp_path)]
-    done = subprocess.run(words, cwd=HOME, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, cwd=HOME, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert Checkpoint(RunFolder(tmp_path / "run").vae.last).metadata.step == 3
 
@@ -306,7 +306,7 @@ def meet(tmp_path: Path, **environment: str) -> str:
         env=shared | {"PYTHONPATH": str(HOME)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1, done.stderr
@@ -371,7 +371,7 @@ cli.main()
             env=alone | {"PYTHONPATH": str(HOME), "RANK": "0", "WORLD_SIZE": str(world)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
         assert (done.returncode == 2) == (world == 2), done.stderr
