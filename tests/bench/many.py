@@ -192,6 +192,7 @@ def refused(folder: Path, processes: Processes) -> None:
 def in_turn(folder: Path, processes: Processes) -> None:
     """One stage after the other, each of which meets the other processes anew."""
     torch.set_num_threads(1)
+    processes.all_reduce_max(0, patient=True)  # all have met before one of them leaves
     shutdown()
     for steps in (2, 3):
         train_vae.run(vae_settings(folder, steps=steps))

@@ -32,8 +32,7 @@ def launch(settings: StageSettings, arguments: list[str]) -> None:
         Stopped: If the run was asked to stop.
         RunError: If a process failed or died, with which and why.
     """
-    with tempfile.TemporaryDirectory(prefix="lightdiff-") as folder:
-        Launch(Path(folder), settings, arguments).run()
+    Launch(Path(tempfile.mkdtemp(prefix="lightdiff-")), settings, arguments).run()
 
 
 class Launch:
@@ -64,9 +63,10 @@ class Launch:
                         late = self._workers() - self.reached  # those that register late, too
                         self.reached |= late
                         tell(late, signal.SIGTERM)
-            finally:
+                self._conclude()
+            finally:  # while signals that come again are still heard
                 del os.environ[WORKER_FOLDER], os.environ[LAUNCHER]
-            self._conclude()
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _agent(self) -> None:
         try:
