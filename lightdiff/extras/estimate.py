@@ -3,10 +3,8 @@
 For a GPU, what it will hold is worked out; on a machine without one, nothing is timed.
 """
 
-import ctypes
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,8 +89,6 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
 
     seconds, copy = time_step(trainer, batch), trainer.snapshot_bytes
     del trainer, batch, inputs, task  # or the next ones would be counted on top
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)  # what `keep_memory` has kept is in pieces that do not fit
     seconds = batch_seconds(first, batch_size, lambda size: time_step(*prepare(size)[:2]), seconds)
     if not on_gpu and all(peaks.values()):  # which Windows does not tell
         taken = process_memory(peaks, settings.loop.micro) + copy
