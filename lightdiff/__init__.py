@@ -20,7 +20,7 @@ A map of the package, in the order in which images travel:
     pictures.py            grids and animations
     extras/                edit, walk, evaluate, sweep, report, show, demo and more; and what most runs do without
 
-The core imports no extra; it names those that some runs need as text, as "module:function".
+The core imports no extra; what only some runs need it names as text and imports `on_demand`.
 
 Nothing here imports torch, so that `lightdiff --help` answers at once.
 """

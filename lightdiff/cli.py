@@ -12,7 +12,6 @@ from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
@@ -22,12 +21,12 @@ from lightdiff.architectures import Layer
 from lightdiff.defaults import following, preset_for
 from lightdiff.errors import LightdiffError, Stopped, from_os, printable
 from lightdiff.extras.commands import EXTRAS, add_commands, ending
+from lightdiff.on_demand import on_demand
 from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
-from lightdiff.runtime import SEVERAL, WORKER_FOLDER, DistEnv, outlive_readers, rank, restarted
+from lightdiff.runtime import WORKER_FOLDER, DistEnv, outlive_readers, rank, restarted
 
 STAGES = "The five stages"
-UNEXPECTED = "lightdiff.extras.wrong_settings:unexpected"
 ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a stopped run
 
 app = typer.Typer(
@@ -59,7 +58,7 @@ def run_stage(module: str, then: str, chosen: settings.Settings) -> None:
     began = time.monotonic()
     job = getattr(chosen, "job", settings.JobSettings())
     if WORKER_FOLDER not in os.environ and job.nproc_per_node > 1:
-        resolve_name(f"{SEVERAL}.launcher:launch")(chosen, sys.argv[1:])
+        on_demand("several.launcher:launch")(chosen, sys.argv[1:])
         return
     try:
         made = import_module(f"lightdiff.{module}").run(chosen)
@@ -201,7 +200,7 @@ def main() -> None:
     outlive_readers()
     try:
         if DistEnv.from_env(os.environ).world_size > 1:
-            resolve_name(f"{SEVERAL}.worker:begin")()
+            on_demand("several.worker:begin")()
         sys.exit(app(prog_name="lightdiff", standalone_mode=False))
     except typer.Abort:
         fail(Stopped("interrupted; what was saved is untouched", 128 + signal.SIGINT))
@@ -210,7 +209,7 @@ def main() -> None:
             raise
         if isinstance(error, OSError):
             fail(from_os(error))
-        fail(error if isinstance(error, LightdiffError) else resolve_name(UNEXPECTED)(error))
+        fail(error if isinstance(error, LightdiffError) else on_demand("wrong_settings:unexpected")(error))
 
 
 def fail(error: LightdiffError) -> NoReturn:
@@ -220,7 +219,7 @@ def fail(error: LightdiffError) -> NoReturn:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
     if DistEnv.from_env(os.environ).world_size > 1:
-        resolve_name(f"{SEVERAL}.worker:fail")(error, tell)
+        on_demand("several.worker:fail")(error, tell)
     tell(error)
     sys.exit(error.exit_code)
 

@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
-from pkgutil import resolve_name
 from shutil import get_terminal_size
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from lightdiff.architectures import Layer
 from lightdiff.errors import UserError, shorten
+from lightdiff.on_demand import on_demand
 
 Where = tuple[str, ...]  # the names that lead to a field: ("loop", "lr")
 Preset = Literal["auto", "tiny", "small", "base-s", "base", "base-l", "kl-f8", "original"]
@@ -33,9 +33,6 @@ OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside th
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
 NARROW = 60  # columns of a terminal below which help is no table
-NARROW_HELP = "lightdiff.extras.narrow_help:narrow_help"
-READ_SETTINGS = "lightdiff.extras.settings_file:read_settings"
-EXPLAIN = "lightdiff.extras.wrong_settings:explain"
 MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
@@ -253,7 +250,9 @@ def build(model: type[BaseModel], layers: list[Layer]) -> Any:
     try:
         return model.model_validate(merge(model, defaults(model), *layers))
     except ValidationError as error:
-        raise UserError(*(resolve_name(EXPLAIN)(model, row) for row in error.errors()[:MAX_TOLD])) from None
+        raise UserError(
+            *(on_demand("wrong_settings:explain")(model, row) for row in error.errors()[:MAX_TOLD])
+        ) from None
 
 
 def check_effects(ruled: Mapping[Where, FieldInfo], typed: Collection[Where], file: Layer, built: BaseModel) -> None:
@@ -296,7 +295,7 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
         for other in context.command.params if hidden and parameter.name == "help" else ():
             other.hidden = other.opts[0].lstrip("-") not in (*start, *OWN)  # type: ignore[attr-defined]
         width = get_terminal_size().columns
-        typer.echo(context.get_help() if width >= NARROW else resolve_name(NARROW_HELP)(context, width))
+        typer.echo(context.get_help() if width >= NARROW else on_demand("narrow_help:narrow_help")(context, width))
         raise typer.Exit
 
     asked = partial(about, is_eager=True, callback=show, expose_value=False)
@@ -347,7 +346,7 @@ def command(
         *, settings: Path | None = None, dry_run: bool | None = None, preset: Preset | None = None, **values: Any
     ) -> None:
         typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
-        file = resolve_name(READ_SETTINGS)(settings, getattr(model, "NO_FILE", ())) if settings else {}
+        file = on_demand("settings_file:read_settings")(settings, getattr(model, "NO_FILE", ())) if settings else {}
         said = merge(model, file, nest(typed))
         saved = inherit(said)
         asked = preset or said.get("preset")

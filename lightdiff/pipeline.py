@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TypeVar
 from unicodedata import normalize
 
@@ -28,6 +27,7 @@ from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
 from lightdiff.errors import UserError, shorten
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import VAE, build_vae
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_unet, find_vae, named_latents
 from lightdiff.runtime.processes import autocast, pick_device, pick_precision, to_device
 from lightdiff.settings import (
@@ -44,8 +44,7 @@ from lightdiff.settings import (
 N = TypeVar("N", bound=nn.Module)
 Start = Callable[[Denoise, Level, Latents], tuple[Denoise, Latents]]
 """(denoiser, first level, noise) -> (denoiser, x at that level): how sampling begins."""
-FIND_WEAK = "lightdiff.extras.guide:find_weak"
-EXPORTED, LOADER = "lightdiff.json", "lightdiff.extras.export.folder:load_exported"
+EXPORTED = "lightdiff.json"
 DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
 
 
@@ -154,7 +153,7 @@ class Pipeline:
             UserError: If one is missing, damaged, or they do not belong together.
         """
         if str(run).startswith("hf://") or (Path(run) / EXPORTED).is_file():
-            exported: Pipeline = resolve_name(LOADER)(str(run), device, precision)
+            exported: Pipeline = on_demand("export.folder:load_exported")(str(run), device, precision)
             return exported
         if unet is None and Path(run).is_file():
             unet, run = Path(run), Path(run).absolute().parents[2]
@@ -170,7 +169,7 @@ class Pipeline:
         s, chosen = learned.settings(TrainUNetSettings), pick_precision(precision, on)
         network, opened, weak = load_unet(learned, on, chosen, ema), {"unet": learned, "vae": behind}, None
         if guide_with is not None:
-            opened["guide"] = resolve_name(FIND_WEAK)(guide_with, learned)
+            opened["guide"] = on_demand("guide:find_weak")(guide_with, learned)
             weak = load_unet(opened["guide"], on, chosen)
         return cls(*load_vae(behind, on, chosen), network, s, on, chosen, opened, weak)
 

@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from lightdiff.errors import RunError, UserError, from_os
+from lightdiff.on_demand import on_demand
 
 TEMPORARY = ".tmp"
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
 
-REMOVE_UNLESS_WRITTEN = "lightdiff.extras.abandoned:remove_unless_written"
-CHECK_SPELLING = "lightdiff.extras.wrong_settings:check_spelling"
 
 INDEX = "index.safetensors"  # of a folder of latents
 VAE_COPY = "vae.safetensors"  # in it: the VAE that made them
@@ -93,7 +91,7 @@ def find_latents(given: Path | None, run: RunFolder) -> Path:
     for place in places:
         if (place / INDEX).is_file():
             return place
-    resolve_name(CHECK_SPELLING)(places[-1].parent)
+    on_demand("wrong_settings:check_spelling")(places[-1].parent)
     raise UserError(f"{places[-1]} holds no latents: run 'lightdiff encode' first, or point --latents at some")
 
 
@@ -110,7 +108,7 @@ def _find(given: Path | None, places: list[Path], flag: str, folder: Path, comma
     for place in places:
         if place.is_file():
             return place
-    resolve_name(CHECK_SPELLING)(folder.parent)
+    on_demand("wrong_settings:check_spelling")(folder.parent)
     raise UserError(f"{folder} holds no checkpoint: run '{command}' first, or point {flag} at one")
 
 
@@ -227,7 +225,7 @@ def remove_abandoned(run: RunFolder) -> None:
     """Remove what killed processes left half-written anywhere in a run; what others are writing just now stays."""
     owned = (run.vae.path, run.unet.path, run.latents, run.samples, run.path / "evaluation")
     for path in itertools.chain(run.path.glob(f".*{TEMPORARY}"), *map(temporaries, owned)):
-        resolve_name(REMOVE_UNLESS_WRITTEN)(path)
+        on_demand("abandoned:remove_unless_written")(path)
 
 
 def temporaries(folder: Path) -> Iterator[Path]:

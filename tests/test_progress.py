@@ -6,7 +6,6 @@ import math
 import re
 import time
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from lightdiff.errors import UserError
 from lightdiff.extras.baselines import losses_beside
 from lightdiff.extras.display import BLOCKS, Display, sparkline
 from lightdiff.extras.tables import print_table
+from lightdiff.on_demand import on_demand
 from lightdiff.pictures import grid, save_grid, save_grid_of_files, save_pairs
 from lightdiff.runtime import progress
 from lightdiff.runtime.progress import Reporter, SafeConsole, cut_metrics, number, trending
@@ -190,7 +190,7 @@ def test_the_display_shows_the_best_validation_loss_and_no_noise():
 
 def test_the_display_shows_losses_beside_those_of_the_level_alone(trained):
     settings = json.loads((trained / "unet/settings.json").read_text())
-    display = resolve_name(progress.DISPLAY)(progress.console, "unet", 10, 0, settings, [])
+    display = on_demand("display:open_display")(progress.console, "unet", 10, 0, settings, [])
     display.remember({"loss": 0.5, "val_loss": 0.6, "val_loss_band_1": 0.7})
     text = drawn(display, 80)
     assert "0.6 (1.57)" in text

@@ -19,9 +19,9 @@ SLACK = 0.05  # a bound further than this above its figure is to be lowered
 TRIP = {
     "train-vae": {"lines": 898, "files": 32},
     "train-unet": {"lines": 789, "files": 28},
-    "generate": {"lines": 616, "files": 22},
+    "generate": {"lines": 616, "files": 23},
 }
-CORE_LINES = 5_742
+CORE_LINES = 5_722
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from lightdiff.data import on_demand
 from lightdiff.data.formats import SUFFIXES, open_image
 from lightdiff.data.layouts import (
     LABELS,
@@ -36,6 +35,7 @@ from lightdiff.data.layouts import (
 from lightdiff.data.table import SPLITS, Fingerprint, ImageList, ImageTable, Look, fingerprint
 from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import open_regular
 from lightdiff.settings import ImageSettings
 
@@ -107,7 +107,7 @@ def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
             images = [name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
             if len(images) < len(files):
                 others = sorted({*files}.difference(images))
-                passed_over.update(on_demand("unread:kinds_of")(path, others, misses))
+                passed_over.update(on_demand("data.unread:kinds_of")(path, others, misses))
             below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
             yield from (below + name for name in images)
 
@@ -135,13 +135,13 @@ def open_in_folder(folder: Path, name: str) -> AbstractContextManager[Image.Imag
 
 
 FOLDER = Source(names_in_folder, open_in_folder)
-ARCHIVES = "archives:SOURCE"
+ARCHIVES = "data.archives:SOURCE"
 # Files that hold many images, by suffix, and how hf://datasets/... begins; a text is imported `on_demand`.
 SOURCES: dict[str, Source | str] = {
     ".zip": ARCHIVES,
     ".tar": ARCHIVES,
-    ".parquet": "parquet:SOURCE",
-    "hf:": "hub_data:SOURCE",
+    ".parquet": "data.parquet:SOURCE",
+    "hf:": "data.hub_data:SOURCE",
 }
 
 
@@ -190,7 +190,7 @@ def list_images(images: ImageSettings, console: Console, kept: Path | None = Non
 
     if any(map(os.path.isdir, images.data)):
         return search()
-    files: ImageList = on_demand("archives:kept_list")(images, kept, search)
+    files: ImageList = on_demand("data.archives:kept_list")(images, kept, search)
     return files
 
 
@@ -214,19 +214,19 @@ def find_images(
     as happens with two or three, the one with the largest hash is trained on.
     """
     passed_over, notes, found = Counter[str](), list[str](), list[SourceImages]()
-    roles = on_demand("splits:folder_roles")(folders) if len(folders) > 1 else [""]
+    roles = on_demand("data.splits:folder_roles")(folders) if len(folders) > 1 else [""]
     for folder, source, role in zip(folders, _sources(folders), roles, strict=True):
         not_read = Counter[str]()
         names = sorted(_counted(source.names(folder, not_read), sum(len(of.names) for of in found), report))
         if not names:
-            raise on_demand("unread:no_image")(folder, not_read)
+            raise on_demand("data.unread:no_image")(folder, not_read)
         passed_over += not_read
         found.append(_images_of(folder, source, names, role, val_share, notes, labelled=table is None))
     if passed_over:
-        notes.insert(0, on_demand("unread:passed_over_note")(passed_over))
+        notes.insert(0, on_demand("data.unread:passed_over_note")(passed_over))
     labels = [of.labels for of in found]
     if table:
-        labels = on_demand("labels:labels_of_one_table")(
+        labels = on_demand("data.labels:labels_of_one_table")(
             table, folders, [of.names for of in found], [of.held_out for of in found], notes
         )
     images = ImageTable.of_columns(
@@ -260,18 +260,18 @@ def _images_of(
     """
     kept, originals, read, tables = names, dict[str, str](), partial(source.read, folder), list[Path]()
     if may_hold_copies(names):
-        kept, originals = on_demand("copies:find_copies")(folder, names, partial(source.open, folder), notes)
+        kept, originals = on_demand("data.copies:find_copies")(folder, names, partial(source.open, folder), notes)
     if found := data_set_tables(folder, kept, read):
-        tables = on_demand("labels:own_tables")(found, folder, kept)
+        tables = on_demand("data.labels:own_tables")(found, folder, kept)
     kind = layout(kept, tables)
     splits = dict[str, Split | None].fromkeys(kept)
     if role or has_split_folders(kept):
-        splits = on_demand("splits:own_split")(folder, kept, role, notes)
+        splits = on_demand("data.splits:own_split")(folder, kept, role, notes)
     if kind == "plain" and {True, False} == set(map(bool, folders_of(tuple(kept)))):  # some lie in folders, some do not
-        on_demand("splits:note_stray_images")(folder, kept, notes)
+        on_demand("data.splits:note_stray_images")(folder, kept, notes)
     labels: Mapping[str, Labels] = source.labels(folder) if labelled else {}
     if labelled and tables and not labels:
-        labels = on_demand("labels:labels_of_tables")(tables, folder, names, read, notes)
+        labels = on_demand("data.labels:labels_of_tables")(tables, folder, names, read, notes)
     elif labelled and not labels:
         labels = LABELS[kind](kept)
         unread = [path for name in UNREAD_TABLES if (path := folder / name).is_file()]

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
-from lightdiff.data import on_demand
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import open_regular
 
 HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))  # since Pillow 11.3
@@ -45,7 +45,7 @@ def open_stream(stream: BinaryIO) -> Image.Image:
     try:
         image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        image = on_demand("unread:open_other")(stream)
+        image = on_demand("data.unread:open_other")(stream)
     if image.format in ("TIFF", "PPM"):
-        on_demand("unread:check_kind")(image)
+        on_demand("data.unread:check_kind")(image)
     return image

@@ -21,10 +21,10 @@ from PIL import Image, ImageColor, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from lightdiff.data import on_demand
 from lightdiff.data.files import FOLDER, Source
 from lightdiff.data.formats import BadImage as BadImage
 from lightdiff.errors import LightdiffError, UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.settings import ImageSettings, Size
 
 DEFAULTS = ImageSettings()
@@ -61,7 +61,7 @@ def opened(
         raise
     # Damaged bytes make Pillow's readers raise almost anything: SyntaxError, KeyError, struct.error, ...
     except Exception as error:
-        raise BadImage(on_demand("unread:reason")(error, os.path.join(folder, name), max_megapixels)) from error
+        raise BadImage(on_demand("data.unread:reason")(error, os.path.join(folder, name), max_megapixels)) from error
 
 
 def _count_scans(image: JpegImageFile) -> int:
@@ -122,7 +122,7 @@ def to_rgb(image: Image.Image, settings: ImageSettings, at_least: int = 0) -> Im
         ImageOps.exif_transpose(image, in_place=True)
     large = image.width * image.height > LARGE
     if sixteen or large or image.mode not in MODES or image.info.get("icc_profile"):
-        image = on_demand("colours:to_srgb")(image, settings, at_least if large else 0, bool(sixteen))
+        image = on_demand("data.colours:to_srgb")(image, settings, at_least if large else 0, bool(sixteen))
     if not image.has_transparency_data:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, colour(settings.background))

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from lightdiff.data import on_demand
+from lightdiff.on_demand import on_demand
 
 Split = Literal["train", "val"]
 Layout = Literal["FairFace", "StyleGAN", "class folders", "plain"]
@@ -36,7 +36,7 @@ def common_folder(names: Sequence[str]) -> str:
 def folders_of(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The folders of each image below the one that holds all, split folders (train, val, test) aside."""
     if has_split_folders(names):
-        return [place.folders for place in on_demand("splits:places")(names)]
+        return [place.folders for place in on_demand("data.splits:places")(names)]
     start = len(common_folder(names))
     homes = [name[start:].rpartition("/")[0] for name in names]
     parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names

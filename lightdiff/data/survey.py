@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from lightdiff.data import on_demand
 from lightdiff.data.files import source_of
 from lightdiff.data.images import BadImage, opened
 from lightdiff.data.table import ImageFile, ImageList
+from lightdiff.on_demand import on_demand
 from lightdiff.settings import ImageSettings
 
 Tell = Callable[[str], object]
@@ -29,7 +29,7 @@ def with_whites(images: ImageSettings, files: ImageList, tell: Tell) -> ImageSet
     for suffixes in DEEP:
         some = evenly(files.where(np.isin(files.table.endings, suffixes)), SAMPLE)
         deep += [pair for pair in look_at(some, images, lambda image: image.mode) if pair[1][0] in "IF"]
-    found: ImageSettings = on_demand("colours:find_whites")(images, deep, tell) if deep else images
+    found: ImageSettings = on_demand("data.colours:find_whites")(images, deep, tell) if deep else images
     return found
 
 

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Literal, NamedTuple
 
 import lpips
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 from lightdiff.errors import UserError
+from lightdiff.on_demand import on_demand
 
 Net = Literal["vgg", "alex", "squeeze"]
-FETCH = "lightdiff.extras.download:fetched"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def find_weights(net: Net, file: Path | None = None) -> Path:
         raise UserError(f"--lpips-weights: there is no file {file}")
     otherwise = "or name a copy with --lpips-weights FILE, or train without LPIPS with --lpips-gamma 0"
     if not (found := file or cached(url)).is_file():
-        found = resolve_name(FETCH)(url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
+        found = on_demand("download:fetched")(url, f"LPIPS needs the ImageNet weights of its {net} network", otherwise)
     with found.open("rb") as stream:  # 528 MB of VGG take half a second
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(published_hash(url)):

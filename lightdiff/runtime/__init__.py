@@ -8,13 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any
 
+from lightdiff.on_demand import on_demand
+
 WORKER_FOLDER = "LIGHTDIFF_LAUNCH"  # variable that `--nproc-per-node` sets for its workers: where they leave reports
-SEVERAL = "lightdiff.extras.several"  # what only several processes need
-COMPILE = "lightdiff.extras.compile"  # torch.compile, where it pays or is asked for
-READ_ENVIRONMENT = f"{SEVERAL}.worker:read_environment"
 LAUNCHED = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})  # variables of torch, and of srun
 
 
@@ -35,7 +33,9 @@ class DistEnv:
 
         A Slurm batch script itself has SLURM_NTASKS, but only what srun starts has SLURM_STEP_NUM_TASKS.
         """
-        found: DistEnv = resolve_name(READ_ENVIRONMENT)(env) if any(n <= env.keys() for n in LAUNCHED) else cls()
+        if not any(names <= env.keys() for names in LAUNCHED):
+            return cls()
+        found: DistEnv = on_demand("several.worker:read_environment")(env)
         return found
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +21,9 @@ from rich.status import Status
 from rich.text import Text
 
 from lightdiff.errors import printable
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import append_text, atomic_write_text, open_own, open_regular, writing
 
-DISPLAY = "lightdiff.extras.display:open_display"  # the live one of a terminal
-TRACKERS, CHECK_TRACKERS = "lightdiff.extras.trackers:Trackers", "lightdiff.extras.trackers:check_installed"
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 Row = dict[str, float]  # a line of metrics.jsonl
 NO_TREND = {"step", "images_seen", "skipped", "images_per_s", "memory_mb", "time", "lr", "kl_sum", "val_kl_sum"}
@@ -97,21 +95,21 @@ class Reporter:
             UserError: If the library of one of them is missing.
         """
         if track:
-            resolve_name(CHECK_TRACKERS)(track)
+            on_demand("trackers:check_installed")(track)
         self._track = ("tensorboard", *track)
         self.title, self.total, self._metrics = title, total, metrics
         self._printed, self._settings = time.monotonic(), settings or {}
         shown = console.is_terminal and not console.quiet
         self._start, past = start, cut_metrics(metrics, start) if metrics is not None and metrics.is_file() else []
         self._display: Any = (
-            resolve_name(DISPLAY)(console, title, total, start, self._settings, past) if shown else None
+            on_demand("display:open_display")(console, title, total, start, self._settings, past) if shown else None
         )
 
     @cached_property
     def _trackers(self) -> Any:
         """Where numbers and pictures go from the first line of metrics on, which takes seconds to be opened."""
         assert self._metrics is not None
-        return resolve_name(TRACKERS)(self._track, self._metrics.parent, self._start, self._settings, self.note)
+        return on_demand("trackers:Trackers")(self._track, self._metrics.parent, self._start, self._settings, self.note)
 
     def __enter__(self) -> "Reporter":
         if self._display:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint, load_weights
 from lightdiff.errors import Damaged, UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import StageFolder
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.progress import console
@@ -29,10 +29,6 @@ RESUME_MAY_CHANGE = (
 RESUME_MAY_DECIDE = ("images.integer_white", "images.float_white")  # as long as they were 0
 LINEAGE_MAY_CHANGE = {"data": "list of images", "labels": "labels of images"}
 RESUME_MUST_MATCH = ("loop.seed", "loop.precision", "loop.ema_decay", "loop.optimizer")  # of those
-OTHER_SETTING = "lightdiff.extras.wrong_settings:other_setting"
-START_OVER = "lightdiff.extras.set_aside:start_over"
-STEP_FILE = "lightdiff.extras.set_aside:step_file"
-SET_NEWER_ASIDE = "lightdiff.extras.set_aside:set_newer_aside"
 AGAIN = "run the same command again to resume"
 
 
@@ -42,7 +38,7 @@ def find_saved(folder: StageFolder, name: str, step: int, processes: Processes) 
     Raises:
         UserError: If there is none that is whole.
     """
-    find = partial(resolve_name(STEP_FILE), step=step) if step else newest
+    find = partial(on_demand("set_aside:step_file"), step=step) if step else newest
     path = processes.run_on_main(lambda: find(folder, name).path)
     processes.check_same("run folder", path.is_file())  # a machine without it would start afresh
     return Checkpoint(path, name)
@@ -98,7 +94,7 @@ def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advi
         if name in RESUME_MAY_DECIDE and not old:
             continue
         if name in RESUME_MUST_MATCH or not {name, name.split(".")[0]} & set(RESUME_MAY_CHANGE):
-            raise resolve_name(OTHER_SETTING)(folder, name, old, new, advice)
+            raise on_demand("wrong_settings:other_setting")(folder, name, old, new, advice)
     return changed
 
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from types import FrameType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -20,8 +19,9 @@ from torch import nn
 from lightdiff.checkpoint import Checkpoint, Metadata, check_own
 from lightdiff.defaults import FEW, with_intervals
 from lightdiff.errors import Stopped, from_os
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import RunFolder, StageFolder, atomic_write_text, ensure_writable, remove_abandoned
-from lightdiff.runtime import COMPILE, SEVERAL, DistEnv, resume
+from lightdiff.runtime import DistEnv, resume
 from lightdiff.runtime.lock import open_stage_dir
 from lightdiff.runtime.processes import Processes, pick_device, pick_precision, to_device
 from lightdiff.runtime.progress import console, print_note
@@ -38,7 +38,6 @@ from lightdiff.settings import (
 
 S = TypeVar("S", bound=StageSettings)
 ON_CPU = ComputeSettings(device="cpu", precision="fp32")
-OUT_OF_MEMORY = "lightdiff.extras.out_of_memory:out_of_memory"
 RESUME_ADVICE = "choose another --run, or leave that setting as it was"
 AGREE_EVERY, AGREE_STEPS = 1.0, 64  # seconds, about, and steps at most until all processes agree again
 OUT_OF_TIME = 75  # EX_TEMPFAIL, "try again later": a job script resubmits on it
@@ -156,7 +155,7 @@ class Stage(Generic[S]):
         """
         if asked == "off" or (asked == "auto" and self.device.type != "cuda"):
             return "off"
-        return str(resolve_name(f"{COMPILE}:pick_for_training")(asked, self, task))
+        return str(on_demand("compile:pick_for_training")(asked, self, task))
 
     def announce(self, task: Trainable) -> None:
         """Print what is about to be trained, and how."""
@@ -197,7 +196,7 @@ class Stage(Generic[S]):
         going_back = self.settings.from_step > 0  # type: ignore[attr-defined]
         cut_off = self.folder.checkpoints.glob(f"after-step-{step}.old-*")  # going back, the last time
         if self.processes.run_on_main(lambda: going_back or any(cut_off)):  # not before all else has been checked
-            set_newer_aside = resolve_name(resume.SET_NEWER_ASIDE)
+            set_newer_aside = on_demand("set_aside:set_newer_aside")
             self.processes.run_on_main(lambda: set_newer_aside(self.folder, saved, going_back))
         if not self.folder.best.is_file():
             saved.metadata.extra.pop("best", None)  # the search starts again
@@ -210,7 +209,7 @@ class Stage(Generic[S]):
     def write_settings(self) -> None:
         """Leave the settings beside the checkpoints to come; with --restart, the old run is moved first."""
         if getattr(self.settings, "restart", False):
-            resolve_name(resume.START_OVER)(self.path)
+            on_demand("set_aside:start_over")(self.path)
         ensure_writable(self.folder.checkpoints)
         atomic_write_text(self.folder.settings, json.dumps(self.settings.to_save(), indent=2) + "\n")
 
@@ -289,13 +288,13 @@ def open_stage(
         RunError: Instead of what torch raises when memory runs out.
     """
     if "TORCHELASTIC_MAX_RESTARTS" in os.environ and (once := once_flags(settings)):
-        settings = resolve_name(f"{SEVERAL}.group:for_this_start")(settings, once)
+        settings = on_demand("several.group:for_this_start")(settings, once)
     settings = settings.resolved()
     device = pick_device(getattr(settings, settings.compute_section, ON_CPU).device)
     choose, quiet = folder or (lambda: settings.run / name), console.quiet
     with translate_errors(settings), ExitStack() as held:
         several = DistEnv.from_env(os.environ).world_size > 1
-        join = resolve_name(f"{SEVERAL}.group:distributed") if several else lambda *_: nullcontext(Processes())
+        join = on_demand("several.group:distributed") if several else lambda *_: nullcontext(Processes())
         processes: Processes = held.enter_context(join(device, settings))
         held.callback(setattr, console, "quiet", quiet)
         console.quiet = quiet or settings.job.quiet or not processes.is_main
@@ -347,6 +346,6 @@ def translate_errors(settings: StageSettings) -> Iterator[None]:
         once = once_flags(settings)
         raise Stopped(f"{stopped}{f', without {once}' if once else ''}", stopped.exit_code) from None
     except torch.OutOfMemoryError as error:
-        raise resolve_name(OUT_OF_MEMORY)(settings) from error
+        raise on_demand("out_of_memory:out_of_memory")(settings) from error
     except OSError as error:
         raise from_os(error) from error

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data import on_demand
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
@@ -22,11 +20,11 @@ from lightdiff.data.loading import ImageDataset, OnBad, load_batches
 from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import FINGERPRINT, Fingerprint, ImageList
 from lightdiff.errors import RunError, UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.pipeline import load_vae, vae_digest
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, atomic_link, find_vae
 from lightdiff.runtime.processes import autocast, pick_workers
 from lightdiff.runtime.progress import Reporter, console, print_note, shape_words
-from lightdiff.runtime.resume import START_OVER
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import EncodeSettings, VAEArchitecture, with_changes
 
@@ -84,7 +82,7 @@ def prepare(
     old: LatentIndex | None = stage.begun.get("index")
     index.look(lookers(index.images.data), files.table)
     if stage.settings.restart:
-        resolve_name(START_OVER)(stage.path)
+        on_demand("set_aside:start_over")(stage.path)
     stage.check_begun(index.depends_on, ADVICE)
     unreadable = [] if old is None else resume(stage, index, old)
     stage.folder.bad_files.unlink(missing_ok=True)  # what it lists may have been repaired
@@ -120,7 +118,7 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
             old.forget(number, mine)
     with console.status("comparing the images with those that were encoded"):
-        found = on_demand("changes:compare")(index, old, lookers(index.images.data), contents=True)
+        found = on_demand("data.changes:compare")(index, old, lookers(index.images.data), contents=True)
     found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
     if not found.nothing:
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from jaxtyping import Float, UInt8
@@ -17,10 +16,11 @@ from torch import Tensor
 from lightdiff import __version__
 from lightdiff.data.images import to_uint8
 from lightdiff.errors import UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.pictures import save_grid_of_files, save_png, text_chunks
 from lightdiff.pipeline import Pipeline, guidance_for, levels_for
 from lightdiff.run_folder import RunFolder, atomic_write_text, ensure_writable, find_unet, read_json
-from lightdiff.runtime import COMPILE, restarted
+from lightdiff.runtime import restarted
 from lightdiff.runtime.processes import usable_cores
 from lightdiff.runtime.progress import Reporter, console
 from lightdiff.runtime.stage import Stage, open_stage
@@ -98,11 +98,11 @@ class Samples:
         """
         s, stage = self.settings, self.stage
         check(self.pipeline, s.sampling, strength)
-        pick: Any = resolve_name(f"{COMPILE}:pick_for_sampling")
+        pick: Any = on_demand("compile:pick_for_sampling")
         stage.resolve_auto("compile", lambda asked: pick(asked, self))
         mine = stage.processes.strided(stage.processes.run_on_main(lambda: self.missing(about)))
         if compiled := stage.settings.compute.compile == "on":
-            resolve_name(f"{COMPILE}:compile_sampling")(self)
+            on_demand("compile:compile_sampling")(self)
         writers = max(1, min(8, usable_cores() // 2))
         with Reporter("generate", sum(map(len, mine))) as reporter, ThreadPoolExecutor(writers) as pool:
             done, writing, unfinished, graphs = 0, iter([None]), False, 0
@@ -110,7 +110,7 @@ class Samples:
                 # A compiled network is made for one size of batch: the last batch is filled up
                 filled = range(batch.start, batch.start + len(mine[0])) if compiled else batch
                 pixels = to_uint8(images(filled)[: len(batch)])
-                graphs = resolve_name(f"{COMPILE}:note_recompiled")(graphs) if compiled else 0
+                graphs = on_demand("compile:note_recompiled")(graphs) if compiled else 0
                 list(writing)  # the batch before, saved while this one was generated
                 writing = pool.map(self.save, batch, pixels)
                 done += len(batch)

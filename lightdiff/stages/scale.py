@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import ClassVar
 
 import numpy as np
@@ -16,12 +15,12 @@ from lightdiff.data.index import LatentIndex, Statistics, open_shard, read_index
 from lightdiff.data.latents import prefetch
 from lightdiff.data.table import SPLITS
 from lightdiff.errors import RunError, UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder, find_latents
 from lightdiff.runtime.progress import console
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import ScaleSettings
 
-COMPARE_IMPORTED = "lightdiff.extras.import_vae:compare_factors"
 CHUNK = 1 << 18  # numbers added at a time, so that they stay in the processor's cache
 DEAD_BITS = 0.05  # per latent element: a channel with less carries no information
 
@@ -48,7 +47,7 @@ def run(settings: ScaleSettings) -> Path:
         print_statistics(index.statistics, settings)
         vae = stage.path / VAE_COPY
         if vae.is_file() and (imported := Checkpoint(vae, "vae").metadata.extra.get("imported")):
-            resolve_name(COMPARE_IMPORTED)(index.statistics, imported)
+            on_demand("import_vae:compare_factors")(index.statistics, imported)
         return stage.path / INDEX
 
 

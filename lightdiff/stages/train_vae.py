@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data import on_demand
 from lightdiff.data.bad_files import BadFiles
 from lightdiff.data.files import list_images, lookers
 from lightdiff.data.images import to_float
@@ -22,6 +21,7 @@ from lightdiff.data.table import ImageList
 from lightdiff.errors import UserError
 from lightdiff.losses import VAELoss, psnr
 from lightdiff.models.vae import LatentTransform, build_vae
+from lightdiff.on_demand import on_demand
 from lightdiff.pictures import save_pairs
 from lightdiff.run_folder import RunFolder, find_vae
 from lightdiff.runtime.processes import Means, autocast, pick_workers, to_device
@@ -43,7 +43,7 @@ def run(settings: TrainVAESettings) -> Path:
         task = VAETask(stage, files)
         stage.processes.run_on_main(lambda: table.look(lookers(images.data)))
         if stage.saved is not None:
-            stage.processes.run_on_main(partial(on_demand("changes:compare_images"), stage, stage.saved, table))
+            stage.processes.run_on_main(partial(on_demand("data.changes:compare_images"), stage, stage.saved, table))
         stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))
         if stage.start_or_resume(task, {"data": digest}):
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))

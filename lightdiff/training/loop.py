@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lightdiff.checkpoint import Checkpoint, ema_prefixes, load_weights
 from lightdiff.data.order import generator
 from lightdiff.errors import NoRoom, RunError, Stopped, UserError
-from lightdiff.runtime import COMPILE
+from lightdiff.on_demand import on_demand
 from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import Reporter, trending
 from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
@@ -30,7 +29,6 @@ from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch, memo
 Tensors = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
-NONFINITE = "lightdiff.extras.nonfinite:report_skipped"  # steps that changed nothing
 
 
 class Task(Trainable, Protocol):
@@ -80,9 +78,9 @@ class Trainer:
         self._finite: list[Tensor] = []  # of each step since the last sync, whether all was finite
         self.graphs = 0  # compiled so far
         if loop.compile == "on":
-            resolve_name(f"{COMPILE}:compile_training")(stage, task)
+            on_demand("compile:compile_training")(stage, task)
         if loop.checkpoint_activations:
-            resolve_name(f"{COMPILE}:enable_activation_checkpointing")(self.model)
+            on_demand("compile:enable_activation_checkpointing")(self.model)
         self.network = self.processes.average_gradients(self.model)
 
     @property
@@ -298,10 +296,10 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
                 reporter.advance(step)
                 continue
             if loop.compile == "on":
-                trainer.graphs = resolve_name(f"{COMPILE}:note_recompiled")(trainer.graphs)
+                trainer.graphs = on_demand("compile:note_recompiled")(trainer.graphs)
             values, skipped = trainer.sync_metrics(losses)
             if skipped:
-                resolve_name(NONFINITE)(trainer, skipped, reporter)
+                on_demand("nonfinite:report_skipped")(trainer, skipped, reporter)
             speed = watch.speed(trainer.images_seen - images_before, loop.batch_size)
             row = {"step": step, "images_seen": trainer.images_seen, **values}
             row |= {"skipped": trainer.skipped} if trainer.skipped else {}
