@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightdiff.data.files import ImageFile, find_images, scan
-from lightdiff.data.layouts import may_hold_copies
+from lightdiff.data.layouts import Names, may_hold_copies
 from lightdiff.errors import UserError
 from lightdiff.extras.data import copies
 
@@ -171,13 +171,16 @@ def test_names_that_leave_no_room_for_copies_are_known_without_a_look(names: lis
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(copies, "_order", lambda *_: "same size")
         try:
-            found = copies.find_copies(Path("photos"), names, lambda name: pytest.fail("opened"), notes)
+            chosen, originals = copies.find_copies(
+                Path("photos"), Names.of(names), lambda name: pytest.fail("opened"), notes
+            )
+            taken = chosen.all()
         except UserError:
-            found = [], {}
-    if not may_hold_copies(names):
-        assert (found, notes) == ((names, {}), [])
+            taken, originals = False, {}
+    if not may_hold_copies(Names.of(names)):
+        assert (taken, originals, notes) == (True, {}, [])
 
 
 def test_ordinary_names_leave_no_room_for_copies() -> None:
     for template in ("{i}.jpg", "IMG_{i:04d}.jpg", "cats/cat-{i}.jpg", "{i:03d}_IMG.jpg"):
-        assert not may_hold_copies([template.format(i=i) for i in range(9)])
+        assert not may_hold_copies(Names.of((template.format(i=i) for i in range(9)), in_order=True))

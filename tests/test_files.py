@@ -235,7 +235,7 @@ def test_a_broken_fairface_table_is_named(tmp_path: Path) -> None:
 )
 def test_layouts(tmp_path: Path, paths: list[str], word: str, classes: list[str]) -> None:
     files = scan([fill(tmp_path, paths)], 0)
-    assert layout([file.path for file in files]) == word
+    assert layout(files.table.names) == word
     assert ImageTable.of(files).label_values() == ({"class": tuple(classes)} if classes else {})
 
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightdiff.data.order import Mixture, batch_at, generator, item_noise, key, permutation
+from lightdiff.data.order import batch_at, generator, item_noise, key, permutation
 from lightdiff.errors import UserError
+from lightdiff.extras.data.mixing import Mixture
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

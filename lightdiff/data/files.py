@@ -8,11 +8,11 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, permutations
+from itertools import chain, compress, repeat
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -20,18 +20,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from lightdiff.data import layouts
 from lightdiff.data.formats import SUFFIXES, open_image
-from lightdiff.data.layouts import (
-    LABELS,
-    Labels,
-    Layout,
-    Split,
-    data_set_tables,
-    folders_of,
-    has_split_folders,
-    layout,
-    may_hold_copies,
-)
+from lightdiff.data.layouts import Labels, Layout, Mask, Names
 from lightdiff.data.table import SPLITS, Fingerprint, ImageList, ImageTable, Look, fingerprint
 from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
@@ -59,9 +50,8 @@ def read_in_folder(folder: Path, table: Path) -> bytes:
         return stream.read()
 
 
-def no_labels(place: Path) -> dict[str, Labels]:
+def no_labels(place: Path) -> None:
     """What most sources say of their images beside the names."""
-    return {}
 
 
 class Source(NamedTuple):
@@ -71,18 +61,18 @@ class Source(NamedTuple):
     kind, what looks like a picture but is not read; `open` opens one of them as Pillow does. Whatever `open` raises
     says that this image is unreadable. The others may be left as they are: `look` tells whether an image has been
     changed, `read` reads a table of labels in the source or beside it, or raises an OSError, and `labels` are what the
-    source itself says of its images.
+    source itself says of each image, in the order of sorted names; None if it says nothing.
     """
 
     names: Callable[[Path, Counter[str]], Iterable[str]]
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
     look: Callable[[Path, str, bool], Fingerprint] = fingerprint
     read: Callable[[Path, Path], bytes] = read_in_folder
-    labels: Callable[[Path], dict[str, Labels]] = no_labels
+    labels: Callable[[Path], Iterable[Labels] | None] = no_labels
 
 
 def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
-    """The paths of all images below the folder, in no particular order.
+    """The paths of all images below the folder, those in one folder sorted.
 
     Links to folders are followed after all real folders, and no folder is entered twice, so a loop does no harm.
 
@@ -102,9 +92,10 @@ def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
                 kinds = {name: "folder of a run of lightdiff" if name in parts else left_out(name) for name in folders}
                 passed_over.update(filter(None, kinds.values()))
                 folders[:] = [name for name in folders if not kinds[name]]
+                folders.sort(key=lambda name: f"{name}/")
                 starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             # A broken link has an image's name too: it is to be named as unreadable, not passed over.
-            images = [name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
+            images = sorted(name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))
             if len(images) < len(files):
                 others = sorted({*files}.difference(images))
                 passed_over.update(on_demand("data.unread:kinds_of")(path, others, misses))
@@ -214,11 +205,11 @@ def find_images(
     as happens with two or three, the one with the largest hash is trained on.
     """
     passed_over, notes, found = Counter[str](), list[str](), list[SourceImages]()
-    roles = on_demand("data.splits:folder_roles")(folders) if len(folders) > 1 else [""]
-    for folder, source, role in zip(folders, _sources(folders), roles, strict=True):
+    roles = [""] if len(folders) == 1 else on_demand("data.splits:folder_roles")(folders)
+    for folder, source, role in zip(folders, map(source_of, folders), roles, strict=True):
         not_read = Counter[str]()
-        names = sorted(_counted(source.names(folder, not_read), sum(len(of.names) for of in found), report))
-        if not names:
+        names = Names.of(_counted(source.names(folder, not_read), sum(len(of.names) for of in found), report), True)
+        if not len(names):
             raise on_demand("data.unread:no_image")(folder, not_read)
         passed_over += not_read
         found.append(_images_of(folder, source, names, role, val_share, notes, labelled=table is None))
@@ -227,60 +218,61 @@ def find_images(
     labels = [of.labels for of in found]
     if table:
         labels = on_demand("data.labels:labels_of_one_table")(
-            table, folders, [of.names for of in found], [of.held_out for of in found], notes
+            table, folders, [of.names for of in found], [of.used for of in found], notes
         )
     images = ImageTable.of_columns(
-        chain.from_iterable(of.held_out for of in found),
-        np.repeat(np.arange(len(found), dtype=np.int32), [len(of.held_out) for of in found]),
-        np.fromiter(chain.from_iterable(of.held_out.values() for of in found), np.uint8),  # 0 and 1, as in SPLITS
-        (given.get(name, {}) for of, given in zip(found, labels, strict=True) for name in of.held_out),
+        found[0].used if len(found) == 1 else Names.of(chain.from_iterable(of.used for of in found)),
+        np.repeat(np.arange(len(found), dtype=np.int32), [len(of.used) for of in found]),
+        np.concatenate([of.held_out for of in found]).astype(np.uint8),  # 0 and 1, as in SPLITS
+        chain.from_iterable(labels),
     )
     if images.splits.all():
-        last = max(range(len(images)), key=lambda i: position(images.name(i)))
-        images.splits[last] = SPLITS.index("train")
-    folders_of.cache_clear()  # which holds all names
+        images.splits[np.argmax([*map(position, images.names)])] = SPLITS.index("train")
     return Listing(ImageList(images), [of.layout for of in found], passed_over, notes)
 
 
 class SourceImages(NamedTuple):
     """The images of one source."""
 
-    names: list[str]  # of all
+    names: Names  # of all
     layout: Layout
-    held_out: dict[str, bool]  # of those that are used: whether for validation
-    labels: Mapping[str, Labels]  # of those that have some
+    used: Names
+    held_out: Mask  # of those that are used: whether for validation
+    labels: Iterable[Labels]  # of each of those
 
 
 def _images_of(
-    folder: Path, source: Source, names: list[str], role: str, val_share: float, notes: list[str], labelled: bool
+    folder: Path, source: Source, names: Names, role: str, val_share: float, notes: list[str], labelled: bool
 ) -> SourceImages:
     """What the names of a source's images say, and tables of labels beside them if they are to be `labelled`.
 
     `role` is that of the source itself, as a split folder; `notes` takes what is to be said.
     """
-    kept, originals, read, tables = names, dict[str, str](), partial(source.read, folder), list[Path]()
-    if may_hold_copies(names):
-        kept, originals = on_demand("data.copies:find_copies")(folder, names, partial(source.open, folder), notes)
-    if found := data_set_tables(folder, kept, read):
+    chosen, originals, read, tables = np.ones(len(names), bool), dict[str, str](), partial(source.read, folder), []
+    if layouts.may_hold_copies(names):
+        chosen, originals = on_demand("data.copies:find_copies")(folder, names, partial(source.open, folder), notes)
+    kept, held_out = names.where(chosen), None
+    if found := layouts.data_set_tables(folder, kept, read):
         tables = on_demand("data.labels:own_tables")(found, folder, kept)
-    kind = layout(kept, tables)
-    splits = dict[str, Split | None].fromkeys(kept)
-    if role or has_split_folders(kept):
-        splits = on_demand("data.splits:own_split")(folder, kept, role, notes)
-    if kind == "plain" and {True, False} == set(map(bool, folders_of(tuple(kept)))):  # some lie in folders, some do not
+    kind, in_split = layouts.layout(kept, tables), np.ones(len(kept), bool)
+    if role or layouts.has_split_folders(kept):
+        in_split, held_out = on_demand("data.splits:own_split")(folder, kept, role, notes)
+    if kind == "plain" and len({*map(bool, layouts.folders_of(kept))}) > 1:  # some lie in folders, some do not
         on_demand("data.splits:note_stray_images")(folder, kept, notes)
-    labels: Mapping[str, Labels] = source.labels(folder) if labelled else {}
-    if labelled and tables and not labels:
-        labels = on_demand("data.labels:labels_of_tables")(tables, folder, names, read, notes)
-    elif labelled and not labels:
-        labels = LABELS[kind](kept)
+    used = kept.where(in_split)
+    labels: Iterable[Labels] = ()
+    if labelled and (own := source.labels(folder)) is not None:
+        labels = compress(compress(own, chosen), in_split)
+    elif labelled and tables:
+        given = on_demand("data.labels:labels_of_tables")(tables, folder, names, read, notes)
+        labels = map(given.get, used, repeat({}))
+    elif labelled:
+        labels = compress(layouts.LABELS[kind](kept), in_split)
         unread = [path for name in UNREAD_TABLES if (path := folder / name).is_file()]
         notes += [f"{path} is not read; to have labels from it: --labels {path}" for path in unread]
-    held_out = {
-        name: split == "val" if split else position(originals.get(name, name)) < val_share
-        for name, split in splits.items()
-    }
-    return SourceImages(names, kind, held_out, labels)
+    if held_out is None:
+        held_out = np.fromiter((position(originals.get(name, name)) < val_share for name in used), bool, len(used))
+    return SourceImages(names, kind, used, held_out, labels)
 
 
 def _counted(names: Iterable[str], before: int, report: Report | None) -> Iterator[str]:
@@ -289,19 +281,6 @@ def _counted(names: Iterable[str], before: int, report: Report | None) -> Iterat
         if report and count % REPORT_EVERY == 0:
             report(count)
         yield name
-
-
-def _sources(folders: Sequence[Path]) -> list[Source]:
-    """The sources that --data names, none of which holds another."""
-    if not folders:
-        raise UserError("--data: name a folder of images")
-    for (i, inner), (j, outer) in permutations(enumerate(folder.resolve() for folder in folders), 2):
-        # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
-        if i > j and inner == outer:
-            raise UserError(f"--data: {folders[i]} is given twice")
-        if outer in inner.parents:
-            raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
-    return [source_of(folder) for folder in folders]
 
 
 def position(name: str) -> float:

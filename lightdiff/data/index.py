@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.layouts import Split
-from lightdiff.data.table import COLUMN, FINGERPRINT, MANY, ImageTable, Mask, check_ranges
+from lightdiff.data.layouts import Mask, Split
+from lightdiff.data.table import COLUMN, FINGERPRINT, MANY, ImageTable, check_ranges
 from lightdiff.errors import Damaged, RunError, UserError
 from lightdiff.run_folder import INDEX
 from lightdiff.settings import ImageSettings
@@ -121,7 +121,7 @@ class LatentIndex(ImageTable):
 
     def plan(self, positions: NDArray[np.int64]) -> str:
         """A digest of what a shard of the images at these positions is to hold."""
-        text = repr([sorted(self.depends_on.items()), list(self.keys(positions.tolist()))])
+        text = repr([sorted(self.depends_on.items()), list(self.keys(positions))])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -165,7 +165,7 @@ class LatentIndex(ImageTable):
     def take_in(self, number: int, mine: NDArray[np.int64], shard: Checkpoint) -> list[tuple[int, str]]:
         """Note what a shard has: rows and fingerprints; the positions of its unreadable images, with reasons."""
         reasons = {(root, name): why for root, name, why in ShardFacts.model_validate(shard.metadata.extra).bad}
-        keys = zip(mine.tolist(), self.keys(mine.tolist()), strict=True)
+        keys = zip(mine.tolist(), self.keys(mine), strict=True)
         bad = [(position, reasons[key]) for position, key in keys if key in reasons]
         if not self.shards[number]:
             good, found = np.setdiff1d(mine, [p for p, _ in bad]), shard.tensor("fingerprints")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.layouts import Labels, Split
+from lightdiff.data.layouts import Labels, Mask, Names, Positions, Split
 from lightdiff.errors import Damaged
 from lightdiff.run_folder import open_regular
 
@@ -30,7 +30,6 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 HASH_BYTES = 16
 MAX_TIME = 2**63 - 1
 MANY = 1 << 31  # more than an int32 holds
-Mask = NDArray[np.bool_]
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
 NO_FILE: Fingerprint = (-1, 0, bytes(HASH_BYTES))
 Look = Callable[[str, bool], Fingerprint]  # of an image of a source, by its name; with its hash, if so wanted
@@ -75,25 +74,20 @@ class ImageTable(BaseModel):
             return cls(**columns, fingerprints=np.zeros((len(files), FINGERPRINT.itemsize), np.uint8), **more)
         rows = [(file.root, SPLITS.index(file.split)) for file in files]
         roots, splits = np.array(rows, np.int32).reshape(-1, 2).T.copy()
-        return cls.of_columns(
-            (f.path for f in files), roots, splits.astype(np.uint8), [f.labels for f in files], **more
-        )
+        names = Names.of(file.path for file in files)
+        return cls.of_columns(names, roots, splits.astype(np.uint8), [file.labels for file in files], **more)
 
     @classmethod
     def of_columns(
         cls,
-        names: Iterable[str],
+        names: Names,
         roots: NDArray[np.int32],
         splits: NDArray[np.uint8],
         labels: Iterable[Labels],
         **more: Any,
     ) -> Self:
         """The table of images with these names, numbers of sources, numbers of splits and labels."""
-        n, text, ends = len(roots), bytearray(), np.empty(len(roots), np.int64)
-        for i, name in enumerate(names):
-            text += name.encode("utf-8", "surrogateescape")
-            ends[i] = len(text)
-        seen, found = dict[str, dict[str, int]](), dict[str, NDArray[np.int32]]()
+        n, seen, found = len(names), dict[str, dict[str, int]](), dict[str, NDArray[np.int32]]()
         for i, given in enumerate(labels):
             for name, value in given.items():
                 if name not in seen:
@@ -104,13 +98,7 @@ class ImageTable(BaseModel):
             number = {value: i for i, value in enumerate(values[name])}
             row[:] = np.array([*(number[value] for value in seen[name]), -1], np.int32)[found[name]]
         unknown = np.zeros((n, FINGERPRINT.itemsize), np.uint8)
-        columns = {
-            "text": np.frombuffer(text, np.uint8),
-            "ends": ends,
-            "roots": roots,
-            "splits": splits,
-            "codes": codes,
-        }
+        columns = {"text": names.text, "ends": names.ends, "roots": roots, "splits": splits, "codes": codes}
         return cls(**columns, labels=values, fingerprints=unknown, **more)
 
     def check(self) -> None:
@@ -170,25 +158,28 @@ class ImageTable(BaseModel):
 
     def image(self, position: int) -> ImageFile:
         """An image as an object."""
-        ((root, name),) = self.keys([position])
-        return ImageFile(root, name, SPLITS[self.splits[position]], self.labels_of(position))
+        return ImageFile(
+            int(self.roots[position]), self.name(position), SPLITS[self.splits[position]], self.labels_of(position)
+        )
 
     @property
     def endings(self) -> NDArray[np.bytes_]:
         """The last four letters of each name, in lower case, (n,)."""
-        last = np.maximum(self.ends[:, None] - np.arange(4, 0, -1), 0)
-        return (self.text[last] | 32).view("S4")[:, 0]
+        last = np.stack([self.text[np.maximum(self.ends - back, 0)] for back in (4, 3, 2, 1)], 1)
+        return (last | 32).view("S4")[:, 0]
+
+    @property
+    def names(self) -> Names:
+        """The images' paths below their sources."""
+        return Names(self.text, self.ends)
 
     def name(self, position: int) -> str:
         """An image's path below its source."""
-        return next(self.keys([position]))[1]
+        return self.names[position]
 
-    def keys(self, positions: Iterable[int]) -> Iterator[tuple[int, str]]:
+    def keys(self, positions: Positions) -> Iterator[tuple[int, str]]:
         """Source and name of these images."""
-        at = np.fromiter(positions, np.int64)
-        starts, text = np.where(at > 0, self.ends[at - 1], 0).tolist(), self.text.data
-        for root, start, end in zip(self.roots[at].tolist(), starts, self.ends[at].tolist(), strict=True):
-            yield root, str(text[start:end], "utf-8", "surrogateescape")
+        return zip(map(int, map(self.roots.__getitem__, positions)), self.names.at(positions), strict=True)
 
     def labels_of(self, position: int) -> Labels:
         """The labels of an image."""

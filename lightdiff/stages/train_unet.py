@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint, tensor_digest
 from lightdiff.data.latents import LatentSet, Scaling, async_copy, latents_settings, prefetch
-from lightdiff.data.order import Mixture, Order, item_noise, key
+from lightdiff.data.order import Order, item_noise, key
 from lightdiff.diffusion.objectives import loss_weight, target
 from lightdiff.diffusion.schedules import Schedule, random_levels
 from lightdiff.errors import UserError
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import Posterior
+from lightdiff.on_demand import on_demand
 from lightdiff.pictures import save_grid
 from lightdiff.pipeline import Pipeline, default_sampling, load_vae, vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder, find_latents
@@ -77,7 +78,8 @@ class UNetTask:
         self.stage, self.device, self.latents = stage, stage.device, latents
         self.train_items, self.val_items = len(latents.train), len(latents.val)
         index, weights, seed = latents.index, latents.index.images.data_weights, s.loop.seed
-        mixed = Mixture(index.roots[index.positions("train")], weights, seed) if weights else None
+        roots = index.roots[index.positions("train")]
+        mixed = on_demand("data.mixing:Mixture")(roots, weights, seed) if weights else None
         self.order = mixed or Order(self.train_items, seed)
         self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)

@@ -15,7 +15,7 @@ from lightdiff.data.images import to_float
 from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
 from lightdiff.data.loading import ImageBatch, ImageDataset, load_batches
-from lightdiff.data.order import Mixture, Order, item_noise
+from lightdiff.data.order import Order, item_noise
 from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.data.table import ImageList
 from lightdiff.errors import UserError
@@ -76,7 +76,7 @@ class VAETask:
         self.train_set, self.val_set = self._data_set("train", files), self._data_set("val", files)
         self.train_items, self.val_items = len(self.train_set), len(self.val_set)
         weights, seed = s.images.data_weights, s.loop.seed
-        mixed = Mixture(files.of_split("train").roots, weights, seed) if weights else None
+        mixed = on_demand("data.mixing:Mixture")(files.of_split("train").roots, weights, seed) if weights else None
         self.order = mixed or Order(self.train_items, seed)
         self.part = stage.processes.batch_slice(s.loop.batch_size)
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)

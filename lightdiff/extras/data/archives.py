@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from io import BufferedReader, BytesIO
@@ -82,16 +82,10 @@ class Archive(ImageTable):
         Raises:
             FileNotFoundError: If there is none of that name.
         """
-        wanted = _encoded(name)
-        at = bisect_left(range(len(self)), wanted, key=self.encoded_name)
-        if at == len(self) or self.encoded_name(at) != wanted:
+        at = bisect_left(self.names, name)
+        if at == len(self) or self.names[at] != name:
             raise FileNotFoundError(f"{name} is not in the archive")
         return at
-
-    def encoded_name(self, position: int) -> bytes:
-        """An image's name in UTF-8, by which they are sorted."""
-        start = int(self.ends[position - 1]) if position else 0
-        return self.text[start : int(self.ends[position])].tobytes()
 
     def read_image(self, name: str) -> bytes:
         """The bytes of an image's file."""
@@ -108,7 +102,7 @@ def names_in_archive(place: Path, passed_over: Counter[str]) -> Iterator[str]:
     open_archive.cache_clear()  # they may have been changed since
     archive = open_archive(place)
     passed_over.update(archive.passed_over)
-    return (name for _, name in archive.keys(range(len(archive))))
+    return iter(archive.names)
 
 
 def open_in_archive(place: Path, name: str) -> Image.Image:
@@ -141,11 +135,10 @@ def read_beside_images(place: Path, path: Path) -> bytes:
     return read_member(archive.parts[part], Member(name, *numbers))
 
 
-def labels_in_archive(place: Path) -> dict[str, Labels]:
-    """The labels of images that have files of labels beside them: NAME.cls, NAME.json."""
+def labels_in_archive(place: Path) -> Iterable[Labels] | None:
+    """The labels of images, if some have files of labels beside them: NAME.cls, NAME.json."""
     archive = open_archive(place)
-    labelled = np.flatnonzero((archive.codes >= 0).any(0)).tolist()
-    return {name: archive.labels_of(at) for at, (_, name) in zip(labelled, archive.keys(labelled), strict=True)}
+    return map(archive.labels_of, range(len(archive))) if archive.labels else None
 
 
 SOURCE = Source(names_in_archive, open_in_archive, look_in_archive, read_beside_images, labels_in_archive)
@@ -264,7 +257,7 @@ def _index(parts: Sequence[Part]) -> Archive:
         skipped |= {("caption .txt", f"{n}/{key}") for n, key in captions & {(number, _key(name)) for name in images}}
     if len({member.name for _, member, _ in found}) < len(found):  # shards that count from 0 each
         found = [(n, m._replace(name=_with_stem(m.name, Path(parts[n][0]).stem)), of) for n, m, of in found]
-    found.sort(key=lambda row: _encoded(row[1].name))
+    found.sort(key=lambda row: row[1].name)
     columns = np.array([member[1:] for _, member, _ in found], np.int64).reshape(-1, 4).T.copy()
     archive = Archive.of(
         [ImageFile(number, member.name, "train", of) for number, member, of in found],
@@ -287,10 +280,6 @@ def _kept_out(name: str) -> tuple[str, str] | None:
     if base[0] != ".":
         return None
     return "hidden file" if base.lower().endswith(PICTURES) else "", name
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _with_stem(name: str, stem: str) -> str:

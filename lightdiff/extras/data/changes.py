@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import lookers
-from lightdiff.data.table import ImageTable, Look, Mask
+from lightdiff.data.layouts import Mask
+from lightdiff.data.table import ImageTable, Look
 from lightdiff.errors import UserError
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.stage import Stage

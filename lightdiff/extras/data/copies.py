@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lightdiff.data.layouts import FIRST, LAST, MAX_VARIANTS
+from lightdiff.data.layouts import FIRST, LAST, MAX_VARIANTS, Mask, Names
 from lightdiff.errors import UserError
 from lightdiff.extras.data.splits import places
 
-Names = Sequence[str]
 Read = Sequence[tuple[str, str]]  # of each name: its variant, and the rest of its path
 Open = Callable[[str], AbstractContextManager[Image.Image]]
 Looker = Callable[[str], "Look | None"]
@@ -48,8 +47,8 @@ class Look(NamedTuple):
     area: int
 
 
-def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) -> tuple[Names, dict[str, str]]:
-    """The images of a source to take and, for those that are copies of others that are taken, which ones.
+def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) -> tuple[Mask, dict[str, str]]:
+    """Which images of a source to take, (n,), and for those that are copies of others that are taken, which ones.
 
     Of copies at several sizes the largest are taken. Where they have one size all are, on one side of the split.
     `notes` takes what is to be said.
@@ -57,7 +56,7 @@ def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) 
     Raises:
         UserError: Only the user can say which of them to take.
     """
-    originals = dict[str, str]()
+    originals, taken = dict[str, str](), np.ones(len(names), bool)
     if not all(name.endswith(names[0].rpartition(".")[2]) for name in names):
         stems = dict[str, str]()
         for name in names:
@@ -65,11 +64,15 @@ def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) 
                 originals[name] = first
     look = lru_cache(maxsize=None)(partial(_look, open_image))
     judge = partial(_judge, folder, look, originals, notes)
-    for depth in range(DEPTHS):
-        names = judge(names, _by_folder(depth, names))
-    for pattern in (LAST, FIRST):
-        names = judge(names, _by_part(pattern, names))
-    return names, {name: _first(name, originals) for name in originals}
+    folders, parts = (
+        (partial(_by_folder, depth) for depth in range(DEPTHS)),
+        (partial(_by_part, p) for p in (LAST, FIRST)),
+    )
+    for read in itertools.chain(folders, parts):
+        kept = judge(names, read(names))
+        taken[taken] = kept
+        names = names.where(kept)
+    return taken, {name: _first(name, originals) for name in originals}
 
 
 def _first(name: str, originals: Mapping[str, str]) -> str:
@@ -89,17 +92,17 @@ def _variants(parts: set[str]) -> set[str]:
 
 def _by_folder(depth: int, names: Names) -> Read:
     """The folder of each image at this depth, split folders aside, and the rest of its path; empty if none matters."""
-    lie = places(names)
-    variants = _variants({place.folders[depth] for place in set(lie) if len(place.folders) > depth})
+    lie, homes = places(names), names.homes[1].tolist()
+    variants = _variants({place.folders[depth] for place in lie if len(place.folders) > depth})
     if not variants:
         return []
-    cut = {}
-    for role, folders in set(lie):
+    cut = list[tuple[str, str]]()
+    for role, folders in lie:
         variant = folders[depth] if len(folders) > depth and folders[depth] in variants else ""
         others = (*folders[:depth], *folders[depth + 1 :]) if variant else folders
-        cut[role, folders] = variant, "/".join((role, *others))
+        cut.append((variant, "/".join((role, *others))))
     stems = (posixpath.splitext(posixpath.basename(name))[0] for name in names)
-    return [(cut[place][0], f"{cut[place][1]}/{stem}") for place, stem in zip(lie, stems, strict=True)]
+    return [(cut[home][0], f"{cut[home][1]}/{stem}") for home, stem in zip(homes, stems, strict=True)]
 
 
 def _by_part(pattern: re.Pattern[str], names: Names) -> Read:
@@ -119,8 +122,8 @@ def _by_part(pattern: re.Pattern[str], names: Names) -> Read:
     return [("", stem) if stem in others else (part, rest) for stem, part, rest in cut]  # IMG_1, beside small IMG_1
 
 
-def _judge(folder: Path, look: Looker, originals: dict[str, str], notes: list[str], names: Names, read: Read) -> Names:
-    """Look at each two variants that share paths; leave out the images of the smaller one, and say so."""
+def _judge(folder: Path, look: Looker, originals: dict[str, str], notes: list[str], names: Names, read: Read) -> Mask:
+    """Look at each two variants that share paths; keep all images, (n,), but those of the smaller one, and say so."""
     images: dict[str, dict[str, str]] = defaultdict(dict)  # by variant and the rest of the path
     for name, (variant, rest) in zip(names, read, strict=bool(read)):
         images[variant][rest] = name
@@ -147,13 +150,13 @@ def _judge(folder: Path, look: Looker, originals: dict[str, str], notes: list[st
             worse.add(smaller or REST)
             left_out.update((smaller, rest) for rest in shared)
     if left_out:
-        kept = [name for name, of in zip(names, read, strict=True) if of not in left_out]
+        kept = np.array([of not in left_out for of in read])
         notes.append(
-            f"{folder}: {len(names) - len(kept):,} images in {', '.join(sorted(worse))} are left out, copies of those "
+            f"{folder}: {(~kept).sum():,} images in {', '.join(sorted(worse))} are left out, copies of those "
             f"in {', '.join(sorted(better - worse))}; to take them instead, name their folder"
         )
         return kept
-    return names
+    return np.ones(len(names), bool)
 
 
 def _order(pair: tuple[str, str], shared: list[tuple[str, str]], look: Looker) -> Order:

@@ -67,7 +67,7 @@ def read(place: Path, path: Path) -> bytes:
     return source_of(copied(place)).read(copied(place), inside)
 
 
-def labels(place: Path) -> dict[str, Labels]:
+def labels(place: Path) -> Iterable[Labels] | None:
     """What the data set says of its images beside their names."""
     return source_of(copied(place)).labels(copied(place))
 

@@ -5,13 +5,14 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 from lightdiff.data.files import read_in_folder
-from lightdiff.data.layouts import TABLES, Labels, Read, common_folder
+from lightdiff.data.layouts import TABLES, Labels, Names, Read, common_folder
 from lightdiff.errors import UserError
 
 FAIRFACE_LABELS = ("age", "gender", "race")
@@ -120,11 +121,11 @@ def _listed(lines: Sequence[int]) -> str:
 class Images:
     """The images of one source, found by the names that tables use."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path, names: Names) -> None:
         """Index the names by their comparable form."""
         self.folder, self.names = folder, set(names)
         self.by_key: dict[str, list[str]] = {}
-        for name in names:
+        for name in self.names:
             self.by_key.setdefault(_key(name), []).append(name)
         start = common_folder(names).split("/")[:-1]
         # Tables may count from the source, or from the folder inside it that holds all images.
@@ -201,7 +202,7 @@ def read_labels(table: Path, flag: str, sources: Mapping[int, Images], notes: li
 # --- of a source, and of all --------------------------------------------------------------------------------------
 
 
-def own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str]) -> list[Path]:
+def own_tables(found: Mapping[Path, bytes], folder: Path, names: Names) -> list[Path]:
     """Those of the tables found, nearest first, that speak of these images.
 
     FairFace's need its folders train/ or val/, StyleGAN's needs labels.
@@ -216,7 +217,7 @@ def own_tables(found: Mapping[Path, bytes], folder: Path, names: Sequence[str]) 
 
 
 def labels_of_tables(
-    tables: Sequence[Path], folder: Path, names: Sequence[str], read: Read, notes: list[str]
+    tables: Sequence[Path], folder: Path, names: Names, read: Read, notes: list[str]
 ) -> dict[str, Labels]:
     """The labels that a source's own tables give to its images, by their names."""
     images = {0: Images(folder, names)}
@@ -227,13 +228,13 @@ def labels_of_tables(
 def labels_of_one_table(
     table: Path,
     folders: Sequence[Path],
-    listed: Sequence[Sequence[str]],
-    used: Sequence[Collection[str]],
+    listed: Sequence[Names],
+    used: Sequence[Names],
     notes: list[str],
-) -> list[dict[str, Labels]]:
-    """The labels that the table of --labels gives to the images of each source.
+) -> list[Iterable[Labels]]:
+    """The labels that the table of --labels gives to the images of each source that are used.
 
-    `listed` are the names that it may use, `used` those that are taken: how many of these have none is noted.
+    `listed` are the names that it may use: how many of those used have none is noted.
     """
     images = {root: Images(*pair) for root, pair in enumerate(zip(folders, listed, strict=True))}
     by_root: list[dict[str, Labels]] = [{} for _ in folders]
@@ -245,4 +246,4 @@ def labels_of_one_table(
     if without:
         count = sum(map(len, used))
         notes.append(f"{len(without):,} of {count:,} images have no label in {table} (such as {without[0]})")
-    return by_root
+    return [map(of.get, names, repeat({})) for names, of in zip(used, by_root, strict=True)]

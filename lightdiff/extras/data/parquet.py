@@ -7,7 +7,7 @@ group. `encode` and `pack` read in order; pack first what is to be trained on. N
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -147,7 +147,7 @@ def look(place: Path, name: str, contents: bool = False) -> Fingerprint:
         return NO_FILE
 
 
-def labels(place: Path) -> dict[str, Labels]:
+def labels(place: Path) -> Iterable[Labels] | None:
     """Columns of whole numbers and texts, by the names of Hugging Face's classes; none that differ in most rows."""
     import pyarrow.types as kinds
 
@@ -167,7 +167,7 @@ def labels(place: Path) -> dict[str, Labels]:
                 if value is not None and value != "":
                     text = words[value] if words and isinstance(value, int) and 0 <= value < len(words) else str(value)
                     found.setdefault(f"{stem}:{row:08d}", {})[field.name] = text
-    return found
+    return (found.get(name, {}) for name in sorted(names(place, Counter()))) if found else None
 
 
 SOURCE = Source(names, open_image, look, read_in_folder, labels)

@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lightdiff.data.layouts import Split, classes, common_folder, folders_of
+import numpy as np
+
+from lightdiff.data.layouts import Mask, Names, classes, common_folder, folders_of
+from lightdiff.errors import UserError
 
 Role = Literal["train", "val", "test", ""]
 ROLES: dict[str, Role] = {
@@ -17,29 +21,28 @@ FEW_STRAY = 0.05  # share of images beside class folders that is hardly meant
 
 
 class Place(NamedTuple):
-    """Where an image lies: the role of the split folder above it, if any, and its other folders."""
+    """Where images lie: the role of the split folder above them, if any, and their other folders."""
 
     role: Role
     folders: tuple[str, ...]
 
 
-def places(names: Sequence[str]) -> list[Place]:
-    """The place of each image, counted from the folder that holds all.
+def places(names: Names) -> list[Place]:
+    """The place of each of `names.homes`, counted from the folder that holds all images.
 
     Split folders lie at the top (train/cat/1.jpg) or in every class (cat/train/1.jpg).
     """
     start = len(common_folder(names))
-    homes = [name[start:].rpartition("/")[0] for name in names]
-    parts = {home: tuple(home.split("/")) if home else () for home in set(homes)}  # far fewer than names
-    depth, roles = 0, _top_roles({part[0] for part in parts.values() if part})
-    if not roles and all(len(part) > 1 and part[1].lower() in ROLES for part in parts.values()):
-        depth, roles = 1, {part[1]: ROLES[part[1].lower()] for part in parts.values()}
+    parts = [tuple(filter(None, home[start:].split("/"))) for home in names.homes[0]]
+    depth, roles = 0, _top_roles({part[0] for part in parts if part})
+    if not roles and all(len(part) > 1 and part[1].lower() in ROLES for part in parts):
+        depth, roles = 1, {part[1]: ROLES[part[1].lower()] for part in parts}
         roles = roles if len(set(roles.values())) > 1 else {}
-    found = {home: Place("", part) for home, part in parts.items()}
-    for home, part in parts.items():
-        if len(part) > depth and part[depth] in roles:
-            found[home] = Place(roles[part[depth]], part[:depth] + part[depth + 1 :])
-    return [found[home] for home in homes]
+    found = []
+    for part in parts:
+        split = len(part) > depth and part[depth] in roles
+        found.append(Place(roles[part[depth]], part[:depth] + part[depth + 1 :]) if split else Place("", part))
+    return found
 
 
 def _top_roles(folders: set[str]) -> dict[str, Role]:
@@ -57,9 +60,19 @@ def _top_roles(folders: set[str]) -> dict[str, Role]:
 
 
 def folder_roles(folders: Sequence[Path]) -> list[Role]:
-    """The role of each --data folder, if several are given and their own names are those of split folders."""
-    if len(folders) == 1:
-        return [""]
+    """The role of each of several --data folders, if their own names are those of split folders.
+
+    Raises:
+        UserError: If there is none, or one holds another.
+    """
+    if not folders:
+        raise UserError("--data: name a folder of images")
+    for (i, inner), (j, outer) in permutations(enumerate(folder.resolve() for folder in folders), 2):
+        # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
+        if i > j and inner == outer:
+            raise UserError(f"--data: {folders[i]} is given twice")
+        if outer in inner.parents:
+            raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
     roles = _top_roles({folder.name for folder in folders})
     of = [roles.get(folder.name, "") for folder in folders]
     if "val" not in of:  # some of the others are held out
@@ -67,33 +80,33 @@ def folder_roles(folders: Sequence[Path]) -> list[Role]:
     return of if set(of) != {"test"} else [""] * len(of)
 
 
-def own_split(folder: Path, names: Sequence[str], whole: Role, notes: list[str]) -> dict[str, Split | None]:
-    """The images of a source to use, each with the split that the user's folders give it, if they do.
+def own_split(folder: Path, names: Names, whole: Role, notes: list[str]) -> tuple[Mask, Mask | None]:
+    """Which images of a source to use, (n,), and which of these the user's folders hold out; None if they do not say.
 
     Folders for testing are left out, unless there is nothing else. A folder for validation makes the rest training.
     `whole` is the role of the source itself; `notes` takes what is to be said.
     """
-    roles = {name: whole or place.role for name, place in zip(names, places(names), strict=True)}
-    used = {name: role for name, role in roles.items() if role != "test"}
-    if not used and not whole:
-        return dict.fromkeys(names)
-    held_out = sum(role == "val" for role in used.values())
-    said, splits = [], dict[str, Split | None].fromkeys(used)
-    if (used and whole) or 0 < held_out < len(used):
-        splits = {name: "val" if role == "val" else "train" for name, role in used.items()}
-        said.append(f"split by its folders into {len(used) - held_out:,} training and {held_out:,} validation images")
-    if left_out := len(names) - len(used):
+    roles = np.array([whole or place.role for place in places(names)])[names.homes[1]]
+    used = roles != "test"
+    if not used.any() and not whole:
+        return ~used, None
+    held_out: Mask = roles[used] == "val"
+    said, count, split = [], len(held_out), int(held_out.sum())
+    by_folders = bool(count and whole) or 0 < split < count
+    if by_folders:
+        said.append(f"split by its folders into {count - split:,} training and {split:,} validation images")
+    if left_out := len(names) - count:
         said.append(f"{left_out:,} images in a folder for testing are left out")
     if said:
         notes.append(f"{folder}: {'; '.join(said)}")
-    return splits
+    return used, held_out if by_folders else None
 
 
-def note_stray_images(folder: Path, names: Sequence[str], notes: list[str]) -> None:
+def note_stray_images(folder: Path, names: Names, notes: list[str]) -> None:
     """Say that a few images lie beside the folders of all others, without which these would be classes."""
-    folders = folders_of(tuple(names))
-    stray = [name for name, parts in zip(names, folders, strict=True) if not parts]
-    if len(stray) <= FEW_STRAY * len(names):
-        others = classes([name for name, parts in zip(names, folders, strict=True) if parts])
+    stray = np.array([not parts for parts in folders_of(names)])[names.homes[1]]
+    if stray.sum() <= FEW_STRAY * len(names):
+        others = classes(names.where(~stray))
         if others and not all(map(str.isdigit, others)):
-            notes.append(f"{folder}: its folders are not taken for classes, as {stray[0]} lies in none of them")
+            first = names[int(stray.argmax())]
+            notes.append(f"{folder}: its folders are not taken for classes, as {first} lies in none of them")
