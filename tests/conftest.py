@@ -152,3 +152,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of that run, to be changed at will."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception up to Mixed_6e with random weights."""
+    import safetensors.torch
+    import torch
+
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path_factory.mktemp("weights") / "made-up.safetensors"
+    kind = type("Empty", (module.FeatureExtractorInceptionV3,), {"load_state_dict": lambda self, found: None})
+    empty = path.with_suffix(".pth")
+    torch.save({}, empty)
+    torch.manual_seed(0)
+    state = kind("empty", ["768"], feature_extractor_weights_path=empty).state_dict()
+    kept = {n: t.contiguous() for n, t in state.items() if not n.startswith(("Mixed_7", "fc")) and "num_b" not in n}
+    safetensors.torch.save_file(kept, path)
+    return path

@@ -194,22 +194,6 @@ def test_ssim_is_1_for_the_same_and_less_for_others():
     assert float(evaluate.ssim(x, x.flip(2))) < 0.5
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Inception up to Mixed_6e with random weights."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    path = tmp_path_factory.mktemp("weights") / "made-up.safetensors"
-    kind = type("Empty", (FeatureExtractorInceptionV3,), {"load_state_dict": lambda self, found: None})
-    empty = path.with_suffix(".pth")
-    torch.save({}, empty)
-    torch.manual_seed(0)
-    state = kind("empty", ["768"], feature_extractor_weights_path=empty).state_dict()
-    kept = {n: t.contiguous() for n, t in state.items() if not n.startswith(("Mixed_7", "fc")) and "num_b" not in n}
-    safetensors.torch.save_file(kept, path)
-    return path
-
-
 def test_the_command_measures_both_networks(trained, weights, run, cli):
     flags = ["--features", weights, "--num-images", 6, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
     first = succeed("evaluate", "--run", run, *flags, "--precision", "fp32")

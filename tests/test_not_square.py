@@ -1,5 +1,6 @@
 """Images that are not square, through all stages: `--resolution 16x24`, height x width."""
 
+import json
 import random
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from pydantic import ValidationError
 
 from lightdiff.architectures import Size
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.images import frame, load_image, random_frame
+from lightdiff.data.files import list_images
+from lightdiff.data.images import frame, load_image, random_frame, to_float
 from lightdiff.data.index import read_index
 from lightdiff.errors import UserError
+from lightdiff.extras.evidence import held_out, load_images
+from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
 from lightdiff.pictures import opened
 from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings, TrainVAESettings, VAESettings, with_changes
 
 
@@ -137,6 +142,27 @@ def test_edit_and_walk(wide: Path, tmp_path: Path) -> None:
     walk = ("walk", "--run", wide, "--between", "1,2", "--frames", 3, "--num-steps", 2, "--device", "cpu")
     succeed(*walk, "--out", tmp_path / "walk")
     assert opened(tmp_path / "walk/00000.png").size == (24, 16)
+
+
+def test_evaluate(wide: Path, weights: Path) -> None:
+    """The numbers are those of the held-out images themselves, 16 rows of 24 pixels."""
+    pytest.importorskip("skimage")
+    flags = ("--features", weights, "--num-images", 4, "--batch-size", 4, "--workers", 0, "--device", "cpu")
+    succeed("evaluate", "--run", wide, *flags, "--precision", "fp32")
+    found = json.loads((wide / "evaluation/metrics.json").read_text())
+    images = read_index(RunFolder(wide).latents).images
+    x = to_float(torch.stack(load_images(held_out(list_images(images, console)), images)))
+    assert x.shape[1:] == (3, 16, 24)
+    model = Pipeline.load(wide, device="cpu")
+    error = (model.decode(model.encode(x)) - x).double()
+    psnr = (10 * (4 / error.square().mean((1, 2, 3))).log10()).mean()  # of a range of 2
+    assert found["vae"]["PSNR (dB)"] == pytest.approx(psnr.item(), rel=1e-3)
+    pattern = grid_pattern(127.5 * error.mean(0), model.vae_settings.factor)
+    assert found["vae"][PATTERN] == pytest.approx(pattern, rel=1e-3) != 0
+    for part in ("vae", "unet"):
+        assert "to 16x24 px, then to 299 px" in found[part]["resampling"]
+    assert found["unet"]["samples"] == 4
+    assert opened(wide / "evaluation/nearest.png").width > opened(wide / "evaluation/nearest.png").height
 
 
 @pytest.mark.slow
