@@ -389,6 +389,11 @@ def test_nothing_passed_over_is_nothing_said(tmp_path: Path) -> None:
     assert find_images([fill(tmp_path, ["1.png", "notes.txt"])], 0).notes == []
 
 
+def test_captions_beside_images_are_told(tmp_path: Path) -> None:
+    found = find_images([fill(tmp_path, ["1.png", "1.txt", "a/2.jpg", "a/2.txt", "a/1.txt", "notes.txt"])], 0)
+    assert found.notes == ["passed over: caption .txt (2)"]
+
+
 def test_a_folder_of_other_pictures_alone_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no image \(.*\); passed over: \.jxl \(2\)$"):
         scan([fill(tmp_path, ["a.jxl", "b.jxl"])], 0)

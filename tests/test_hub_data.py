@@ -1,5 +1,6 @@
 """hf://datasets/OWNER/NAME: what a made-up client fetches is read as its folder, archives or Parquet files are."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import VAE_FLAGS, succeed
+from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import find_images, lookers
+from lightdiff.data.files import find_images, lookers, source_of
 from lightdiff.errors import RunError, UserError
 from lightdiff.extras.data import hub_data
 from lightdiff.run_folder import RunFolder
@@ -73,6 +75,25 @@ def test_archives_tables_and_parts_of_a_data_set(hub: Path, faces: Path, tmp_pat
         "dogs",
     ]
     assert [f.path for f in find_images([Path("hf://datasets/me/pets/dogs")], 0).files] == ["1.png"]
+
+
+def test_parquet_files_of_a_data_set_are_preferred(hub: Path, faces: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (hub / "me/table/data").mkdir(parents=True)
+    pictures = [path.read_bytes() for path in sorted(faces.rglob("*.png"))[:5]]
+    for split, rows in (("train", pictures[:3]), ("validation", pictures[3:])):
+        table = pa.table({"image": [{"bytes": data, "path": "1.png"} for data in rows], "label": range(len(rows))})
+        parquet.write_table(table, hub / f"me/table/data/{split}-00000-of-00001.parquet")
+    (hub / "me/table/preview.png").write_bytes(pictures[0])
+    place = Path("hf://datasets/me/table")
+    files, source = find_images([place], 0).files, source_of(place)
+    assert [file.split for file in files] == ["train"] * 3 + ["val"] * 2
+    assert [file.labels["label"] for file in files] == ["0", "1", "2", "0", "1"]
+    for file, data in zip(files, pictures, strict=True):
+        with source.open(place, file.path) as image, Image.open(io.BytesIO(data)) as wanted:
+            assert image.tobytes() == wanted.tobytes()
 
 
 def test_what_cannot_be_fetched_is_said(hub: Path) -> None:

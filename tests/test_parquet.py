@@ -64,6 +64,21 @@ def test_files_for_training_and_validation(tmp_path: Path) -> None:
     assert found.notes[-1].endswith("1 images in a folder for testing are left out")
 
 
+def test_rows_are_told_apart_by_number_and_files_by_name(tmp_path: Path) -> None:
+    for name in ("a", "a-b", "deeper/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(
+            tmp_path / f"{name}.parquet", [png(i) for i in range(2)], label=[int(name == "a")] * 2
+        )  # paths 0.png, 1.png
+    place = tmp_path / "**" / "*.parquet"
+    found = find_images([place], 0).files
+    assert [f.path for f in found] == [f"{stem}:{row:08d}" for stem in ("a-b", "a", "c") for row in range(2)]
+    assert [f.labels["label"] for f in found] == ["cat"] * 2 + ["dog"] * 2 + ["cat"] * 2  # in the order of sorted names
+    write(tmp_path / "deeper/a.parquet", [png()])
+    with pytest.raises(UserError, match=r"^--data: .*a\.parquet and .*a\.parquet are named alike: name"):
+        find_images([place], 0)
+
+
 def test_few_row_groups_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = write(tmp_path / "a.parquet", [png(i) for i in range(40)], group=2)
     read = [parquet.read(place, name) for name in parquet.names(place, Counter())]

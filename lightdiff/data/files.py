@@ -97,8 +97,7 @@ def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
             # A broken link has an image's name too: it is to be named as unreadable, not passed over.
             images = sorted(name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))
             if len(images) < len(files):
-                others = sorted({*files}.difference(images))
-                passed_over.update(on_demand("data.unread:kinds_of")(path, others, misses))
+                passed_over.update(on_demand("data.unread:kinds_of")(path, files, images, misses))
             below = f"{Path(path).relative_to(folder).as_posix()}/".removeprefix("./")
             yield from (below + name for name in images)
 

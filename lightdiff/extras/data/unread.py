@@ -77,15 +77,18 @@ def how_to_read(name: str) -> str:
 # --- in folders ---------------------------------------------------------------------------------------------------
 
 
-def kinds_of(folder: str, names: Iterable[str], misses: Counter[str]) -> Iterator[str]:
-    """What those of a folder's files are counted as that look like pictures and have no suffix of one that is read.
+def kinds_of(folder: str, names: Iterable[str], images: Iterable[str], misses: Counter[str]) -> Iterator[str]:
+    """What those of a folder's files are counted as that are none of its `images`, but captions of them, or look so.
 
     Files whose suffix says nothing are opened, until as many of one suffix as `MISSES` were no pictures; `misses`
     counts them.
     """
-    for name in names:
+    captions = {f"{os.path.splitext(name)[0]}.txt" for name in images}
+    for name in sorted({*names}.difference(images)):
         suffix = os.path.splitext(name)[1].lower()
-        if name[0] == ".":
+        if name in captions:
+            yield "caption .txt"
+        elif name[0] == ".":
             if name.lower().endswith(PICTURES):
                 yield "hidden file"
         elif name.lower() in SYSTEM_NAMES or suffix in UNREAD_SUFFIXES:
