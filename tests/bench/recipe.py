@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -188,11 +189,12 @@ def lightdiff(*words: object) -> float:
 
 @dataclass(frozen=True)
 class Training:
-    """A stage, the folder of its run, and its further flags."""
+    """A stage, the folder of its run, its further flags, and its share of the budget where that is to be spent."""
 
     stage: Stage
     run: Path
     flags: tuple[object, ...]
+    share: float = 1.0
 
     def train(self, steps: int, run: Path | None = None) -> float:
         """Train, there or in another folder, and return the processor time."""
@@ -254,13 +256,13 @@ class Work:
                     lightdiff(*words)
                 (folder / "done").touch()
 
-    def distance(self, images: Path, samples: int) -> float:
+    def distance(self, images: Path, samples: int, photographs: Path = FACES, side: int = 64) -> float:
         """The distance (frechet.py) from images to the photographs, which are measured once."""
         reference = self.folder / "reference.npz"
         with self._locks[reference]:
             if not reference.is_file():
-                call([FRECHET, FACES, images, "--size", 64, "--save", reference])
-        said, _ = call([FRECHET, reference, images, "--size", 64, "--count", samples])
+                call([FRECHET, photographs, images, "--size", side, "--save", reference])
+        said, _ = call([FRECHET, reference, images, "--size", side, "--count", samples])
         return float(re.findall(r"\d+\.\d+", said)[0])
 
 
@@ -268,7 +270,7 @@ def steps_within(training: Training) -> int:
     """Number of steps within the budget; two short runs give the time of a start and of a step."""
     few, more = (training.train(n, training.run / "trial") for n in TRIALS)
     step = (more - few) / (TRIALS[1] - TRIALS[0])
-    return int((SECONDS[training.stage] - (few - TRIALS[0] * step)) / step)
+    return int((SECONDS[training.stage] * training.share - (few - TRIALS[0] * step)) / step)
 
 
 def relative_cost(training: Training, other: Training) -> float:
@@ -297,30 +299,34 @@ def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: flo
     cost = work.home("cost", "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else None
     unet_steps, unet_cpu = work.trained(unet, budgeted, share, cost)
 
-    tenth = max(1, unet_steps // PARTS)
+    drawn = draw(recipe, unet, unet_steps, latents, seed, max(samples), work)
+    row = {"row": name, "seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": recipe.flags}
+    row |= trained_networks(vae, unet)
+    row |= {"vae_steps": vae_steps, "vae_cpu": round(vae_cpu), "unet_steps": unet_steps, "unet_cpu": round(unet_cpu)}
+    return [row | {"samples": n, "frechet": work.distance(first(drawn, n), n)} for n in samples]
+
+
+def draw(recipe: Recipe, unet: Training, steps: int, latents: Path, seed: int, count: int, work: Work) -> Path:
+    """The folder of `images` drawn by a U-Net that was trained for `steps` steps, and of a grid of some of them."""
+    tenth = max(1, steps // PARTS)
     how = recipe.generate.format(tenth=tenth, fifth=2 * tenth, half=5 * tenth)
-    drawn = work.home("drawn", unet.run.name, recipe.generate, max(samples))
+    drawn = work.home("drawn", unet.run.name, recipe.generate, count)
     copy = latents / "latents" / "vae.safetensors"
-    words = ["generate", "--run", unet.run, "--vae", copy, "--num-images", max(samples), "--batch-size", 100]
+    words = ["generate", "--run", unet.run, "--vae", copy, "--num-images", count, "--batch-size", 100]
     work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *how.split()])
     with suppress(FileNotFoundError):  # where it has been moved before
         (drawn / "images" / "grid.png").rename(drawn / "grid.png")  # it is no sample
-    row = {
-        "row": name,
-        "seed": seed,
-        "share": share,
+    return drawn
+
+
+def trained_networks(vae: Training, unet: Training) -> dict[str, Any]:
+    """What a row says of both networks: their size and how well they do on images held out."""
+    return {
         "psnr": round(last_value(vae.run / "vae" / "metrics.jsonl", "val_psnr"), 2),
         "val_loss": round(last_value(unet.run / "unet" / "metrics.jsonl", "val_loss"), 4),
         "vae_parameters": parameters(vae.run / "vae" / "checkpoints" / "last.safetensors"),
-        "vae_steps": vae_steps,
-        "vae_cpu": round(vae_cpu),
         "unet_parameters": parameters(unet.run / "unet" / "checkpoints" / "last.safetensors"),
-        "unet_steps": unet_steps,
-        "unet_cpu": round(unet_cpu),
-        "date": time.strftime("%Y-%m-%d"),
-        "flags": recipe.flags,
     }
-    return [row | {"samples": n, "frechet": work.distance(first(drawn, n), n)} for n in samples]
 
 
 def first(drawn: Path, count: int) -> Path:
@@ -343,10 +349,12 @@ def linked(images: list[Path], folder: Path) -> Path:
     return folder
 
 
-def vae_training(recipe: Recipe, seed: int, share: float, work: Work) -> Training:
+def vae_training(
+    recipe: Recipe, seed: int, share: float, work: Work, photographs: Path = FACES, side: int = 64
+) -> Training:
     """A recipe's VAE."""
     perceptual = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else ["--lpips-net", "squeeze", "--lpips-weights", LPIPS]
-    flags = ("--data", FACES, "--resolution", 64, *perceptual, *recipe.vae.split(), "--seed", seed)
+    flags = ("--data", photographs, "--resolution", side, *perceptual, *recipe.vae.split(), "--seed", seed)
     return Training("train-vae", work.home("vae", recipe.vae, seed, share), flags)
 
 
@@ -410,12 +418,12 @@ def last_value(metrics: Path, name: str) -> float:
     return float(next(row[name] for row in reversed(read_metrics(metrics)) if name in row))
 
 
-def add(path: Path, row: dict[str, Any]) -> None:
+def add(path: Path, row: dict[str, Any], fields: Sequence[str] = FIELDS) -> None:
     """Add a row to the table."""
     fresh = not path.is_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS)
+        writer = csv.DictWriter(stream, fields)
         if fresh:
             writer.writeheader()
         writer.writerow(row)

@@ -10,6 +10,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "recipe"
 ROWS = FOLDER / "rows.csv"
 SUMMARY = FOLDER / "summary.md"
 REMARKS = FOLDER / "remarks.md"
+ELSEWHERE = FOLDER / "elsewhere.csv"
 CURVE = FOLDER / "curve.svg"
 PAGE = FOLDER.parent / "recipe.md"
 BOUND = "\N{NO-BREAK SPACE}"  # between a number and its unit, in cells that are narrow
@@ -137,6 +138,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def elsewhere_table(rows: list[dict[str, Any]]) -> str:
+    """Lightdiff beside its peer on each set: rows of one set and share come in pairs, and the ratio is of distances."""
+    head = ["set", "px", "seed", "processor time", "contender", "PSNR", "Frechet-768", "of the peer's"]
+    head += ["VAE", "steps", "U-Net", "steps"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---:|---|" + "---:|" * 7]
+    key = ("set", "seed", "share", "samples", "processor")
+    peers = {tuple(row[name] for name in key): row["frechet"] for row in rows if row["contender"] != "lightdiff"}
+    for row in rows:
+        ratio = row["frechet"] / peers[tuple(row[name] for name in key)] if row["contender"] == "lightdiff" else None
+        seconds = f"{row['vae_cpu']:.0f} + {row['unet_cpu']:.0f}{BOUND}s"
+        cells = [row["set"], f"{row['resolution']:.0f}", f"{row['seed']:.0f}", seconds, row["contender"]]
+        cells += [f"{row['psnr']:.1f}{BOUND}dB", f"{row['frechet']:.3f}", "" if ratio is None else f"{ratio:.2f}"]
+        for stage in ("vae", "unet"):
+            cells += [f"{row[f'{stage}_parameters'] / 1e6:.2f}{BOUND}M", f"{row[f'{stage}_steps']:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def mean(values: list[float]) -> float:
     """The arithmetic mean."""
     return sum(values) / len(values)
@@ -155,6 +174,8 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
             for row in sorted(curve, key=lambda row: (row["row"], row["processor"], row["share"], row["seed"]))
         ]
         parts.append("\n".join(["| | | processor time | seed | Frechet-768 |", "|---|---|---:|---:|---:|", *cells]))
+    if elsewhere := read(ELSEWHERE):
+        parts += ["## Elsewhere, beside tuned diffusers", elsewhere_table(elsewhere)]
     return "\n\n".join([*parts, REMARKS.read_text().strip()]) + "\n"
 
 
