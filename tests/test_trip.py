@@ -21,7 +21,7 @@ TRIP = {
     "train-unet": {"lines": 789, "files": 28},
     "generate": {"lines": 616, "files": 23},
 }
-CORE_LINES = 5_722
+CORE_LINES = 5_718
 FILE_LINES = 400  # of a core file, with docstrings and blank lines
 
 

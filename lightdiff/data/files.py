@@ -91,8 +91,7 @@ def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
                 parts = _parts_of_run(path, folders)
                 kinds = {name: "folder of a run of lightdiff" if name in parts else left_out(name) for name in folders}
                 passed_over.update(filter(None, kinds.values()))
-                folders[:] = [name for name in folders if not kinds[name]]
-                folders.sort(key=lambda name: f"{name}/")
+                folders[:] = sorted((name for name in folders if not kinds[name]), key="{}/".format)
                 starts += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             # A broken link has an image's name too: it is to be named as unreadable, not passed over.
             images = sorted(name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))

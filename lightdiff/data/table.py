@@ -158,9 +158,8 @@ class ImageTable(BaseModel):
 
     def image(self, position: int) -> ImageFile:
         """An image as an object."""
-        return ImageFile(
-            int(self.roots[position]), self.name(position), SPLITS[self.splits[position]], self.labels_of(position)
-        )
+        split, labels = SPLITS[self.splits[position]], self.labels_of(position)
+        return ImageFile(int(self.roots[position]), self.name(position), split, labels)
 
     @property
     def endings(self) -> NDArray[np.bytes_]:
