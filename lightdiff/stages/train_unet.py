@@ -78,9 +78,9 @@ class UNetTask:
         self.stage, self.device, self.latents = stage, stage.device, latents
         self.train_items, self.val_items = len(latents.train), len(latents.val)
         index, weights, seed = latents.index, latents.index.images.data_weights, s.loop.seed
-        roots = index.roots[index.positions("train")]
-        mixed = on_demand("data.mixing:Mixture")(roots, weights, seed) if weights else None
-        self.order = mixed or Order(self.train_items, seed)
+        self.order = Order(self.train_items, seed)
+        if weights:
+            self.order = on_demand("data.mixing:Mixture")(index.roots[index.positions("train")], weights, seed)
         self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
