@@ -142,6 +142,15 @@ def test_the_display_loses_no_number_in_a_narrow_terminal(width):
 # --- the live display -----------------------------------------------------------------------------------------------
 
 
+def test_lines_above_the_display_are_broken_between_words(terminal):
+    words = [f"held-out{n}" for n in range(40)]
+    with Reporter("unet", 3) as reporter:
+        reporter.note(" ".join(words))
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert set(words) <= {word for line in lines for word in line.split()}
+
+
 def test_a_terminal_of_no_columns_is_one_whose_width_is_not_known(monkeypatch):
     monkeypatch.setenv("COLUMNS", "0")
     console = SafeConsole()

@@ -163,7 +163,7 @@ class Stage(Generic[S]):
         passes = f"{total * loop.batch_size / task.train_items:.3g} passes over the data"
         on = f"{self.processes.world_size} processes on " * (self.processes.world_size > 1) + self.device.type
         how = f"{total} steps, batch size {loop.batch_size}: {passes}; {on}, {loop.precision}"
-        console.print(task.summary, f"{how}; pictures: {self.folder.images}", sep="\n", soft_wrap=True)
+        console.print(task.summary, f"{how}; pictures: {self.folder.images}", sep="\n")
         chosen = [f"preset {preset}"] if (preset := getattr(self.settings, "preset", "")) else []
         chosen += [f"KL weight {loss.kl_beta:.3g}"] if (loss := getattr(self.settings, "loss", None)) else []
         chosen += [f"lr {loop.lr:.3g}", f"warm-up of {warmup} steps"]
