@@ -32,6 +32,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["benchmarks/remarks.md", "recipe/remarks.md", "recipe/summary.md"]  # parts of generated pages
 nitpicky = True
 highlight_language = "none"
+smartquotes_action = "qe"  # quotes and ellipses; two hyphens stay so, as they begin a flag
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # those that a repository browser gives, so that page.md#heading works in both
