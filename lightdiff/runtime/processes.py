@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -64,9 +65,9 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
 
 @cache
 def multiplies_bf16_faster() -> bool:
-    """Whether this CPU does, measured once: on a busy machine, another measurement may find something else."""
+    """Whether this CPU does, measured once, in processor time, which other work on the machine changes little."""
     products = [partial(torch.mm, a, a) for a in (torch.ones(768, 768), torch.ones(768, 768, dtype=torch.bfloat16))]
-    fp32, bf16 = (min(timeit.repeat(product, number=1, repeat=8)) for product in products)
+    fp32, bf16 = (min(timeit.repeat(product, timer=time.process_time, number=1, repeat=8)) for product in products)
     return bf16 < 0.8 * fp32
 
 
