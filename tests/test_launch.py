@@ -94,7 +94,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(faces, tmp_path, number, cod
     found, said = command.send(number).end()
     assert found == code, said
     step = saved_step(command)
-    assert f"stopped: stopped after step {step} of 100000, saved to" in said
+    assert f"stopped: after step {step} of 100000, saved to" in said
     assert said.count("run the same command again to resume") == 1
 
 
@@ -111,7 +111,7 @@ def test_signals_that_come_again_and_again_lose_no_save(faces, tmp_path, process
         time.sleep(0.02)
     code, said = command.end()
     assert code in (129, 143), said  # of signals that come together, a busy machine may hear the second one first
-    assert said.count(f"stopped after step {saved_step(command)} of 100000, saved to") == 1
+    assert said.count(f"stopped: after step {saved_step(command)} of 100000, saved to") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -178,7 +178,7 @@ def test_max_time_ends_with_its_own_exit_code(faces, tmp_path):
     command = Command(faces, tmp_path, "--max-time", 0.15)
     code, said = command.end()
     assert code == 75, said
-    assert "--max-time 0.15 minutes: stopped after step" in said
+    assert "(--max-time 0.15 minutes), saved to" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds workers below /proc")

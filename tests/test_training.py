@@ -298,7 +298,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop_at):
     fit(tmp_path / "straight", micro_batch=4, ema_decay=averages)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", stopping_at(stop_at))
-        with pytest.raises(Stopped, match=f"stopped after step {stop_at} of 20") as stopped:
+        with pytest.raises(Stopped, match=rf"^after step {stop_at} of 20") as stopped:
             fit(tmp_path / "stopped", micro_batch=4, ema_decay=averages)
     assert stopped.value.exit_code == 143
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last)
@@ -440,7 +440,7 @@ def test_a_signal_while_a_snapshot_is_written(tmp_path, monkeypatch, held):
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", at_step(7, stop_then_let_go))
-        with pytest.raises(Stopped, match="stopped after step 7 of 20, saved to"):
+        with pytest.raises(Stopped, match=r"^after step 7 of 20, saved to"):
             fit(tmp_path / "stopped")
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last).verify()
     assert saved.metadata.step == 7
@@ -558,9 +558,9 @@ def test_a_second_sigterm_changes_nothing(tmp_path):
     ("number", "said", "code"),
     [
         (signal.SIGINT, "interrupted; what was saved is untouched: run the same command again to resume", 130),
-        (signal.SIGTERM, "stopped; what was saved is untouched: run the same command again to resume", 143),
-        (signal.SIGHUP, "stopped; what was saved is untouched: run the same command again to resume", 129),
-        (signal.SIGXCPU, "stopped; what was saved is untouched: run the same command again to resume", 152),
+        (signal.SIGTERM, "what was saved is untouched: run the same command again to resume", 143),
+        (signal.SIGHUP, "what was saved is untouched: run the same command again to resume", 129),
+        (signal.SIGXCPU, "what was saved is untouched: run the same command again to resume", 152),
     ],
 )
 def test_outside_the_loop_a_signal_leaves_at_once(tmp_path, number, said, code):
@@ -659,13 +659,13 @@ def test_a_time_limit_stops_in_time_with_its_own_exit_code(tmp_path, monkeypatch
     assert stage.poll(reserve=10) == (75, False)
     assert not unlimited.out_of_time()
     stage.finish_together(False)
-    with pytest.raises(Stopped, match=r"--max-time 1 minutes: what is done is saved; run the same") as stopped:
+    with pytest.raises(Stopped, match=r"what is done is saved \(--max-time 1 minutes\); run the same") as stopped:
         stage.finish_together(True)
     assert stopped.value.exit_code == 75
 
 
 def test_max_time_ends_a_training_that_can_go_on(tmp_path):
-    with pytest.raises(Stopped, match="--max-time 1e-06 minutes: stopped after step 1 of 20, saved to") as stopped:
+    with pytest.raises(Stopped, match=r"after step 1 of 20 \(--max-time 1e-06 minutes\), saved to") as stopped:
         fit(tmp_path, job=JobSettings(max_time=1e-6))
     assert stopped.value.exit_code == 75
     assert Checkpoint(StageFolder(tmp_path).last).metadata.step == 1
@@ -732,7 +732,7 @@ def test_a_signal_in_a_step_that_is_validated_saves_first(tmp_path, monkeypatch,
     task = Regression()
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", stopping_at(step))
-        with pytest.raises(Stopped, match=f"stopped after step {step} of 20, saved to"):
+        with pytest.raises(Stopped, match=rf"^after step {step} of 20, saved to"):
             fit(tmp_path / "stopped", task=task, val_every=5)
     assert task.validations == (step - 1) // 5
     saved = Checkpoint(StageFolder(tmp_path / "stopped").last)

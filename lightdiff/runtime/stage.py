@@ -253,7 +253,7 @@ class Stage(Generic[S]):
         """
         if any(self.processes.all_reduce_max(int(unfinished), patient=True)):
             minutes = self.settings.job.max_time
-            raise Stopped(f"--max-time {minutes:g} minutes: what is done is saved; {self.again}", OUT_OF_TIME)
+            raise Stopped(f"what is done is saved (--max-time {minutes:g} minutes); {self.again}", OUT_OF_TIME)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note a signal for `poll`, or leave at once where nothing polls."""
@@ -264,7 +264,7 @@ class Stage(Generic[S]):
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
-            raise Stopped(f"stopped; {untouched(self.settings, self.again)}", 128 + number)
+            raise Stopped(untouched(self.settings, self.again), 128 + number)
 
 
 @contextmanager

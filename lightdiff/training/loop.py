@@ -323,8 +323,8 @@ def train(task: Task, stage: Stage[Any]) -> Trainer:
             processes.run_on_main(writer.wait)
         reporter.note(watch.shares())
     if exit_code:
-        limit = f"--max-time {stage.settings.job.max_time:g} minutes: " if exit_code == OUT_OF_TIME else ""
-        said = f"{limit}stopped after step {trainer.step} of {total}, saved to {folder.last}; {stage.again}"
+        limit = f" (--max-time {stage.settings.job.max_time:g} minutes)" if exit_code == OUT_OF_TIME else ""
+        said = f"after step {trainer.step} of {total}{limit}, saved to {folder.last}; {stage.again}"
         raise Stopped(said, exit_code)
     return trainer
 

@@ -128,7 +128,7 @@ def stop(pid: int, stage: Stage, seconds: float, rng: random.Random, log: Path) 
 
 def check_saved(stage: Stage, said: str) -> None:
     """Check that a training that says at which step it has stopped has saved that."""
-    _, _, after = said.partition("stopped after step ")
+    _, _, after = said.partition("stopped: after step ")
     if after:
         step = Checkpoint(StageFolder(stage.folder).last).verify().metadata.step
         if step != int(after.split()[0]):

@@ -123,7 +123,7 @@ class Launch:
         if self.failure is None and not reports:
             return  # all is done, even if a signal came in its last moment
         if self.stop and not own:
-            message = next((r.message for r in reports if r.stopped), f"stopped; {untouched(self.settings)}")
+            message = next((r.message for r in reports if r.stopped), untouched(self.settings))
             raise Stopped(message, 128 + self.stop)
         if self.failure is None:
             raise Stopped(reports[0].message, reports[0].exit_code)
