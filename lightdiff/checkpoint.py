@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightdiff import __version__
 from lightdiff.errors import Damaged, UserError
+from lightdiff.on_demand import on_demand
 from lightdiff.run_folder import atomic_write
 from lightdiff.settings import LoopSettings
 
@@ -234,7 +235,7 @@ def load_weights(model: nn.Module, source: Checkpoint, prefix: str) -> None:
     Raises:
         UserError: If names or shapes differ, as after a change of architecture.
     """
-    check_fit(model, source, prefix)
+    check_fit(f"{source.path} does not fit this architecture", model, source.shapes(prefix))
     model.load_state_dict(source.tensors(prefix))
 
 
@@ -246,22 +247,20 @@ def check_own(build: Callable[[], nn.Module], source: Checkpoint, prefix: str) -
     """
     try:
         with torch.device("meta"):
-            check_fit(build(), source, prefix)
+            check_fit(f"{source.path} does not fit this architecture", build(), source.shapes(prefix))
     except (ValueError, IndexError, RuntimeError) as error:
         raise Damaged(f"{source.path} is damaged: its settings make no network ({error})") from None
 
 
-def check_fit(model: nn.Module, source: Checkpoint, prefix: str) -> None:
-    """Check that a snapshot's tensors below a prefix are those of a network, by names and shapes.
+def check_fit(what: str, model: nn.Module, found: Mapping[str, Sequence[int]]) -> None:
+    """Check that tensors of these names and shapes are those of a network.
 
     Raises:
-        UserError: If not.
+        UserError: If not; it begins with `what`, as "x.safetensors does not fit its settings".
     """
-    expected, found = model.state_dict(), source.shapes(prefix)
-    wrong = [n for n in expected if n not in found or found[n] != list(expected[n].shape)]
-    wrong += [n for n in found if n not in expected]
-    if wrong:
-        raise UserError(f"{source.path} does not fit this architecture: {len(wrong)} tensors differ, {wrong[0]} first")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if expected != (shapes := {name: tuple(shape) for name, shape in found.items()}):
+        raise on_demand("wrong_weights:misfit")(what, expected, shapes)
 
 
 DTYPES = {  # in the words of safetensors

@@ -168,9 +168,9 @@ def test_taesd(tmp_path: Path) -> None:
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "there is no AttnDownEncoderBlock2D"),
         ({"patch_size": [2, 2]}, "the option patch_size is not known here"),
         ({"in_channels": 1}, "in_channels: there is no 1 here, only 3"),
-        ({"latent_channels": 8}, r"7 have another shape.*\(8, 64, 3, 3\) where \(16, 64, 3, 3\) is expected"),
-        ({"use_quant_conv": False}, "2 are left over, encoder.quant_conv.bias first"),
-        ({"layers_per_block": 2}, "are missing, encoder.down_blocks.0.resnets.1.norm1.weight first"),
+        ({"latent_channels": 8}, r"7 of another shape.*\(8, 64, 3, 3\) where \(16, 64, 3, 3\) is expected"),
+        ({"use_quant_conv": False}, "2 left over, encoder.quant_conv.bias first"),
+        ({"layers_per_block": 2}, "missing, encoder.down_blocks.0.resnets.1.norm1.weight first"),
         ({"norm_num_groups": 48}, "48 groups do not divide the width 32"),
         ({"block_out_channels": [10**9, 64]}, "channels"),
         ({"block_out_channels": "many"}, "block_out_channels: "),
@@ -205,7 +205,7 @@ def test_files_that_are_none(kl: tuple[Any, Path], tmp_path: Path) -> None:
     assert "encoder.conv_in.bias holds what is no finite number" in refused(tmp_path / "d.safetensors")
     del weights["decoder.conv_out.bias"]
     save_file(weights, tmp_path / "e.safetensors")
-    assert "1 are missing, decoder.conv_out.bias first" in refused(tmp_path / "e.safetensors")
+    assert "1 missing, decoder.conv_out.bias first" in refused(tmp_path / "e.safetensors")
     torch.save({"state_dict": {"callback": Path}}, tmp_path / "f.ckpt")
     assert "could run code" in refused(tmp_path / "f.ckpt")
     huge = {"encoder.conv_in.weight": torch.zeros(1).expand(10**6, 10**6), "decoder.conv_out.weight": torch.zeros(1)}

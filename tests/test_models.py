@@ -644,14 +644,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, imported: Path) -> 
     vae = torch.load(GOLDEN / "original_vae.pth", weights_only=True)
     vae["VAE_CFG"]["enc_channel_args"] = [16, 24, 32, 48]
     torch.save(vae, tmp_path / "vae.pth")
-    with pytest.raises(UserError, match=r"its weights do not fit its configuration: \d+ tensors differ"):
+    with pytest.raises(UserError, match=r"its weights do not fit its configuration: \d+ (missing|of another shape)"):
         import_checkpoint(tmp_path / "vae.pth", tmp_path / "run", 64)
     unet = torch.load(GOLDEN / "original_unet.pth", weights_only=True)
     del unet["ema_state_dict"]["final_conv.bias"]
     torch.save(unet, tmp_path / "unet.pth")
-    with pytest.raises(
-        UserError, match=r"its weights do not fit its configuration: 1 tensors differ, final_conv\.bias first"
-    ):
+    with pytest.raises(UserError, match=r"its weights do not fit its configuration: 1 missing, final_conv\.bias first"):
         import_checkpoint(tmp_path / "unet.pth", imported, 64)
     unet["UNET_CFG"]["up_channel_args"] = [64, 48, 48, 32]
     torch.save(unet, tmp_path / "unet.pth")

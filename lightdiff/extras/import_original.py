@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from lightdiff import checkpoint
-from lightdiff.checkpoint import Checkpoint, Metadata
+from lightdiff.checkpoint import Checkpoint, Metadata, check_fit
 from lightdiff.errors import UserError, shorten
 from lightdiff.models.original import OriginalUNetSettings, OriginalVAESettings
 from lightdiff.models.unet import build_unet
@@ -214,15 +214,10 @@ def weights_of(file: Path, theirs: Any, build: Callable[[], nn.Module]) -> dict[
         raise UserError(f"{file} claims to hold more weights than its size explains: it is damaged, or made to harm")
     parts = {name: [part for part in str(name).split(".") if part not in WRAPPERS] for name in theirs}
     found = {".".join(parts[name]): tensor for name, tensor in theirs.items() if name != "n_averaged"}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
     with torch.device("meta"):  # in no memory, whatever sizes the configuration claims
-        expected = build().state_dict()
-    wrong = [n for n in expected if n not in found or found[n].shape != expected[n].shape]
-    wrong += [n for n in found if n not in expected]
-    if wrong:
-        raise UserError(
-            f"{file}: its weights do not fit its configuration: {len(wrong)} tensors differ, {shorten(wrong[0])} first"
-        )
-    return {name: found[name].float().clone() for name in expected}
+        check_fit(f"{file}: its weights do not fit its configuration", build(), shapes)
+    return {name: tensor.float().clone() for name, tensor in found.items()}
 
 
 def is_plain(value: Any) -> bool:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightdiff.checkpoint import DTYPES, Metadata
+from lightdiff.checkpoint import DTYPES, Metadata, check_fit
 from lightdiff.data.index import Statistics
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.hub import local_copy
@@ -42,6 +42,11 @@ class Lazy(NamedTuple):
 
 
 Weights = dict[str, Lazy]
+
+
+def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: lazy.shape for name, lazy in weights.items()}
 
 
 def import_model(source: str, run: Path, resolution: int) -> Path:
@@ -356,19 +361,10 @@ def finish(
     """
     check_size(resolution, model.factor)
     with torch.device("meta"):  # in no memory, whatever sizes the configuration claims
-        expected = {name: tuple(tensor.shape) for name, tensor in build_vae(model).state_dict().items()}
-    missing = [name for name in expected if name not in weights]
-    over = [name for name in weights if name not in expected]
-    other = [name for name in expected if name in weights and weights[name].shape != expected[name]]
-    if missing or over or other:
-        kinds = {"are missing": missing, "are left over": over, "have another shape": other}
-        told = [f"{len(names)} {what}, {shorten(names[0])} first" for what, names in kinds.items() if names]
-        if other:
-            told[-1] += f": {weights[other[0]].shape} where {expected[other[0]]} is expected"
-        raise UserError(f"{path}: its weights do not fit its configuration: {'; '.join(told)}")
+        check_fit(f"{path}: its weights do not fit its configuration", build_vae(model), shapes(weights))
     tensors: dict[str, Tensor] = {}
-    for name in expected:
-        tensor = weights[name].read()
+    for name, lazy in weights.items():
+        tensor = lazy.read()
         if not tensor.dtype.is_floating_point or not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds what is no finite number")
         tensors[f"model.{name}"] = tensor if tensor.dtype in DTYPES else tensor.float()

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightdiff import __version__
+from lightdiff.checkpoint import check_fit
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.export.bundle import bundle
 from lightdiff.extras.hub import local_copy
 from lightdiff.extras.import_original import first_problem
-from lightdiff.extras.import_vae import Weights, of_safetensors, renamed, small_json
+from lightdiff.extras.import_vae import Weights, of_safetensors, renamed, shapes, small_json
 from lightdiff.models.kl import KLVAESettings
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae
@@ -201,13 +202,9 @@ def filled(path: Path, build: Any) -> Any:
     found: Weights = {n.removeprefix(INSIDE): lazy for n, lazy in renamed(of_safetensors(path)).items()}
     try:
         with torch.device("meta"):  # in no memory, whatever sizes it claims
-            expected: dict[str, Tensor] = build().state_dict()
+            check_fit(f"{path} does not fit its settings", build(), shapes(found))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path.parent}: its settings make no network: {shorten(error)}") from None
-    wrong = [n for n in expected if n not in found or found[n].shape != tuple(expected[n].shape)]
-    wrong += [n for n in found if n not in expected]
-    if wrong:
-        raise UserError(f"{path} does not fit its settings: {len(wrong)} tensors differ, {shorten(wrong[0])} first")
     network = build().requires_grad_(False).eval()
-    network.load_state_dict({name: found[name].read() for name in expected})
+    network.load_state_dict({name: lazy.read() for name, lazy in found.items()})
     return network
