@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data import files
-from lightdiff.data.files import find_images, lookers, scan
+from lightdiff.data.files import find_images, fingerprinters, scan
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.errors import UserError
 from lightdiff.extras.data import archives
@@ -119,7 +119,7 @@ def test_archives_mix_with_folders(forms: dict[str, Path]) -> None:
     half = len(found) // 2
     assert names(found[:half]) == names(found[half:])
     assert [file.split for file in found[:half]] == [file.split for file in found[half:]]  # a hash of the name
-    folder, archive = lookers(both)
+    folder, archive = fingerprinters(both)
     name = found[0].path
     assert folder(name, True)[0::2] == archive(name, True)[0::2]  # size and hash
     assert archive("absent.png", True) == (-1, 0, bytes(16))

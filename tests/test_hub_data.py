@@ -12,7 +12,7 @@ from conftest import VAE_FLAGS, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import find_images, lookers, source_of
+from lightdiff.data.files import find_images, fingerprinters, source_of
 from lightdiff.errors import RunError, UserError
 from lightdiff.extras.data import hub_data
 from lightdiff.run_folder import RunFolder
@@ -65,7 +65,8 @@ def test_archives_tables_and_parts_of_a_data_set(hub: Path, faces: Path, tmp_pat
     place = Path("hf://datasets/me/packed")
     files = find_images([place], 0.5).files
     assert [f.path for f in files] == [f.path for f in find_images([hub / "me/packed/data/a.zip"], 0.5).files]
-    assert lookers([place])[0](files[0].path, True) == lookers([hub / "me/packed/data/a.zip"])[0](files[0].path, True)
+    there, here = fingerprinters([place, hub / "me/packed/data/a.zip"])
+    assert there(files[0].path, True) == here(files[0].path, True)
     for name in ("cats/1.png", "cats/2.png", "dogs/1.png"):
         (hub / "me/pets" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next(faces.rglob("*.png")), hub / "me/pets" / name)

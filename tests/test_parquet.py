@@ -10,7 +10,7 @@ import torch
 from conftest import VAE_FLAGS, succeed
 from PIL import Image
 
-from lightdiff.data.files import find_images, lookers, source_of
+from lightdiff.data.files import find_images, fingerprinters, source_of
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.data.latents import LatentSet
 from lightdiff.errors import UserError
@@ -48,10 +48,10 @@ def test_images_and_labels(tmp_path: Path) -> None:
     ]
     source = source_of(place)
     assert [load_image(f.path, folder=place, source=source).getpixel((0, 0))[0] for f in found.files] == [0, 1, 2, 3]
-    (look,) = lookers([place])
-    assert look("a:00000003", False)[0] == 0
-    assert look("a:00000003", True)[2] != look("a:00000002", True)[2]
-    assert look("a:00000009", True) == (-1, 0, bytes(16))
+    (fingerprint,) = fingerprinters([place])
+    assert fingerprint("a:00000003", False)[0] == 0
+    assert fingerprint("a:00000003", True)[2] != fingerprint("a:00000002", True)[2]
+    assert fingerprint("a:00000009", True) == (-1, 0, bytes(16))
     captions = write(tmp_path / "b.parquet", [png()] * 12, caption=[f"caption {i}" for i in range(12)])
     assert not any(file.labels for file in find_images([captions], 0).files)
 

@@ -35,14 +35,14 @@ FILES = [
 ]
 
 
-def lookers(folders: list[Path]) -> list[Callable[[str, bool], tuple[int, int, bytes]]]:
+def fingerprinters(folders: list[Path]) -> list[Callable[[str, bool], tuple[int, int, bytes]]]:
     return [partial(fingerprint, folder) for folder in folders]
 
 
 def table_of(folder: Path, names: list[str]) -> ImageTable:
     """The table of files in a folder, as it is now, with hashes."""
     table = ImageTable.of([ImageFile(0, name, "train", {}) for name in names])
-    table.look(lookers([folder]))
+    table.take_fingerprints(fingerprinters([folder]))
     table.files["hash"][:] = [fingerprint(folder, name, contents=True)[2] for name in names]
     return table
 
@@ -100,17 +100,17 @@ def test_what_has_become_of_the_images(three: Path, change: Callable[[Path], obj
     before = table_of(three, ["a", "b", "c"])
     change(three)
     now = ImageTable.of([ImageFile(0, path.name, "train", {}) for path in sorted(three.iterdir())])
-    now.look(lookers([three]))
-    assert str(compare(now, before, lookers([three]), contents=True)) == words
+    now.take_fingerprints(fingerprinters([three]))
+    assert str(compare(now, before, fingerprinters([three]), contents=True)) == words
 
 
 def test_without_hashes_a_file_of_the_same_size_is_the_same(three: Path) -> None:
     before = table_of(three, ["a", "b", "c"])
     (three / "b").write_text("pixels of x")
     now = ImageTable.of([ImageFile(0, name, "train", {}) for name in "abc"])
-    now.look(lookers([three]))
-    assert compare(now, before, lookers([three]), contents=False).nothing
-    assert compare(now, before, lookers([three]), contents=True).changed.tolist() == [False, True, False]
+    now.take_fingerprints(fingerprinters([three]))
+    assert compare(now, before, fingerprinters([three]), contents=False).nothing
+    assert compare(now, before, fingerprinters([three]), contents=True).changed.tolist() == [False, True, False]
 
 
 def test_a_name_in_another_unicode_form_is_the_same_name(tmp_path: Path) -> None:
@@ -120,32 +120,32 @@ def test_a_name_in_another_unicode_form_is_the_same_name(tmp_path: Path) -> None
     before = table_of(tmp_path, [composed, "x.png"])
     shutil.move(tmp_path / composed, tmp_path / apart)
     now = table_of(tmp_path, [apart, "x.png"])
-    assert compare(now, before, lookers([tmp_path]), contents=True).nothing
+    assert compare(now, before, fingerprinters([tmp_path]), contents=True).nothing
 
 
 def test_images_in_one_file_change_with_it(tmp_path: Path) -> None:
     archive = tmp_path / "images.npy"
     archive.write_bytes(b"12")
     before = ImageTable.of([ImageFile(0, name, "train", {}) for name in ("0", "1")])
-    before.look(lookers([archive]))
+    before.take_fingerprints(fingerprinters([archive]))
     assert before.files["size"].tolist() == [2, 2]
     assert fingerprint(archive, "0", contents=True)[2] == bytes(HASH_BYTES)  # it may be huge
     archive.write_bytes(b"21")
     os.utime(archive, (1, 1))
     now = before.model_copy()
-    now.look(lookers([archive]))
-    assert compare(now, before, lookers([archive]), contents=True).changed.all()
+    now.take_fingerprints(fingerprinters([archive]))
+    assert compare(now, before, fingerprinters([archive]), contents=True).changed.all()
 
 
 def test_a_broken_link_is_known_as_such(three: Path) -> None:
     (three / "d").symlink_to(three / "nowhere")
     before = table_of(three, ["a", "d"])
     assert before.files["size"].tolist() == [11, -1]
-    assert compare(table_of(three, ["a", "d"]), before, lookers([three]), contents=True).nothing
+    assert compare(table_of(three, ["a", "d"]), before, fingerprinters([three]), contents=True).nothing
     (three / "nowhere").write_text("here now")
     now = ImageTable.of([ImageFile(0, name, "train", {}) for name in "ad"])
-    now.look(lookers([three]))
-    assert compare(now, before, lookers([three]), contents=True).changed.tolist() == [False, True]
+    now.take_fingerprints(fingerprinters([three]))
+    assert compare(now, before, fingerprinters([three]), contents=True).changed.tolist() == [False, True]
 
 
 def test_names_whose_ends_overflow_are_refused() -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from lightdiff.data import layouts
 from lightdiff.data.formats import SUFFIXES, open_image
 from lightdiff.data.layouts import Labels, Layout, Mask, Names
-from lightdiff.data.table import SPLITS, Fingerprint, ImageList, ImageTable, Look, fingerprint
+from lightdiff.data.table import SPLITS, Fingerprint, Fingerprinter, ImageList, ImageTable, fingerprint
 from lightdiff.data.table import ImageFile as ImageFile
 from lightdiff.errors import UserError
 from lightdiff.on_demand import on_demand
@@ -59,14 +59,14 @@ class Source(NamedTuple):
 
     `names` lists its images in any order, by names that stay (with "/" between folders, if it has any), and counts, by
     kind, what looks like a picture but is not read; `open` opens one of them as Pillow does. Whatever `open` raises
-    says that this image is unreadable. The others may be left as they are: `look` tells whether an image has been
-    changed, `read` reads a table of labels in the source or beside it, or raises an OSError, and `labels` are what the
-    source itself says of each image, in the order of sorted names; None if it says nothing.
+    says that this image is unreadable. The others may be left as they are: `fingerprint` tells whether an image has
+    been changed, `read` reads a table of labels in the source or beside it, or raises an OSError, and `labels` are what
+    the source itself says of each image, in the order of sorted names; None if it says nothing.
     """
 
     names: Callable[[Path, Counter[str]], Iterable[str]]
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
-    look: Callable[[Path, str, bool], Fingerprint] = fingerprint
+    fingerprint: Callable[[Path, str, bool], Fingerprint] = fingerprint
     read: Callable[[Path, Path], bytes] = read_in_folder
     labels: Callable[[Path], Iterable[Labels] | None] = no_labels
 
@@ -287,6 +287,6 @@ def position(name: str) -> float:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
 
 
-def lookers(folders: Sequence[Path]) -> list[Look]:
+def fingerprinters(folders: Sequence[Path]) -> list[Fingerprinter]:
     """For each source, what tells whether an image of it has been changed."""
-    return [partial(source_of(folder).look, folder) for folder in folders]
+    return [partial(source_of(folder).fingerprint, folder) for folder in folders]

@@ -100,14 +100,14 @@ class ImageDataset(Dataset[Item]):
         for index in ((asked + i) % len(self.files) for i in range(self.tries)):
             file = self.files[index]
             where = folder, source = s.data[file.root], self.sources[file.root]
-            look = source.look(folder, file.path, True) if self.fingerprints else None
+            found = source.fingerprint(folder, file.path, True) if self.fingerprints else None
             try:
                 image = load_image(file.path, s, self.at_least, *where)
             except BadImage as error:
                 bad.append((index, str(error)))
                 continue
             if not self.train:
-                return Item(frame(image, s.resolution), index, bad, look)
+                return Item(frame(image, s.resolution), index, bad, found)
             rng = random.Random(key(self.seed, "augment", epoch, asked))
             return Item(random_frame(image, s.resolution, s.random_crop, s.flip, rng), index, bad)
         return Item(None, asked, bad)
@@ -117,8 +117,8 @@ class ImageDataset(Dataset[Item]):
         found = [item.x for item in items if item.x is not None]
         x = torch.stack(found) if found else torch.empty(0, 3, *self.settings.resolution, dtype=torch.uint8)
         index = torch.tensor([item.index for item in items if item.x is not None], dtype=torch.int64)
-        bad, looks = [entry for item in items for entry in item.bad], [item.fingerprint for item in items]
-        return ImageBatch(x, index, bad, len(items) - len(found), [look for look in looks if look])
+        bad, prints = [entry for item in items for entry in item.bad], [item.fingerprint for item in items]
+        return ImageBatch(x, index, bad, len(items) - len(found), [found for found in prints if found])
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

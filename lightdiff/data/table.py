@@ -32,7 +32,7 @@ MAX_TIME = 2**63 - 1
 MANY = 1 << 31  # more than an int32 holds
 Fingerprint = tuple[int, int, bytes]  # of a file: size, time of its last change in nanoseconds, hash of its contents
 NO_FILE: Fingerprint = (-1, 0, bytes(HASH_BYTES))
-Look = Callable[[str, bool], Fingerprint]  # of an image of a source, by its name; with its hash, if so wanted
+Fingerprinter = Callable[[str, bool], Fingerprint]  # of an image of a source, by its name; with its hash, if so wanted
 LISTED = ("text", "ends", "roots", "splits", "labels", "codes")  # fields of a table that its list is made of
 COLUMN: Any = Field(exclude=True)  # it is a tensor of the file, no part of its document
 FINGERPRINT = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("hash", f"S{HASH_BYTES}")])  # a row of 32 bytes
@@ -205,8 +205,8 @@ class ImageTable(BaseModel):
 
     # --- what has changed -----------------------------------------------------------------------------------------
 
-    def look(self, lookers: Sequence[Look], same: "ImageTable | None" = None) -> None:
-        """Find out size and time of change of each image's file; one of `lookers` for each source.
+    def take_fingerprints(self, fingerprinters: Sequence[Fingerprinter], same: "ImageTable | None" = None) -> None:
+        """Find out size and time of change of each image's file; one of `fingerprinters` for each source.
 
         A list of archives that was taken over knows them: this one, or the `same` one that this was made of.
         """
@@ -214,7 +214,7 @@ class ImageTable(BaseModel):
         if known.made_of and known.fingerprints.any():
             self.fingerprints = known.fingerprints.copy()
             return
-        found = (lookers[root](name, False) for root, name in self.keys(range(len(self))))
+        found = (fingerprinters[root](name, False) for root, name in self.keys(range(len(self))))
         self.fingerprints = np.fromiter(found, FINGERPRINT, len(self))[:, None].view(np.uint8)
 
 

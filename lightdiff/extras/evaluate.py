@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import ImageFile, list_images, lookers, scan
+from lightdiff.data.files import ImageFile, fingerprinters, list_images, scan
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
@@ -402,8 +402,8 @@ def cached_features(
     measure: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, list[int]]:
     """Features of a set of images, computed once and cached in `home`."""
-    look = lookers(images.data)
-    fingerprints = ranks.run_on_main(lambda: [look[file.root](file.path, False)[:2] for file in files])
+    of_source = fingerprinters(images.data)
+    fingerprints = ranks.run_on_main(lambda: [of_source[file.root](file.path, False)[:2] for file in files])
     listed = [(file.root, file.path, file.split, file.labels) for file in files]
     what = [features.digest, listed, fingerprints, images.resolution.plain, images.background]
     path = home / f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.safetensors"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
-from lightdiff.data.files import ImageFile, Source, find_images, lookers, source_of
+from lightdiff.data.files import ImageFile, Source, find_images, fingerprinters, source_of
 from lightdiff.data.images import BadImage, opened, to_rgb
 from lightdiff.data.layouts import Layout
 from lightdiff.data.survey import with_whites
@@ -168,16 +168,16 @@ def duplicate_groups(
     Only those that share their size with another are read.
     """
     by_size: dict[int, list[int]] = defaultdict(list)
-    look = lookers(folders)
+    of_source = fingerprinters(folders)
     for i, file in enumerate(files):
-        by_size[look[file.root](file.path, False)[0]].append(i)
+        by_size[of_source[file.root](file.path, False)[0]].append(i)
     candidates = [(size, i) for size, group in by_size.items() if len(group) > 1 for i in group]
     if sum(size for size, _ in candidates) > max_bytes:
         return []
     by_digest: dict[bytes, list[int]] = defaultdict(list)
     with ThreadPool(os.cpu_count()) as pool:
-        looks = pool.imap(lambda pair: look[files[pair[1]].root](files[pair[1]].path, True), candidates, 16)
-        for (_, i), (_, _, digest) in zip(candidates, looks, strict=True):
+        found = pool.imap(lambda pair: of_source[files[pair[1]].root](files[pair[1]].path, True), candidates, 16)
+        for (_, i), (_, _, digest) in zip(candidates, found, strict=True):
             if any(digest):  # there is none of images that are no files
                 by_digest[digest].append(i)
     return sorted(group for group in by_digest.values() if len(group) > 1)

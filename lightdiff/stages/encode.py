@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import list_images, lookers
+from lightdiff.data.files import fingerprinters, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, open_shard, read_index, shard_path
 from lightdiff.data.latents import prefetch
@@ -80,7 +80,7 @@ def prepare(
         UserError: If it holds latents of other settings, or too many of their images are gone.
     """
     old: LatentIndex | None = stage.begun.get("index")
-    index.look(lookers(index.images.data), files.table)
+    index.take_fingerprints(fingerprinters(index.images.data), files.table)
     if stage.settings.restart:
         on_demand("set_aside:start_over")(stage.path)
     stage.check_begun(index.depends_on, ADVICE)
@@ -118,7 +118,7 @@ def resume(stage: Stage[EncodeSettings], index: LatentIndex, old: LatentIndex) -
                 console.print(f"{path} is {what}; it will be encoded again", soft_wrap=True)
             old.forget(number, mine)
     with console.status("comparing the images with those that were encoded"):
-        found = on_demand("data.changes:compare")(index, old, lookers(index.images.data), contents=True)
+        found = on_demand("data.changes:compare")(index, old, fingerprinters(index.images.data), contents=True)
     found.check_loss(1.0 if stage.settings.allow_missing else index.images.max_bad, stage.path)
     if not found.nothing:
         console.print(f"images since they were encoded last: {found}", soft_wrap=True)
@@ -207,10 +207,10 @@ def encoded(
     latents = [torch.empty(1 + index.logvar, 0, 1 + index.mirrored, *index.shape, dtype=stored)]
     variances = [torch.empty(0, 1 + index.mirrored, c)]
     done, rows, spread = 0, latents[:], variances[:]
-    looks, unreadable = list[Fingerprint](), list[tuple[int, str, str]]()
+    fingerprints, unreadable = list[Fingerprint](), list[tuple[int, str, str]]()
     for (number, part), batch in zip(parts, batches, strict=True):
         unreadable += [(files[position].root, files[position].path, why) for position, why in batch.bad]
-        looks += batch.fingerprints
+        fingerprints += batch.fingerprints
         if len(batch.x):
             x = to_float(batch.x.to(device, non_blocking=True))
             sides = [x, x.flip(-1)] if images.flip else [x]
@@ -228,12 +228,12 @@ def encoded(
         if part[-1] == todo[number][-1]:
             mu, *logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
             facts = ShardFacts(vae=index.vae_digest, plan=index.plan(todo[number]), bad=unreadable)
-            fingerprints = np.array(looks, FINGERPRINT)[:, None].view(np.uint8)
+            of_files = np.array(fingerprints, FINGERPRINT)[:, None].view(np.uint8)
             about = {"logvar": logvar[0]} if logvar else {"variance": torch.cat(spread)}
-            tensors = {"mu": mu, **about, "fingerprints": torch.from_numpy(fingerprints)}
+            tensors = {"mu": mu, **about, "fingerprints": torch.from_numpy(of_files)}
             metadata = Metadata(stage="latents", extra=facts.model_dump())
             yield partial(checkpoint.save, shard_path(stage.path, number), tensors, metadata)
-            rows, spread, looks, unreadable = latents[:], variances[:], [], []
+            rows, spread, fingerprints, unreadable = latents[:], variances[:], [], []
             if stage.out_of_time():
                 return
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.bad_files import BadFiles
-from lightdiff.data.files import list_images, lookers
+from lightdiff.data.files import fingerprinters, list_images
 from lightdiff.data.images import to_float
 from lightdiff.data.latents import async_copy
 from lightdiff.data.layouts import Split
@@ -41,7 +41,7 @@ def run(settings: TrainVAESettings) -> Path:
         digest = table.list_digest()
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
-        stage.processes.run_on_main(lambda: table.look(lookers(images.data)))
+        stage.processes.run_on_main(lambda: table.take_fingerprints(fingerprinters(images.data)))
         if stage.saved is not None:
             stage.processes.run_on_main(partial(on_demand("data.changes:compare_images"), stage, stage.saved, table))
         stage.processes.run_on_main(lambda: note_sizes(images, files, print_note))

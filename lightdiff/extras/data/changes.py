@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import lookers
+from lightdiff.data.files import fingerprinters
 from lightdiff.data.layouts import Mask
-from lightdiff.data.table import ImageTable, Look
+from lightdiff.data.table import Fingerprinter, ImageTable
 from lightdiff.errors import UserError
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.stage import Stage
@@ -52,7 +52,9 @@ class Comparison:
             )
 
 
-def compare(table: ImageTable, older: ImageTable, lookers: Sequence[Look], contents: bool) -> Comparison:
+def compare(
+    table: ImageTable, older: ImageTable, fingerprinters: Sequence[Fingerprinter], contents: bool
+) -> Comparison:
     """What has become of the images of an older table, in a newer one.
 
     A file is another one when its size is. Where only the time of change differs, as after copying, its contents
@@ -70,7 +72,7 @@ def compare(table: ImageTable, older: ImageTable, lookers: Sequence[Look], conte
     if contents:
         touched = np.flatnonzero((before >= 0) & ~changed & (now["mtime"] != then["mtime"]))
         with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda key: lookers[key[0]](key[1], True), table.keys(touched))
+            read = pool.map(lambda key: fingerprinters[key[0]](key[1], True), table.keys(touched))
             now["hash"][touched] = [hashed for _, _, hashed in read]
         known = now["hash"] != b""
         changed[touched] = ((now["hash"] != then["hash"]) | ~known)[touched]
@@ -96,7 +98,7 @@ def compare_images(stage: Stage[TrainVAESettings], saved: Checkpoint, table: Ima
         if saved.metadata.lineage.get("data") != table.list_digest():
             print_note(f"this run was started with another list of images: {error}")
         return
-    found = compare(table, older, lookers(images.data), contents=False)
+    found = compare(table, older, fingerprinters(images.data), contents=False)
     if found.nothing:
         return
     moved = saved.settings(TrainVAESettings).images.data != images.data and not stage.settings.allow_missing

@@ -56,9 +56,9 @@ def open_image(place: Path, name: str) -> AbstractContextManager[Image.Image]:
     return source_of(copied(place)).open(copied(place), name)
 
 
-def look(place: Path, name: str, contents: bool = False) -> Fingerprint:
+def fingerprint(place: Path, name: str, contents: bool = False) -> Fingerprint:
     """What tells whether an image has been changed."""
-    return source_of(copied(place)).look(copied(place), name, contents)
+    return source_of(copied(place)).fingerprint(copied(place), name, contents)
 
 
 def read(place: Path, path: Path) -> bytes:
@@ -72,4 +72,4 @@ def labels(place: Path) -> Iterable[Labels] | None:
     return source_of(copied(place)).labels(copied(place))
 
 
-SOURCE = Source(names, open_image, look, read, labels)
+SOURCE = Source(names, open_image, fingerprint, read, labels)

@@ -138,7 +138,7 @@ def open_image(place: Path, name: str) -> Image.Image:
     return open_stream(BytesIO(read(place, name)))
 
 
-def look(place: Path, name: str, contents: bool = False) -> Fingerprint:
+def fingerprint(place: Path, name: str, contents: bool = False) -> Fingerprint:
     """The time of change of an image's file, and its hash; its size is not known without reading it."""
     try:
         changed = _found(place)[name.rpartition(":")[0]].changed
@@ -170,4 +170,4 @@ def labels(place: Path) -> Iterable[Labels] | None:
     return (found.get(name, {}) for name in sorted(names(place, Counter()))) if found else None
 
 
-SOURCE = Source(names, open_image, look, read_in_folder, labels)
+SOURCE = Source(names, open_image, fingerprint, read_in_folder, labels)
