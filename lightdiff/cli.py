@@ -84,32 +84,32 @@ def estimate(module: str, chosen: settings.Settings) -> None:
 # --- what a stage inherits ----------------------------------------------------------------------------------------
 
 
-def saved_layer(stage: str, said: Layer) -> Layer:
+def saved_layer(stage: str, given: Layer) -> Layer:
     """What a stopped run of this stage saved, so that the same command resumes it."""
-    folder = getattr(RunFolder(run_of(said)), stage)
-    if not folder.resumable() or (said.get("restart") and not restarted()):
+    folder = getattr(RunFolder(run_of(given)), stage)
+    if not folder.resumable() or (given.get("restart") and not restarted()):
         return {}
     newest = import_module("lightdiff.runtime.resume").newest
     saved = newest(folder, stage, whole=False).metadata.settings  # the stage verifies the tensors
     return {name: value for name, value in saved.items() if name not in ONLY_NOW}
 
 
-def inherit_vae(said: Layer) -> Layer:
+def inherit_vae(given: Layer) -> Layer:
     """A new VAE takes its architecture from the one it starts from."""
-    saved, source = saved_layer("vae", said), said.get("init_from")
-    return saved if saved or not source else inherited("train_vae", said, source)
+    saved, source = saved_layer("vae", given), given.get("init_from")
+    return saved if saved or not source else inherited("train_vae", given, source)
 
 
-def pick_preset(asked: str, saved: Layer, said: Layer) -> tuple[str, int]:
+def pick_preset(asked: str, saved: Layer, given: Layer) -> tuple[str, int]:
     """The preset of a training, and the smaller side of its images (px): asked for, the VAE's, or by the machine.
 
     None where the network is known already: of a stopped run, or of --init-from.
     """
     with suppress(ValueError):
-        size = min(settings.Size.of((group(saved, "images") | group(said, "images")).get("resolution", 64)))
+        size = min(settings.Size.of((group(saved, "images") | group(given, "images")).get("resolution", 64)))
         if asked not in ("", "auto") or "model" in saved:
             return asked.removesuffix("auto"), size
-        device = group(said, "loop").get("device", "auto")
+        device = group(given, "loop").get("device", "auto")
         if saved.get("preset") in PRESETS:
             return saved["preset"], size
         if device == "auto":
@@ -118,23 +118,23 @@ def pick_preset(asked: str, saved: Layer, said: Layer) -> tuple[str, int]:
     return asked.removesuffix("auto"), 0  # the resolution is none, which is told later
 
 
-def inherit_encode(said: Layer) -> Layer:
+def inherit_encode(given: Layer) -> Layer:
     """Encode takes the image settings from the VAE."""
-    return inherited("encode", said, said.get("vae"))
+    return inherited("encode", given, given.get("vae"))
 
 
-def inherit_unet(said: Layer) -> Layer:
+def inherit_unet(given: Layer) -> Layer:
     """train-unet takes shape and scale from the latents, the rest from its own checkpoint."""
-    saved = saved_layer("unet", said)
-    objective = group(said, "target").get("objective")
+    saved = saved_layer("unet", given)
+    objective = group(given, "target").get("objective")
     if objective and objective != group(saved, "target").get("objective"):
         group(saved, "noise").pop("schedule", None)  # so that the stage refuses the objective, not the pair of both
-    return saved | inherited("train_unet", said, said.get("latents") or saved.get("latents"))
+    return saved | inherited("train_unet", given, given.get("latents") or saved.get("latents"))
 
 
-def inherited(stage: str, said: Layer, source: Any) -> Layer:
+def inherited(stage: str, given: Layer, source: Any) -> Layer:
     """What a stage takes from what an earlier one made: in the run that file and flags say, or in another place."""
-    layer: Layer = import_module(f"lightdiff.stages.{stage}").inherited(run_of(said), as_path(source))
+    layer: Layer = import_module(f"lightdiff.stages.{stage}").inherited(run_of(given), as_path(source))
     return layer
 
 
@@ -144,9 +144,9 @@ def group(layer: Layer, name: str) -> Layer:
     return found if isinstance(found, dict) else {}
 
 
-def run_of(said: Layer) -> Path:
+def run_of(given: Layer) -> Path:
     """The run folder that file and flags say."""
-    return as_path(said.get("run")) or settings.StageSettings().run
+    return as_path(given.get("run")) or settings.StageSettings().run
 
 
 def as_path(value: Any) -> Path | None:
@@ -165,7 +165,7 @@ class Command(NamedTuple):
     panel: str = STAGES
     estimate: str = ""  # the module whose `estimate(settings)` a --dry-run calls
     presets: str = ""  # the family of presets to choose from
-    inherit: Callable[[Layer], Layer] = lambda said: {}
+    inherit: Callable[[Layer], Layer] = lambda given: {}
     then: str = ""  # the stage that comes next
     start: str = ""  # the flags that --help shows; all if empty
     example: str = ""

@@ -47,11 +47,11 @@ def following(settings: TrainVAESettings | TrainUNetSettings) -> Layer:
     return layer
 
 
-def with_intervals(loop: LoopSettings, total: int, begun: Mapping[str, Any]) -> LoopSettings:
-    """The loop with its steps, and the warm-up and intervals that nobody has set: those begun with, or fitting ones."""
-    part = max(1, total // TIMES)
-    fitting = {"warmup_steps": min(100, part), "val_every": min(1000, part), "save_every": min(1000, part)}
-    fitting |= {name: known for name in fitting if (known := begun.get(f"loop.{name}")) is not None}
+def with_intervals(loop: LoopSettings, total: int, started_with: Mapping[str, Any]) -> LoopSettings:
+    """The loop with its steps, and the warm-up and intervals that nobody has set: as when it started, or fitting."""
+    tenth = max(1, total // TIMES)
+    fitting = {"warmup_steps": min(100, tenth), "val_every": min(1000, tenth), "save_every": min(1000, tenth)}
+    fitting |= {name: known for name in fitting if (known := started_with.get(f"loop.{name}")) is not None}
     chosen = {name: value for name, value in fitting.items() if getattr(loop, name) is None}
     limited = {"steps": total, "max_passes": 0.0} if loop.max_passes and not loop.epochs else {}
     return with_changes(loop, **chosen, **limited)

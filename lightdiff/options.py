@@ -318,12 +318,12 @@ def show(built: BaseModel) -> None:
 def command(
     model: type[BaseModel],
     run: Callable[[Any], object],
-    inherit: Callable[[Layer], Layer] = lambda said: {},
+    inherit: Callable[[Layer], Layer] = lambda given: {},
     estimate: Callable[[Any], object] = lambda built: None,
     start: Sequence[str] = (),
     example: str = "",
     presets: str = "",
-    pick: Callable[[str, Layer, Layer], tuple[str, int]] = lambda asked, saved, said: (asked, 0),
+    pick: Callable[[str, Layer, Layer], tuple[str, int]] = lambda asked, saved, given: (asked, 0),
     follow: Callable[[Any], Layer] = lambda built: {},
 ) -> Callable[..., None]:
     """A function for Typer with an option for every field and its own --help, that builds the model and calls `run`.
@@ -336,7 +336,7 @@ def command(
         start: The flags, without dashes, that --help shows; all if empty.
         example: A call that help shows.
         presets: The family of presets to choose from, if any.
-        pick: The preset asked for, or "", what was saved and what is said -> the preset, or "", and the images' size.
+        pick: The preset asked for, or "", what was saved and what is given -> the preset, or "", and the images' size.
         follow: Settings -> what follows from them, the layer below all others.
     """
     fields = flag_fields(model)
@@ -347,11 +347,11 @@ def command(
     ) -> None:
         typed = {tuple(name.split("__")): value for name, value in values.items() if value not in (None, [])}
         file = on_demand("settings_file:read_settings")(settings, getattr(model, "NO_FILE", ())) if settings else {}
-        said = merge(model, file, nest(typed))
-        saved = inherit(said)
-        asked = preset or said.get("preset")
-        name, size = pick(asked if asked in PRESETS else "", saved, said)
-        layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, said]
+        given = merge(model, file, nest(typed))
+        saved = inherit(given)
+        asked = preset or given.get("preset")
+        name, size = pick(asked if asked in PRESETS else "", saved, given)
+        layers = [checked_preset(model, presets, name, saved, size) if name else {}, saved, given]
         built = build(model, [follow(build(model, layers)), *layers, {"preset": name} if name else {}])
         check_effects(ruled, typed, file, built)
         if not dry_run:

@@ -161,9 +161,9 @@ def sampling_levels(
 def between(schedule: Schedule, t: float) -> Level:
     """The level at a time between two whole ones: log(sigma / alpha) is linear there, and so is the norm of both."""
     below = min(int(t), len(schedule) - 2)
-    part = t - below
+    fraction = t - below
     (a0, a1), (s0, s1) = schedule.alpha[below : below + 2].tolist(), schedule.sigma[below : below + 2].tolist()
-    norm = math.hypot(a0, s0) ** (1 - part) * math.hypot(a1, s1) ** part
-    ratio = (s0 / a0) ** (1 - part) * (s1 / a1) ** part if part else s0 / a0
+    norm = math.hypot(a0, s0) ** (1 - fraction) * math.hypot(a1, s1) ** fraction
+    ratio = (s0 / a0) ** (1 - fraction) * (s1 / a1) ** fraction if fraction else s0 / a0
     alpha = norm / math.hypot(1, ratio)
     return Level(t, alpha, ratio * alpha)

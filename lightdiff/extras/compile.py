@@ -102,8 +102,8 @@ def compile_training(stage: "Stage[Any]", task: "Task") -> None:
     """Compile the networks of a training."""
     one_pass = stage.processes.world_size == 1 and stage.loop.micro == stage.loop.batch_size
     graphs = one_pass and pass_of_training(stage, task).launch_bound
-    for part in task.parts:
-        compile_network(part, stage.device, graphs=graphs)
+    for network in task.networks:
+        compile_network(network, stage.device, graphs=graphs)
 
 
 def pick_for_sampling(asked: Compile, samples: "Samples") -> Literal["on", "off"]:

@@ -83,13 +83,17 @@ def compare_lineage(folder: Path, before: Mapping[str, str], now: Mapping[str, s
     return {what: (before[n], now[n]) for n, what in LINEAGE_MAY_CHANGE.items() if n in both and before[n] != now[n]}
 
 
-def compare(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> Changes:
+def compare(started_with: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> Changes:
     """What differs from the flat settings that work was started with, and may: {"loop.lr": (old, new), ...}.
 
     Raises:
         UserError: If something differs that shapes the result.
     """
-    changed = {name: (begun[name], value) for name, value in now.items() if name in begun and begun[name] != value}
+    changed = {
+        name: (started_with[name], value)
+        for name, value in now.items()
+        if name in started_with and started_with[name] != value
+    }
     for name, (old, new) in changed.items():
         if name in RESUME_MAY_DECIDE and not old:
             continue

@@ -71,7 +71,9 @@ class Stage(Generic[S]):
     device: torch.device
     processes: Processes
     path: Path
-    begun: Mapping[str, Any] = field(default_factory=dict)  # flat settings the folder's work was started with, if any
+    started_with: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # flat settings the folder's work was started with, if any
     again: str = AGAIN
     saved: Checkpoint | None = None  # the snapshot to resume from
     metadata: Metadata = field(default_factory=lambda: Metadata(stage=""))  # what snapshots say of this run
@@ -97,20 +99,20 @@ class Stage(Generic[S]):
     # --- settings and networks ------------------------------------------------------------------------------------
 
     def resolve_auto(self, name: Literal["precision", "compile"], pick: Callable[[Any], str]) -> None:
-        """Decide an `auto` of the compute settings once: as the work was begun, else by `pick` in the main process."""
-        part = self.settings.compute_section
-        compute = getattr(self.settings, part)
-        asked, before = getattr(compute, name), self.begun.get(f"{part}.{name}", "auto")
+        """Decide an `auto` of the compute settings once: as the work started, else by `pick` in the main process."""
+        section = self.settings.compute_section
+        compute = getattr(self.settings, section)
+        asked, before = getattr(compute, name), self.started_with.get(f"{section}.{name}", "auto")
         chosen = self.processes.run_on_main(lambda: pick(before if asked == "auto" else asked))
-        self.settings = with_changes(self.settings, **{part: with_changes(compute, **{name: chosen})})
+        self.settings = with_changes(self.settings, **{section: with_changes(compute, **{name: chosen})})
 
-    def check_begun(self, now: Mapping[str, Any], advice: str = RESUME_ADVICE) -> resume.Changes:
+    def check_unchanged(self, now: Mapping[str, Any], advice: str = RESUME_ADVICE) -> resume.Changes:
         """The settings that differ from those the folder's work was started with, and may.
 
         Raises:
             UserError: If one differs that shapes the result.
         """
-        return resume.compare(self.begun, flat(now), self.path, advice) if self.begun else {}
+        return resume.compare(self.started_with, flat(now), self.path, advice) if self.started_with else {}
 
     def new_network(self, build: Callable[[], nn.Module]) -> nn.Module:
         """A network with the initial weights of the training's seed, on the device.
@@ -119,7 +121,7 @@ class Stage(Generic[S]):
             UserError: If the settings are not those of the run to resume, or not those of its tensors.
         """
         if self.saved is not None:
-            self.check_begun(self.settings.to_save())
+            self.check_unchanged(self.settings.to_save())
             check_own(build, self.saved, "model.")  # in no memory, whatever sizes a foreign file claims
         torch.manual_seed(self.loop.seed % (1 << 64))  # torch takes no more bits
         model = build()
@@ -138,7 +140,7 @@ class Stage(Generic[S]):
         """
         self.total_steps = self.loop.total_steps(task.train_items)
         self.resolve_auto("compile", partial(self.pick_compile, task))
-        self.settings = with_changes(self.settings, loop=with_intervals(self.loop, self.total_steps, self.begun))
+        self.settings = with_changes(self.settings, loop=with_intervals(self.loop, self.total_steps, self.started_with))
         self.metadata = Metadata(stage=self.name, settings=self.settings.to_save(), lineage=lineage)
         if self.saved is not None:
             return self.resume(self.saved, task)
@@ -184,7 +186,7 @@ class Stage(Generic[S]):
         Raises:
             UserError: If settings or data are not those that it was started with.
         """
-        changed = self.check_begun(self.settings.to_save())
+        changed = self.check_unchanged(self.settings.to_save())
         changed |= resume.compare_lineage(self.path, saved.metadata.lineage, self.metadata.lineage)
         if "labels of images" in changed:
             console.print("note: some images have another label now than when this run was started")
@@ -272,7 +274,7 @@ def open_stage(
     settings: S,
     name: str,
     folder: Callable[[], Path] | None = None,
-    begun: Callable[[Path], Mapping[str, Any]] = lambda path: {},
+    started_with: Callable[[Path], Mapping[str, Any]] = lambda path: {},
 ) -> Iterator[Stage[S]]:
     """A stage, ready to work: the one way in for all of them.
 
@@ -280,7 +282,7 @@ def open_stage(
         settings: The stage's settings; `auto` and what follows from other settings is resolved here.
         name: Its folder's name in the run.
         folder: Chooses another folder, in the main process.
-        begun: The flat settings that the work found in the folder was started with; trainings have theirs in snapshots.
+        started_with: The flat settings that the folder's work was started with; trainings have theirs in snapshots.
 
     Raises:
         UserError: If another process writes to the folder, or there is a state to resume but none that is whole.
@@ -304,10 +306,10 @@ def open_stage(
         processes.run_on_main(lambda: remove_abandoned(RunFolder(settings.run)))
         if not getattr(settings, "restart", False):
             if not isinstance(settings, TrainingSettings):
-                stage.begun = begun(stage.path)
+                stage.started_with = started_with(stage.path)
             elif processes.run_on_main(lambda: settings.from_step > 0 or bool(stage.folder.resumable())):
                 stage.saved = resume.find_saved(stage.folder, name, settings.from_step, processes)
-                stage.begun = flat(stage.saved.settings(type(settings)).to_save())
+                stage.started_with = flat(stage.saved.settings(type(settings)).to_save())
         if hasattr(settings, settings.compute_section):
             stage.resolve_auto("precision", lambda asked: pick_precision(asked, device))
         try:

@@ -35,7 +35,7 @@ ADVICE = "choose another --run, or replace these latents by 'lightdiff encode --
 
 def run(settings: EncodeSettings) -> Path:
     """Encode all images that have no latent yet and return the folder of latents."""
-    with open_stage(settings, "latents", begun=begun) as stage:
+    with open_stage(settings, "latents", started_with=started_with) as stage:
         settings, processes = stage.settings, stage.processes
         saved = Checkpoint(find_vae(settings.vae, RunFolder(settings.run)), "vae")
         vae, model = load_vae(saved, stage.device, settings.compute.precision)
@@ -52,7 +52,7 @@ def run(settings: EncodeSettings) -> Path:
             shards = encoded(vae.encoder, {n: todo[n] for n in mine}, index, files, stage, on_bad, reporter.advance)
             written = sum(1 for _ in prefetch(shards))  # one is written while the next is encoded
         stage.finish_together(written < len(mine))
-        before = stage.begun["index"].digest if "index" in stage.begun else ""
+        before = stage.started_with["index"].digest if "index" in stage.started_with else ""
         processes.run_on_main(lambda: finish(stage.path, index, before))
         return stage.path
 
@@ -63,7 +63,7 @@ def inherited(run: Path, vae: Path | None) -> dict[str, object]:
     return {"images": saved.metadata.settings.get("images", {})}
 
 
-def begun(folder: Path) -> Mapping[str, Any]:
+def started_with(folder: Path) -> Mapping[str, Any]:
     """The settings that latents found in a folder were started with, and their index."""
     if not (folder / INDEX).is_file():
         return {}
@@ -79,11 +79,11 @@ def prepare(
     Raises:
         UserError: If it holds latents of other settings, or too many of their images are gone.
     """
-    old: LatentIndex | None = stage.begun.get("index")
+    old: LatentIndex | None = stage.started_with.get("index")
     index.take_fingerprints(fingerprinters(index.images.data), files.table)
     if stage.settings.restart:
         on_demand("set_aside:start_over")(stage.path)
-    stage.check_begun(index.depends_on, ADVICE)
+    stage.check_unchanged(index.depends_on, ADVICE)
     unreadable = [] if old is None else resume(stage, index, old)
     stage.folder.bad_files.unlink(missing_ok=True)  # what it lists may have been repaired
     on_bad(unreadable)
@@ -199,8 +199,8 @@ def encoded(
     """
     settings, images, device = stage.settings, stage.settings.images, stage.device
     dataset, size = ImageDataset(files, images, seed=0, train=False, fingerprints=True), settings.batch_size
-    parts = [(n, todo[n][k : k + size].tolist()) for n in todo for k in range(0, len(todo[n]), size)]
-    order = ([(0, position) for position in part] for _, part in parts)
+    chunks = [(n, todo[n][k : k + size].tolist()) for n in todo for k in range(0, len(todo[n]), size)]
+    order = ([(0, position) for position in chunk] for _, chunk in chunks)
     workers = pick_workers(settings.compute.workers, device)
     batches = load_batches(dataset, order, workers, on_bad, pin=device.type == "cuda")
     stored, c = DTYPES[settings.dtype], index.shape[0]
@@ -208,7 +208,7 @@ def encoded(
     variances = [torch.empty(0, 1 + index.mirrored, c)]
     done, rows, spread = 0, latents[:], variances[:]
     fingerprints, unreadable = list[Fingerprint](), list[tuple[int, str, str]]()
-    for (number, part), batch in zip(parts, batches, strict=True):
+    for (number, chunk), batch in zip(chunks, batches, strict=True):
         unreadable += [(files[position].root, files[position].path, why) for position, why in batch.bad]
         fingerprints += batch.fingerprints
         if len(batch.x):
@@ -223,9 +223,9 @@ def encoded(
             finite = rows[-1].isfinite().transpose(0, 1).flatten(1).all(1)
             if not finite.all():
                 raise not_finite(dataset.path(int(batch.index[~finite][0])), posterior, settings)
-        done += len(part)
+        done += len(chunk)
         advance(done)
-        if part[-1] == todo[number][-1]:
+        if chunk[-1] == todo[number][-1]:
             mu, *logvar = torch.cat(rows, dim=1)  # (n, m, c, h, w) each
             facts = ShardFacts(vae=index.vae_digest, plan=index.plan(todo[number]), bad=unreadable)
             of_files = np.array(fingerprints, FINGERPRINT)[:, None].view(np.uint8)

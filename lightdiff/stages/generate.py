@@ -42,7 +42,7 @@ def run(settings: GenerateSettings) -> Path:
 def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
     """Samples to generate, in a folder that nobody else writes to; where they were started, they are resumed."""
 
-    def begun(folder: Path) -> dict[str, Any]:
+    def started_with(folder: Path) -> dict[str, Any]:
         return flat(read_json(file)) if (file := folder / named(settings, "settings.json")).is_file() else {}
 
     here, made = RunFolder(settings.run), list[Path]()
@@ -55,7 +55,7 @@ def open_samples(settings: GenerateSettings) -> Iterator["Samples"]:
         return made[0]
 
     try:
-        with open_stage(settings, "samples", folder, begun) as stage:
+        with open_stage(settings, "samples", folder, started_with) as stage:
             stage.again = f"run the same command again with --out {stage.path} to resume"
             yield Samples(stage)
     finally:
@@ -130,16 +130,16 @@ class Samples:
         s, stage = self.settings, self.stage
         there = {i for i, path in enumerate(self.paths) if path.exists()}
         held = [path for path in (*self.paths, self.path("grid.png"), self.path("settings.json")) if path.exists()]
-        if held and not stage.begun.keys() >= {"command", *self.pipeline.digests}:
+        if held and not stage.started_with.keys() >= {"command", *self.pipeline.digests}:
             raise UserError(f"{stage.path} holds {held[0].name} already: {ADVICE}")
         command = type(s).__name__.removesuffix("Settings").lower()
         compute = stage.settings.compute.model_dump(include={"precision", "compile"})
-        begun = {"command": command, "settings": chosen(s), "compute": compute, **self.pipeline.digests, **about}
-        stage.check_begun(begun, ADVICE)
+        started_with = {"command": command, "settings": chosen(s), "compute": compute, **self.pipeline.digests, **about}
+        stage.check_unchanged(started_with, ADVICE)
         for i in there:
             if not self.words(i).items() <= text_chunks(self.paths[i]).items():
                 raise UserError(f"{self.paths[i]} is another image: remove it, {ADVICE}")
-        atomic_write_text(self.path("settings.json"), json.dumps(begun, indent=2) + "\n")
+        atomic_write_text(self.path("settings.json"), json.dumps(started_with, indent=2) + "\n")
         batches = [range(i, min(i + s.batch_size, s.num_images)) for i in range(0, s.num_images, s.batch_size)]
         return [batch for batch in batches if not there.issuperset(batch)]
 

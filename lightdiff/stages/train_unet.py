@@ -81,7 +81,7 @@ class UNetTask:
         self.order = Order(self.train_items, seed)
         if weights:
             self.order = on_demand("data.mixing:Mixture")(index.roots[index.positions("train")], weights, seed)
-        self.part = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
+        self.batch_slice = stage.processes.batch_slice(s.loop.batch_size)  # this process's share of each batch
         self.shape = (s.latent.channels, s.latent.height, s.latent.width)
         self.model = stage.new_network(lambda: build_unet(s.model, s.latent.channels, len(s.classes)))
         self.schedule, self.scaling = Schedule.of(s.noise).to(self.device), Scaling.of(s.latent, self.device)
@@ -97,7 +97,7 @@ class UNetTask:
         return torch.zeros(1, *self.shape, device=self.device), torch.zeros(1, device=self.device)
 
     @property
-    def parts(self) -> list[nn.Module]:
+    def networks(self) -> list[nn.Module]:
         """What is compiled."""
         return [self.model]
 
@@ -111,7 +111,7 @@ class UNetTask:
     def batches(self, start: int, steps: int) -> Iterator[tuple[Posterior, Tensor]]:
         """This process's share of each batch, on the device; the next one is read meanwhile."""
         starts = (start + i * self.settings.loop.batch_size for i in range(steps))
-        return prefetch(partial(self._read, self._batch_at(first)[self.part]) for first in starts)
+        return prefetch(partial(self._read, self._batch_at(first)[self.batch_slice]) for first in starts)
 
     def _read(self, batch: list[tuple[int, int]]) -> tuple[Posterior, Tensor]:
         """The posteriors of (epoch, item), items counting training latents, half of them mirrored; their classes."""
@@ -132,29 +132,29 @@ class UNetTask:
 
     def prepare(self, batch: tuple[Posterior, Tensor], rng: torch.Generator) -> Tensors:
         """Clean latents x0, their levels t and noise eps; posterior sample and all are drawn here."""
-        (latents, label), s, part, device = batch, self.settings, self.part, self.device
+        (latents, label), s, device, mine = batch, self.settings, self.device, self.batch_slice
         whole = (s.loop.batch_size, *self.shape)
-        posterior = torch.randn(whole, generator=rng, device=device)[part]
+        posterior = torch.randn(whole, generator=rng, device=device)[mine]
         z = latents.mu if s.latent.only_mu else latents.sample(posterior)
         u = torch.rand(whole[0], generator=rng, device=device)
-        t = random_levels(u, s.levels, len(self.schedule))[part]
-        eps = torch.randn(whole, generator=rng, device=device)[part]
+        t = random_levels(u, s.levels, len(self.schedule))[mine]
+        eps = torch.randn(whole, generator=rng, device=device)[mine]
         drawn = {"x0": self.scaling.to_x0(z), "t": t, "eps": eps}
         if not s.label:
             return drawn
-        forgotten = torch.rand(whole[0], generator=rng, device=device)[part] < s.label_dropout
+        forgotten = torch.rand(whole[0], generator=rng, device=device)[mine] < s.label_dropout
         return drawn | {"label": label.masked_fill(forgotten, len(s.classes))}
 
-    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         """Mean squared error of the prediction, weighted by level (Ho et al. 2020, Eq. 14, where that is the noise)."""
         s = self.settings.target
-        weight = loss_weight(s.loss_weight, s.min_snr_gamma, s.objective, *self.schedule.at(part["t"]))
-        return {"loss": (weight * self.squared_error(model, part)).mean()}
+        weight = loss_weight(s.loss_weight, s.min_snr_gamma, s.objective, *self.schedule.at(batch["t"]))
+        return {"loss": (weight * self.squared_error(model, batch)).mean()}
 
-    def squared_error(self, model: nn.Module, part: Tensors) -> Tensor:
+    def squared_error(self, model: nn.Module, batch: Tensors) -> Tensor:
         """Of each element of the prediction, (b, c, h, w)."""
-        x0, eps, t = part["x0"], part["eps"], part["t"]
-        label = [part["label"]] if "label" in part else []
+        x0, eps, t = batch["x0"], batch["eps"], batch["t"]
+        label = [batch["label"]] if "label" in batch else []
         prediction: Tensor = model(self.schedule.q_sample(x0, eps, t), t, *label)
         wanted = target(self.settings.target.objective, x0, eps, *self.schedule.at(t))
         return (prediction - wanted).square()

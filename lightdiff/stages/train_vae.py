@@ -78,7 +78,7 @@ class VAETask:
         weights, seed = s.images.data_weights, s.loop.seed
         mixed = on_demand("data.mixing:Mixture")(files.of_split("train").roots, weights, seed) if weights else None
         self.order = mixed or Order(self.train_items, seed)
-        self.part = stage.processes.batch_slice(s.loop.batch_size)
+        self.batch_slice = stage.processes.batch_slice(s.loop.batch_size)
         self.bad = BadFiles(stage.folder.bad_files, len(files), s.images.max_bad)
         self.latent_shape = (s.model.latent_channels, *s.images.resolution.divided(s.model.factor))
 
@@ -89,7 +89,7 @@ class VAETask:
         return torch.zeros(1, 3, *size, device=self.device), torch.zeros(1, *self.latent_shape, device=self.device)
 
     @property
-    def parts(self) -> list[nn.Module]:
+    def networks(self) -> list[nn.Module]:
         """What is compiled: with `--equivariance`, the encoder sees images of one size, all others four sizes."""
         return [*self.model.children(), *self.vae_loss.networks]
 
@@ -107,7 +107,7 @@ class VAETask:
     def batches(self, start: int, steps: int) -> Iterator[ImageBatch]:
         """Random crops and mirrors of training images, in the order of (seed, epoch)."""
         size = self.settings.loop.batch_size
-        return self._load(self.train_set, (self._batch_at(start + i * size)[self.part] for i in range(steps)))
+        return self._load(self.train_set, (self._batch_at(start + i * size)[self.batch_slice] for i in range(steps)))
 
     def _load(self, images: ImageDataset, order: Iterable[list[tuple[int, int]]]) -> Iterator[ImageBatch]:
         """Batches of a data set, loaded ahead."""
@@ -124,16 +124,16 @@ class VAETask:
     def prepare(self, batch: ImageBatch, rng: torch.Generator) -> Tensors:
         """Images in [-1, 1], the noise of their posteriors, and how their latents are transformed."""
         shape = (self.settings.loop.batch_size, *self.latent_shape)
-        noise = torch.randn(shape, generator=rng, device=self.device)[self.part]
+        noise = torch.randn(shape, generator=rng, device=self.device)[self.batch_slice]
         x = to_float(batch.x.to(self.device, non_blocking=True))
         change = sample_transform(random.Random(rng.initial_seed()), self.settings.loss.equivariance)
         return {"x": x, "noise": noise, "change": torch.tensor([change]).expand(len(x), -1)}  # on the CPU
 
-    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         """The VAE's loss."""
-        change = LatentTransform(*part["change"][0].tolist())
-        x_hat, posterior = model(part["x"], part["noise"], change)
-        return self.vae_loss(change(part["x"], self.settings.model.factor), x_hat, posterior)
+        change = LatentTransform(*batch["change"][0].tolist())
+        x_hat, posterior = model(batch["x"], batch["noise"], change)
+        return self.vae_loss(change(batch["x"], self.settings.model.factor), x_hat, posterior)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, noise) of this process's readable validation images; the noise is the same at each validation."""

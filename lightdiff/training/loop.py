@@ -38,7 +38,7 @@ class Task(Trainable, Protocol):
     """
 
     @property
-    def parts(self) -> Sequence[nn.Module]:
+    def networks(self) -> Sequence[nn.Module]:
         """The networks to compile: each alone, as each is called with fewer shapes than all of them together."""
 
     def batches(self, start: int, steps: int) -> Iterator[Any]:
@@ -47,8 +47,8 @@ class Task(Trainable, Protocol):
     def prepare(self, batch: Any, rng: torch.Generator) -> Tensors:
         """The share of an optimizer step on the device; `rng` draws for the whole batch, of which this is a slice."""
 
-    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
-        """`loss` and its parts, each a mean over the part."""
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
+        """`loss` and what it is a sum of, each a mean over the batch."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """`loss` and more, over the whole validation set, shared among all processes; empty if that is."""
@@ -102,14 +102,14 @@ class Trainer:
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         for first in range(0, size, loop.micro):
-            part = {name: value[first : first + loop.micro] for name, value in whole.items()}
-            weight = counts * len(next(iter(part.values()))) / loop.batch_size
+            micro_batch = {name: value[first : first + loop.micro] for name, value in whole.items()}
+            weight = counts * len(next(iter(micro_batch.values()))) / loop.batch_size
             if loop.compile == "on":  # what a CUDA graph has returned may be overwritten now
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             more = first + loop.micro < size
             with processes.no_sync(self.network) if more else nullcontext():
                 with autocast(device, loop.precision):
-                    losses = self.task.loss(self.network, part)
+                    losses = self.task.loss(self.network, micro_batch)
                 (losses["loss"] * (weight * processes.world_size)).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight

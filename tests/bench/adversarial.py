@@ -63,10 +63,10 @@ class AdversarialTask(VAETask):
         self.judge = discriminator()
         self.judge_optimizer = torch.optim.AdamW(self.judge.parameters(), lr, (0.5, 0.9), weight_decay=0)
 
-    def loss(self, model: nn.Module, part: Tensors) -> Tensors:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         """The VAE's loss plus the adversarial term; trains the discriminator by one step."""
-        x = part["x"]
-        x_hat, posterior = model(x, part["noise"], LatentTransform(4, 0))
+        x = batch["x"]
+        x_hat, posterior = model(x, batch["noise"], LatentTransform(4, 0))
         losses = self.vae_loss(x, x_hat, posterior)
 
         self.judge.requires_grad_(True)

@@ -188,7 +188,7 @@ class VAEStepTask:
         to_device(self.model, device)
         size = settings.images.resolution
         self.latent_shape = (settings.model.latent_channels, *size.divided(settings.model.factor))
-        self.parts = [*self.model.children(), *self.vae_loss.networks]
+        self.networks = [*self.model.children(), *self.vae_loss.networks]
         image = torch.zeros(1, 3, *size, device=device)
         self.example = image, torch.zeros(1, *self.latent_shape, device=device)
 
@@ -196,9 +196,9 @@ class VAEStepTask:
         noise = torch.randn((len(batch.x), *self.latent_shape), generator=rng, device=self.device)
         return {"x": batch.x.to(self.device).float() / 127.5 - 1, "noise": noise}
 
-    def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        x_hat, posterior = model(part["x"], part["noise"])
-        return self.vae_loss(part["x"], x_hat, posterior)
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x_hat, posterior = model(batch["x"], batch["noise"])
+        return self.vae_loss(batch["x"], x_hat, posterior)
 
 
 def train_vae_step(

@@ -38,8 +38,8 @@ class Latents:
         x, eps = (torch.randn(self.size, 4, 32, 32, generator=rng, device=self.device) for _ in range(2))
         return {"x": x, "t": torch.randint(1000, (self.size,), generator=rng, device=self.device), "eps": eps}
 
-    def loss(self, model: torch.nn.Module, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"loss": F.mse_loss(model(part["x"], part["t"]), part["eps"])}
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": F.mse_loss(model(batch["x"], batch["t"]), batch["eps"])}
 
 
 def seconds(what: Callable[[], object], device: torch.device) -> float:
