@@ -11,7 +11,8 @@ class EMA:
     """A copy of a network whose weights follow it slowly.
 
     After step n: ema += (1 - d_n) (weights - ema) with d_n = min(decay, (1 + n) / (10 + n)), so that early averages
-    forget the random start quickly (a fixed 0.999 still holds 37 % of it after 1,000 steps).
+    forget the random start quickly (a fixed 0.999 still holds 37 % of it after 1,000 steps). The warm-up is that of
+    TensorFlow's ExponentialMovingAverage with `num_updates`.
     """
 
     model: nn.Module  # the averaged copy
