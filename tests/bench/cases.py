@@ -30,7 +30,7 @@ from lightdiff.models.lpips import PerceptualLoss
 from lightdiff.models.unet import UNet, build_unet
 from lightdiff.models.vae import build_vae
 from lightdiff.options import preset_layer
-from lightdiff.run_folder import INDEX, RunFolder
+from lightdiff.run_folder import INDEX, VAE_COPY, RunFolder
 from lightdiff.runtime.processes import Processes, keep_memory, pick_precision, to_device
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (
@@ -435,7 +435,8 @@ def start(contender: str, device: torch.device, *, command: str) -> Work:
     if command == "help":
         return Work(lambda: subprocess.run([*words, "--help"], check=True, capture_output=True), 1)
     run = room() / "run"
-    made_up_latents(RunFolder(run).latents, 2048, 16)
+    latents = made_up_latents(RunFolder(run).latents, 2048, 16)
+    untrained_vae(latents / VAE_COPY, VAESettings().resolved(64))  # which says the preset
     scale_stage.run(scale_stage.ScaleSettings(run=run))
     words += ["--run", str(run), "--preset", "tiny", "--log-every", "1", "--restart"]
     metrics = RunFolder(run).unet.metrics
