@@ -13,7 +13,8 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import shard_path
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.extras.latent_facts import UnitMoments, latent_facts, sum_positions
-from lightdiff.run_folder import RunFolder
+from lightdiff.pipeline import vae_digest
+from lightdiff.run_folder import VAE_COPY, RunFolder
 from lightdiff.settings import LatentsSettings, ScaleSettings
 from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
 from tests.bench.cases import made_up_latents
@@ -78,6 +79,7 @@ def test_the_type_is_kept(dtype: torch.dtype) -> None:
 def test_latents_gathered_are_the_rows_of_their_shards_in_float32(tmp_path: Path) -> None:
     made_up_latents(tmp_path, 50, 4, shard_size=20)
     latents, positions = LatentSet(tmp_path), [41, 3, 20, 19, 3]
+    assert latents.index.vae_digest == vae_digest(Checkpoint(tmp_path / VAE_COPY))  # else train-unet refuses them
     shards = [Checkpoint(shard_path(tmp_path, number)) for number in range(3)]
     for found, name in zip(latents.gather(positions), ("mu", "logvar"), strict=True):
         rows = [shards[position // 20].tensor(name)[position % 20, 0] for position in positions]

@@ -70,13 +70,18 @@ def room() -> Path:
 
 
 def made_up_latents(folder: Path, count: int, side: int, shard_size: int = 2048) -> Path:
-    """Finished latents of noise: `count` images without mirror images, a twentieth of them for validation."""
+    """Finished latents of noise: `count` images without mirror images, a twentieth of them for validation.
+
+    Their VAE has random weights.
+    """
+    from lightdiff.pipeline import vae_digest
+
     index = LatentIndex.of(
         [ImageFile(0, f"{i:07d}.jpg", "train" if i % 20 else "val", {}) for i in range(count)],
         shape=(4, side, side),
         dtype="float16",
         mirrored=False,
-        vae_digest="none",
+        vae_digest=vae_digest(untrained_vae(folder / VAE_COPY, VAESettings().resolved(64))),
         images=ImageSettings(),
         shard_size=shard_size,
         shard=np.arange(count, dtype=np.int32) // shard_size,
@@ -435,21 +440,20 @@ def start(contender: str, device: torch.device, *, command: str) -> Work:
     if command == "help":
         return Work(lambda: subprocess.run([*words, "--help"], check=True, capture_output=True), 1)
     run = room() / "run"
-    latents = made_up_latents(RunFolder(run).latents, 2048, 16)
-    untrained_vae(latents / VAE_COPY, VAESettings().resolved(64))  # which says the preset
+    made_up_latents(RunFolder(run).latents, 2048, 16)
     scale_stage.run(scale_stage.ScaleSettings(run=run))
     words += ["--run", str(run), "--preset", "tiny", "--log-every", "1", "--restart"]
     metrics = RunFolder(run).unet.metrics
 
     def until_the_first_step() -> None:
         metrics.unlink(missing_ok=True)
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while not metrics.is_file() or not metrics.stat().st_size:
             if process.poll() is not None:
-                raise RuntimeError("train-unet has ended before its first step")
+                raise RuntimeError(f"train-unet has ended before its first step: {process.communicate()[1]}")
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.communicate()
 
     return Work(until_the_first_step, 1)
 

@@ -89,14 +89,11 @@ def resolution(side: int) -> dict[str, float]:
 def processes(count: int) -> dict[str, float]:
     """Images per second of train-unet with `count` processes, from its own metrics."""
     from lightdiff.run_folder import RunFolder
-    from lightdiff.settings import VAESettings
     from lightdiff.stages import scale
-    from lightdiff.stages.encode import VAE_COPY
-    from tests.bench.cases import made_up_latents, room, untrained_vae
+    from tests.bench.cases import made_up_latents, room
 
     run = room() / "run"
-    latents = made_up_latents(RunFolder(run).latents, 2048, 16)
-    untrained_vae(latents / VAE_COPY, VAESettings().resolved(64))  # for the picture at the end
+    made_up_latents(RunFolder(run).latents, 2048, 16)
     scale.run(scale.ScaleSettings(run=run))
     words = [sys.executable, "-m", "lightdiff", "train-unet", "--run", str(run), "--steps", "40", "--val-every", "0"]
     words += ["--model.width", "64", "--log-every", "10", "--nproc-per-node", str(count)]
