@@ -69,7 +69,7 @@ def run_stage(module: str, then: str, chosen: settings.Settings) -> None:
 
         if made_of := ending(module.rpartition(".")[2], chosen, time.monotonic() - began):
             console.print(made_of, soft_wrap=True)
-        following = f"; next: lightdiff {then} --run {shlex.quote(str(chosen.run))}" if then else ""  # type: ignore[attr-defined]
+        following = f"; next: lightdiff {then} {shlex.quote(str(chosen.run))}" if then else ""  # type: ignore[attr-defined]
         console.print(f"took {timedelta(seconds=round(time.monotonic() - began))}{following}", soft_wrap=True)
     if rank() == 0:
         typer.echo("\n".join(map(printable, str(made).split("\n"))) if sys.stdout.isatty() else made)
@@ -166,24 +166,24 @@ class Command(NamedTuple):
     estimate: str = ""  # the module whose `estimate(settings)` a --dry-run calls
     presets: str = ""  # the family of presets to choose from
     inherit: Callable[[Layer], Layer] = lambda given: {}
-    then: str = ""  # the stage that comes next
+    then: str = ""  # the command that comes next, up to the run
     start: str = ""  # the flags that --help shows; all if empty
     example: str = ""
 
 
 VAE_START = "data run resolution steps epochs batch-size lpips-gamma"
 VAE_EXAMPLE = "lightdiff train-vae --data ~/faces --run runs/faces --resolution 64"
-VAE = ("extras.estimate", "vae", inherit_vae, "encode", VAE_START, VAE_EXAMPLE)
+VAE = ("extras.estimate", "vae", inherit_vae, "encode --run", VAE_START, VAE_EXAMPLE)
 UNET_EXAMPLE = "lightdiff train-unet --run runs/faces"
-UNET = ("extras.estimate", "unet", inherit_unet, "generate", "run steps epochs batch-size label", UNET_EXAMPLE)
-SAMPLE_START = "run num-images seed class guidance num-steps out"
-SAMPLE_EXAMPLE = "lightdiff generate --run runs/faces --num-images 16"
+UNET = ("extras.estimate", "unet", inherit_unet, "generate --run", "run steps epochs batch-size label", UNET_EXAMPLE)
+DRAW_START = "run num-images seed class guidance num-steps out"
+DRAW = ("report", DRAW_START, "lightdiff generate --run runs/faces --num-images 16")
 COMMANDS = {
     "train-vae": Command(settings.TrainVAESettings, "stages.train_vae", STAGES, *VAE),
-    "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode, then="scale"),
-    "scale": Command(settings.ScaleSettings, "stages.scale", then="train-unet"),
+    "encode": Command(settings.EncodeSettings, "stages.encode", inherit=inherit_encode, then="scale --run"),
+    "scale": Command(settings.ScaleSettings, "stages.scale", then="train-unet --run"),
     "train-unet": Command(settings.TrainUNetSettings, "stages.train_unet", STAGES, *UNET),
-    "generate": Command(settings.GenerateSettings, "stages.generate", start=SAMPLE_START, example=SAMPLE_EXAMPLE),
+    "generate": Command(settings.GenerateSettings, "stages.generate", STAGES, "", "", lambda given: {}, *DRAW),
 } | {name: Command(*row) for name, row in EXTRAS.items()}
 for name, row in COMMANDS.items():
     run, outlook = partial(run_stage, row.module, row.then), partial(estimate, row.estimate)

@@ -286,7 +286,7 @@ def stated(layer: Any, path: Where) -> bool:
 
 
 def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspect.Parameter]:
-    """Options beside the settings; --help-all is one where --help hides `hidden` settings."""
+    """Options beside the settings; --help-all is shown where --help hides `hidden` settings."""
     about = partial(typer.Option, metavar="", rich_help_panel=MORE if hidden else None)
 
     def show(context: typer.Context, parameter: typer.CallbackParam, wanted: bool | None) -> None:
@@ -303,7 +303,7 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
     rows: list[tuple[str, Any, Any]] = [("preset", Preset | None, first)] if presets else []
     rows += [("settings", Path | None, about(help="settings file, TOML or JSON; flags override it"))]
     rows += [("dry_run", bool, about("--dry-run", help=PRINTED))]
-    rows += [("help_all", bool, asked("--help-all", help=f"show the other {hidden} settings, too"))] * bool(hidden)
+    rows += [("help_all", bool, asked("--help-all", hidden=not hidden, help=f"show the other {hidden} settings, too"))]
     rows += [("help", bool, asked("--help", "-h", help="show this page"))]
     make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     return [make(name, default=None, annotation=Annotated[kind | None, info]) for name, kind, info in rows]

@@ -26,9 +26,9 @@ def test_the_stages_end_with_a_number_and_a_picture(run):
         number = r"PSNR [\d.]+ dB on held-out images" if stage == "vae" else "validation loss .* alone gives 1.57"
         picture = Path(re.search(rf"{number}; look at (\S+)", said)[1])
         assert picture == max((run / stage / "images").iterdir())
-    assert re.search(r"\d\.\d bits a number of the latents", succeed("scale", "--run", run).err)
+    assert re.search(r"\d\.\d bits per element of the latents", succeed("scale", "--run", run).err)
     said = succeed("generate", "--run", run, "--num-images", 1, "--num-steps", 1, "--device", "cpu").err
-    assert re.search(r"[\d.]+ seconds an image", said)
+    assert re.search(r"[\d.]+ seconds per image, including startup", said)
 
 
 def test_encode_shows_what_its_stored_latents_decode_to(run):

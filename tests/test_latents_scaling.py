@@ -128,7 +128,7 @@ def test_a_channel_that_is_noise_or_far_too_large_gets_a_warning() -> None:
     assert channel_bits(statistics(moments, ScaleSettings(only_mu=False)))[0] == pytest.approx(channel_bits(found)[0])
     warnings = channel_warnings(found)
     assert [w[:9] for w in warnings] == ["channel 1", "channel 2"]
-    for warning, part in zip(warnings, ("carries nothing", "has a std of"), strict=True):
+    for warning, part in zip(warnings, ("carries no information", "has a std of"), strict=True):
         assert part in warning
 
 

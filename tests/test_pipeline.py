@@ -292,7 +292,7 @@ def test_a_channel_that_carries_nothing_is_warned_of(finished):
         update={"only_mu": False, "channel_std": [1.0, 1, 1, 1], "channel_sigma": [0.1, 1.0, 0.1, 0.1]}
     )
     assert [w.split(":")[0] for w in scale.channel_warnings(dead)] == [
-        "channel 1 carries nothing (std of mu far below sigma)"
+        "channel 1 carries no information (std of mu far below sigma)"
     ]
 
 

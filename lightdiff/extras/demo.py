@@ -47,7 +47,7 @@ def run(settings: DemoSettings) -> Path:
     heading("3. scale: latents -> mean, std, scaling factor")
     scale.run(ScaleSettings(run=s.run))
 
-    heading("4. train-unet: latents -> a U-Net that tells them from noise")
+    heading("4. train-unet: latents -> a U-Net that denoises them")
     unet_loop = LoopSettings.model_validate(
         {"steps": s.unet_steps, "batch_size": 64, "val_every": 250, "save_every": 250, **common}
     )

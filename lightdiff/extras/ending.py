@@ -55,11 +55,11 @@ def of_unet(folder: StageFolder) -> str:
 
 
 def of_scaling(folder: Path) -> str:
-    """Bits that a number of a latent carries."""
+    """Bits that an element of the latents carries."""
     found = read_index(folder).statistics
     assert found is not None
     bits = channel_bits(found)
-    return f"{sum(bits) / len(bits):.1f} bits a number of the latents, on average"
+    return f"{sum(bits) / len(bits):.1f} bits per element of the latents, on average"
 
 
 @torch.inference_mode()
@@ -78,8 +78,8 @@ def of_latents(chosen: EncodeSettings) -> str:
 
 
 def of_samples(chosen: GenerateSettings, seconds: float) -> str:
-    """Seconds an image, where to look is in the line above."""
-    return f"{seconds / chosen.num_images:.2g} seconds an image, with the time to start"
+    """Seconds per image; where to look is in the line above."""
+    return f"{seconds / chosen.num_images:.2g} seconds per image, including startup"
 
 
 def newest(images: Path) -> Path | None:

@@ -327,7 +327,7 @@ def evaluate_unet(
         raise UserError(f"none of the {'training images' if len(found) else 'samples'} can be read")
     if min(len(found), len(of_train[0])) < MIN_IMAGES:
         console.print(
-            f"note: fewer than {MIN_IMAGES} images are no set to measure: only the nearest neighbours are computed"
+            f"note: fewer than {MIN_IMAGES} images are too few to measure: only their nearest neighbours are shown"
         )
     digest = Checkpoint(unet, "unet").metadata.digest
     result: Found = {NETWORK: digest, "samples": len(found), "samples in": str(folder)}

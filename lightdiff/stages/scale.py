@@ -166,7 +166,7 @@ def channel_warnings(s: Statistics) -> list[str]:
     for c, (std, bits) in enumerate(zip(s.channel_std, channel_bits(s), strict=True)):
         if bits < DEAD_BITS:
             found.append(
-                f"channel {c} carries nothing (std of mu far below sigma): lower --kl-beta or use fewer channels"
+                f"channel {c} carries no information (std of mu far below sigma): lower --kl-beta or use fewer channels"
             )
         elif std > 20 or std < 0.05:
             found.append(f"channel {c} has a std of {std:.3g}; between 0.2 and 5 is usual: check --kl-beta")

@@ -25,13 +25,13 @@ FEW_IMAGES, MANY_EPOCHS = 1000, 100
 
 
 def check_labels(settings: TrainUNetSettings) -> Iterator[Finding]:
-    """A network that is never told a label."""
+    """A network that was trained without any label."""
     if settings.label and settings.label_dropout == 1:
         yield Finding(
             code="no-labels",
             stage="unet",
-            title="The U-Net was never told a label",
-            measured="--label-dropout 1: --class and --guidance change nothing",
+            title="The U-Net was trained without any label",
+            measured="--label-dropout 1: every label was dropped, so --class and --guidance change nothing",
             usual="0.1",
             advice="lightdiff train-unet --restart --label-dropout 0.1",
         )
@@ -62,7 +62,7 @@ def check_baseline(settings: TrainUNetSettings, rows: list[Row], images: int, z_
             stage="unet",
             title="At some noise levels the U-Net does no better than a predictor that knows nothing of images",
             measured="validation loss of "
-            + "; ".join(f"{best[b]:.3f} at best in band {b[-1]}, where {known[b]:.3f} takes no network" for b in poor),
+            + "; ".join(f"{best[b]:.3f} at best in band {b[-1]}, {known[b]:.3f} without a network" for b in poor),
             usual="less in every band: 0.2 to 0.65 of it in the demo. Samples of such a network are mush",
             advice=f"lightdiff train-unet {more} continues the training",
         )

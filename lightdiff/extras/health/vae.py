@@ -33,7 +33,7 @@ def check_vae(settings: TrainVAESettings, metrics: Row, facts: LatentFacts | Non
 
 
 def check_high_kl(settings: TrainVAESettings, metrics: Row, channels: list[ChannelFacts]) -> Iterator[Finding]:
-    """Posterior collapse, channels that carry nothing, or a KL term that blurs."""
+    """Posterior collapse, channels that carry no information, or a KL term that blurs."""
     beta = settings.loss.kl_beta
     lower = f"lightdiff train-vae --restart --kl-beta {min(3e-3, beta / 10):.1g}"
     kl = mean([c.kl for c in channels]) if channels else metrics.get("kl", math.nan)
@@ -52,7 +52,7 @@ def check_high_kl(settings: TrainVAESettings, metrics: Row, channels: list[Chann
         yield Finding(
             code="dead-channels",
             stage="vae",
-            title=f"{len(dead)} of {len(channels)} latent channels carry nothing",
+            title=f"{len(dead)} of {len(channels)} latent channels carry no information",
             measured=f"channel {', '.join(map(str, dead))}: at most {max(channels[n].bits for n in dead):.2g} bits per "
             f"element, sigma {min(channels[n].posterior_std for n in dead):.2g} or more",
             usual=f"1 bit or more (below {DEAD_BITS:g}, a channel is noise); sigma 0.02 to 0.5",

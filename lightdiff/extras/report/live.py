@@ -37,7 +37,7 @@ def serve(runs: list[Path], port: int) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            console.print("no longer served; the runs are as they were")
+            console.print("no longer served; nothing was changed")
 
 
 class Server(ThreadingHTTPServer):
