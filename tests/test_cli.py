@@ -203,8 +203,8 @@ def test_a_stage_ends_with_its_time_and_the_next_command(run, cli, tmp_path):
     said = cli("scale", "--run", named)
     assert re.search(r"took 0:00:\d\d; next: lightdiff train-unet --run '[^']*/my faces'\n", said.stderr)
     assert cli("scale", "--run", named, "--quiet").err == ""
-    while then := ROWS[chain[-1]].then:
-        chain.append(then.removesuffix(" --run"))
+    while chain[-1] in STAGES:
+        chain.append(ROWS[chain[-1]].then.removesuffix(" --run"))
     assert chain == [*STAGES, "report"]
 
 
