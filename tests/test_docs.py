@@ -55,6 +55,7 @@ WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are wri
     "train-unet --run runs/sine --latents runs/demo --objective eps --schedule sine --steps 1000",
     "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
     "generate --run runs/back",
+    "train-vae --data faces --run runs/tv --tv-weight 0.1",
     "train-vae --data faces.npy --run runs/array --tv-weight 0.1",
     "encode --run runs/array",
     "train-vae --run runs/patches --data photos --settings patches.toml",
