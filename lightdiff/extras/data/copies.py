@@ -64,11 +64,8 @@ def find_copies(folder: Path, names: Names, open_image: Open, notes: list[str]) 
                 originals[name] = first
     look = lru_cache(maxsize=None)(partial(_look, open_image))
     judge = partial(_judge, folder, look, originals, notes)
-    folders, parts = (
-        (partial(_by_folder, depth) for depth in range(DEPTHS)),
-        (partial(_by_part, p) for p in (LAST, FIRST)),
-    )
-    for read in itertools.chain(folders, parts):
+    folders = [partial(_by_folder, depth) for depth in range(DEPTHS)]
+    for read in (*folders, partial(_by_part, LAST), partial(_by_part, FIRST)):
         kept = judge(names, read(names))
         taken[taken] = kept
         names = names.where(kept)

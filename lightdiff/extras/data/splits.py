@@ -60,10 +60,20 @@ def _top_roles(folders: set[str]) -> dict[str, Role]:
 
 
 def folder_roles(folders: Sequence[Path]) -> list[Role]:
-    """The role of each of several --data folders, if their own names are those of split folders.
+    """The role of each of several --data folders, if their own names are those of split folders."""
+    _check_apart(folders)
+    roles = _top_roles({folder.name for folder in folders})
+    of = [roles.get(folder.name, "") for folder in folders]
+    if "val" not in of:  # some of the others are held out
+        of = ["test" if role == "test" else "" for role in of]
+    return of if set(of) != {"test"} else [""] * len(of)
+
+
+def _check_apart(folders: Sequence[Path]) -> None:
+    """Check that there is a --data folder, and none lies inside another.
 
     Raises:
-        UserError: If there is none, or one holds another.
+        UserError: If not.
     """
     if not folders:
         raise UserError("--data: name a folder of images")
@@ -73,11 +83,6 @@ def folder_roles(folders: Sequence[Path]) -> list[Role]:
             raise UserError(f"--data: {folders[i]} is given twice")
         if outer in inner.parents:
             raise UserError(f"--data: {folders[i]} lies inside {folders[j]}; name only one of them")
-    roles = _top_roles({folder.name for folder in folders})
-    of = [roles.get(folder.name, "") for folder in folders]
-    if "val" not in of:  # some of the others are held out
-        of = ["test" if role == "test" else "" for role in of]
-    return of if set(of) != {"test"} else [""] * len(of)
 
 
 def own_split(folder: Path, names: Names, whole: Role, notes: list[str]) -> tuple[Mask, Mask | None]:
