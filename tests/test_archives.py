@@ -3,13 +3,16 @@
 import io
 import json
 import os
+import pickle
 import random
+import shutil
 import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import VAE_FLAGS
@@ -19,8 +22,9 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data import files
 from lightdiff.data.files import find_images, fingerprinters, scan
 from lightdiff.data.images import BadImage, load_image
+from lightdiff.data.table import content_hash
 from lightdiff.errors import UserError
-from lightdiff.extras.data import archives
+from lightdiff.extras.data import archives, members
 from lightdiff.extras.data.archives import SOURCE, Archive, open_archive
 from lightdiff.run_folder import RunFolder
 
@@ -167,6 +171,62 @@ def test_a_pattern_names_all_that_fit(tmp_path: Path) -> None:
         scan([tmp_path / "none-*.zip"], 0)
 
 
+class Pipe(io.BytesIO):
+    """What cannot be sought in, so that sizes follow each member."""
+
+    def seek(self, *_: object) -> int:
+        raise OSError
+
+
+@pytest.mark.parametrize("before", [b"", b"#!/bin/sh, and a program that unpacks what follows"])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("file", [Pipe, io.BytesIO])
+def test_a_zip_files_directory_is_read_as_pythons_zipfile_reads_it(
+    before: bytes, large: bool, file: type[io.BytesIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:  # than numbers of 32 bits allow
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 40)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    stream = file()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for i, name in enumerate(("a.png", "folder/", "folder/\u00e9.png", "\u65e5.png", "code page/?.png")):
+            member = zipfile.ZipInfo(name)
+            member.comment, member.extra = b"a comment", b"\x99\x99\2\0ab"
+            member.compress_type = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[i % 2]
+            archive.writestr(member, os.urandom(60))
+        archive.comment = before
+    data = before + stream.getvalue().replace(b"code page/?", b"code page/\x82")
+    assert (b"PK\6\6" in data) == large
+    (tmp_path / "a.zip").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        found = [i for i in archive.infolist() if not i.is_dir()]
+    assert found[-1].filename == "code page/\u00e9.png"
+    wanted = [(i.filename, i.header_offset, i.compress_size, i.file_size, i.CRC) for i in found]
+    assert list(members.members(archives.file_state(tmp_path / "a.zip"))) == wanted
+
+
+def test_an_index_that_does_not_fit_its_archive_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "KEPT_FROM", 1)
+    content = {f"{i}.png": picture(i) for i in range(3)} | {"dataset.json": b'{"labels": [["0.png", 1]]}'}
+    path = make_zip(tmp_path / "a.zip", content)
+    good = open_archive(path, tmp_path)
+    (kept,) = tmp_path.glob("archive-a-*.safetensors")
+    for bad in (
+        {"roots": good.roots + 1},
+        {"lengths": good.lengths[1:]},
+        {"tables": {"dataset.json": (1, 0, 0, 0, 0)}},
+    ):
+        good.model_copy(update=bad).write(kept)
+        with pytest.raises(UserError, match=r"fit together$"):
+            Archive.read(kept)
+        archives._indexed.cache_clear()
+        assert archives._indexed(path, archives.state_of(path), tmp_path).read_image("1.png") == content["1.png"]
+        assert np.array_equal(Archive.read(kept).lengths, good.lengths)
+    good.model_copy(update={"lengths": good.lengths * 0 - 1}).write(kept)  # not to be taken for all that follows
+    with pytest.raises(BadImage):
+        Archive.read(kept).read_image("1.png")
+
+
 def test_of_two_members_of_one_name_the_later_one_counts(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for value in (1, 2):
@@ -272,6 +332,22 @@ def lzma(tmp_path: Path) -> Path:
     return make_zip(tmp_path / "faces.zip", {"1.png": picture()}, zipfile.ZIP_LZMA)
 
 
+def one_of_several(tmp_path: Path) -> Path:
+    path = make_zip(tmp_path / "faces.zip", {"1.png": picture()})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\5\6") + 4] = 1  # the number of this disk
+    path.write_bytes(data)
+    return path
+
+
+def beyond_the_end(tmp_path: Path) -> Path:
+    path = make_zip(tmp_path / "faces.zip", {"1.png": picture()})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 42] = 200  # where the member begins
+    path.write_bytes(data)
+    return path
+
+
 def overlapping(tmp_path: Path) -> Path:
     path = make_zip(tmp_path / "faces.zip", {"1.png": picture(), "2.png": picture()})
     data = bytearray(path.read_bytes())
@@ -309,15 +385,26 @@ def bad_header(tmp_path: Path) -> Path:
         ),
         (encrypted, r"faces\.zip is encrypted \(1\.png\): unpack it and name the folder$"),
         (lzma, r"faces\.zip is compressed by LZMA \(1\.png\): unpack it, or pack it again without compression$"),
-        (overlapping, r"faces\.zip is damaged or made to do harm: [12]\.png lies within the file before it$"),
-        (no_archive, r"faces\.zip is damaged, or no archive of that kind: File is not a zip file$"),
-        (cut_off, r"faces\.tar is damaged, or no archive of that kind: unexpected end of data$"),
+        (one_of_several, r"faces\.zip is the last part of several: join them, as 'zip -s 0' does$"),
+        (beyond_the_end, r"faces\.zip is damaged, or no archive of that kind: its directory does not fit$"),
+        (overlapping, r"faces\.zip is damaged or made to do harm: files in it lie within one another$"),
+        (no_archive, r"faces\.zip is damaged, or no archive of that kind: not a zip file, or cut off$"),
+        (cut_off, r"faces\.tar is damaged, or no archive of that kind: it ends within 1\.png$"),
         (bad_header, r"faces\.tar is damaged: at byte 1,024 there is neither a file nor its end$"),
     ],
 )
 def test_archives_that_cannot_be_read_are_named(make: Callable[[Path], Path], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^--data: .*" + words):
         scan([make(tmp_path)], 0)
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "faces.zip", {"1.png": picture(), "dataset.json": b'{"labels": [["1.png", 1]]}'})
+    path.write_bytes(path.read_bytes().replace(b'1.png"', b'2.png"'))
+    with pytest.raises(
+        UserError, match=r"^--data: .*faces\.zip/dataset\.json cannot be read: damaged: its bytes are not"
+    ):
+        scan([path], 0)
 
 
 def test_a_damaged_member_is_an_unreadable_image(tmp_path: Path) -> None:
@@ -335,7 +422,7 @@ def test_a_damaged_member_is_an_unreadable_image(tmp_path: Path) -> None:
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_zip(tmp_path / "bomb.zip", {"1.png": bytes(1 << 20)}, zipfile.ZIP_DEFLATED)
     scan([path], 0)
-    monkeypatch.setattr(archives, "LARGEST", 1 << 19)
+    monkeypatch.setattr(members, "LARGEST", 1 << 19)
     with pytest.raises(BadImage, match=r"^more than 524,288 bytes in an archive"):
         load_image("1.png", folder=path, source=SOURCE)
     data = bytearray(path.read_bytes())
@@ -363,7 +450,7 @@ def test_the_list_of_archives_that_have_not_changed_is_taken_over(cli, forms, tm
     assert cli("train-vae", *flags, "--steps", 2).code == 0
     with monkeypatch.context() as patched:
         patched.setattr(files, "find_images", lambda *_: pytest.fail("it is known"))
-        patched.setattr(archives, "look_in_archive", lambda *_: pytest.fail("it is known"))
+        patched.setattr(archives, "content_hash", lambda data: content_hash(data) if data else pytest.fail("known"))
         assert cli("train-vae", *flags).code == 0
         assert cli("encode", *run, "--workers", 0, "--device", "cpu").code == 0
     assert cli("encode", *run, "--workers", 0, "--device", "cpu").code == 0
@@ -371,3 +458,32 @@ def test_the_list_of_archives_that_have_not_changed_is_taken_over(cli, forms, tm
     make_zip(deflated, content | {"new.png": picture()})
     again = cli("encode", *run, "--workers", 0, "--device", "cpu")
     assert "0 changed, 1 added, 0 gone" in again.err
+
+
+def test_what_lies_where_in_archives_is_kept_in_the_run(cli, forms, tmp_path, monkeypatch):
+    def forget() -> None:
+        archives._indexed.cache_clear()
+        archives.open_archive.cache_clear()
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(archives, "KEPT_FROM", 10)
+    data, moved = forms["deflated"], tmp_path / "moved"
+    assert cli("train-vae", "--run", tmp_path / "run", "--data", forms["folder"], "--data", data, *VAE_FLAGS).code == 0
+    (tmp_path / "run").rename(moved)
+    shutil.rmtree(tmp_path / "home")
+    encode = ("encode", "--run", moved, "--workers", 0, "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "_index", lambda _: pytest.fail("it is in the run"))
+        forget()
+        assert cli(*encode).code == 0
+        forget()
+        in_a_new_process = pickle.loads(pickle.dumps(SOURCE))
+        assert in_a_new_process.open(data, max(content_of(forms["folder"]))).size == (16, 16)
+    (kept,) = moved.glob("archive-deflated-*.safetensors")
+    kept.unlink()
+    (tmp_path / "home").touch()  # a file: nothing can be kept below it
+    monkeypatch.setattr(Archive, "write", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    forget()
+    again = cli(*encode)
+    assert "latents of all 48 images already" in again.err
+    assert not kept.exists()

@@ -50,7 +50,7 @@ def read_in_folder(folder: Path, table: Path) -> bytes:
         return stream.read()
 
 
-def no_labels(place: Path) -> None:
+def no_labels(place: Path, names: Names) -> None:
     """What most sources say of their images beside the names."""
 
 
@@ -61,14 +61,14 @@ class Source(NamedTuple):
     kind, what looks like a picture but is not read; `open` opens one of them as Pillow does. Whatever `open` raises
     says that this image is unreadable. The others may be left as they are: `fingerprint` tells whether an image has
     been changed, `read` reads a table of labels in the source or beside it, or raises an OSError, and `labels` are what
-    the source itself says of each image, in the order of sorted names; None if it says nothing.
+    the source itself says of each of its images, given their sorted names; None if it says nothing.
     """
 
     names: Callable[[Path, Counter[str]], Iterable[str]]
     open: Callable[[Path, str], AbstractContextManager[Image.Image]]
     fingerprint: Callable[[Path, str, bool], Fingerprint] = fingerprint
     read: Callable[[Path, Path], bytes] = read_in_folder
-    labels: Callable[[Path], Iterable[Labels] | None] = no_labels
+    labels: Callable[[Path, Names], Iterable[Labels] | None] = no_labels
 
 
 def names_in_folder(folder: Path, passed_over: Counter[str]) -> Iterator[str]:
@@ -177,7 +177,7 @@ def list_images(images: ImageSettings, console: Console, kept: Path | None = Non
             console.print(f"note: {note}", soft_wrap=True)
         return found.files
 
-    if any(map(os.path.isdir, images.data)):
+    if all(map(os.path.isdir, images.data)):
         return search()
     files: ImageList = on_demand("data.archives:kept_list")(images, kept, search)
     return files
@@ -259,7 +259,7 @@ def _images_of(
         on_demand("data.splits:note_stray_images")(folder, kept, notes)
     used = kept.where(in_split)
     labels: Iterable[Labels] = ()
-    if labelled and (own := source.labels(folder)) is not None:
+    if labelled and (own := source.labels(folder, names)) is not None:
         labels = compress(compress(own, chosen), in_split)
     elif labelled and tables:
         given = on_demand("data.labels:labels_of_tables")(tables, folder, names, read, notes)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lightdiff.data.files import Source, source_of
 from lightdiff.data.formats import SUFFIXES
-from lightdiff.data.layouts import Labels
+from lightdiff.data.layouts import Labels, Names
 from lightdiff.data.table import Fingerprint
 from lightdiff.errors import UserError, shorten
 from lightdiff.extras.data.archives import ARCHIVES
@@ -67,9 +67,9 @@ def read(place: Path, path: Path) -> bytes:
     return source_of(copied(place)).read(copied(place), inside)
 
 
-def labels(place: Path) -> Iterable[Labels] | None:
+def labels(place: Path, names: Names) -> Iterable[Labels] | None:
     """What the data set says of its images beside their names."""
-    return source_of(copied(place)).labels(copied(place))
+    return source_of(copied(place)).labels(copied(place), names)
 
 
 SOURCE = Source(names, open_image, fingerprint, read, labels)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightdiff.data.files import Source, read_in_folder
 from lightdiff.data.formats import BadImage, open_stream
-from lightdiff.data.layouts import Labels
+from lightdiff.data.layouts import Labels, Names
 from lightdiff.data.table import NO_FILE, Fingerprint, content_hash
 from lightdiff.errors import UserError
 from lightdiff.extras.data.archives import files_at
@@ -147,7 +147,7 @@ def fingerprint(place: Path, name: str, contents: bool = False) -> Fingerprint:
         return NO_FILE
 
 
-def labels(place: Path) -> Iterable[Labels] | None:
+def labels(place: Path, names: Names) -> Iterable[Labels] | None:
     """Columns of whole numbers and texts, by the names of Hugging Face's classes; none that differ in most rows."""
     import pyarrow.types as kinds
 
@@ -167,7 +167,7 @@ def labels(place: Path) -> Iterable[Labels] | None:
                 if value is not None and value != "":
                     text = words[value] if words and isinstance(value, int) and 0 <= value < len(words) else str(value)
                     found.setdefault(f"{stem}:{row:08d}", {})[field.name] = text
-    return (found.get(name, {}) for name in sorted(names(place, Counter()))) if found else None
+    return (found.get(name, {}) for name in names) if found else None
 
 
 SOURCE = Source(names, open_image, fingerprint, read_in_folder, labels)
