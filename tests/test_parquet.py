@@ -10,11 +10,13 @@ import torch
 from conftest import VAE_FLAGS, succeed
 from PIL import Image
 
+from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.files import find_images, fingerprinters, source_of
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.data.latents import LatentSet
 from lightdiff.errors import UserError
 from lightdiff.extras.data import parquet
+from lightdiff.run_folder import RunFolder
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet as pq  # noqa: E402
@@ -104,12 +106,27 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_image("c:00000001", folder=place, source=source_of(place))
 
 
-def test_training_and_encoding_as_from_a_folder(faces: Path, tmp_path: Path) -> None:
-    images = [path.read_bytes() for path in sorted(faces.rglob("*.png"))]
-    place = write(tmp_path / "a.parquet", images, group=7)
-    for name, data in {"parquet": place, "folder": faces}.items():
-        run = ("--run", tmp_path / name)
-        succeed("train-vae", *run, "--data", data, *VAE_FLAGS, "--val-share", 0)
-        succeed("encode", *run, "--workers", 0, "--device", "cpu")
-    one, other = (LatentSet(tmp_path / name / "latents") for name in ("parquet", "folder"))
-    assert torch.equal(one.gather(list(one.train))[0], other.gather(list(other.train))[0])
+def test_the_same_images_in_a_folder_train_to_the_same_weights(faces: Path, tmp_path: Path) -> None:
+    images = iter([path.read_bytes() for path in sorted(faces.rglob("*.png"))])
+    for stem, count in {"train-00000-of-00002": 12, "train-00001-of-00002": 8, "validation-00000-of-00001": 4}.items():
+        part = [next(images) for _ in range(count)]
+        write(tmp_path / f"{stem}.parquet", part, group=5)
+        (tmp_path / "folder" / stem.partition("-")[0]).mkdir(parents=True, exist_ok=True)
+        for row, data in enumerate(part):
+            (tmp_path / "folder" / stem.partition("-")[0] / f"{stem}-{row:08d}.png").write_bytes(data)
+    runs = {"parquet": tmp_path / "*.parquet", "stopped": tmp_path / "*.parquet", "folder": tmp_path / "folder"}
+    for name, data in runs.items():
+        flags = ("--run", tmp_path / name, "--data", data, *VAE_FLAGS, "--lr-schedule", "constant")
+        if name == "stopped":
+            succeed("train-vae", *flags, "--steps", 2)
+        done = succeed("train-vae", *flags)
+        assert ("resuming from step 2" in done.err) == (name == "stopped")
+        assert "split by its folders into 20 training and 4 validation images" in done.err
+        succeed("encode", "--run", tmp_path / name, "--workers", 0, "--device", "cpu")
+    weights = {name: Checkpoint(RunFolder(tmp_path / name).vae.last, "vae").tensors("") for name in runs}
+    latents = {name: LatentSet(tmp_path / name / "latents") for name in runs}
+    for name in ("parquet", "stopped"):
+        assert weights[name].keys() == weights["folder"].keys()
+        assert all(torch.equal(value, weights["folder"][key]) for key, value in weights[name].items())
+        one, other = (of.gather(list(of.train))[0] for of in (latents[name], latents["folder"]))
+        assert torch.equal(one, other)
