@@ -44,7 +44,7 @@ INSTEAD = {  # what exists after the few steps above, or in the small checkpoint
 ONLY_PARSED = {  # commands that are not run here, and why
     r"--nproc-per-node": "several processes: test_launch.py and test_ranks.py run them",
     r"^evaluate ": "published weights: test_evaluate.py runs it with made-up ones",
-    r"--init-from runs/original": "a network of 201 million weights: test_models.py reads smaller ones",
+    r"--init-from runs/original": "a network of 201 million weights: test_original.py reads smaller ones",
     r"runs/borrowed": "a VAE of others: test_import_vae.py imports small ones",
     r"--to web|--track": "other libraries: nox -s hub runs the tests of both",
     r"^report --live": "it serves until Ctrl-C: test_live.py runs it",

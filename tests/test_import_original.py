@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import os
 import pathlib
 import zipfile
 from contextlib import suppress
@@ -107,10 +108,56 @@ def test_names_of_older_and_newer_libraries(tmp_path: Path) -> None:
     assert import_checkpoint(tmp_path / "new.pth", tmp_path / "run", 16).is_file()
 
 
+def test_an_old_format_is_read(tmp_path: Path) -> None:
+    torch.save(vae_content(), tmp_path / "vae.pth", _use_new_zipfile_serialization=False)
+    assert import_checkpoint(tmp_path / "vae.pth", tmp_path / "run", 16).is_file()
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.pth: there is no such file"):
+        import_checkpoint(tmp_path / "none.pth", tmp_path / "run", 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"state_dict": {}}, "is no checkpoint of the original scripts: it has no model_state_dict"),
+        ([1, 2], "is no checkpoint of the original scripts: it has no model_state_dict"),
+        ({"model_state_dict": {}}, "is no checkpoint of the original scripts: it has neither VAE_CFG nor UNET_CFG"),
+    ],
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, content: object, text: str) -> None:
+    torch.save(content, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match=text):
+        import_checkpoint(tmp_path / "foreign.pth", tmp_path / "run", 64)
+
+
 def test_another_object_is_named(tmp_path: Path) -> None:
     content = vae_content() | {"when": np.arange(3)}
     with pytest.raises(UserError, match=r"vae\.pth holds a numpy\S+, which could run code: save it anew without"):
         imported(tmp_path, content)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {}, "VAE_CFG": {}, "args": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match=r"trap\.pth holds a \w+\.mkdir, which could run code"):
+        import_checkpoint(tmp_path / "trap.pth", tmp_path / "run", 64)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert (tmp_path / "sprung").exists()  # it would have
 
 
 HUGE = 8192
@@ -172,11 +219,6 @@ def test_lists_within_lists_are_not_printed(tmp_path: Path) -> None:
         bomb = [bomb, bomb]
     with pytest.raises(UserError, match="are not those of the original scripts"):
         imported(tmp_path, vae_content() | {"VAE_CFG": VAE_CFG | {"enc_channel_args": bomb}})
-
-
-def test_an_old_format_is_read(tmp_path: Path) -> None:
-    torch.save(vae_content(), tmp_path / "vae.pth", _use_new_zipfile_serialization=False)
-    assert import_checkpoint(tmp_path / "vae.pth", tmp_path / "run", 16).is_file()
 
 
 VALUES = st.recursive(
