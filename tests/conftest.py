@@ -155,6 +155,38 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def faces_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 faces of 32 pixels. Not to be written to."""
+    from lightdiff.extras.toy_faces import draw_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "faces"
+    draw_dataset(folder, count=40, seed=0, size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, faces_32: Path) -> Path:
+    """A run by the functions of the first four stages; three shards, in float32. Not to be written to: see `copy`."""
+    from small_run import encode_all, train_first, train_second
+
+    from lightdiff.settings import ScaleSettings
+    from lightdiff.stages import scale
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_first(folder, faces_32)
+    encode_all(folder, shard_size=16, dtype="float32")
+    scale.run(ScaleSettings(run=folder, only_mu=False))  # after four steps, mu varies far less than sigma
+    train_second(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be changed at will."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inception up to Mixed_6e with random weights."""
     import safetensors.torch

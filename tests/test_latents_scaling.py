@@ -10,12 +10,13 @@ from conftest import UNET_FLAGS
 from oracles import normal
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.index import shard_path
-from lightdiff.data.latents import LatentSet, Scaling
+from lightdiff.data.index import read_index, shard_path
+from lightdiff.data.latents import LatentSet, Scaling, latents_settings
 from lightdiff.extras.latent_facts import UnitMoments, latent_facts, sum_positions
 from lightdiff.pipeline import vae_digest
 from lightdiff.run_folder import VAE_COPY, RunFolder
 from lightdiff.settings import LatentsSettings, ScaleSettings
+from lightdiff.stages import scale as stage
 from lightdiff.stages.scale import LatentMoments, channel_bits, channel_warnings, statistics
 from tests.bench.cases import made_up_latents
 
@@ -157,3 +158,55 @@ def test_latents_without_logvar_take_half_of_the_disk_and_are_scaled_alike(cli, 
     asked = cli("encode", "--run", run.path, "--workers", 0, "--device", "cpu")
     assert asked.code == 2
     assert "--logvar" in asked.err
+
+
+# --- of a run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only_mu", [True, False])
+def test_statistics_equal_those_of_all_latents_at_once(copy, only_mu):
+    stage.run(ScaleSettings(run=copy, only_mu=only_mu))
+    latents = LatentSet(copy / "latents")
+    both = [latents.gather(latents.train, torch.full((len(latents.train),), m)) for m in (0, 1)]
+    mu, logvar = (torch.cat(parts).double() for parts in zip(*both, strict=True))
+    variance = mu.var((0, 2, 3), correction=0) + (0 if only_mu else logvar.exp().mean((0, 2, 3)))
+    found = latents.index.statistics
+    torch.testing.assert_close(
+        torch.tensor(found.channel_mean, dtype=torch.float64), mu.mean((0, 2, 3)), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        torch.tensor(found.channel_std, dtype=torch.float64), variance.sqrt(), rtol=1e-9, atol=1e-9
+    )
+    x0 = Scaling.of(latents_settings(latents.folder)).to_x0(mu.float())
+    assert x0.mean((0, 2, 3)).abs().max() < 1e-4
+    if only_mu:
+        torch.testing.assert_close(x0.std((0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=1e-3)
+
+
+def test_drawn_latents_have_the_statistics_that_scale_states(finished):
+    latents = LatentSet(finished / "latents")
+    mu, logvar = latents.gather(latents.train)
+    noise = torch.randn((200, *mu.shape), generator=torch.Generator().manual_seed(0))
+    z = mu + torch.exp(0.5 * logvar) * noise
+    stated = torch.tensor(latents.index.statistics.channel_std)
+    torch.testing.assert_close(z.std((0, 1, 3, 4)), stated, rtol=0.02, atol=0)  # mirror images are left out here
+
+
+def test_scaling_factor_global_and_by_hand(copy):
+    stage.run(ScaleSettings(run=copy, normalize="global"))
+    found = read_index(copy / "latents").statistics
+    assert found.shift == [0.0]
+    assert found.scale == [pytest.approx(1 / found.std)]
+    stage.run(ScaleSettings(run=copy, scaling_factor=0.9498))
+    found = read_index(copy / "latents").statistics
+    assert (found.shift, found.scale) == ([0.0], [0.9498])
+
+
+def test_a_channel_that_carries_nothing_is_warned_of(finished):
+    statistics = read_index(finished / "latents").statistics
+    dead = statistics.model_copy(
+        update={"only_mu": False, "channel_std": [1.0, 1, 1, 1], "channel_sigma": [0.1, 1.0, 0.1, 0.1]}
+    )
+    assert [w.split(":")[0] for w in channel_warnings(dead)] == [
+        "channel 1 carries no information (std of mu far below sigma)"
+    ]
