@@ -20,7 +20,7 @@ from lightdiff import __version__, settings
 from lightdiff.architectures import Layer
 from lightdiff.defaults import following, preset_for
 from lightdiff.errors import LightdiffError, Stopped, from_os, printable
-from lightdiff.extras.commands import EXTRAS, add_commands, ending
+from lightdiff.extras.commands import EXTRAS, ReadableCommand, ReadableGroup, add_commands, ending
 from lightdiff.on_demand import on_demand
 from lightdiff.options import PRESETS, command
 from lightdiff.run_folder import RunFolder
@@ -31,6 +31,7 @@ ONLY_NOW = {"run", "init_from", "restart"}  # settings that are not taken from a
 
 app = typer.Typer(
     name="lightdiff",
+    cls=ReadableGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -189,7 +190,7 @@ for name, row in COMMANDS.items():
     run, outlook = partial(run_stage, row.module, row.then), partial(estimate, row.estimate)
     rules = (row.presets, pick_preset, following) if row.presets else ()
     call = command(row.model, run, row.inherit, outlook, row.start.split(), row.example, *rules)
-    app.command(name, rich_help_panel=row.panel, add_help_option=False)(call)
+    app.command(name, cls=ReadableCommand, rich_help_panel=row.panel, add_help_option=False)(call)
 add_commands(app)
 
 

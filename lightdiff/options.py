@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
-from shutil import get_terminal_size
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -32,7 +31,6 @@ START, MORE = "Start here", "More"  # panels of help
 OWN = ("preset", "settings", "dry-run", "help-all", "help")  # options beside the settings
 
 NUMBERS = {int: "whole number", float: "number"}  # kinds that are typed as such
-NARROW = 60  # columns of a terminal below which help is no table
 MAX_TOLD = 20  # wrong values told at once
 LONGEST_PAIR = 12  # of a name that also gets a --no-; with a longer one, there is no room for its description
 
@@ -294,8 +292,7 @@ def own_options(presets: bool, start: Sequence[str], hidden: int) -> list[inspec
             return
         for other in context.command.params if hidden and parameter.name == "help" else ():
             other.hidden = other.opts[0].lstrip("-") not in (*start, *OWN)  # type: ignore[attr-defined]
-        width = get_terminal_size().columns
-        typer.echo(context.get_help() if width >= NARROW else on_demand("narrow_help:narrow_help")(context, width))
+        typer.echo(context.get_help())
         raise typer.Exit
 
     asked = partial(about, is_eager=True, callback=show, expose_value=False)

@@ -142,12 +142,14 @@ def test_no_flag_is_cut_off_at_80_columns(helped, name):
     assert flags_in(page) == flags_in(helped[0][f"200 {name}".strip()][1])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_no_flag_is_cut_off_at_40_columns(helped, name):
     """There, each flag stands above its description, also one with a --no-."""
-    page = helped[0][f"40 {name}"][1]
+    page = helped[0][f"40 {name}".strip()][1]
     assert max(len(line) for line in page.splitlines()) <= 40
-    assert flags_in(page) == flags_in(helped[0][f"200 {name}"][1])
+    assert flags_in(page) == flags_in(helped[0][f"200 {name}".strip()][1])
+    assert "…" not in page
+    assert name or set(COMMANDS) <= set(page.split("\n"))
     assert "\\[" not in page
 
 

@@ -26,10 +26,10 @@ LIGHT = [
     "lightdiff.errors",
     "lightdiff.run_folder",
 ]
-LIGHT_EXTRAS = ["lightdiff.extras.settings", "lightdiff.extras.commands"]
+LIGHT_EXTRAS = ["lightdiff.extras.settings", "lightdiff.extras.commands", "lightdiff.extras.narrow_help"]
 LIGHT += LIGHT_EXTRAS
 # Named as text by the light modules, and imported where they are wanted
-LIGHT += ["lightdiff.extras.narrow_help", "lightdiff.extras.settings_file", "lightdiff.extras.wrong_settings"]
+LIGHT += ["lightdiff.extras.settings_file", "lightdiff.extras.wrong_settings"]
 LIGHT += ["lightdiff.extras.several.launcher", "lightdiff.extras.several.worker"]
 # From the bottom up: a module imports from lower steps and its own folder. Folders on one step do not know each other.
 STEPS = [
@@ -251,7 +251,7 @@ def test_an_ordinary_folder_of_pictures_imports_nothing_on_demand(tmp_path: Path
 
 
 # What plain runs of the five stages, in one process and without a terminal, do not need
-RARE = {"display", "guide", "narrow_help", "nonfinite", "set_aside", "settings_file", "several", "wrong_settings"}
+RARE = {"display", "guide", "nonfinite", "set_aside", "settings_file", "several", "wrong_settings"}
 RARE |= {"abandoned", "download", "out_of_memory"}
 RARE |= {f"several.{name}" for name in ("group", "launcher", "worker")}
 RARE_IN = {

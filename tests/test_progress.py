@@ -6,6 +6,7 @@ import math
 import re
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -149,6 +150,30 @@ def test_lines_above_the_display_are_broken_between_words(terminal):
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()
     assert max(map(len, lines)) <= 100
     assert set(words) <= {word for line in lines for word in line.split()}
+
+
+def test_the_display_is_not_redrawn_while_lines_above_it_are_printed(terminal):
+    """It might have grown by a row between the two, and the cursor would go up one too few."""
+    order = []
+
+    def redraw():
+        live.refresh()
+        order.append("redrawn")
+
+    with Reporter("unet", 3) as reporter:
+        live, plain, other = reporter._display.live, reporter._display.live.console.print, Thread(target=redraw)
+
+        def slow(*lines, **how):
+            if lines == ("a line",):
+                other.start()
+                other.join(0.2)
+                order.append("printed")
+            plain(*lines, **how)
+
+        live.console.print = slow
+        reporter.note("a line")
+        other.join()
+    assert order == ["printed", "redrawn"]
 
 
 def test_a_terminal_of_no_columns_is_one_whose_width_is_not_known(monkeypatch):

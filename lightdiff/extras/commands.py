@@ -9,6 +9,8 @@ import typer
 
 from lightdiff.architectures import Size
 from lightdiff.errors import UserError, shorten
+from lightdiff.extras.narrow_help import ReadableCommand as ReadableCommand
+from lightdiff.extras.narrow_help import ReadableGroup as ReadableGroup
 from lightdiff.extras.settings import (
     DemoSettings,
     EditSettings,
@@ -36,14 +38,17 @@ EXTRAS: dict[str, tuple[Any, ...]] = {
 }
 
 
+option = partial(typer.Option, metavar="")  # no column of types: the text and the default show them
+
+
 def number(kind: type, name: str, text: str) -> Any:
     """An option for a number, which `parse_number` reads."""
     example = f"--{name} {64 if kind is int else 0.1}"
     parser = partial(parse_number, kind, f"--{name}", example=example)
-    return typer.Option(f"--{name}", help=text, metavar=f"<{kind.__name__}>", parser=parser)
+    return option(f"--{name}", help=text, parser=parser)
 
 
-AsJSON = Annotated[bool, typer.Option("--json", help="print it as JSON")]
+AsJSON = Annotated[bool, option("--json", help="print it as JSON")]
 
 
 def ending(stage: str, chosen: Any, seconds: float) -> str:
@@ -56,17 +61,17 @@ def ending(stage: str, chosen: Any, seconds: float) -> str:
 def add_commands(app: typer.Typer) -> None:
     """Add them all to the command line."""
     for function in (inspect, show, report):
-        app.command(rich_help_panel=LOOKING)(function)
-    app.command(rich_help_panel=STARTING)(pack)
-    app.command(rich_help_panel=STARTING)(presets)
-    app.command("export", rich_help_panel=LEAVING)(export_model)
-    app.command("import", rich_help_panel=STARTING)(import_model)
+        app.command(cls=ReadableCommand, rich_help_panel=LOOKING)(function)
+    app.command(cls=ReadableCommand, rich_help_panel=STARTING)(pack)
+    app.command(cls=ReadableCommand, rich_help_panel=STARTING)(presets)
+    app.command("export", cls=ReadableCommand, rich_help_panel=LEAVING)(export_model)
+    app.command("import", cls=ReadableCommand, rich_help_panel=STARTING)(import_model)
 
 
 def inspect(
     data: Annotated[list[Path], typer.Argument(help="folders of images")],
     val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
-    labels: Annotated[Path | None, typer.Option(help="table of labels, as for train-vae")] = None,
+    labels: Annotated[Path | None, option(help="table of labels, as for train-vae")] = None,
     json: AsJSON = False,
 ) -> None:
     """Report on folders of images: counts, sizes, formats, duplicates, bad files, labels, split."""
@@ -85,14 +90,16 @@ def inspect(
 def pack(
     data: Annotated[list[Path], typer.Argument(help="folders or archives of images", metavar="DATA...")],
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
-    resolution: Annotated[str, typer.Option(help="side of square images in pixels, or height x width")],
-    image: Annotated[Literal["webp", "png", "jpeg"], typer.Option(help="webp and png are lossless")] = "webp",
+    resolution: Annotated[str, option(help="side of square images in pixels, or height x width")],
+    image: Annotated[
+        Literal["webp", "png", "jpeg"], option(help="webp, png, jpeg: format; webp and png are lossless")
+    ] = "webp",
     quality: Annotated[int, number(int, "quality", "of jpeg")] = 95,
-    shards: Annotated[Literal["tar", "zip"], typer.Option(help="kind of the shards")] = "tar",
+    shards: Annotated[Literal["tar", "zip"], option(help="tar, zip: kind of the shards")] = "tar",
     shard_size: Annotated[int, number(int, "shard-size", "images of a shard")] = 10_000,
-    labels: Annotated[Path | None, typer.Option(help="table of labels, as for train-vae")] = None,
+    labels: Annotated[Path | None, option(help="table of labels, as for train-vae")] = None,
     val_share: Annotated[float, number(float, "val-share", "share of images held out for validation")] = 0.05,
-    background: Annotated[str, typer.Option(help="colour behind transparent pixels")] = "white",
+    background: Annotated[str, option(help="colour behind transparent pixels")] = "white",
     max_bad: Annotated[float, number(float, "max-bad", "tolerated share of unreadable images")] = 0.01,
     processes: Annotated[int, number(int, "processes", "processes that pack; 0: as many as there are cores")] = 0,
 ) -> None:
@@ -119,7 +126,7 @@ def pack(
 
 def show(
     place: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint, a run folder or a folder of latents")],
-    every: Annotated[bool, typer.Option("--all", help="settings at their defaults, too")] = False,
+    every: Annotated[bool, option("--all", help="settings at their defaults, too")] = False,
     json: AsJSON = False,
 ) -> None:
     """Show a checkpoint's or a run's health, metrics, lineage and settings."""
@@ -131,12 +138,10 @@ def show(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are shown side by side")],
     out: Annotated[
-        Path | None, typer.Option(help="file to write; default: RUN/report.html, or report.html for several runs")
+        Path | None, option(help="file to write; default: RUN/report.html, or report.html for several runs")
     ] = None,
-    device: Annotated[Device, typer.Option(help="where to compute the pictures")] = "auto",
-    live: Annotated[
-        bool, typer.Option("--live", help="serve it on this machine instead, renewed while training")
-    ] = False,
+    device: Annotated[Device, option(help="auto, cpu, cuda, mps: where to compute the pictures")] = "auto",
+    live: Annotated[bool, option("--live", help="serve it on this machine instead, renewed while training")] = False,
     port: Annotated[int, number(int, "port", "of --live; 0: any that is free")] = 8033,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side."""
@@ -154,7 +159,7 @@ def report(
 
 
 def presets(
-    resolution: Annotated[str, typer.Option(help="side of square images in pixels, or height x width")] = "64",
+    resolution: Annotated[str, option(help="side of square images in pixels, or height x width")] = "64",
 ) -> None:
     """List the presets with parameters and memory, for images of a size."""
     try:
@@ -177,7 +182,7 @@ def import_model(
             "checkpoint of the original scripts (.pth)",
         ),
     ],
-    run: Annotated[Path, typer.Option(help="run folder to put it in")] = Path("runs/default"),
+    run: Annotated[Path, option(help="run folder to put it in")] = Path("runs/default"),
     resolution: Annotated[int, number(int, "resolution", "side of the images it is for, in pixels")] = 256,
 ) -> None:
     """Start from a VAE that others have trained, or convert a checkpoint of the original scripts."""
@@ -188,17 +193,17 @@ def import_model(
 
 def export_model(
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    to: Annotated[Literal["diffusers", "onnx", "safetensors", "web"], typer.Option(help="what for")],
-    run: Annotated[Path, typer.Option(help="run folder, or a folder exported before")] = Path("runs/default"),
-    about: Annotated[str, typer.Option(help="what it was trained on, in words, for the model card")] = "",
-    license: Annotated[
-        str, typer.Option(help="licence for the model card, as the Hugging Face Hub names it")
-    ] = "unknown",
+    to: Annotated[
+        Literal["diffusers", "onnx", "safetensors", "web"], option(help="diffusers, onnx, safetensors, web: what for")
+    ],
+    run: Annotated[Path, option(help="run folder, or a folder exported before")] = Path("runs/default"),
+    about: Annotated[str, option(help="what it was trained on, in words, for the model card")] = "",
+    license: Annotated[str, option(help="licence for the model card, as the Hugging Face Hub names it")] = "unknown",
     samples: Annotated[int, number(int, "samples", "images in the model card; 0: none")] = 8,
     runtime: Annotated[
-        Path | None, typer.Option(help="folder of npm's onnxruntime-web, to be put beside the page of --to web")
+        Path | None, option(help="folder of npm's onnxruntime-web, to be put beside the page of --to web")
     ] = None,
-    push: Annotated[str, typer.Option(help="OWNER/NAME on the Hugging Face Hub to upload the folder to")] = "",
+    push: Annotated[str, option(help="OWNER/NAME on the Hugging Face Hub to upload the folder to")] = "",
 ) -> None:
     """Write a model as a folder for other programs, with a model card."""
     if not 0 <= samples <= 64:

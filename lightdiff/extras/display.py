@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -20,7 +21,7 @@ from lightdiff.errors import printable
 from lightdiff.extras.baselines import losses_beside
 from lightdiff.runtime.progress import Row, number, trending
 
-UNITS = {"val_psnr": " dB"}
+UNITS = {"val_psnr": " dB", "kl": " nats", "val_kl": " nats"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR = 60  # characters of the bar
 TREND = 32  # characters of a trend
@@ -62,6 +63,11 @@ class Display:
         """Add values to the trends of their names."""
         for name, value in values.items():
             self._past.setdefault(name, deque(maxlen=REMEMBERED)).append(value)
+
+    def print(self, *lines: str, sep: str) -> None:
+        """Print lines above the display, which is not redrawn meanwhile: with another height, a row would be left."""
+        with getattr(self.live, "_lock", nullcontext()):  # the lock of rich's redrawing thread, which it does not name
+            self.live.console.print(*lines, sep=sep)
 
     def remaining(self) -> str:
         """The time left, at the speed so far."""

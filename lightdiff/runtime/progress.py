@@ -142,7 +142,7 @@ class Reporter:
 
     def note(self, *lines: str) -> None:
         """Print lines above the display."""
-        console.print(*lines, sep="\n")
+        (self._display or console).print(*lines, sep="\n")
 
     def record(self, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, where this process writes one; `step` is among the values."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightdiff.extras.evidence import COPIES_SHARE
-from lightdiff.extras.health.finding import Finding, double_length
-from lightdiff.extras.health.unet import FEW_IMAGES, rising_bands
+from lightdiff.extras.health.finding import Finding
+from lightdiff.extras.health.unet import FEW_IMAGES, longer, rising_bands
 from lightdiff.runtime.progress import Row
 from lightdiff.settings import LoopSettings
 
@@ -31,7 +31,7 @@ def check_quality(evaluation: dict[str, Any], loop: LoopSettings) -> Iterator[Fi
             title="Hardly any " + ", and hardly any ".join(meant[name] for name in low),
             measured="; ".join(f"{name} {found[name]:.3f}" for name in low) + f", of {sizes[0]:,} samples",
             usual=f"{LOW_SHARE:g} or more: about 0.2 in the demo, and 0.9 for held-out images in place of samples",
-            advice=f"lightdiff train-unet {double_length(loop)} continues the training",
+            advice=f"lightdiff train-unet {longer(loop)} continues the training",
         )
 
 

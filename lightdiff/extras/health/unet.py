@@ -24,6 +24,11 @@ ENOUGH_STEPS = 2000  # after a third of its budget, 1,567 steps, the recipe's U-
 FEW_IMAGES, MANY_EPOCHS = 1000, 100
 
 
+def longer(loop: LoopSettings) -> str:
+    """The flag that trains a U-Net twice as long, and long enough to draw anything."""
+    return double_length(loop) if loop.epochs else f"--steps {max(2 * loop.steps, ENOUGH_STEPS)}"
+
+
 def check_labels(settings: TrainUNetSettings) -> Iterator[Finding]:
     """A network that was trained without any label."""
     if settings.label and settings.label_dropout == 1:
@@ -55,8 +60,6 @@ def check_baseline(settings: TrainUNetSettings, rows: list[Row], images: int, z_
     best = {band: min((row[band] for row in rows if band in row), default=0.0) for band in BAND_LOSSES}
     poor = [band for band in BAND_LOSSES if best[band] >= known[band] > NEARLY_KNOWN]
     if poor:
-        loop = settings.loop
-        more = double_length(loop) if loop.epochs else f"--steps {max(2 * loop.steps, ENOUGH_STEPS)}"
         yield Finding(
             code="knows-nothing",
             stage="unet",
@@ -64,7 +67,7 @@ def check_baseline(settings: TrainUNetSettings, rows: list[Row], images: int, z_
             measured="validation loss of "
             + "; ".join(f"{best[b]:.3f} at best in band {b[-1]}, {known[b]:.3f} without a network" for b in poor),
             usual="less in every band: 0.2 to 0.65 of it in the demo. Samples of such a network are mush",
-            advice=f"lightdiff train-unet {more} continues the training",
+            advice=f"lightdiff train-unet {longer(settings.loop)} continues the training",
         )
 
 
