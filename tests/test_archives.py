@@ -388,7 +388,7 @@ def bad_header(tmp_path: Path) -> Path:
         (one_of_several, r"faces\.zip is the last part of several: join them, as 'zip -s 0' does$"),
         (beyond_the_end, r"faces\.zip is damaged, or no archive of that kind: its directory does not fit$"),
         (overlapping, r"faces\.zip is damaged or made to do harm: files in it lie within one another$"),
-        (no_archive, r"faces\.zip is damaged, or no archive of that kind: not a zip file, or cut off$"),
+        (no_archive, r"faces\.zip is damaged, or no archive of that kind: the directory at its end is missing$"),
         (cut_off, r"faces\.tar is damaged, or no archive of that kind: it ends within 1\.png$"),
         (bad_header, r"faces\.tar is damaged: at byte 1,024 there is neither a file nor its end$"),
     ],

@@ -56,7 +56,7 @@ def test_no_data_folder_of_that_name(refused, new, tmp_path):
 
 
 def test_no_data_folder_given(refused, new):
-    assert "--data: name a folder of images" in refused("train-vae", "--run", new, *VAE_FLAGS)
+    assert "--data: name a folder or an archive of images" in refused("train-vae", "--run", new, *VAE_FLAGS)
     assert not new.exists()
 
 

@@ -110,7 +110,7 @@ def test_files_are_json_friendly(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--data: name a folder of images$"):
+    with pytest.raises(UserError, match=r"^--data: name a folder or an archive of images$"):
         scan([], 0.1)
     with pytest.raises(UserError, match=r"^--data: .*missing does not exist$"):
         scan([tmp_path / "missing"], 0.1)

@@ -19,6 +19,7 @@ from lightdiff.data.index import read_index
 from lightdiff.errors import UserError
 from lightdiff.extras.evidence import held_out, load_images
 from lightdiff.extras.grid_pattern import PATTERN, grid_pattern
+from lightdiff.extras.settings_rows import settings_rows
 from lightdiff.pictures import opened
 from lightdiff.pipeline import Pipeline
 from lightdiff.run_folder import RunFolder
@@ -42,6 +43,13 @@ def test_what_is_given_and_what_is_saved(given: object, size: tuple[int, int], s
     assert str(settings.resolution) == str(saved)
     assert settings.model_dump(mode="json")["resolution"] == saved  # squares as ever
     assert with_changes(settings, flip=False).resolution == size
+
+
+def test_the_table_of_settings_shows_defaults_as_they_are_typed() -> None:
+    for resolution, differs in ((64, []), ("48x64", [("resolution", "48x64", "64")])):
+        saved = TrainVAESettings(images=ImageSettings(resolution=resolution)).to_save()
+        rows = settings_rows(TrainVAESettings, saved)
+        assert [tuple(row) for row in rows if row.differs] == differs
 
 
 @pytest.mark.parametrize("wrong", ["4", "48x4", "48by64", "x64", 64.5, True, [1, 2, 3], "", "123456", None])

@@ -120,9 +120,9 @@ def pack(
     whole = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     size = sum(plan.path(number).stat().st_size for number in range(plan.count))
     console.print(
-        f"{len(files) - bad.count:,} images in {plan.count:,} shards ({size / 1e6:.1f} MB), digest {whole[:16]}; "
-        f"{bad.count} unreadable; next: lightdiff train-vae --data '{out}/*.{shards}' --resolution {images.resolution} "
-        "--random-crop 1",
+        f"{len(files) - bad.count:,} images in {plan.count:,} shard{'s' * (plan.count > 1)} ({size / 1e6:.1f} MB), "
+        f"digest {whole[:16]}; {bad.count} unreadable; "
+        f"next: lightdiff train-vae --data '{out}/*.{shards}' --resolution {images.resolution} --random-crop 1",
         soft_wrap=True,
     )
     return out / SUMS

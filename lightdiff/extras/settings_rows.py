@@ -1,6 +1,5 @@
 """Settings and durations as tables show them: flags with their values, those that differ from the defaults first."""
 
-import json
 from functools import reduce
 from operator import getitem
 from typing import Any, NamedTuple
@@ -39,8 +38,7 @@ def settings_rows(model: type[BaseModel], settings: dict[str, Any]) -> list[Row]
             value = reduce(getitem, path, settings)
         except (KeyError, TypeError, IndexError):  # a document need not have the groups that it should
             continue
-        default = json.loads(json.dumps(default_of(model, path), default=str))
-        rows.append(Row(flag(model, path), format_setting(value), format_setting(default)))
+        rows.append(Row(flag(model, path), format_setting(value), format_setting(default_of(model, path))))
     return sorted(rows, key=lambda row: not row.differs)
 
 

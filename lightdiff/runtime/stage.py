@@ -171,8 +171,8 @@ class Stage(Generic[S]):
         chosen += [f"lr {loop.lr:.3g}", f"warm-up of {warmup} steps"]
         console.print(", ".join([*chosen, f"validated every {loop.val_every} steps, saved every {loop.save_every}"]))
         if task.train_items < FEW:
-            better = "a smaller network (--preset tiny), or --init-from a model of similar images, makes more of them"
-            print_note(f"{task.train_items} training images are few, and samples may be copies of them: {better}")
+            better = "a smaller network (--preset tiny) or " * (preset != "tiny") + "--init-from a model of such images"
+            print_note(f"{task.train_items} training images are few, and samples may be copies of them; {better} helps")
         if warmup > total:
             ends = f"the learning rate ends at {loop.lr * total / warmup:.2g}, not --lr {loop.lr:g}"
             console.print(f"note: --warmup-steps {warmup} is longer than this run of {total} steps: {ends}")

@@ -74,7 +74,7 @@ def _in_zip(file: BufferedReader) -> Iterator[Member]:
     first = file.seek(max(0, size - END64.size - LOCATOR_SIZE - END.size - 0xFFFF))  # with the longest comment
     tail = file.read()
     if (at := tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)) < 0:
-        raise ValueError("not a zip file, or cut off")
+        raise ValueError("the directory at its end is missing")
     _, disk, left, offset = END.unpack_from(tail, at)
     if (at64 := at - LOCATOR_SIZE - END64.size) >= 0 and tail[at64 : at64 + 4] == b"PK\6\6":
         at, (_, disk, left, offset) = at64, END64.unpack_from(tail, at64)

@@ -76,7 +76,7 @@ def _check_apart(folders: Sequence[Path]) -> None:
         UserError: If not.
     """
     if not folders:
-        raise UserError("--data: name a folder of images")
+        raise UserError("--data: name a folder or an archive of images")
     for (i, inner), (j, outer) in permutations(enumerate(folder.resolve() for folder in folders), 2):
         # Its images would be taken twice, under two names: once for training, perhaps, and once for validation.
         if i > j and inner == outer:
