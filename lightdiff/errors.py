@@ -60,10 +60,6 @@ class NoRoom(RunError):
     """A disk too full for what is to be saved."""
 
 
-class LostContact(RunError):
-    """Another process is gone or does not answer: seldom the cause, so it is told when no other error is known."""
-
-
 class Damaged(UserError):
     """A file that is cut off, has a flipped bit, or is no snapshot at all."""
 

@@ -145,7 +145,7 @@ class Pipeline:
     ) -> "Pipeline":
         """The newest U-Net of a run, and the VAE behind its latents; `ema` as `Checkpoint.weights_prefix` takes it.
 
-        `guide_with` is a worse U-Net for guidance: `step-N` beside the first, a checkpoint, or a run.
+        `guide_with` is a worse U-Net for guidance: `early` or `step-N` beside the first, a checkpoint, or a run.
 
         Instead of a run, it may be a U-Net's checkpoint in one, an exported folder, or hf://owner/name.
 

@@ -37,6 +37,7 @@ class StageFolder:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"  # the newest state; can be resumed
         self.best = self.checkpoints / "best.safetensors"  # lowest validation loss; without optimizer state
+        self.early = self.checkpoints / "early.safetensors"  # a U-Net's after a tenth of its steps, to guide away from
 
     def step(self, step: int) -> Path:
         """The state after a number of optimizer steps; can be resumed."""

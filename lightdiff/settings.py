@@ -95,6 +95,9 @@ class LevelSettings(Settings):
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
+EARLY = Path("early")  # of a U-Net's run: as it was after a tenth of its steps
+
+
 class SamplingSettings(Settings):
     """How to sample latents: sampler, steps, classes, guidance."""
 
@@ -104,7 +107,7 @@ class SamplingSettings(Settings):
     eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds at each step: 1 is as much as ddpm")
     class_: Names = Field((), description="classes to sample, the images taking turns; empty: any")
     guidance: float = Field(
-        1.0, ge=0, description="guidance to --class or away from --guide-with: 1 is none, more is more typical"
+        1.0, ge=0, description="guidance to --class; without one, away from the run's early steps; 1: none"
     )
     guidance_interval: Numbers = Field(
         (0.0, 1.0), description="share of noise levels to guide at: from, to; 0 is clean"
@@ -364,7 +367,7 @@ class GenerateSettings(StageSettings):
     unet: Path | None = Field(None, description="U-Net: a checkpoint or a run folder; default: this run's last")
     vae: Path | None = Field(None, description="VAE: a checkpoint or a run folder; default: the one behind the latents")
     guide_with: Path | None = Field(
-        None, description="worse U-Net, for --guidance: step-N beside the other, a checkpoint or a run"
+        None, description="worse U-Net, for --guidance: early or step-N beside the other, a checkpoint, or a run"
     )
     num_images: int = Field(16, ge=1, description="number of images")
     seed: int = Field(0, ge=0, description="seed; image i of a seed is the same whatever the batch")
@@ -382,3 +385,8 @@ class GenerateSettings(StageSettings):
     )
     sampling: SamplingSettings = Field(SamplingSettings(), title="Sampling")
     compute: ComputeSettings = Field(ComputeSettings(), title="Compute")
+
+    @property
+    def guide(self) -> Path | None:
+        """The worse U-Net that guidance leads away from; guidance to a class needs none."""
+        return self.guide_with or (EARLY if self.sampling.guidance != 1 and not self.sampling.class_ else None)

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lightdiff.data.files import ImageFile
+from lightdiff.data.files import ImageFile, find_images
 from lightdiff.data.loading import ImageDataset
+from lightdiff.data.table import ImageList
 from lightdiff.settings import ImageSettings
 
 
@@ -19,6 +20,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(image).astype(np.int64)
+
+
+def scan(*what: Any, **how: Any) -> ImageList:
+    """The images that `find_images` finds."""
+    return find_images(*what, **how).files
 
 
 def listed(names: list[str]) -> list[ImageFile]:

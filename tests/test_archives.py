@@ -20,13 +20,14 @@ from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data import files
-from lightdiff.data.files import find_images, fingerprinters, scan
+from lightdiff.data.files import find_images, fingerprinters
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.data.table import content_hash
 from lightdiff.errors import UserError
 from lightdiff.extras.data import archives, members
 from lightdiff.extras.data.archives import SOURCE, Archive, open_archive
 from lightdiff.run_folder import RunFolder
+from tests.image_files import scan
 
 Content = dict[str, bytes]
 

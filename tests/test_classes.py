@@ -11,7 +11,7 @@ from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from PIL import Image
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import list_images, scan
+from lightdiff.data.files import list_images
 from lightdiff.data.index import read_index
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.errors import UserError
@@ -23,6 +23,7 @@ from lightdiff.runtime.stage import Stage
 from lightdiff.settings import ImageSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 from lightdiff.stages import train_unet
 from lightdiff.stages.generate import check
+from tests.image_files import scan
 
 COLOURS = {"blue": (20, 40, 200), "orange": (240, 150, 20)}
 
@@ -331,7 +332,10 @@ def test_a_walk_between_classes_is_refused(told, cli):
     [
         (["--class", "green"], "this U-Net knows no green; it knows blue, orange"),
         (["--class", "none"], "this U-Net knows no none; it knows blue, orange"),
-        (["--guidance", "2"], "--guidance needs a --class to guide to, or a U-Net to --guide-with"),
+        (
+            ["--guidance", "2"],
+            "--guidance needs a --class to guide to, or a worse U-Net to guide away from: there is no ",
+        ),
         (["--class", "blue", "--guidance-interval", "0.9,0.2"], "--guidance-interval: two numbers from 0 to 1"),
     ],
 )

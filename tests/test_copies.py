@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lightdiff.data.files import ImageFile, find_images, scan
+from lightdiff.data.files import ImageFile, find_images
 from lightdiff.data.layouts import Names, may_hold_copies
 from lightdiff.errors import UserError
 from lightdiff.extras.data import copies
+from tests.image_files import scan
 
 COUNT = 40
 

@@ -12,13 +12,13 @@ from conftest import UNET_FLAGS, VAE_FLAGS
 from torch import nn
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import scan
 from lightdiff.extras.estimate import batch_seconds, process_memory
 from lightdiff.extras.gpu_memory import CARDS, GPUMemory
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.vae import VAE
 from lightdiff.settings import TrainUNetSettings, VAESettings
 from lightdiff.training.loop import Trainer
+from tests.image_files import scan
 
 
 def test_a_vae_is_estimated_and_nothing_is_written(cli, faces, tmp_path):

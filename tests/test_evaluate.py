@@ -245,7 +245,7 @@ def test_every_average_is_measured_and_so_is_a_guided_network(run, weights, cli)
         (["--compare-ema", "--ema", 0.5], "--compare-ema draws with each: leave out --ema and --samples"),
         (["--ema", 0.5, "--samples", run], "--ema is for samples to be drawn, not for those of --samples"),
         (["--ema", 0.7], "has 0.0, 0.9, 0.5 (0: the raw weights)"),
-        (["--guidance", 2], "--guidance does nothing without --guide-with"),
+        (["--guidance", 2, "--samples", run], "--guidance is for samples to be drawn, not for those of --samples"),
     ):
         result = cli("evaluate", *flags, *wrong)
         assert (result.code, message in result.err) == (2, True), result.err

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from lightdiff.data import files as files_module
 from lightdiff.data import formats
-from lightdiff.data.files import ImageFile, find_images, list_images, scan
+from lightdiff.data.files import ImageFile, find_images, list_images
 from lightdiff.data.layouts import layout
 from lightdiff.data.table import ImageTable
 from lightdiff.errors import UserError
 from lightdiff.extras.data import unread
 from lightdiff.runtime.progress import console
 from lightdiff.settings import ImageSettings
+from tests.image_files import scan
 
 NAMES = [f"{i:03d}.png" for i in range(200)]
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"

@@ -16,7 +16,6 @@ from test_health import commands
 from torch import nn
 
 from lightdiff.checkpoint import Metadata
-from lightdiff.data.files import scan
 from lightdiff.extras.evidence import metrics_of
 from lightdiff.extras.grid_pattern import PATTERN, GridPattern, grid_pattern
 from lightdiff.extras.health import Finding, complete_commands, data, latents, samples, training, unet, vae
@@ -45,6 +44,7 @@ from lightdiff.settings import (
     with_changes,
 )
 from lightdiff.training.ema import EMA
+from tests.image_files import scan
 
 HEALTH_PAGE = Path(__file__).parent.parent / "docs/how-to/health.md"
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lightdiff.data.files import scan
 from lightdiff.errors import UserError
 from lightdiff.extras.inspect import Report, inspect, print_report
+from tests.image_files import scan
 
 
 @pytest.fixture

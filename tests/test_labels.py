@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightdiff.data.files import find_images, scan
+from lightdiff.data.files import find_images
 from lightdiff.data.layouts import Labels
 from lightdiff.errors import UserError
+from tests.image_files import scan
 
 HEAD = "file,class,note\n"
 

@@ -16,13 +16,13 @@ from lightdiff.diffusion.objectives import (
     Guidance,
     denoiser,
     eps_from_x0,
-    inpainting,
     loss_weight,
     target,
     x0_and_eps,
 )
 from lightdiff.diffusion.samplers import SAMPLERS
 from lightdiff.diffusion.schedules import Level, Schedule, sampling_levels
+from lightdiff.extras.edit import inpainting
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.stage import Stage
 from lightdiff.settings import (

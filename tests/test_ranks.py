@@ -22,9 +22,9 @@ from PIL import Image
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.index import read_index
 from lightdiff.data.latents import LatentSet
-from lightdiff.errors import LostContact, UserError
+from lightdiff.errors import UserError
 from lightdiff.extras.several.group import check_env, explain_lost_contact, for_this_start, wrap_ddp
-from lightdiff.extras.several.worker import first_host
+from lightdiff.extras.several.worker import LostContact, first_host
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.models.unet import build_unet
 from lightdiff.models.vae import build_vae

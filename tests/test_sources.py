@@ -12,12 +12,13 @@ from conftest import VAE_FLAGS
 from PIL import Image
 
 from lightdiff.data import files
-from lightdiff.data.files import Source, scan
+from lightdiff.data.files import Source
 from lightdiff.data.images import BadImage, load_image
 from lightdiff.data.latents import LatentSet
 from lightdiff.data.loading import ImageDataset
 from lightdiff.errors import UserError
 from lightdiff.settings import ImageSettings
+from tests.image_files import scan
 
 
 def names_in_array(file: Path, passed_over: Counter[str]) -> Iterator[str]:

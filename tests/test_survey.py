@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightdiff.data import survey
-from lightdiff.data.files import scan
 from lightdiff.data.index import read_index
 from lightdiff.data.loading import ImageDataset
 from lightdiff.data.survey import note_sizes, with_whites
 from lightdiff.extras.data import colours
 from lightdiff.settings import ImageSettings
+from tests.image_files import scan
 
 RAMP = np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)
 

@@ -116,7 +116,7 @@ def test_epochs_count_passes_over_the_training_images(tmp_path, faces):
 
 
 def round_val(faces):
-    from lightdiff.data.files import scan
+    from tests.image_files import scan
 
     return sum(f.split == "val" for f in scan((faces,), 0.2))
 

@@ -183,13 +183,6 @@ def list_images(images: ImageSettings, console: Console, kept: Path | None = Non
     return files
 
 
-def scan(
-    folders: Sequence[Path], val_share: float, report: Report | None = None, table: Path | None = None
-) -> ImageList:
-    """The images that `find_images` finds."""
-    return find_images(folders, val_share, report, table).files
-
-
 def find_images(
     folders: Sequence[Path], val_share: float, report: Report | None = None, table: Path | None = None
 ) -> Listing:

@@ -118,13 +118,3 @@ def denoiser(
         return x0, eps
 
     return denoise
-
-
-def inpainting(denoise: Denoise, known: Latents, mask: Float[Tensor, "b 1 h w"]) -> Denoise:
-    """A denoiser that is certain of `known` where the mask is 0, so that every sampler draws the rest to fit it."""
-
-    def certain(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        x0 = torch.lerp(known, denoise(x_t, level)[0], mask)
-        return x0, eps_from_x0(x_t, x0, level)
-
-    return certain

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lightdiff.data.images import BadImage, frame, load_image, to_float
-from lightdiff.diffusion.objectives import Denoise, Latents, inpainting
+from lightdiff.diffusion.objectives import Denoise, Latents, eps_from_x0
 from lightdiff.diffusion.schedules import Level
 from lightdiff.errors import UserError
 from lightdiff.extras.settings import EditSettings
@@ -111,6 +111,16 @@ def from_latent(x0: Float[Tensor, "1 c h w"], mask: Float[Tensor, "1 1 h w"] | N
         return denoise, level.alpha * known + level.sigma * noise
 
     return start
+
+
+def inpainting(denoise: Denoise, known: Latents, mask: Float[Tensor, "b 1 h w"]) -> Denoise:
+    """A denoiser that is certain of `known` where the mask is 0, so that every sampler draws the rest to fit it."""
+
+    def certain(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        x0 = torch.lerp(known, denoise(x_t, level)[0], mask)
+        return x0, eps_from_x0(x_t, x0, level)
+
+    return certain
 
 
 def framed(path: Path, resolution: Size, flag: str, background: str) -> UInt8[Tensor, "3 m n"]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightdiff.checkpoint import Checkpoint
-from lightdiff.data.files import ImageFile, fingerprinters, list_images, scan
+from lightdiff.data.files import ImageFile, find_images, fingerprinters, list_images
 from lightdiff.data.images import to_float, to_uint8
 from lightdiff.data.loading import ImageBatch
 from lightdiff.errors import UserError
@@ -47,6 +47,7 @@ from lightdiff.runtime.processes import Means, Processes, pick_workers
 from lightdiff.runtime.progress import console, print_note
 from lightdiff.runtime.stage import open_stage
 from lightdiff.settings import (
+    EARLY,
     GenerateSettings,
     ImageSettings,
     LoopSettings,
@@ -358,7 +359,7 @@ def evaluate_unet(
 def samples_in(folder: Path) -> list[ImageFile]:
     """The images in a folder, without those that `generate` writes beside its samples."""
     try:
-        found = scan((folder,), 0)
+        found = find_images((folder,), 0).files
     except UserError as error:
         raise UserError(str(error).replace("--data", "--samples")) from None
     return [file for file in found if not file.path.endswith(PICTURES)]
@@ -372,7 +373,8 @@ def draw_samples(unet: Path, vae: Path, settings: EvaluateSettings, home: Path) 
     saved = Checkpoint(unet, "unet")
     learnt, precision = saved.settings(TrainUNetSettings), settings.compute.precision
     digests = f"{saved.metadata.digest[:8]}-{Checkpoint(vae, 'vae').metadata.digest[:8]}"
-    weak = find_weak(settings.guide_with, saved) if settings.guide_with else None
+    guided = settings.guide_with or settings.guidance != 1
+    weak = find_weak(settings.guide_with or EARLY, saved) if guided else None
     how = "" if precision == "auto" else f"-{precision}"
     how += "" if settings.ema is None else f"-ema-{settings.ema}"
     how += f"-guided-{weak.metadata.digest[:8]}-{settings.guidance}" if weak else ""

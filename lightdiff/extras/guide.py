@@ -1,4 +1,4 @@
-"""`--guide-with`: the worse U-Net of autoguidance (Karras et al. 2024, arXiv:2406.02507)."""
+"""`--guidance` without a class: the worse U-Net of autoguidance (Karras et al. 2024, arXiv:2406.02507)."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import UserError
 from lightdiff.run_folder import RunFolder, StageFolder, find_unet
-from lightdiff.settings import TrainUNetSettings
+from lightdiff.settings import EARLY, TrainUNetSettings
 
 
 def find_weak(named: Path, unet: Checkpoint) -> Checkpoint:
@@ -16,7 +16,12 @@ def find_weak(named: Path, unet: Checkpoint) -> Checkpoint:
         UserError: If there is none, or they do not predict the same of the same noisy latents.
     """
     beside = StageFolder(unet.path.parent.parent)
-    if step := re.fullmatch(r"step-(\d+)", str(named)):
+    if named == EARLY:
+        path = beside.early
+        if not path.is_file():
+            needs = "--guidance needs a --class to guide to, or a worse U-Net to guide away from"
+            raise UserError(f"{needs}: there is no {path}; name another one by --guide-with")
+    elif step := re.fullmatch(r"step-(\d+)", str(named)):
         path = beside.step(int(step[1]))
         if not path.is_file():
             steps = ", ".join(f"step-{beside.step_of(file)}" for file in beside.steps()) or "none"

@@ -57,7 +57,7 @@ def set_newer_aside(folder: StageFolder, saved: Checkpoint, going_back: bool) ->
     """
     step = saved.metadata.step
     name = folder.checkpoints / f"after-step-{step}"
-    if going_back and any(is_newer(path, step) for path in (*folder.steps(), folder.last, folder.best)):
+    if going_back and any(is_newer(path, step) for path in (*folder.steps(), folder.last, folder.best, folder.early)):
         aside = free_name(name)
         aside.mkdir()
         if is_newer(folder.last, step):
@@ -66,7 +66,7 @@ def set_newer_aside(folder: StageFolder, saved: Checkpoint, going_back: bool) ->
     asides = sorted(name.parent.glob(f"{name.name}.old-*"), key=lambda path: path.stat().st_mtime_ns)
     if going_back:
         atomic_link(folder.last, saved.path)
-    for path in (*folder.steps(), folder.best) if asides else ():
+    for path in (*folder.steps(), folder.best, folder.early) if asides else ():
         if is_newer(path, step) and not (asides[-1] / path.name).exists():  # else it is half of a later save
             path.rename(asides[-1] / path.name)
 

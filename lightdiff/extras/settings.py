@@ -49,9 +49,7 @@ class EvaluateSettings(StageSettings):
     )
     compare_ema: bool = Field(False, description="measure every EMA and the raw weights, and say which is best")
     guide_with: Path | None = Field(None, description="worse U-Net that --guidance leads away from, as generate")
-    guidance: float = Field(
-        1.0, ge=0, json_schema_extra={"needs": "guide_with"}, description="weight of that guidance; 1 is none"
-    )
+    guidance: float = Field(1.0, ge=0, description="guidance away from it, or from the run's early steps; 1 is none")
     num_reference: int = Field(10_000, ge=0, description="training images to compare with; 0: all")
     weights: Path | None = Field(None, description="copy of Inception's published weights; default: fetched once")
     features: Path | None = Field(
@@ -66,7 +64,8 @@ class EvaluateSettings(StageSettings):
 
     @model_validator(mode="after")
     def _draws_as_asked(self) -> Self:
-        for name, given in {"ema": self.ema is not None, "guide-with": self.guide_with}.items():
+        drawing = {"ema": self.ema is not None, "guide-with": self.guide_with, "guidance": self.guidance != 1}
+        for name, given in drawing.items():
             if given and self.samples:
                 raise ValueError(f"--{name} is for samples to be drawn, not for those of --samples")
         if self.compare_ema and (self.samples or self.ema is not None):

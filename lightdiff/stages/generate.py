@@ -71,7 +71,7 @@ class Samples:
         """Load the networks."""
         s = self.settings = stage.settings
         self.stage = stage
-        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, s.compute.device, s.compute.precision, s.ema, s.guide_with)
+        self.pipeline = Pipeline.load(s.run, s.unet, s.vae, s.compute.device, s.compute.precision, s.ema, s.guide)
         stage.processes.check_same("U-Net or VAE", self.pipeline.digests)
         self.size = self.pipeline.latent_size(s.resolution)
         self.paths = [self.path(f"{i:05d}.png") for i in range(s.num_images)]

@@ -23,7 +23,8 @@ from lightdiff.runtime.processes import autocast
 from lightdiff.runtime.progress import console, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GRID, TrainUNetSettings
-from lightdiff.training.loop import Tensors, train
+from lightdiff.training.loop import train
+from lightdiff.training.saving import Tensors
 
 BANDS = 4  # bands of equal width that the levels are split into for validation
 RESIDENT_SHARE = 0.25  # of a GPU's free memory, that latents may take up

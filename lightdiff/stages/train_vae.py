@@ -28,7 +28,8 @@ from lightdiff.runtime.processes import Means, autocast, pick_workers, to_device
 from lightdiff.runtime.progress import console, print_note, shape_words
 from lightdiff.runtime.stage import Stage, open_stage
 from lightdiff.settings import GRID, TrainVAESettings, with_changes
-from lightdiff.training.loop import Tensors, train
+from lightdiff.training.loop import train
+from lightdiff.training.saving import Tensors
 
 
 def run(settings: TrainVAESettings) -> Path:
@@ -49,8 +50,7 @@ def run(settings: TrainVAESettings) -> Path:
             stage.processes.run_on_main(lambda: table.write(stage.folder.image_list))
             train(task, stage)
             if task.bad.count:
-                said = f"{task.bad.count} unreadable images are listed in {stage.folder.bad_files}"
-                console.print(said, soft_wrap=True)
+                console.print(f"{task.bad.count} unreadable images: see {stage.folder.bad_files}", soft_wrap=True)
         return stage.folder.best
 
 

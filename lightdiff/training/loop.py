@@ -23,10 +23,9 @@ from lightdiff.runtime.stage import OUT_OF_TIME, Stage, Trainable
 from lightdiff.settings import LoopSettings, is_due
 from lightdiff.training import optimizers
 from lightdiff.training.ema import EMA
-from lightdiff.training.saving import Progress, SnapshotWriter, write_snapshots
+from lightdiff.training.saving import Progress, SnapshotWriter, Tensors, write_snapshots
 from lightdiff.training.timing import FIRST, SAVING, VALIDATION, Stopwatch, memory_in_use
 
-Tensors = dict[str, Tensor]
 SLOW_DISK = 50e6  # bytes a second that a save is sure to manage, for --max-time
 SMALL_FILES = 10_000_000  # bytes of metrics and pictures beside a checkpoint
 
@@ -215,7 +214,9 @@ class Trainer:
         metadata = self.stage.metadata.model_copy(update=progress)
         self.writer.wait()  # what it still writes takes room
         self.check_room()
-        self.writer.start(self.state(), partial(write_snapshots, folder, metadata, self.loop, keep_step, best))
+        early = self.stage.name == "unet" and 0.1 <= self.step / self.stage.total_steps <= 0.2
+        also = [folder.best] * best + [folder.early] * (early and not folder.early.is_file())
+        self.writer.start(self.state(), partial(write_snapshots, folder, metadata, self.loop, keep_step, also))
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a snapshot.

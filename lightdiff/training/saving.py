@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -17,6 +18,8 @@ from lightdiff.errors import Damaged, RunError
 from lightdiff.run_folder import StageFolder, atomic_link
 from lightdiff.runtime.progress import print_note
 from lightdiff.settings import LoopSettings
+
+Tensors = dict[str, Tensor]
 
 
 class Progress(BaseModel):
@@ -52,18 +55,18 @@ class SnapshotWriter:
         self.on_written: Callable[[], None] = lambda: None  # called in that thread
         self._pool = ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, device) if self._on_gpu else None)
         self._writing: Future[None] | None = None
-        self._copies: dict[str, Tensor] = {}
+        self._copies: Tensors = {}
 
-    def prepare(self, tensors: dict[str, Tensor]) -> "Future[None]":
+    def prepare(self, tensors: Tensors) -> "Future[None]":
         """Let the thread find memory for copies of tensors like these: if it is new, that takes longer than copying."""
         return self._pool.submit(self._prepare, tensors)
 
-    def _prepare(self, tensors: dict[str, Tensor]) -> None:
+    def _prepare(self, tensors: Tensors) -> None:
         for name in tensors.keys() - self._copies.keys():
             empty = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
             self._copies[name] = empty.pin_memory() if self._on_gpu else empty.zero_()
 
-    def start(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
+    def start(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
         """Copy tensors, and return while `write` is called with the copies. The last snapshot was waited for."""
         assert self._writing is None
         self.prepare(tensors).result()
@@ -73,7 +76,7 @@ class SnapshotWriter:
             torch.cuda.synchronize()  # once for all copies
         self._writing = self._pool.submit(self._write, write, {name: self._copies[name] for name in tensors})
 
-    def _write(self, write: Callable[[dict[str, Tensor]], None], copies: dict[str, Tensor]) -> None:
+    def _write(self, write: Callable[[Tensors], None], copies: Tensors) -> None:
         began = time.monotonic()
         write(copies)
         self.on_written()
@@ -108,27 +111,26 @@ class SnapshotWriter:
 
 
 def write_snapshots(
-    folder: StageFolder, metadata: Metadata, loop: LoopSettings, keep_step: bool, best: bool, tensors: dict[str, Tensor]
+    folder: StageFolder, metadata: Metadata, loop: LoopSettings, keep_step: bool, also: Sequence[Path], tensors: Tensors
 ) -> None:
-    """Write `last`, and, where wanted, a step file and `best`.
+    """Write `last`, and, where wanted, a step file, and files of the weights alone.
 
     Args:
         folder: Where they lie.
         metadata: What they say of the run.
         loop: How many step files stay.
         keep_step: Whether to write a step file.
-        best: Whether this is the best state so far.
+        also: Files of the weights alone to write, such as `best`.
         tensors: The state, from which training can be resumed.
     """
     digests: dict[str, str] = {}
-    if best:
-        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        digests = checkpoint.save(folder.best, weights, metadata).digests
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    for path in also:
+        digests = checkpoint.save(path, weights, metadata, digests).digests
     newest = folder.step(metadata.step) if keep_step else folder.last
     checkpoint.save(newest, tensors, metadata, digests)
-    if not keep_step:
-        return
-    atomic_link(folder.last, newest)
-    for path in folder.steps()[: -loop.keep]:
-        if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0):
-            path.unlink()
+    if keep_step:
+        atomic_link(folder.last, newest)
+        for path in folder.steps()[: -loop.keep]:
+            if not (loop.keep_every and folder.step_of(path) % loop.keep_every == 0):
+                path.unlink()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import ImageFile, scan
+from lightdiff.data.files import ImageFile, find_images
 from lightdiff.data.images import to_float
 from lightdiff.data.index import LatentIndex, ShardFacts, shard_path
 from lightdiff.data.latents import LatentSet
@@ -289,7 +289,7 @@ def image_pipeline(contender: str, device: torch.device, *, file_side: int, side
     folder = photographs(room() / "images", count, file_side)
     if contender == "lightdiff":
         images = ImageSettings(data=(folder,), resolution=side, val_share=0)
-        dataset = ImageDataset(scan(images.data, 0), images, seed=0, train=True)
+        dataset = ImageDataset(find_images(images.data, 0).files, images, seed=0, train=True)
         order = ([(epoch, i) for i in range(k, k + batch)] for epoch in range(10**6) for k in range(0, count, batch))
         loaded: Any = load_batches(dataset, order, workers)
         keep_memory()

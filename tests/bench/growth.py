@@ -61,7 +61,7 @@ def latents(count: int, folder: Path) -> dict[str, float]:
 
 def names(count: int) -> dict[str, float]:
     """Time to find `count` files, and the memory of their list."""
-    from lightdiff.data.files import scan
+    from lightdiff.data.files import find_images
     from tests.bench.cases import room
 
     folder = room()
@@ -71,7 +71,7 @@ def names(count: int) -> dict[str, float]:
         (folder / f"{i // 1000:04d}" / f"{i:07d}.jpg").touch()
     before = resident("RssAnon")
     kept: list[Any] = []
-    seconds = timed(lambda: kept.append(scan((folder,), 0.05)), CPU)
+    seconds = timed(lambda: kept.append(find_images((folder,), 0.05).files), CPU)
     return {"scan": seconds, "memory": resident("RssAnon") - before}
 
 

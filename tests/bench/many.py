@@ -13,7 +13,7 @@ import torch
 
 from lightdiff import checkpoint
 from lightdiff.checkpoint import Checkpoint, Metadata
-from lightdiff.data.files import scan
+from lightdiff.data.files import find_images
 from lightdiff.data.latents import LatentSet, latents_settings
 from lightdiff.diffusion.schedules import Schedule
 from lightdiff.errors import LightdiffError
@@ -116,7 +116,7 @@ def float64(folder: Path, processes: Processes) -> None:
     torch.set_num_threads(1)
     again = processes.world_size == 2
     settings = vae_settings(folder, batch_size=7, micro_batch=2, checkpoint_activations=again)
-    files = scan(settings.images.data, 0.2)
+    files = find_images(settings.images.data, 0.2).files
     run = RunFolder(folder / f"double-{processes.world_size}")
     latents = LatentSet(RunFolder(folder / "run").latents)
     unet = unet_settings(folder / "run", batch_size=7, micro_batch=2, checkpoint_activations=again)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from lightdiff.data.files import ImageFile, scan
+from lightdiff.data.files import ImageFile, find_images
 from lightdiff.data.survey import SAMPLE, evenly, look_at, scale_of
 from lightdiff.extras.evidence import try_read
 from lightdiff.extras.health.finding import Finding, quote_path
@@ -22,7 +22,8 @@ def check_data(images: ImageSettings) -> Iterator[Finding]:
         if count > MAX_FILES:
             raise ValueError("too many files to search quickly")
 
-    files: Sequence[ImageFile] = try_read(lambda: scan(images.data, images.val_share, refuse_many)) or []
+    found = try_read(lambda: find_images(images.data, images.val_share, refuse_many))
+    files: Sequence[ImageFile] = found.files if found else []
     if 0 < len(files) <= MAX_FILES:
         yield from check_duplicates(images, files)
         looked = try_read(lambda: look_at(evenly(files, SAMPLE), images, lambda image: image.size)) or []

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightdiff.errors import LightdiffError, LostContact, RunError, UserError, from_os
-from lightdiff.extras.several.worker import end_with_parent
+from lightdiff.errors import LightdiffError, RunError, UserError, from_os
+from lightdiff.extras.several.worker import LostContact, end_with_parent
 from lightdiff.runtime import DistEnv, restarted
 from lightdiff.runtime.processes import Processes
 from lightdiff.runtime.resume import untouched

@@ -19,12 +19,16 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-from lightdiff.errors import LightdiffError, LostContact, Stopped
+from lightdiff.errors import LightdiffError, RunError, Stopped
 from lightdiff.runtime import WORKER_FOLDER, DistEnv
 
 LAUNCHER = "LIGHTDIFF_LAUNCHER"  # variable of `--nproc-per-node` for its workers: the pid that started them
 ORPHAN_SECONDS = 0.5  # how often a worker checks whether its launcher is still there
 FATAL = 2  # a mistake of the user's: starting again would not help
+
+
+class LostContact(RunError):
+    """Another process is gone or does not answer: seldom the cause, so it is told when no other error is known."""
 
 
 def read_environment(env: Mapping[str, str]) -> DistEnv:

@@ -200,7 +200,7 @@ class Plan:
         if loop.precision != "auto":
             layer["compute"] |= {"precision": loop.precision}  # type: ignore[operator]
         settings = build(GenerateSettings, [layer, changes])
-        if settings.guide_with is None:  # else it is for the stage to judge, which opens that network
+        if settings.guide is None:  # else it is for the stage to judge, which opens that network
             guidance_for(trained_as, settings.sampling, [0])
         levels_for(trained_as, settings.sampling)
         return self._own("samples", {"generate": settings}, unet)
