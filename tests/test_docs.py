@@ -37,6 +37,7 @@ SMALL = {  # put behind each command, where the last word counts: the same thing
 INSTEAD = {  # what exists after the few steps above, or in the small checkpoints of the original scripts
     "--from-step 10000": "--from-step 2",
     "--guide-with step-10000": "--guide-with step-2",
+    "runs/faces --guidance 2": "runs/faces --guidance 2 --guide-with step-2",
     "--ema 0.99": "--ema 0.9999",
     "--frames 24": "--frames 2",
     "--resolution 256": "--resolution 64",
