@@ -183,7 +183,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, faces_32: Path) -> Path:
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of that run, to be changed at will."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

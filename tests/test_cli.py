@@ -14,7 +14,7 @@ import lightdiff
 from lightdiff import settings
 from lightdiff.cli import COMMANDS as ROWS
 from lightdiff.data.index import read_index
-from lightdiff.options import flag, flag_fields, leaves
+from lightdiff.options import flag, flag_fields
 
 STAGES = {
     "train-vae": settings.TrainVAESettings,
@@ -126,12 +126,6 @@ def test_every_setting_is_described(helped, name):
 
 def test_what_is_read_from_the_latents_has_no_flag(helped):
     assert {"--shift", "--scale", "--only-mu"}.isdisjoint(flags_in(helped[0]["200 train-unet"][1]))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_no_two_settings_share_a_flag(name):
-    flags = [flag(MODELS[name], path) for path, _ in leaves(MODELS[name])]
-    assert len(flags) == len(set(flags))
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

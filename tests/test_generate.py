@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import succeed
 from PIL import Image
 from small_run import draw, pixels, train_second
 
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.errors import LightdiffError, Stopped, UserError
-from lightdiff.extras.compile import PassTime, pick_compile
+from lightdiff.extras import compile as compile_extra
 from lightdiff.run_folder import RunFolder
 from lightdiff.settings import ScaleSettings
 from lightdiff.stages import generate, scale
@@ -34,6 +36,12 @@ def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
     assert np.abs(pixels(tmp_path / "a/00001.png") - pixels(tmp_path / "b/00001.png")).max() <= 1
 
 
+@pytest.fixture(scope="module")
+def drawn(finished, tmp_path_factory):
+    """What `draw` draws with no settings but its own. Not to be written to."""
+    return draw(finished, tmp_path_factory.mktemp("drawn") / "out")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -48,10 +56,9 @@ def test_noise_of_each_step_does_not_depend_on_the_batch(finished, tmp_path):
         {"min_alpha_bar": 0.1},
     ],
 )
-def test_every_setting_of_the_sampler_does_something(finished, tmp_path, change):
-    draw(finished, tmp_path / "a")
-    draw(finished, tmp_path / "b", **change)
-    assert not np.array_equal(pixels(tmp_path / "a/00000.png"), pixels(tmp_path / "b/00000.png"))
+def test_every_setting_of_the_sampler_does_something(finished, drawn, tmp_path, change):
+    draw(finished, tmp_path, **change)
+    assert not np.array_equal(pixels(drawn / "00000.png"), pixels(tmp_path / "00000.png"))
 
 
 def test_eta_does_something(finished, tmp_path):
@@ -123,22 +130,28 @@ def test_a_picture_tells_how_it_was_made_and_no_path(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's own, on the way to a compiled network
+@pytest.mark.filterwarnings("ignore")  # torch's own, on the way to its compiler
 def test_a_compiled_network_draws_the_same_pictures(finished, tmp_path, monkeypatch):
-    if pick_compile("on", torch.device("cpu"), 1, lambda: PassTime(1, 1.0, 0.0)) == "off":
+    """In a process of its own: the checks of types that tests run with would cut the network into many pieces."""
+    how = ["--run", finished, *"--num-images 5 --batch-size 3 --num-steps 4 --device cpu --precision fp32".split()]
+    on = [sys.executable, "-m", "lightdiff", "generate", *how, "--out", tmp_path / "on", "--compile", "on"]
+    done = subprocess.run(on, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if "is not compiled" in done.stderr:
         pytest.skip("there is no C++ compiler")
-    from torch._inductor import config
-
-    monkeypatch.setattr(config, "freezing", config.freezing)  # put back afterwards
+    succeed("generate", *how, "--out", tmp_path / "off")
     for compiling in ("off", "on"):
-        draw(finished, tmp_path / compiling, batch_size=3, compute={"precision": "fp32", "compile": compiling})
         assert json.loads((tmp_path / compiling / "settings.json").read_text())["compute"]["compile"] == compiling
     for i in range(5):  # the second batch, of two, was filled up to three
         off, on = (pixels(tmp_path / name / f"{i:05d}.png") for name in ("off", "on"))
         assert abs(off - on).max() <= 1
+    compiled = []
+    monkeypatch.setattr(compile_extra, "compiler_works", lambda device: True)
+    monkeypatch.setattr(compile_extra, "compile_sampling", compiled.append)
     (tmp_path / "on/00001.png").unlink()
-    draw(finished, tmp_path / "on", batch_size=3, compute={"precision": "fp32"})  # auto: as it was started
+    succeed("generate", *how, "--out", tmp_path / "on")  # auto: as it was started
     assert (tmp_path / "on/00001.png").is_file()
+    assert len(compiled) == 1
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import UNET_FLAGS, VAE_FLAGS, call, succeed
+from conftest import UNET_FLAGS, call, succeed
 from small_run import encode_all, train_first, train_second
 
 from lightdiff.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def test_validation_losses_come_whole_and_by_band(finished):
 
 @pytest.mark.slow
 def test_the_demo_runs_all_stages_and_says_where_things_are(tmp_path, capsys):
-    out = demo.run(DemoSettings(run=tmp_path / "demo", count=60, vae_steps=3, unet_steps=3))
+    out = demo.run(DemoSettings(run=tmp_path / "demo", resolution=16, count=60, vae_steps=3, unet_steps=3))
     assert len(list(out.glob("000*.png"))) == 64
     said = capsys.readouterr().err
     assert "lightdiff train-unet --run runs/mine" in said
@@ -80,26 +80,27 @@ def test_a_unet_of_other_latents_is_refused(copy, faces_32, tmp_path):
         train_second(copy)
 
 
-def test_a_unet_finds_its_latents_and_their_vae_in_another_run(copy, faces_32, tmp_path):
+def test_a_unet_finds_its_latents_and_their_vae_in_another_run(copy, run):
     """In its own run are latents of another VAE, and it is resumed, drawn with and looked at without naming any."""
-    mixed = tmp_path / "mixed"
-    succeed("train-vae", "--run", mixed, "--data", faces_32, *VAE_FLAGS, "--seed", 9)
-    succeed("encode", "--run", mixed, "--workers", 0, "--device", "cpu")
-    succeed("scale", "--run", mixed)
-    succeed("train-unet", "--run", mixed, "--latents", copy, *UNET_FLAGS)
-    unet = Checkpoint(RunFolder(mixed).unet.last, "unet")
-    assert latents_behind(unet, RunFolder(mixed)) == copy / "latents"
-    assert vae_behind(unet, None, RunFolder(mixed)) == copy / "latents" / "vae.safetensors"
-    succeed("train-unet", "--run", mixed, *UNET_FLAGS, "--steps", 5)
-    succeed("generate", "--run", mixed, "--num-images", 1, "--num-steps", 1, "--device", "cpu")
+    shutil.rmtree(run / "unet")
+    succeed("train-unet", "--run", run, "--latents", copy, *UNET_FLAGS)
+    unet = Checkpoint(RunFolder(run).unet.last, "unet")
+    assert latents_behind(unet, RunFolder(run)) == copy / "latents"
+    assert vae_behind(unet, None, RunFolder(run)) == copy / "latents" / "vae.safetensors"
+    succeed("train-unet", "--run", run, *UNET_FLAGS, "--steps", 5)
+    succeed("generate", "--run", run, "--num-images", 1, "--num-steps", 1, "--device", "cpu")
     shutil.rmtree(copy)
-    assert latents_behind(unet, RunFolder(mixed)) == mixed / "latents"  # there are no others any more
-    assert call("generate", "--run", mixed, "--num-images", 1).code == 2
+    assert latents_behind(unet, RunFolder(run)) == run / "latents"  # there are no others any more
+    assert call("generate", "--run", run, "--num-images", 1).code == 2
 
 
 def test_a_saved_settings_file_of_other_latents_may_be_taken_up(copy, tmp_path):
+    """In a run of the U-Net alone, which is drawn with without naming the latents or their VAE."""
     succeed("scale", "--run", copy, "--scaling-factor", 3)
     saved = copy / "unet" / "settings.json"
     succeed("train-unet", "--run", tmp_path / "new", "--latents", copy, "--settings", saved, "--steps", 1)
     settings = Checkpoint(RunFolder(tmp_path / "new").unet.last, "unet").settings(TrainUNetSettings)
     assert settings.latent.scale == (3.0,)
+    few = ("--num-images", 1, "--num-steps", 1, "--device", "cpu", "--out", tmp_path / "out")
+    succeed("generate", "--run", tmp_path / "new", *few)
+    assert (tmp_path / "out/00000.png").is_file()

@@ -17,8 +17,19 @@ from lightdiff.run_folder import RunFolder
 from lightdiff.settings import GenerateSettings, LatentsSettings, SamplingSettings, TrainUNetSettings
 
 
-def test_the_library_in_four_calls(finished):
-    model = Pipeline.load(finished)
+@pytest.fixture(scope="module")
+def model(finished):
+    """The run's own model. Not to be changed."""
+    return Pipeline.load(finished)
+
+
+@pytest.fixture(scope="module")
+def guided(finished):
+    """The same, guided by an earlier state of its U-Net."""
+    return Pipeline.load(finished, guide_with=Path("step-2"))
+
+
+def test_the_library_in_four_calls(model):
     assert model.resolution == (32, 32)
     z = model.sample(3, seed=1, sampling=SamplingSettings(num_steps=3))
     assert z.shape == (3, 4, 8, 8)
@@ -38,23 +49,20 @@ def test_one_step_is_one_call_of_the_network(finished):
     assert len(calls) == 7
 
 
-def test_the_library_draws_as_the_command_does_unless_told_otherwise(finished):
-    model = Pipeline.load(finished)
+def test_the_library_draws_as_the_command_does_unless_told_otherwise(model):
     assert torch.equal(model.sample(1), model.sample(1, sampling=GenerateSettings().sampling))
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_a_step_file_guides_with_every_sampler(finished, sampler):
-    weak = Path("step-2")
-    plain, model = Pipeline.load(finished), Pipeline.load(finished, guide_with=weak)
-    assert model.digests["guide"] == Checkpoint(RunFolder(finished).unet.step(2)).metadata.digest
+def test_a_step_file_guides_with_every_sampler(finished, model, guided, sampler):
+    assert guided.digests["guide"] == Checkpoint(RunFolder(finished).unet.step(2)).metadata.digest
     one, two = (SamplingSettings(sampler=sampler, num_steps=3, guidance=w) for w in (1.0, 2.0))
-    assert torch.equal(model.sample(2, 0, one), plain.sample(2, 0, one))
-    assert not torch.equal(model.sample(2, 0, two), plain.sample(2, 0, one))
+    plain = model.sample(2, 0, one)
+    assert torch.equal(guided.sample(2, 0, one), plain)
+    assert not torch.equal(guided.sample(2, 0, two), plain)
 
 
-def test_guidance_that_would_do_nothing_is_refused_in_the_library_too(finished):
-    model = Pipeline.load(finished)
+def test_guidance_that_would_do_nothing_is_refused_in_the_library_too(model):
     with pytest.raises(UserError, match="--guidance needs a --class to guide to; this U-Net was trained without"):
         model.sample(1, sampling=SamplingSettings(guidance=2.0))
     with pytest.raises(UserError, match="--class: this U-Net knows no red; it was trained without --label"):

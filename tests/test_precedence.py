@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import UNET_FLAGS
 from parsing import dry
 
 from lightdiff.cli import COMMANDS
@@ -135,10 +134,3 @@ def test_train_unet_takes_shape_and_scale_from_the_latents(cli, run):
     assert (said["channels"], said["height"], said["width"]) == index.shape == (4, 8, 8)
     assert said["shift"] == index.statistics.shift
     assert said["scale"] == index.statistics.scale
-
-
-def test_a_unet_on_another_runs_latents_finds_their_vae(cli, run, tmp_path):
-    assert cli("train-unet", "--run", tmp_path / "more", "--latents", run, *UNET_FLAGS).code == 0
-    few = ("--num-images", 1, "--num-steps", 1, "--device", "cpu", "--out", tmp_path / "out")
-    assert cli("generate", "--run", tmp_path / "more", *few).code == 0
-    assert (tmp_path / "out/00000.png").is_file()

@@ -5,9 +5,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import call
 from parsing import dry
 
-from lightdiff import options, settings
+from lightdiff import options
+from lightdiff.models.vae import VAE
 from lightdiff.options import PRESETS, build, preset_layer
 from lightdiff.settings import Settings, TrainUNetSettings, TrainVAESettings, UNetSettings, VAESettings
 
@@ -61,14 +63,19 @@ def test_every_preset_can_be_chosen(cli, tmp_path, run, name):
     assert [made["model"]["architecture"] == "original" for made in (vae, unet)] == 2 * [name == "original"]
 
 
-def test_presets_lists_all(cli):
-    result = cli("presets", "--resolution", 32)
-    assert result.code == 0
-    lines = [line.strip("│┃ ").split() for line in result.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def listed():
+    """What `presets` says of images of 256 px."""
+    return call("presets", "--resolution", 256)
+
+
+def test_presets_lists_all(listed):
+    assert listed.code == 0
+    lines = [line.strip("│┃ ").split() for line in listed.stdout.splitlines()]
     names = [words[0] for words in lines if "VAE" in words]
     assert names == list(PRESETS)
-    assert result.out.count("U-Net") == len(PRESETS)
-    assert result.err == ""
+    assert listed.out.count("U-Net") == len(PRESETS)
+    assert listed.err == ""
 
 
 def test_presets_of_a_size_that_fits_none(cli):
@@ -84,12 +91,9 @@ def test_presets_of_no_size(cli, resolution):
     assert "--resolution" in result.err
 
 
-def test_presets_numbers_are_plausible(cli):
+def test_presets_numbers_are_plausible(listed):
     """Parameters against a count of what is built, and the original's against what its authors said."""
-    from lightdiff.models.vae import VAE
-    from lightdiff.options import build, preset_layer
-
-    rows = [re.split(r" *[│┃] *", line)[1:-1] for line in cli("presets", "--resolution", 256).stdout.splitlines()]
+    rows = [re.split(r" *[│┃] *", line)[1:-1] for line in listed.stdout.splitlines()]
     kinds = {kind: [row for row in rows if len(row) == 9 and row[1] == kind] for kind in ("VAE", "U-Net")}
     sizes = {kind: [float(row[3].removesuffix(" M")) for row in found] for kind, found in kinds.items()}
     for found in sizes.values():
@@ -106,5 +110,5 @@ def test_presets_numbers_are_plausible(cli):
         assert fixed == pytest.approx(each * parameters, rel=0.02, abs=0.7)
         assert image > 0
         assert float(row[4].replace(",", "")) > 0 < float(row[8].replace(",", ""))
-    chosen = build(settings.TrainVAESettings, [preset_layer("vae", "tiny")]).model.resolved(256)
+    chosen = build(TrainVAESettings, [preset_layer("vae", "tiny")]).model.resolved(256)
     assert f"{sum(p.numel() for p in VAE(chosen).parameters()) / 1e6:.2f}" == f"{sizes['VAE'][0]:.2f}"
