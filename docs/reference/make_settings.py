@@ -22,7 +22,7 @@ INTRO = """\
 
 <!-- Written by make_settings.py from the settings in lightdiff/: change them there, then run that script. -->
 
-One section a command, one table a panel of its `--help`. Each setting has one name in three places: as a flag
+One section per command, one table per panel of its `--help`. Each setting has one name in three places: as a flag
 (`--kl-beta 1e-3`), in a settings file (`kl_beta = 1e-3` in its group, here `[loss]`), and in the `settings.json`
 that a stage saves. Lists take commas: `--model.channels 64,128,256`.
 
