@@ -215,10 +215,15 @@ def test_a_comparison_shows_what_differs_and_what_is_better(comparison, two_runs
     losses = []
     for run in two_runs:
         rows = [json.loads(line) for line in (run / "unet/metrics.jsonl").read_text().splitlines()]
-        losses.append([row["val_loss"] for row in rows if "val_loss" in row][-1])
-    row = re.search(r"U-Net: validation loss</th>(.*?)</tr>", comparison.source, re.S)[1]
+        losses.append([row["val_loss_band_2"] for row in rows if "val_loss_band_2" in row][-1])
+    row, few = (
+        re.search(rf"U-Net: {name}</th>(.*?)</tr>", comparison.source, re.S)[1]
+        for name in ("loss in band 2", "validation loss")
+    )
     cells = re.findall(r"<td.*?</td>", row, re.S)
     assert ["better" in cell for cell in cells] == [loss == min(losses) for loss in losses]
+    assert "better" not in few
+    assert few.count("images are held out; 10 are needed to tell") == 2
 
 
 def test_losses_with_different_definitions_are_not_ranked():

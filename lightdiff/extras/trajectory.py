@@ -16,6 +16,7 @@ from lightdiff.extras.settings import TrajectorySettings
 from lightdiff.extras.sheet import Heading, contact_sheet
 from lightdiff.pictures import grid, save_png
 from lightdiff.pipeline import Pipeline, Start, from_noise
+from lightdiff.runtime.progress import console
 from lightdiff.settings import SamplingSettings
 from lightdiff.stages.generate import Samples, open_samples
 
@@ -95,4 +96,5 @@ def save_trajectory(samples: Samples, strength: float = 1.0, start: Start = from
     cells = [[[grid(getattr(step, what)[i : i + 1], 1)] for step in some] for _, what, i in rows]
     levels = Heading("noise sigma of x_t; below it, the estimate of x0", [f"{step.level.sigma:.2f}" for step in some])
     labels = Heading("", [label for label, *_ in rows])
-    save_png(samples.path("trajectory.png"), contact_sheet("From noise to images", labels, levels, cells))
+    save_png(picture := samples.path("trajectory.png"), contact_sheet("From noise to images", labels, levels, cells))
+    console.print(f"look at {picture}; trajectory.webp animates all {len(steps)} steps", soft_wrap=True)

@@ -86,7 +86,8 @@ def numbers_of(run: RunFacts) -> dict[str, Number]:
             beside, meaning = baselines.get(name), BY_LEVEL
             if measure == PSNR and run.reconstructions:
                 beside, meaning = run.reconstructions.baseline, BY_MEAN
-            found[measure] = Number(value, error_of(run, measure), beside, meaning)
+            refused = too_few(run) if measure in (PSNR, LOSS) else ""
+            found[measure] = Number(value, error_of(run, measure), beside, meaning, refused)
     for stage, results in run.evaluation.items():
         for name, value in results.items():
             if isinstance(value, (int, float)) and not name.endswith("+-"):
@@ -99,6 +100,12 @@ def error_of(run: RunFacts, measure: str) -> float | None:
     spreads = {LOSS: run.loss_spread, PSNR: run.reconstructions.spread if run.reconstructions else 0.0}
     count = held_out_count(run)
     return spreads[measure] / math.sqrt(count) if count and spreads.get(measure) else None
+
+
+def too_few(run: RunFacts) -> str:
+    """Why a mean over the held-out images says nothing, where they are too few."""
+    count = held_out_count(run)
+    return f"{count} images are held out; {ENOUGH} are needed to tell" if count is not None and count < ENOUGH else ""
 
 
 def held_out_count(run: RunFacts) -> int | None:
@@ -127,22 +134,21 @@ def evaluated(run: RunFacts, stage: str, name: str, value: float) -> Number:
 def cards(run: RunFacts) -> list[Card]:
     """Three numbers and the time."""
     found, count = numbers_of(run), held_out_count(run)
-    few = f"{count} images are held out; {ENOUGH} are needed to tell" if count is not None and count < ENOUGH else ""
     images = [f"mean of {count:,} held-out images"] if count else []
     return [
-        card("Reconstructions, PSNR", found.get(PSNR), few, " dB", images),
-        card("U-Net, validation loss", found.get(LOSS), few, "", images),
+        card("Reconstructions, PSNR", found.get(PSNR), " dB", images),
+        card("U-Net, validation loss", found.get(LOSS), "", images),
         samples_card(run, found),
         time_card(run),
     ]
 
 
-def card(title: str, number: Number | None, few: str, unit: str, images: list[str]) -> Card:
+def card(title: str, number: Number | None, unit: str, images: list[str]) -> Card:
     """A number that is a mean over held-out images, if they are enough."""
     if number is None:
         return Card(title, "-", ["not validated yet"])
-    if few:
-        return Card(title, "-", [few])
+    if number.refused:
+        return Card(title, "-", [number.refused])
     return Card(title, f"{number}{unit}", [*filter(None, [number.scale]), *images])
 
 
@@ -183,7 +189,9 @@ def metrics_table(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
         {
             "name": name,
             "values": [numbers.get(name) for numbers in all_numbers],
-            "best": best(runs, name, {i: n[name].value for i, n in enumerate(all_numbers) if name in n}),
+            "best": best(
+                runs, name, {i: n[name].value for i, n in enumerate(all_numbers) if name in n and not n[name].refused}
+            ),
         }
         for name in names
     ]
