@@ -15,7 +15,7 @@ from conftest import Result, call, succeed
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import LatentSet, Scaling
 from lightdiff.extras.evidence import rows_of
-from lightdiff.extras.health import Finding, complete_commands, examine
+from lightdiff.extras.health import Finding, complete_commands, examine, vae
 from lightdiff.extras.latent_facts import EDGES, latent_facts
 from lightdiff.extras.toy_faces import draw_dataset
 from lightdiff.run_folder import RunFolder
@@ -188,6 +188,28 @@ def test_many_epochs_on_twenty_images_overfit(tmp_path: Path) -> None:
         f"after {280 * 16 / len(images):.0f} passes over {len(images)} images"
         in named(findings, "overfitting").measured
     )
+
+
+def test_images_that_a_vae_without_latents_has_not_seen(copied: Path) -> None:
+    images = len(LatentSet(copied / "latents").train)
+    for part in ("latents", "unet"):
+        shutil.rmtree(copied / part)
+    rows = rows_of(RunFolder(copied).vae)
+    rows[-1]["images_seen"] = images - 1
+    (copied / "vae/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert f"{images - 1} of {images} images seen" in named(examine(copied), "unused-images").measured
+
+
+def test_reconstructions_are_not_called_poor_while_a_training_goes_on(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae, "LOW_PSNR", 99.0)
+    assert codes(copied) == ["low-psnr"]
+    for part in ("latents", "unet"):
+        shutil.rmtree(copied / part)
+    assert codes(copied) == ["low-psnr"]
+    (copied / "vae/metrics.jsonl").write_text("\n".join(map(json.dumps, rows_of(RunFolder(copied).vae)[:-1])))
+    assert codes(copied) == []
 
 
 def test_what_is_damaged_is_left_out_and_the_rest_is_examined(copied: Path) -> None:

@@ -1,9 +1,11 @@
 """Health: what a run's own numbers show to be wrong with it, what is usual, and what to change."""
 
+import math
 import re
 from pathlib import Path
 
-from lightdiff.extras.evidence import gather
+from lightdiff.data.table import ImageTable
+from lightdiff.extras.evidence import gather, try_read
 from lightdiff.extras.health.data import check_data
 from lightdiff.extras.health.finding import Finding as Finding
 from lightdiff.extras.health.finding import quote_path
@@ -13,6 +15,8 @@ from lightdiff.extras.health.training import check_rise, check_training
 from lightdiff.extras.health.unet import check_baseline, check_ema, check_labels, check_overfitting, check_schedule
 from lightdiff.extras.health.vae import check_pattern, check_vae
 from lightdiff.run_folder import RunFolder
+from lightdiff.runtime.progress import Row
+from lightdiff.settings import LoopSettings
 
 
 def examine(run: Path) -> list[Finding]:
@@ -20,15 +24,19 @@ def examine(run: Path) -> list[Finding]:
 
     A stage that is missing or damaged is left out: other commands report that.
     """
-    found = gather(RunFolder(run))
+    home = RunFolder(run)
+    found, listed = gather(home), home.vae.image_list
     images = len(found.index.positions("train")) if found.index else 0
     facts, findings = found.facts, list[Finding]()
     if found.vae:
         loop = found.vae.loop
+        seen = try_read(lambda: int(ImageTable.read(listed).of_split("train").sum())) or images
         findings += check_data(found.vae.images)
-        findings += check_training(loop, "vae", found.vae_rows, images)
+        findings += check_training(loop, "vae", found.vae_rows, seen)
         findings += check_rise(loop, "vae", found.vae_rows)
-        findings += check_vae(found.vae, found.vae_metrics, facts if found.same_vae else None)
+        settled = found.index or ended(loop, found.vae_rows, seen)  # before, reconstructions still get better
+        metrics = found.vae_metrics if settled else found.vae_metrics | {"psnr": math.inf}
+        findings += check_vae(found.vae, metrics, facts if found.same_vae else None)
         findings += check_pattern(found.vae, found.vae_evaluation)
     if facts and found.index and found.index.statistics:
         regular = not any(finding.code == "no-kl" for finding in findings)
@@ -41,13 +49,18 @@ def examine(run: Path) -> list[Finding]:
         findings += check_labels(found.unet)
         findings += check_baseline(found.unet, rows, images, z_std)
         findings += check_schedule(found.unet)
-        findings += check_ema(loop, rows)
+        findings += check_ema(loop, rows) if ended(loop, rows, images) else []
         findings += list(check_overfitting(rows, images)) or check_rise(loop, "unet", rows)
         findings += check_quality(found.evaluation, loop)
     findings += check_samples(found.evaluation, found.unet_rows, images)
     for finding in findings:
         finding.advice = complete_commands(finding.advice, run)
     return findings
+
+
+def ended(loop: LoopSettings, rows: list[Row], images: int) -> bool:
+    """Whether a training on this many images has done all of its steps."""
+    return not rows or rows[-1]["step"] >= loop.total_steps(images)
 
 
 def complete_commands(advice: str, run: Path) -> str:

@@ -61,7 +61,7 @@ def check_samples(evaluation: dict[str, Any], rows: list[Row], images: int) -> I
             code="copies-likely",
             stage="samples",
             title="Samples are probably near-copies of training images",
-            measured=f"the validation loss of band {band} is {1 + rise:.1f} times its best{trained_on}",
+            measured=f"the validation loss of band {band} is {1 + rise:.2f} times its best{trained_on}",
             usual=f"less than {1 + STEEP_RISE:.1f} times; this is inferred from overfitting, not from samples",
             advice=f"lightdiff evaluate measures it; {remedy}",
         )

@@ -75,8 +75,8 @@ def check_spikes(loop: LoopSettings, stage: Stage, rows: list[Row]) -> Iterator[
             code="loss-spikes",
             stage=stage,
             title="The training loss has spikes",
-            measured=f"{len(spikes)} of {len(logs)} lines of metrics.jsonl{worst}; {skipped:.0f} steps skipped as "
-            "not finite",
+            measured=f"{len(spikes)} of {len(logs)} lines of metrics.jsonl{worst}"
+            + (f"; {skipped:.0f} steps skipped as not finite" if skipped else ""),
             usual=f"none: a loss is at most {SPIKE:g} times the largest of the {LINES_BEFORE} lines before it",
             advice=f"lightdiff train-{stage} --restart --lr {loop.lr / 2:g}{clip}",
         )
