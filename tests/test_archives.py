@@ -22,6 +22,7 @@ from lightdiff.checkpoint import Checkpoint
 from lightdiff.data import files
 from lightdiff.data.files import find_images, fingerprinters
 from lightdiff.data.images import BadImage, load_image
+from lightdiff.data.layouts import Names
 from lightdiff.data.table import content_hash
 from lightdiff.errors import UserError
 from lightdiff.extras.data import archives, members
@@ -204,6 +205,19 @@ def test_a_zip_files_directory_is_read_as_pythons_zipfile_reads_it(
     assert found[-1].filename == "code page/\u00e9.png"
     wanted = [(i.filename, i.header_offset, i.compress_size, i.file_size, i.CRC) for i in found]
     assert list(members.members(archives.file_state(tmp_path / "a.zip"))) == wanted
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["b/1.png", "a/2.png", "ab/1.png", "a/2.png", "B.png", "a.png"],
+        ["é.png", "z.png", "a.png"],
+        ["x" * 500, *map(str, range(20, 0, -1))],
+        ["a", "b"],
+    ],
+)
+def test_names_are_sorted_as_python_does(names: list[str]) -> None:
+    assert archives._order(Names.of(names)).tolist() == sorted(range(len(names)), key=names.__getitem__)
 
 
 def test_an_index_that_does_not_fit_its_archive_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

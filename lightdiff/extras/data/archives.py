@@ -19,10 +19,10 @@ from functools import cache, lru_cache
 from io import BytesIO
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from numpy import ndarray as Array
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,7 +30,7 @@ from PIL import Image
 from lightdiff import __version__
 from lightdiff.data.files import Source, left_out, read_in_folder, source_of
 from lightdiff.data.formats import SUFFIXES, BadImage, open_stream
-from lightdiff.data.layouts import TABLES, Labels, Names
+from lightdiff.data.layouts import CHUNK, TABLES, Labels, Names
 from lightdiff.data.table import (
     COLUMN,
     NO_FILE,
@@ -41,7 +41,7 @@ from lightdiff.data.table import (
     content_hash,
 )
 from lightdiff.errors import LightdiffError, UserError
-from lightdiff.extras.data.members import Member, Part, members, read_member
+from lightdiff.extras.data.members import LARGEST, Member, Part, members, read_member
 from lightdiff.extras.data.unread import PICTURES, UNREAD_SUFFIXES
 from lightdiff.run_folder import atomic_link
 from lightdiff.settings import ImageSettings
@@ -68,8 +68,8 @@ class Archive(ImageTable):
     passed_over: dict[str, int]
     tables: dict[str, tuple[int, int, int, int, int]]  # of labels, by name: the archive's number, those of a member
     offsets: Int64[Array, " n"] = COLUMN
-    lengths: Int64[Array, " n"] = COLUMN
-    crcs: Int64[Array, " n"] = COLUMN
+    lengths: Int32[Array, " n"] = COLUMN
+    crcs: Int32[Array, " n"] = COLUMN  # their 32 bits
 
     def check(self) -> None:
         """Check that all parts fit together, of an index that came with somebody's run.
@@ -97,8 +97,9 @@ class Archive(ImageTable):
     def read_image(self, name: str) -> bytes:
         """The bytes of an image's file."""
         at = self.find(name)
-        numbers = (self.offsets[at], self.lengths[at], self.files["size"][at], self.crcs[at])
-        return read_member(self.parts[self.roots[at]], Member(name, *map(int, numbers)))
+        numbers = map(int, (self.offsets[at], self.lengths[at], self.files["size"][at], self.crcs[at]))
+        member = Member(name, *numbers)
+        return read_member(self.parts[self.roots[at]], member._replace(crc=member.crc & 0xFFFFFFFF))
 
 
 # --- what a source needs ------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def _index(parts: Sequence[Part]) -> Archive:
         UserError: If an archive is damaged, encrypted, or compressed in another way than by deflate.
     """
     skipped, captions, labels = set[tuple[str, str]](), set[tuple[int, str]](), dict[tuple[int, str], Labels]()
-    tables, numbers = dict[str, tuple[int, int, int, int, int]](), array("q")
+    tables, numbers = dict[str, tuple[int, int, int, int, int]](), [array(kind) for kind in "iqiii"]
 
     def images() -> Iterator[str]:
         for number, part in enumerate(parts):
@@ -271,7 +272,10 @@ def _index(parts: Sequence[Part]) -> Archive:
                 if kept_out := _kept_out(name):
                     skipped.add(kept_out)
                 elif suffix in SUFFIXES:
-                    numbers.extend((number, *member[1:]))
+                    length, size = (min(bytes_, LARGEST + 1) for bytes_ in (member.length, member.size))
+                    crc = (member.crc & 0xFFFFFFFF ^ 1 << 31) - (1 << 31)  # as a number with a sign
+                    for column, value in zip(numbers, (number, member.offset, length, size, crc), strict=True):
+                        column.append(value)
                     yield name
                 elif posixpath.basename(name) in TABLES:
                     tables[name] = (number, *member[1:])
@@ -283,39 +287,75 @@ def _index(parts: Sequence[Part]) -> Archive:
                     skipped.add((suffix, f"{number}/{name}"))
 
     own = names = Names.of(images())
-    rows = np.frombuffer(numbers, np.int64).reshape(-1, 5)  # of each image: the archive's number, those of a member
+    columns = [np.frombuffer(column, f"i{column.itemsize}") for column in numbers]  # of each image
+    _check_apart(parts, *columns[:3])
     order = _order(names)
-    pairs = pairwise(zip(names.at(order), rows[order, 0].tolist(), strict=True))
-    if len(parts) > 1 and any(
-        a == b and one != other for (a, one), (b, other) in pairs
-    ):  # shards that count from 0 each
+    if len(parts) > 1 and _repeat(names, columns[0], order):  # shards that count from 0 each
         stems = [Path(path).stem for path, _, _ in parts]
-        names = Names.of(_with_stem(name, stems[number]) for name, number in zip(own, rows[:, 0].tolist(), strict=True))
+        names = Names.of(_with_stem(name, stems[number]) for name, number in zip(own, columns[0].tolist(), strict=True))
         order = _order(names)
     last = np.fromiter(chain((a != b for a, b in pairwise(names.at(order))), [True]), bool)  # of those of one name:
     order = order[last[: len(order)]]  # the one that is there after unpacking
-    keys = [*zip(rows[order, 0].tolist(), map(_key, own.at(order)), strict=True)] if labels or captions else []
+    keys = [*zip(columns[0][order].tolist(), map(_key, own.at(order)), strict=True)] if labels or captions else []
     skipped |= {("caption .txt", f"{number}/{key}") for number, key in captions.intersection(keys)}
+    del own, last  # each of these is memory for each image
+    if not np.array_equal(order, np.arange(len(names))):
+        names = Names.of(names.at(order))
+        columns = [column[order] for column in columns]
+    del order
+    roots, offsets, lengths, sizes, crcs = columns
     archive = Archive.of_columns(
-        Names.of(names.at(order)),
-        rows[order, 0].astype(np.int32),
-        np.zeros(len(order), np.uint8),
+        names,
+        roots,
+        np.zeros(len(names), np.uint8),
         (labels.get(key, {}) for key in keys),
         parts=list(parts),
         passed_over=Counter(kind for kind, _ in skipped if kind),
         tables=tables,
-        **{column: rows[order, i] for column, i in (("offsets", 1), ("lengths", 2), ("crcs", 4))},
+        offsets=offsets,
+        lengths=lengths,
+        crcs=crcs,
     )
-    archive.files["size"] = rows[order, 3]
-    archive.files["mtime"] = np.array([changed for _, _, changed in parts])[archive.roots]
+    archive.files["size"] = sizes
+    archive.files["mtime"] = np.array([changed for _, _, changed in parts])[roots]
     return archive
 
 
-def _order(names: Names) -> NDArray[np.int64]:
+def _check_apart(parts: Sequence[Part], roots: NDArray[Any], offsets: NDArray[Any], lengths: NDArray[Any]) -> None:
+    """Check that images are bytes of their own; of a bomb, thousands are the same.
+
+    Raises:
+        UserError: If some lie within one another.
+    """
+    for number, (path, _, _) in enumerate(parts):
+        mine = slice(*np.searchsorted(roots, (number, number + 1)))
+        begins, ends = offsets[mine], offsets[mine] + lengths[mine]
+        if (begins[1:] < ends[:-1]).any():  # not in the order in which they were written
+            begins, ends = np.sort(begins), np.sort(ends)
+        if (begins[1:] < ends[:-1]).any():
+            raise UserError(f"--data: {path} is damaged or made to do harm: files in it lie within one another")
+
+
+def _repeat(names: Names, roots: NDArray[Any], order: NDArray[Any]) -> bool:
+    """Whether two archives have an image of one name."""
+    pairs = pairwise(zip(names.at(order), roots[order].tolist(), strict=True))
+    return any(a == b and one != other for (a, one), (b, other) in pairs)
+
+
+def _order(names: Names) -> NDArray[np.integer]:
     """The positions of names, sorted by these; of the same, as they are."""
     if all(one <= other for one, other in pairwise(names)):
-        return np.arange(len(names))
-    return np.array(sorted(range(len(names)), key=[*names].__getitem__))
+        return np.arange(len(names), dtype=np.int32)
+    lengths = np.diff(names.ends, prepend=0)
+    width = int(lengths.max())
+    if names.text.max() > 127 or width * len(names) > 4 * len(names.text):  # bytes sort as text, and fit
+        return np.array(sorted(range(len(names)), key=[*names].__getitem__))
+    table = np.zeros((len(names), width), np.uint8)
+    for first in range(0, len(names), CHUNK):
+        some = slice(first, first + CHUNK)
+        text = names.text[names.ends[first] - lengths[first] : names.ends[some][-1]]
+        table[some][np.arange(width) < lengths[some, None]] = text
+    return np.argsort(table.view(f"S{width}")[:, 0], kind="stable").astype(np.int32)
 
 
 def _kept_out(name: str) -> tuple[str, str] | None:
