@@ -66,6 +66,17 @@ def test_it_stays_when_a_run_goes_on_and_is_set_aside_with_what_is_newer(ten: Pa
     assert (sorted(unet.checkpoints.glob("after-step-1.old-*"))[-1] / "early.safetensors").is_file()
 
 
+def test_a_run_that_was_stopped_keeps_the_step_that_another_does(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    unet = RunFolder(run).unet
+    flags = ["train-unet", "--run", run, *UNET_FLAGS, "--steps", 20, "--save-every", 3, "--val-every", 0]
+    assert call(*flags, "--restart", "--max-time", 1e-6).code == 75
+    assert call(*flags, "--max-time", 1e-6).code == 75
+    assert (Checkpoint(unet.last, "unet").metadata.step, unet.early.exists()) == (2, False)
+    succeed(*flags)
+    assert Checkpoint(unet.early, "unet").metadata.step == 3
+
+
 def test_without_a_save_at_the_time_there_is_none_and_guidance_says_so(trained: Path, tmp_path: Path) -> None:
     assert not StageFolder(trained / "unet").early.exists()  # three steps, saved after the second
     result = draw(trained, tmp_path / "out", "--guidance", 2)

@@ -214,7 +214,7 @@ class Trainer:
         metadata = self.stage.metadata.model_copy(update=progress)
         self.writer.wait()  # what it still writes takes room
         self.check_room()
-        early = self.stage.name == "unet" and 0.1 <= self.step / self.stage.total_steps <= 0.2
+        early = keep_step and self.stage.name == "unet" and 0.1 <= self.step / self.stage.total_steps <= 0.2
         also = [folder.best] * best + [folder.early] * (early and not folder.early.is_file())
         self.writer.start(self.state(), partial(write_snapshots, folder, metadata, self.loop, keep_step, also))
 
