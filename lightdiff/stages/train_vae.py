@@ -38,8 +38,7 @@ def run(settings: TrainVAESettings) -> Path:
         files = list_images(stage.settings.images, console, stage.folder.image_list)
         images = stage.processes.run_on_main(lambda: with_whites(stage.settings.images, files, print_note))
         stage.settings = with_changes(stage.settings, images=images)
-        table = files.table
-        digest = table.list_digest()
+        table, digest = files.table, files.table.list_digest()
         stage.processes.check_same("list of images", digest)
         task = VAETask(stage, files)
         stage.processes.run_on_main(lambda: table.take_fingerprints(fingerprinters(images.data)))
