@@ -16,6 +16,7 @@ from lightdiff.architectures import Layer
 from lightdiff.checkpoint import Checkpoint
 from lightdiff.data.latents import latents_settings
 from lightdiff.errors import UserError
+from lightdiff.extras.guide import find_weak
 from lightdiff.extras.settings import SweepSettings
 from lightdiff.extras.sweep.axes import STAGES, Axis, parse_axis
 from lightdiff.extras.sweep.base import Base, finished
@@ -200,8 +201,10 @@ class Plan:
         if loop.precision != "auto":
             layer["compute"] |= {"precision": loop.precision}  # type: ignore[operator]
         settings = build(GenerateSettings, [layer, changes])
-        if settings.guide is None:  # else it is for the stage to judge, which opens that network
+        if settings.guide is None:
             guidance_for(trained_as, settings.sampling, [0])
+        elif not unet.new:  # beside one that the sweep trains, there may be one later
+            find_weak(settings.guide, Checkpoint(unet.place, "unet"))
         levels_for(trained_as, settings.sampling)
         return self._own("samples", {"generate": settings}, unet)
 
