@@ -48,9 +48,7 @@ def run(settings: DemoSettings) -> Path:
     scale.run(ScaleSettings(run=s.run))
 
     heading("4. train-unet: latents -> a U-Net that denoises them")
-    unet_loop = LoopSettings.model_validate(
-        {"steps": s.unet_steps, "batch_size": 64, "val_every": 250, "save_every": 250, **common}
-    )
+    unet_loop = LoopSettings.model_validate({"steps": s.unet_steps, "batch_size": 64, "val_every": 250, **common})
     unet = {"run": s.run, "loop": unet_loop} | train_unet.inherited(s.run, None)
     train_unet.run(TrainUNetSettings.model_validate(unet))
 
