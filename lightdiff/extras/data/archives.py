@@ -288,7 +288,6 @@ def _index(parts: Sequence[Part]) -> Archive:
 
     own = names = Names.of(images())
     columns = [np.frombuffer(column, f"i{column.itemsize}") for column in numbers]  # of each image
-    _check_apart(parts, *columns[:3])
     order = _order(names)
     if len(parts) > 1 and _repeat(names, columns[0], order):  # shards that count from 0 each
         stems = [Path(path).stem for path, _, _ in parts]
@@ -319,21 +318,6 @@ def _index(parts: Sequence[Part]) -> Archive:
     archive.files["size"] = sizes
     archive.files["mtime"] = np.array([changed for _, _, changed in parts])[roots]
     return archive
-
-
-def _check_apart(parts: Sequence[Part], roots: NDArray[Any], offsets: NDArray[Any], lengths: NDArray[Any]) -> None:
-    """Check that images are bytes of their own; of a bomb, thousands are the same.
-
-    Raises:
-        UserError: If some lie within one another.
-    """
-    for number, (path, _, _) in enumerate(parts):
-        mine = slice(*np.searchsorted(roots, (number, number + 1)))
-        begins, ends = offsets[mine], offsets[mine] + lengths[mine]
-        if (begins[1:] < ends[:-1]).any():  # not in the order in which they were written
-            begins, ends = np.sort(begins), np.sort(ends)
-        if (begins[1:] < ends[:-1]).any():
-            raise UserError(f"--data: {path} is damaged or made to do harm: files in it lie within one another")
 
 
 def _repeat(names: Names, roots: NDArray[Any], order: NDArray[Any]) -> bool:

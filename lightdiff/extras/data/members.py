@@ -6,10 +6,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BufferedReader
 from typing import NamedTuple
+
+import numpy as np
 
 from lightdiff.data.formats import BadImage
 from lightdiff.errors import UserError
@@ -78,7 +81,7 @@ def _in_zip(file: BufferedReader) -> Iterator[Member]:
     if disk:
         raise UserError("is the last part of several: join them, as 'zip -s 0' does")
     start = file.seek(max(0, first + at - left))
-    before = start - offset  # bytes of a program, where an archive unpacks itself
+    before, spans = start - offset, array("q")  # before: bytes of a program, where an archive unpacks itself
     while left > 0:
         entry = ENTRY.unpack(file.read(ENTRY.size).ljust(ENTRY.size))
         signature, flags, method, crc, packed, unpacked, name_size, extra_size, comment_size, offset = entry
@@ -97,7 +100,13 @@ def _in_zip(file: BufferedReader) -> Iterator[Member]:
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             how = METHODS.get(method, f"method {method}")
             raise UserError(f"is compressed by {how} ({name}): unpack it, or pack it again without compression")
+        spans.extend((offset, offset + LOCAL.size + packed))
         yield Member(name, offset, packed, unpacked, crc)
+    begins, ends = np.frombuffer(spans, np.int64).reshape(-1, 2).T
+    if (begins[1:] < ends[:-1]).any():  # not in the order in which they were written, or of a bomb
+        begins, ends = np.sort(begins), np.sort(ends)
+    if (begins[1:] < ends[:-1]).any():  # of a bomb, thousands of members are the same bytes
+        raise UserError("is damaged or made to do harm: files in it lie within one another")
 
 
 def _of_64_bits(extra: bytes, *numbers: int) -> list[int]:
