@@ -23,9 +23,9 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite with coverage, as many tests at a time as there are cores; arguments after -- go to pytest."""
+    """Run the test suite, as many tests at a time as there are cores; arguments after -- go to pytest."""
     install(session, "test", "types")
-    session.run("pytest", *(session.posargs or [*AT_ONCE, "--cov", "--cov-report=term", "--durations=10"]))
+    session.run("pytest", *(session.posargs or [*AT_ONCE, "--durations=10"]))
 
 
 def borrowed(session: nox.Session) -> str:
@@ -35,6 +35,14 @@ def borrowed(session: nox.Session) -> str:
     if not python.exists():
         session.run("nox", "-s", "tests", "--install-only", external=True)
     return str(python)
+
+
+@nox.session(venv_backend="none")
+def coverage(session: nox.Session) -> None:
+    """List the lines that no test runs; arguments after -- go to pytest. Half as long again as the tests alone."""
+    python = borrowed(session)
+    tests = ["-m", "pytest", "--cov", "--cov-report=term"]
+    session.run(python, *tests, *(session.posargs or AT_ONCE), external=True)
 
 
 @nox.session(venv_backend="none")
