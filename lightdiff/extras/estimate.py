@@ -45,18 +45,17 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     batch_size = settings.loop.batch_size
     whole, settings = settings, without_lpips(settings) if absent else without_missing_lpips(settings)
 
-    def prepare(size: int) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
+    def prepare(size: int, device: torch.device = device) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
         micro = min(settings.loop.micro, size)
         loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
-        s = with_changes(settings, loop=loop)
+        s = with_changes(settings if device.type != "meta" else without_lpips(settings), loop=loop)
         name = "vae" if isinstance(s, TrainVAESettings) else "unet"
         stage: Stage[Any] = Stage(name, s.resolved(), device, Processes(), Path(), total_steps=1000)
         task, batch, inputs = random_images(stage) if name == "vae" else random_latents(stage)
         return Trainer(task, stage), batch, inputs
 
     keep_memory()  # as in a training
-    first = batch_size if device.type == "cuda" else min(batch_size, CPU_IMAGES)
-    trainer, batch, inputs = prepare(first)
+    trainer, _, inputs = prepare(1, torch.device("meta"))  # else this pass would be in the peak of memory
     task = trainer.task
     parameters = sum(p.numel() for p in task.model.parameters())
     with FlopCounterMode(display=False) as flops:
@@ -87,8 +86,8 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         peaks[trainer.loop.micro] = memory_in_use(device)
         return seconds
 
-    seconds, copy = time_step(trainer, batch), trainer.snapshot_bytes
-    del trainer, batch, inputs, task  # or the next ones would be counted on top
+    first, copy = batch_size if device.type == "cuda" else min(batch_size, CPU_IMAGES), trainer.snapshot_bytes
+    seconds = time_step(*prepare(first)[:2])
     seconds = batch_seconds(first, batch_size, lambda size: time_step(*prepare(size)[:2]), seconds)
     if not on_gpu and all(peaks.values()):  # which Windows does not tell
         taken = process_memory(peaks, settings.loop.micro) + copy
