@@ -119,6 +119,8 @@ ROWS: dict[str, Recipe] = {
     "not-stratified": Recipe("each level drawn by itself", unet="--no-stratified"),
     "unet-adamw": Recipe("AdamW for the U-Net, lr 1e-3", unet="--optimizer adamw --lr 1e-3", timed=("train-unet",)),
     "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96", timed=("train-unet",)),
+    "unet-batch-16": Recipe("the U-Net's batch is 16", unet="--batch-size 16", timed=("train-unet",)),
+    "unet-lr-4e-3": Recipe("twice the learning rate for the U-Net", unet="--lr 4e-3"),
     "no-attention": Recipe(
         "no attention in the U-Net",
         unet="--model.attend-levels none --model.mid-attention off",
@@ -145,6 +147,9 @@ ROWS: dict[str, Recipe] = {
     "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3", timed=("train-vae",)),
     "kl-1e-3": Recipe("a KL weight of 1e-3, as the original's", vae="--kl-beta 1e-3"),
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
+    "lpips-0.3": Recipe("an LPIPS weight of 0.3", vae="--lpips-gamma 0.3"),
+    "vae-batch-8": Recipe("the VAE's batch is 8", vae="--batch-size 8", timed=("train-vae",)),
+    "latents-8": Recipe("latents of 8 channels", vae="--model.latent-channels 8", timed=("train-vae", "train-unet")),
     "equivariance": Recipe(
         "a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25", timed=("train-vae",)
     ),

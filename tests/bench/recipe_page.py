@@ -180,18 +180,21 @@ def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 
 
 def measured_on(processor: str, rows: list[dict[str, Any]], about: dict[str, str]) -> list[str]:
-    """The tables of one processor's rows, at the full budget."""
+    """The tables of one processor's rows."""
     parts = [f"## Measured on two cores of: {processor}"]
     whole = [row for row in rows if row["row"] in ("default", "original") and row["samples"] == 2000]
     if whole:
         in_order = sorted(whole, key=lambda row: (row["row"], row["seed"]))
         parts += ["### The whole recipes, 2,000 samples", table(in_order, about)]
-    few = [row for row in rows if row["samples"] == 1000 and row["share"] == 1]
-    single = [row for row in few if row["row"] in about]
-    base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}
-    if base:
-        dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"], row["seed"]))
-        parts += ["### What each choice is worth, 1,000 samples", table(dearest_first, about, base)]
+    few = [row for row in rows if row["samples"] == 1000]
+    for share in sorted({row["share"] for row in few}, reverse=True):
+        single = [row for row in few if row["row"] in about and row["share"] == share]
+        base = {row["seed"]: row["frechet"] for row in single if row["row"] == "default"}
+        if base and {row["row"] for row in single} - {"default", "original"}:
+            budget = f" at {share:.2g} of the budget" if share < 1 else ""
+            dearest_first = sorted(single, key=lambda row: (row["row"] != "default", -row["frechet"], row["seed"]))
+            parts += [f"### What each choice is worth{budget}, 1,000 samples", table(dearest_first, about, base)]
+    few = [row for row in few if row["share"] == 1]
     if floors := [row for row in few if row["row"] in FLOORS]:
         parts += ["### What is left if the U-Net is perfect, 1,000 images", floors_table(floors)]
     if calls := calls_table(few):
