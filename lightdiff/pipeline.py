@@ -45,7 +45,7 @@ N = TypeVar("N", bound=nn.Module)
 Start = Callable[[Denoise, Level, Latents], tuple[Denoise, Latents]]
 """(denoiser, first level, noise) -> (denoiser, x at that level): how sampling begins."""
 EXPORTED = "lightdiff.json"
-DECODED_PIXELS = 64 * 256 * 256  # decoded at a time: 64 images of 256 px
+DECODED_PIXELS = 4 * 256 * 256  # decoded at a time: 4 images of 256 px, 64 of 64 px
 
 
 def levels_for(settings: TrainUNetSettings, sampling: SamplingSettings, strength: float = 1.0) -> list[Level]:
