@@ -12,12 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import typer
 from conftest import UNET_FLAGS, VAE_FLAGS, succeed
 from oracles import GOLDEN
-from PIL import Image
 
 from lightdiff.cli import app
 from lightdiff.data.latents import LatentSet
@@ -57,8 +55,8 @@ WITH_EDITS = {  # what works once the lines of how-lightdiff-is-built.md are wri
     "train-unet --run runs/back --latents runs/demo --objective back --steps 1000",
     "generate --run runs/back",
     "train-vae --data faces --run runs/tv --tv-weight 0.1",
-    "train-vae --data faces.npy --run runs/array --tv-weight 0.1",
-    "encode --run runs/array",
+    "train-vae --data toy.shapes --run runs/shapes --tv-weight 0.1",
+    "encode --run runs/shapes",
     "train-vae --run runs/patches --data photos --settings patches.toml",
     "encode --run runs/patches",
 }
@@ -340,7 +338,7 @@ def edited(package: Path) -> None:
     """Write the page's lines into a copy of the package, at the places that the page names."""
     blocks = [code for _, _, language, code in FENCE.findall(BUILT.read_text(encoding="utf-8")) if language == "python"]
     sampler, sampler_row, name, row, objective, schedule, betas, *others = blocks
-    term, term_row, weight, layout, recognised, labels, source, architecture, architecture_row = others
+    term, term_row, weight, layout, recognised, labels, source, source_row, architecture, architecture_row = others
     put(package / "diffusion/samplers.py", r"^SAMPLERS: .*\n", f"{sampler}\n\n\\g<0>{sampler_row}")
     put(package / "settings.py", r"^SamplerName = .*\n", name)
     put(package / "settings.py", r"^Objective = .*\n", objective)
@@ -349,8 +347,8 @@ def edited(package: Path) -> None:
     put(package / "diffusion/schedules.py", r"^    else:  # auto, .*\n", f"{betas}    else:\n")
     files, layouts = package / "data/files.py", package / "data/layouts.py"
     put(layouts, r"^Layout = .*\n", layout)
-    put(files, r"^from PIL import Image\n", "import numpy as np\nfrom PIL import Image\n")
-    put(files, r"^SOURCES: [^}]*\}\n", rf"\g<0>{source}")
+    put(files, r"^SOURCES: .*\n", rf"\g<0>{source_row}")
+    (package / "extras/data/shapes.py").write_text(source, encoding="utf-8")
     put(layouts, r"^    # Folders such as .*\n", rf"{recognised}\g<0>")
     put(layouts, r"^    \"plain\": .*\n", rf"{labels}\g<0>")
     put(package / "losses.py", r"^TERMS: .*\n", f"{term}\n\n\\g<0>{term_row}")
@@ -364,7 +362,7 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
     package = tmp_path / "lightdiff"
     shutil.copytree(ROOT / "lightdiff", package, ignore=shutil.ignore_patterns("__pycache__"))
     edited(package)
-    new = {"mine", "back", "sine", "class-number", "tv", "tv_weight", ".npy", "r", "{i:06d}", "patches"}
+    new = {"mine", "back", "sine", "class-number", "tv", "tv_weight", ".shapes", "data.shapes:SOURCE", "patches"}
     changed = (
         "diffusion/samplers.py",
         "diffusion/objectives.py",
@@ -383,7 +381,7 @@ def test_the_lines_to_write_keep_what_is_there(tmp_path: Path) -> None:
         texts = {
             w
             for w in words[1]
-            if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", " array", ".patches:"))
+            if any(part in w for part in ("Adams", "[a-z]", "total variation", "neighbouring", ".patches:"))
         }
         assert words[1] - words[0] <= new | {"-"} | texts
 
@@ -395,10 +393,10 @@ def test_everything_of_ones_own_runs_as_written(place: Path, faces: Path) -> Non
     Path("animals").mkdir()
     for number, image in enumerate(sorted(faces.rglob("*.png"))):
         shutil.copy(image, f"animals/{('cat', 'dog')[number % 2]}-{number:04d}.png")
-    np.save("faces.npy", np.stack([np.asarray(Image.open(image)) for image in sorted(faces.rglob("*.png"))]))
     text = BUILT.read_text(encoding="utf-8")
-    (toml,) = [code for _, _, language, code in FENCE.findall(text) if language == "toml"]
-    Path("patches.toml").write_text(toml, encoding="utf-8")
+    for file, language in (("patches.toml", "toml"), ("toy.shapes", "json")):
+        (code,) = [code for _, _, found, code in FENCE.findall(text) if found == language]
+        Path(file).write_text(code, encoding="utf-8")
     page = [words for words in commands(text) if shlex.join(words) in WITH_EDITS]
     assert len(page) == len(WITH_EDITS)
     code = (
@@ -417,8 +415,10 @@ def test_everything_of_ones_own_runs_as_written(place: Path, faces: Path) -> Non
     )
     assert result.returncode == 0, result.stderr
     assert "class-number" in result.stdout
-    assert '"tv": ' in Path("runs/array/vae/metrics.jsonl").read_text()
-    assert len(LatentSet(Path("runs/array/latents")).index) == 24
+    assert '"tv": ' in Path("runs/shapes/vae/metrics.jsonl").read_text()
+    drawn = LatentSet(Path("runs/shapes/latents")).index
+    assert len(drawn) == 60
+    assert {name: set(values) for name, values in drawn.labels.items()} == {"class": {"disc", "square"}}
     assert json.loads(Path("runs/patches/vae/settings.json").read_text())["model"]["patch"] == 2
     assert LatentSet(Path("runs/patches/latents")).index.shape == (4, 8, 8)
     assert Path("runs/back/samples/0001/00001.png").is_file()
