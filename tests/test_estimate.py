@@ -133,11 +133,15 @@ def test_epochs_are_estimated_where_the_images_are_known(cli, faces, run, tmp_pa
     flags.remove("3")
     result = cli("train-vae", "--run", tmp_path / "new", "--data", faces, *flags)
     trained_on = sum(file.split == "train" for file in scan([faces], 0.2))
-    assert f"{round(3 * trained_on / 6)} steps of 6 images take" in result.err, result.err
+    steps = round(3 * trained_on / 6)
+    said = f"{steps} steps of 6 images ({steps * 6 / trained_on:.3g} passes over {trained_on} images) take"
+    assert said in result.err, result.err
     assert "how long an epoch takes" in cli("train-vae", "--run", tmp_path / "new", *flags).err
     flags = [*UNET_FLAGS[:2], *UNET_FLAGS[4:], "--epochs", 3, "--dry-run", "--restart"]
     result = cli("train-unet", "--run", run, *flags)
-    assert f"{round(3 * trained_on / 6)} steps of 6 images take" in result.err, result.err
+    assert said in result.err, result.err
+    del flags[flags.index("--epochs") : flags.index("--epochs") + 2]  # then at most 300 passes
+    assert f"{300 * trained_on // 6} steps of 6 images (300 passes" in cli("train-unet", "--run", run, *flags).err
 
 
 @pytest.mark.parametrize(("steps", "words"), [(30, "90 seconds"), (100, "5 minutes"), (6000, "5 hours")])
@@ -178,7 +182,11 @@ def test_what_a_gpu_will_hold_is_told_without_one(cli, faces, tmp_path):
     assert f"weights {megabytes} MB, their gradients {megabytes} MB" in result.err
     assert f"EMA {megabytes} MB, LPIPS 59 MB" in result.err, "14.7 M parameters of VGG, though none are downloaded"
     assert all(f"{size} GB" in result.err for size in CARDS)
-    assert "no GPU here: nothing is timed" in result.err
+    count = sum(file.split == "train" for file in scan([faces], 0.05))
+    assert f"no GPU here: nothing is timed; {300 * count // 8} steps of 8 images" in result.err
+    flops = float(re.search(r"image: ([\d.]+) GFLOP", result.err)[1]) * 1e9
+    hours = float(re.search(r": ([\d.e-]+) GPU hours", result.err)[1])
+    assert hours == pytest.approx(3 * flops * (300 * count // 8) * 8 / 1e14 / 3600, rel=0.06)  # two digits
     assert "images/s" not in result.err
     leaner = [*flags, "--ema-decay", 0, "--lpips-gamma", 0, "--precision", "fp32", "--dry-run"]
     told = cli("train-vae", "--run", tmp_path / "run", *leaner).err

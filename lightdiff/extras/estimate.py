@@ -19,6 +19,7 @@ from lightdiff.data.loading import ImageBatch
 from lightdiff.data.table import ImageList, ImageTable
 from lightdiff.errors import UserError
 from lightdiff.extras.gpu_memory import activation_bytes, gpu_memory
+from lightdiff.extras.presets import BACKWARD
 from lightdiff.extras.settings_rows import format_duration
 from lightdiff.models.lpips import TRUNKS, cached
 from lightdiff.models.vae import Posterior
@@ -34,6 +35,7 @@ from lightdiff.training.timing import memory_in_use
 WARM_UP, TIMED, MAX_SECONDS = 1, 5, 10.0
 CPU_IMAGES = 4  # in the first timed steps on a CPU, where the whole batch may take minutes
 CPU_SECONDS = 3.0  # a whole batch is timed itself if a step takes less than this
+ASSUMED_SPEED = 1e14  # FLOP/s of a GPU that is not here: a third of the 312 TFLOP/s in bf16 in an A100's data sheet
 
 
 def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
@@ -76,8 +78,12 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
         micro = min(settings.loop.micro, share)
         memory = gpu_memory((whole if absent else settings).resolved(), precision)
         memory.show(console, micro, micro < share, precision)
+    steps, length = length_of(settings)
     if absent:
-        console.print("no GPU here: nothing is timed")
+        an_image = flops.get_total_flops() * (BACKWARD + settings.loop.checkpoint_activations)
+        hours = f"{steps * batch_size * an_image / ASSUMED_SPEED / 3600:.2g} GPU hours at 100 TFLOP/s, without "
+        hours += "LPIPS, " * isinstance(settings, TrainVAESettings) + "data loading and validation"
+        console.print(f"no GPU here: nothing is timed; {length}" + (f": {hours}" if steps else ""), soft_wrap=True)
         return
     peaks: dict[int, int] = {}
 
@@ -92,17 +98,23 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     if not on_gpu and all(peaks.values()):  # which Windows does not tell
         taken = process_memory(peaks, settings.loop.micro) + copy
         console.print(f"memory: {taken / 1e9:.3g} GB, without the processes that load images")
-    count = count_train_images(settings) if settings.loop.epochs else 0
-    if settings.loop.epochs and not count:
-        duration = "how long an epoch takes depends on the number of images"
-    else:
-        steps = settings.loop.total_steps(count)
-        duration = f"{steps} steps of {batch_size} images take {format_duration(steps * seconds)}"
     console.print(
         f"{batch_size / seconds:.3g} images/s on {device.type} in {precision}, without data loading and validation: "
-        + duration,
+        + length
+        + (f" take {format_duration(steps * seconds)}" if steps else ""),
         soft_wrap=True,
     )
+
+
+def length_of(settings: TrainVAESettings | TrainUNetSettings) -> tuple[int, str]:
+    """The optimizer steps of a training, and the same in words; 0 if they are so many epochs of an unknown number."""
+    loop = settings.loop
+    count = count_train_images(settings) if loop.epochs or loop.max_passes else 0
+    if not count and loop.epochs:
+        return 0, "how long an epoch takes depends on the number of images"
+    steps = loop.total_steps(count) if count else loop.steps
+    passes = f" ({steps * loop.batch_size / count:.3g} passes over {count} images)" if count else ""
+    return steps, f"{steps} steps of {loop.batch_size} images{passes}"
 
 
 def batch_seconds(first: int, batch_size: int, time_step: Callable[[int], float], seconds: float) -> float:
