@@ -40,6 +40,7 @@ def following(settings: TrainVAESettings | TrainUNetSettings) -> Layer:
     if isinstance(settings, TrainVAESettings):
         vae = settings.model.resolved(min(settings.images.resolution))
         layer["loss"] = {"kl_beta": KL_BETA * (RATIO * vae.latent_channels / (3 * vae.factor**2))}
+        layer["loop"]["lr"] = 1e-4  # of a network that was published: about what it was trained with
         if isinstance(vae, VAESettings):
             layer["loop"]["lr"] = LR * min(1, VAE_WIDTH / max(vae.encoder_channels[0], vae.decoder_channels[-1]))
     elif isinstance(settings.model, UNetSettings):

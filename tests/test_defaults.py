@@ -50,6 +50,17 @@ def test_the_learning_rate_falls_with_the_width(width: int, lr: float) -> None:
     assert defaults.following(vae)["loop"]["lr"] == pytest.approx(lr)
 
 
+@pytest.mark.parametrize("architecture", ["kl", "original"])
+def test_a_vae_that_was_imported_is_trained_on_at_its_authors_learning_rate(architecture: str) -> None:
+    vae = build(TrainVAESettings, [{"model": {"architecture": architecture}}])  # what --init-from alone says
+    assert defaults.following(vae)["loop"]["lr"] == 1e-4
+
+
+def test_kl_f8_trains_the_u_net_of_base_for_as_long() -> None:
+    base, other = (build(TrainUNetSettings, [preset_layer("unet", name, 256)]) for name in ("base", "kl-f8"))
+    assert other == base
+
+
 @pytest.mark.parametrize(("side", "sides"), [(8, (8,)), (16, (8,)), (32, (16, 8)), (64, (16,)), (128, ())])
 def test_attention_is_at_4_to_8_pixels_and_at_16_below_finer_levels(side: int, sides: tuple[int, ...]) -> None:
     model = TrainUNetSettings().model.resolved(side)
