@@ -76,6 +76,7 @@ DEAD = {"active_share": 0.0, "posterior_std": 0.99, "kl": 0.001, "bits": 0.005}
         (3e-3, {"psnr": 20.1}, [channel()], []),
         (0.0, {"kl": 8.0, "psnr": 30.0}, [], ["no-kl"]),
         (1e-9, {"psnr": 30.0}, [channel(posterior_std=0.001)], ["no-kl"]),
+        (1e-9, {}, [channel(posterior_std=0.001)], []),  # an imported VAE has no metrics
         (1e-4, {"psnr": 30.0}, [channel(posterior_std=0.02)], []),
     ],
 )
