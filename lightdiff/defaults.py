@@ -18,6 +18,7 @@ from lightdiff.settings import (
 )
 
 LR, VAE_WIDTH, UNET_WIDTH = 2e-3, 32, 64  # the learning rate that was measured, and the widths it was measured at
+PUBLISHED_LR = 1e-4  # about what published VAEs of other architectures were trained with
 KL_BETA, RATIO = 3e-3, 12  # the KL weight that was measured, and pixels' numbers a latent's number there
 MAX_PASSES = 300.0  # over the images, where nobody says how many steps
 TIMES = 10  # that a run is validated and saved at least; the warm-up takes at most one of so many parts
@@ -40,9 +41,8 @@ def following(settings: TrainVAESettings | TrainUNetSettings) -> Layer:
     if isinstance(settings, TrainVAESettings):
         vae = settings.model.resolved(min(settings.images.resolution))
         layer["loss"] = {"kl_beta": KL_BETA * (RATIO * vae.latent_channels / (3 * vae.factor**2))}
-        layer["loop"]["lr"] = 1e-4  # of a network that was published: about what it was trained with
-        if isinstance(vae, VAESettings):
-            layer["loop"]["lr"] = LR * min(1, VAE_WIDTH / max(vae.encoder_channels[0], vae.decoder_channels[-1]))
+        ends = (vae.encoder_channels[0], vae.decoder_channels[-1]) if isinstance(vae, VAESettings) else ()
+        layer["loop"]["lr"] = LR * min(1, VAE_WIDTH / max(ends)) if ends else PUBLISHED_LR
     elif isinstance(settings.model, UNetSettings):
         layer["loop"]["lr"] = LR * min(1, UNET_WIDTH / (settings.model.channels or (settings.model.width,))[0])
     return layer
