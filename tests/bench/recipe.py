@@ -88,12 +88,14 @@ class Recipe:
         return replace(self, **more, timed=tuple({*self.timed, *timed}))  # type: ignore[arg-type]
 
 
-def guided(share: str, weight: float) -> Recipe:
-    """The default, guided by its own step file after this share of the steps."""
+def guided(share: str, weight: float, sampler: str = "") -> Recipe:
+    """The default, guided by its own step file after this share of the steps; drawn by another sampler in 20 steps."""
     about = (
         f"guided by the U-Net after a {share} of its steps" if share != "half" else "guided by that after half of them"
     )
-    return Recipe(f"{about}, weight {weight:g}", generate=f"--guide-with step-{{{share}}} --guidance {weight:g}")
+    drawn, flags = (f", by {sampler}", f" --sampler {sampler} --num-steps 20") if sampler else ("", "")
+    how = f"--guide-with step-{{{share}}} --guidance {weight:g}{flags}"
+    return Recipe(f"{about}, weight {weight:g}{drawn}", generate=how)
 
 
 EMAS = "--ema-decay 0.9999,0.99"
@@ -130,6 +132,8 @@ ROWS: dict[str, Recipe] = {
     "ema-0.99": Recipe("weights averaged over some 100 steps", unet=EMAS, generate="--ema 0.99"),
     "autoguidance-tenth-1.5": guided("tenth", 1.5),
     "autoguidance-tenth-2": guided("tenth", 2),
+    "autoguidance-tenth-2-ddpm": guided("tenth", 2, "ddpm"),
+    "autoguidance-tenth-2.5-ddpm": guided("tenth", 2.5, "ddpm"),
     "autoguidance-fifth-1.5": guided("fifth", 1.5),
     "autoguidance-fifth-2": guided("fifth", 2),
     "autoguidance-fifth-3": guided("fifth", 3),
@@ -153,6 +157,7 @@ ROWS: dict[str, Recipe] = {
     "equivariance": Recipe(
         "a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25", timed=("train-vae",)
     ),
+    "sampler-ddpm": Recipe("drawn by ddpm, 20 steps", generate="--sampler ddpm --num-steps 20"),
     "sampler-ddim": Recipe("drawn by ddim, 50 steps", generate="--sampler ddim --num-steps 50"),
 }
 CALLS: dict[str, Recipe] = {  # quality against the number of calls of the network
