@@ -410,7 +410,7 @@ def test_everything_of_ones_own_runs_as_written(place: Path, faces: Path) -> Non
         env={**os.environ, "PYTHONPATH": str(place)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr

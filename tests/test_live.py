@@ -142,9 +142,9 @@ def test_a_browser_follows_a_training(faces, tmp_path):
                 assert view.locator("#news").inner_text().startswith("live: as of")
             finally:
                 training.send_signal(signal.SIGINT)
-                ended = training.wait(timeout=300)
+                ended = training.wait(timeout=900)
             report.send_signal(signal.SIGINT)
-            assert report.wait(timeout=300) == 0
+            assert report.wait(timeout=900) == 0
             view.locator("#news", has_text="not live just now").wait_for()
             browser.close()
     finally:
