@@ -9,6 +9,7 @@ from conftest import call
 from parsing import dry
 
 from lightdiff import options
+from lightdiff.extras.gpu_memory import gpu_memory
 from lightdiff.models.vae import VAE
 from lightdiff.options import PRESETS, build, preset_layer
 from lightdiff.settings import Settings, TrainUNetSettings, TrainVAESettings, UNetSettings, VAESettings
@@ -26,6 +27,20 @@ def test_presets_build(name: str, resolution: int) -> None:
     assert network == network.resolved(resolution)
     side = resolution // network.factor
     assert len(unet.model.resolved(side).channels) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("name", ["base-s", "base", "base-l", "kl-f8", "original"])
+def test_presets_for_a_gpu_fit_into_24_gb(name: str, side: int) -> None:
+    """LPIPS is told by its published size; the U-Net works on the latents of the preset's VAE."""
+    vae = build(TrainVAESettings, [preset_layer("vae", name, side), {"images": {"resolution": side}}]).resolved()
+    of_latent = {"channels": vae.model.latent_channels, "height": side // vae.model.factor}
+    latent = {"latent": of_latent | {"width": side // vae.model.factor}}
+    unet = build(TrainUNetSettings, [preset_layer("unet", name, side), latent]).resolved()
+    for settings in (vae, unet):
+        memory, micro = gpu_memory(settings, "bf16"), settings.loop.micro
+        assert memory.total(micro, several=micro < settings.loop.batch_size) < 24e9, type(settings).__name__
 
 
 def test_there_is_no_other_preset() -> None:
