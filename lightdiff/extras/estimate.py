@@ -45,12 +45,12 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     asked = settings.loop.precision
     precision = pick_precision("bf16" if absent and asked == "auto" else asked, device)
     batch_size = settings.loop.batch_size
-    whole, settings = settings, without_lpips(settings) if absent else without_missing_lpips(settings)
+    settings = settings if absent else without_missing_lpips(settings)
 
     def prepare(size: int, device: torch.device = device) -> tuple[Trainer, Any, tuple[Tensor, ...]]:
         micro = min(settings.loop.micro, size)
         loop = with_changes(settings.loop, precision=precision, compile="off", batch_size=size, micro_batch=micro)
-        s = with_changes(settings if device.type != "meta" else without_lpips(settings), loop=loop)
+        s = with_changes(without_lpips(settings) if device.type == "meta" else settings, loop=loop)
         name = "vae" if isinstance(s, TrainVAESettings) else "unet"
         stage: Stage[Any] = Stage(name, s.resolved(), device, Processes(), Path(), total_steps=1000)
         task, batch, inputs = random_images(stage) if name == "vae" else random_latents(stage)
@@ -76,7 +76,7 @@ def estimate(settings: TrainVAESettings | TrainUNetSettings) -> None:
     if on_gpu:
         share = -(-batch_size // settings.job.nproc_per_node)  # of a GPU
         micro = min(settings.loop.micro, share)
-        memory = gpu_memory((whole if absent else settings).resolved(), precision)
+        memory = gpu_memory(settings.resolved(), precision)
         memory.show(console, micro, micro < share, precision)
     steps, length = length_of(settings)
     if absent:
