@@ -123,6 +123,14 @@ ROWS: dict[str, Recipe] = {
     "unet-wider": Recipe("U-Net of width 96", unet="--model.width 96", timed=("train-unet",)),
     "unet-batch-16": Recipe("the U-Net's batch is 16", unet="--batch-size 16", timed=("train-unet",)),
     "unet-lr-4e-3": Recipe("twice the learning rate for the U-Net", unet="--lr 4e-3"),
+    "unet-convnext": Recipe(
+        "ConvNeXt blocks in the U-Net", unet="--settings tests/bench/convnext.toml", timed=("train-unet",)
+    ),
+    "unet-diffusers": Recipe(
+        "the U-Net's blocks joined as diffusers joins them",
+        unet="--settings tests/bench/diffusers.toml",
+        timed=("train-unet",),
+    ),
     "no-attention": Recipe(
         "no attention in the U-Net",
         unet="--model.attend-levels none --model.mid-attention off",
@@ -181,7 +189,7 @@ def call(words: list[object]) -> tuple[str, float]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, *map(str, words)], stdout=said, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, *map(str, words)], stdout=said, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
         )
         _, status, used = os.wait4(process.pid, 0)  # unlike getrusage, of this child alone
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -193,8 +201,8 @@ def call(words: list[object]) -> tuple[str, float]:
 
 
 def lightdiff(*words: object) -> float:
-    """Run a command of lightdiff and return its processor time."""
-    return call(["-m", "lightdiff", *words])[1]
+    """Run a command of lightdiff, which knows the U-Nets of `networks`, too; its processor time."""
+    return call(["-m", "tests.bench.networks", *words])[1]
 
 
 @dataclass(frozen=True)
