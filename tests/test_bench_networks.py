@@ -1,14 +1,30 @@
 """The further U-Nets of the recipe's rows."""
 
+import tomllib
 from collections import Counter
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from lightdiff.settings import UNetSettings
+from lightdiff.architectures import UNetArchitecture
+from lightdiff.diffusion.objectives import target
+from lightdiff.diffusion.schedules import Schedule
+from lightdiff.models.unet import UNet, build_unet
+from lightdiff.settings import ScheduleSettings, UNetSettings
+from lightdiff.stages.train_unet import UNetTask
 from tests.bench import networks
-from tests.bench.networks import ConvNeXtBlock, ConvNeXtUNet, DiffusersUNet, ResponseNorm
+from tests.bench.networks import (
+    ConvNeXtBlock,
+    ConvNeXtUNet,
+    DiffusersUNet,
+    PairedSettings,
+    ResponseNorm,
+    X0UNet,
+    paired,
+)
 
 SETTINGS = UNetSettings(channels=(32, 32, 64), attend_levels=(1,), time_dim=32)
 
@@ -58,11 +74,38 @@ def test_responses_are_normalised_as_in_convnext_v2():
     torch.testing.assert_close(norm(x), wanted)
 
 
+def test_a_network_that_is_right_about_x0_is_right_about_the_velocity(monkeypatch):
+    schedule = Schedule.of(ScheduleSettings(schedule="flow"))
+    x0, eps = torch.randn(2, 3, 4, 16, 16)
+    t = torch.tensor([60, 400, 999])
+    unet = X0UNet(SETTINGS, 4)
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, label: x0)
+    velocity = unet(schedule.q_sample(x0, eps, t).float(), t)
+    torch.testing.assert_close(velocity, target("flow", x0, eps, *schedule.at(t)).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_paired_so_that_distances_are_least():
+    rng = torch.Generator().manual_seed(0)
+    drawn = {"x0": torch.randn(5, 1, 2, 2, generator=rng), "eps": torch.randn(5, 1, 2, 2, generator=rng)}
+
+    def summed(order):
+        return (drawn["x0"] - drawn["eps"][list(order)]).square().sum().item()
+
+    for model, least in ((PairedSettings(), True), (UNetSettings(), False)):
+        task = SimpleNamespace(settings=SimpleNamespace(model=model))
+        found = paired(lambda task, batch, rng: dict(drawn))(task, None, rng)
+        order = [[torch.equal(e, other) for other in drawn["eps"]].index(True) for e in found["eps"]]
+        assert sorted(order) == list(range(5))
+        assert (summed(order) == min(map(summed, permutations(range(5))))) == least
+
+
 def test_a_settings_file_chooses_them(monkeypatch):
-    kinds = dict(UNetSettings.ARCHITECTURES)
-    monkeypatch.setattr(networks.UNetArchitecture, "ARCHITECTURES", kinds)
+    monkeypatch.setattr(UNetArchitecture, "ARCHITECTURES", dict(UNetSettings.ARCHITECTURES))
+    monkeypatch.setattr(UNetTask, "prepare", UNetTask.prepare)
     networks.register()
-    for name, network in {"convnext": ConvNeXtUNet, "diffusers": DiffusersUNet}.items():
-        settings = networks.UNetArchitecture.model_validate({"architecture": name})
-        assert settings.NETWORK == f"tests.bench.networks:{network.__name__}"
-        assert issubclass(network, nn.Module)
+    files = sorted((Path(networks.__file__).parent / "unets").glob("*.toml"))
+    assert [file.stem for file in files] == sorted(networks.KINDS)
+    for file in files:
+        settings = UNetArchitecture.model_validate(tomllib.loads(file.read_text())["model"])
+        assert type(settings) is networks.KINDS[file.stem]
+        assert build_unet(settings.resolved(16), 4)(torch.randn(1, 4, 16, 16), torch.ones(1)).shape == (1, 4, 16, 16)

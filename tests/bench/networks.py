@@ -1,14 +1,17 @@
-"""lightdiff with two further U-Nets, for rows of the recipe: `python -m tests.bench.networks COMMAND ...`.
+"""lightdiff with further U-Nets, for rows of the recipe: `python -m tests.bench.networks COMMAND ...`.
 
-They differ from the default by one choice each: `convnext` by its block, `diffusers` by what its skip connections join.
-A settings file chooses one, `tests/bench/convnext.toml` or `tests/bench/diffusers.toml`.
+They differ from the default by one choice each: `convnext` by its block, `diffusers` by what its skip connections join,
+`x0` by what the network predicts where its loss is the velocity's, `paired` by the noise that each latent is mixed
+with. A settings file of `tests/bench/unets` chooses one.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from lightdiff.architectures import UNetArchitecture
@@ -16,9 +19,12 @@ from lightdiff.models.layers import Downsample, PixelNorm, Time, Upsample
 from lightdiff.models.unet import UNet, UNetBlock
 from lightdiff.settings import UNetSettings
 from lightdiff.shapes import Float
+from lightdiff.stages.train_unet import UNetTask
+from lightdiff.training.loop import Tensors
 
 EXPANSION = 4  # of a ConvNeXt block's width between its two linear maps
 KERNEL = 7
+LEVELS = 1000  # of the default's noise schedule
 
 
 class ConvNeXtSettings(UNetSettings):
@@ -35,6 +41,20 @@ class DiffusersSettings(UNetSettings):
     NETWORK: ClassVar = "tests.bench.networks:DiffusersUNet"
 
     architecture: Literal["diffusers"] = "diffusers"  # type: ignore[assignment]
+
+
+class X0Settings(UNetSettings):
+    """Settings of the U-Net that predicts x0."""
+
+    NETWORK: ClassVar = "tests.bench.networks:X0UNet"
+
+    architecture: Literal["x0"] = "x0"  # type: ignore[assignment]
+
+
+class PairedSettings(UNetSettings):
+    """Settings of the default's U-Net, trained with noise that is paired with the latents of its batch."""
+
+    architecture: Literal["paired"] = "paired"  # type: ignore[assignment]
 
 
 class Depthwise(nn.Module):
@@ -153,10 +173,42 @@ class DiffusersUNet(UNet):
         return out
 
 
+class X0UNet(UNet):
+    """Predicts x0; says the velocity (x_t - x0) / sigma, whose loss is then one of x0 weighted by 1 / sigma^2.
+
+    Of rectified flow with 1,000 levels; sigma is at least 0.05, as in JiT (Li & He 2025, arXiv:2511.13720).
+    """
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict the velocity, in float32."""
+        sigma = ((t.float() + 1) / LEVELS).clamp(min=0.05)[:, None, None, None]
+        return (x - super().forward(x, t, label)) / sigma
+
+
+def paired(prepare: Callable[[UNetTask, Any, torch.Generator], Tensors]) -> Callable[..., Tensors]:
+    """Prepare a batch as before, then give each latent the noise that makes all distances least, where that is asked.
+
+    Minibatch optimal transport: Tong et al. 2024, arXiv:2302.00482, algorithm 4; Pooladian et al. 2023.
+    """
+
+    def prepare_and_pair(task: UNetTask, batch: Any, rng: torch.Generator) -> Tensors:
+        drawn = prepare(task, batch, rng)
+        if isinstance(task.settings.model, PairedSettings):
+            distances = torch.cdist(drawn["x0"].flatten(1), drawn["eps"].flatten(1)).square()
+            drawn["eps"] = drawn["eps"][torch.from_numpy(linear_sum_assignment(distances.numpy())[1])]
+        return drawn
+
+    return prepare_and_pair
+
+
+KINDS = {"convnext": ConvNeXtSettings, "diffusers": DiffusersSettings, "x0": X0Settings, "paired": PairedSettings}
+
+
 def register() -> None:
     """Let settings choose them."""
     kinds: Any = UNetArchitecture.ARCHITECTURES
-    kinds |= {"convnext": f"{__name__}:ConvNeXtSettings", "diffusers": f"{__name__}:DiffusersSettings"}
+    kinds |= {name: f"{__name__}:{settings.__name__}" for name, settings in KINDS.items()}
+    UNetTask.prepare = paired(UNetTask.prepare)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

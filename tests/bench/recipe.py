@@ -124,12 +124,16 @@ ROWS: dict[str, Recipe] = {
     "unet-batch-16": Recipe("the U-Net's batch is 16", unet="--batch-size 16", timed=("train-unet",)),
     "unet-lr-4e-3": Recipe("twice the learning rate for the U-Net", unet="--lr 4e-3"),
     "unet-convnext": Recipe(
-        "ConvNeXt blocks in the U-Net", unet="--settings tests/bench/convnext.toml", timed=("train-unet",)
+        "ConvNeXt blocks in the U-Net", unet="--settings tests/bench/unets/convnext.toml", timed=("train-unet",)
     ),
     "unet-diffusers": Recipe(
         "the U-Net's blocks joined as diffusers joins them",
-        unet="--settings tests/bench/diffusers.toml",
+        unet="--settings tests/bench/unets/diffusers.toml",
         timed=("train-unet",),
+    ),
+    "unet-x0": Recipe("the U-Net predicts x0, with the velocity's loss", unet="--settings tests/bench/unets/x0.toml"),
+    "noise-paired": Recipe(
+        "noise paired with the batch's latents by optimal transport", unet="--settings tests/bench/unets/paired.toml"
     ),
     "no-attention": Recipe(
         "no attention in the U-Net",
