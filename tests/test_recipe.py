@@ -31,12 +31,13 @@ def test_every_row_says_something_that_the_command_line_understands(name):
         usual, said = parsed(stage, ""), parsed(stage, getattr(row, part))
         changed += sum(said[setting] != usual[setting] for setting in usual)
     unchanged = ("default", "photographs", "decoded-mu", "decoded-draws")
+    changed += row.vae_seconds != recipe.SECONDS["train-vae"]
     assert bool(changed) == (name not in unchanged)
     assert row.about
 
 
 def test_no_two_rows_are_the_same():
-    assert len({row.flags for row in recipe.ROWS.values()}) == len(recipe.ROWS)
+    assert len({(row.flags, row.vae_seconds) for row in recipe.ROWS.values()}) == len(recipe.ROWS)
 
 
 def test_processor_time_is_that_of_the_process_and_those_it_waited_for():
@@ -101,6 +102,24 @@ def test_the_default_is_trained_first_whatever_is_asked_for(monkeypatch, tmp_pat
     default, other = (training(work.home("vae", name), name) for name in ("default", "other"))
     assert work.trained(other, default, 1, None) == work.trained(default, default, 1, None)
     assert clock.asked[-1] == ("other", 1786)
+
+
+def test_a_budget_may_be_divided_otherwise(monkeypatch, tmp_path):
+    shares = {}
+
+    def trained(work, training, budgeted, share, cost):
+        shares[training.stage] = share
+        return 1, 1.0
+
+    monkeypatch.setattr(recipe.Work, "trained", trained)
+    for name in ("encoded", "draw", "first"):
+        monkeypatch.setattr(recipe, name, lambda *arguments: tmp_path)
+    monkeypatch.setattr(recipe, "trained_networks", lambda *networks: {})
+    monkeypatch.setattr(recipe.Work, "distance", lambda *arguments: 0.5)
+    for vae, unet in ((600, 1800), (900, 1500), (1200, 1200)):
+        row = recipe.Recipe("", vae_seconds=vae)
+        recipe.measure("row", row, 0, [1000], 0.5, recipe.Work(tmp_path))
+        assert shares == pytest.approx({"train-vae": 0.5 * vae / 900, "train-unet": 0.5 * unet / 1500})
 
 
 def test_what_is_tried_out_is_timed():

@@ -75,6 +75,7 @@ class Recipe:
     unet: str = ""
     generate: str = ""
     timed: tuple[Stage, ...] = ()  # whose steps cost other than the default's
+    vae_seconds: float = SECONDS["train-vae"]  # of the whole budget, before its share; the U-Net gets the rest
 
     @property
     def flags(self) -> str:
@@ -165,6 +166,13 @@ ROWS: dict[str, Recipe] = {
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
     "lpips-0.3": Recipe("an LPIPS weight of 0.3", vae="--lpips-gamma 0.3"),
     "vae-batch-8": Recipe("the VAE's batch is 8", vae="--batch-size 8", timed=("train-vae",)),
+    "vae-encoder": Recipe(
+        "two blocks a level in the encoder, one in the decoder",
+        vae="--model.encoder-blocks 2 --model.decoder-blocks 1",
+        timed=("train-vae",),
+    ),
+    "vae-shorter": Recipe("600 s for the VAE, 1,800 s for the U-Net", vae_seconds=600),
+    "vae-longer": Recipe("1,200 s for each", vae_seconds=1200),
     "latents-8": Recipe("latents of 8 channels", vae="--model.latent-channels 8", timed=("train-vae", "train-unet")),
     "equivariance": Recipe(
         "a quarter of the steps decode shrunk and turned latents", vae="--equivariance 0.25", timed=("train-vae",)
@@ -310,16 +318,18 @@ def relative_cost(training: Training, other: Training) -> float:
 def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
     """Train both networks of a recipe, draw, and judge: a row for each number of samples."""
     default = ROWS["default"]
-    vae = vae_training(recipe, seed, share, work)
+    vae_share = share * (recipe.vae_seconds / SECONDS["train-vae"])
+    unet_share = share * ((sum(SECONDS.values()) - recipe.vae_seconds) / SECONDS["train-unet"])
+    vae = vae_training(recipe, seed, vae_share, work)
     budgeted = vae_training(default, 0, 1.0, work)
     cost = work.home("cost", "vae", recipe.vae) if "train-vae" in recipe.timed else None
-    vae_steps, vae_cpu = work.trained(vae, budgeted, share, cost)
+    vae_steps, vae_cpu = work.trained(vae, budgeted, vae_share, cost)
 
     latents = encoded(recipe, vae, work)
-    unet = unet_training(recipe, latents, seed, share, work)
+    unet = unet_training(recipe, latents, seed, unet_share, work)
     budgeted = unet_training(default, encoded(default, budgeted, work), 0, 1.0, work)
     cost = work.home("cost", "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else None
-    unet_steps, unet_cpu = work.trained(unet, budgeted, share, cost)
+    unet_steps, unet_cpu = work.trained(unet, budgeted, unet_share, cost)
 
     drawn = draw(recipe, unet, unet_steps, latents, seed, max(samples), work)
     row = {"row": name, "seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": recipe.flags}
