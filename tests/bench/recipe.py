@@ -164,6 +164,7 @@ ROWS: dict[str, Recipe] = {
     "vae-adamw": Recipe("AdamW for the VAE, lr 1e-3", vae="--optimizer adamw --lr 1e-3", timed=("train-vae",)),
     "kl-1e-3": Recipe("a KL weight of 1e-3, as the original's", vae="--kl-beta 1e-3"),
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
+    "kl-1e-2-guided": replace(guided("tenth", 2, "ddpm"), about="the same, guided, by ddpm", vae="--kl-beta 1e-2"),
     "lpips-0.3": Recipe("an LPIPS weight of 0.3", vae="--lpips-gamma 0.3"),
     "vae-batch-8": Recipe("the VAE's batch is 8", vae="--batch-size 8", timed=("train-vae",)),
     "vae-encoder": Recipe(
