@@ -23,6 +23,7 @@ FLOORS = {  # rows without a U-Net: what is left of the distance if all that fol
     "decoded-by-equivariance": "from mu, by the VAE of `equivariance`",
     "decoded-by-vae-original": "from mu, by the VAE of `vae-original`",
     "decoded-by-kl-1e-3": "from mu, by the VAE of `kl-1e-3`",
+    "decoded-by-kl-1e-2": "from mu, by the VAE of `kl-1e-2`",
 }
 INTRODUCTION = """\
 # The recipe, measured
