@@ -82,6 +82,7 @@ def test_a_budget_buys_the_default_steps_and_all_others_as_many_of_the_same_cost
     default = training(work.home("vae", "default"), "default")
     assert work.trained(default, default, 1, None) == (1786, 900)
     assert clock.asked == [*(("default", n) for n in recipe.TRIALS), ("default", 1786)]
+    assert not [path for path in default.run.iterdir() if path.is_dir()], "short runs leave nothing behind"
     clock.slow = 2.0
     other, cheap = (training(work.home("vae", name), name) for name in ("other", "cheap"))
     assert work.trained(other, default, 1, None) == (1786, 1800)

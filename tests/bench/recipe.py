@@ -238,6 +238,11 @@ class Training:
         ]  # a step file after each tenth, to guide with
         return lightdiff(*words, "--run", run or self.run, "--steps", steps)
 
+    def tried(self, steps: int) -> float:
+        """The processor time of a short run, which leaves nothing behind."""
+        with tempfile.TemporaryDirectory(dir=self.run) as folder:
+            return self.train(steps, Path(folder))
+
 
 class Work:
     """The folder of runs: each result is made once, in a folder named after the settings it was made with."""
@@ -299,7 +304,7 @@ class Work:
 
 def steps_within(training: Training) -> int:
     """Number of steps within the budget; two short runs give the time of a start and of a step."""
-    few, more = (training.train(n, training.run / "trial") for n in TRIALS)
+    few, more = (training.tried(n) for n in TRIALS)
     step = (more - few) / (TRIALS[1] - TRIALS[0])
     return int((SECONDS[training.stage] * training.share - (few - TRIALS[0] * step)) / step)
 
@@ -308,10 +313,7 @@ def relative_cost(training: Training, other: Training) -> float:
     """The time of a step over the other's: short runs of both in turn, as the machine's load changes."""
     ratios = []
     for _ in range(TURNS):
-        few, more = (
-            [each.train(steps, training.run / f"trial-{i}") for i, each in enumerate((training, other))]
-            for steps in TRIALS
-        )
+        few, more = ([each.tried(steps) for each in (training, other)] for steps in TRIALS)
         ratios.append((more[0] - few[0]) / (more[1] - few[1]))
     return median(ratios)
 
