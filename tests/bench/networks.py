@@ -11,11 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from lightdiff.architectures import UNetArchitecture
-from lightdiff.models.layers import Downsample, PixelNorm, Time, Upsample
+from lightdiff.models.layers import Downsample, PixelNorm, Time, Upsample, at_least_float32
 from lightdiff.models.unet import UNet, UNetBlock
 from lightdiff.settings import UNetSettings
 from lightdiff.shapes import Float
@@ -169,8 +168,7 @@ class DiffusersUNet(UNet):
             for block in blocks:
                 h = block(torch.cat([h, kept.pop()], dim=1), time)
             h = double(h)
-        out: Tensor = self.out(F.silu(self.norm(h))).float()
-        return out
+        return at_least_float32(self.out(F.silu(self.norm(h))))
 
 
 class X0UNet(UNet):
@@ -194,6 +192,8 @@ def paired(prepare: Callable[[UNetTask, Any, torch.Generator], Tensors]) -> Call
     def prepare_and_pair(task: UNetTask, batch: Any, rng: torch.Generator) -> Tensors:
         drawn = prepare(task, batch, rng)
         if isinstance(task.settings.model, PairedSettings):
+            from scipy.optimize import linear_sum_assignment
+
             distances = torch.cdist(drawn["x0"].flatten(1), drawn["eps"].flatten(1)).square()
             drawn["eps"] = drawn["eps"][torch.from_numpy(linear_sum_assignment(distances.numpy())[1])]
         return drawn
@@ -213,7 +213,7 @@ def register() -> None:
 
 if __name__ == "__main__":
     from lightdiff.cli import main
-    from tests.bench import networks
+    from tests.bench import networks  # not __main__, whose classes would be others than those that settings name
 
     networks.register()
     main()
