@@ -153,7 +153,8 @@ class Pipeline:
             UserError: If one is missing, damaged, or they do not belong together.
         """
         if str(run).startswith("hf://") or (Path(run) / EXPORTED).is_file():
-            exported: Pipeline = on_demand("export.folder:load_exported")(str(run), device, precision)
+            others = {"unet": unet, "vae": vae, "ema": ema, "guide_with": guide_with}
+            exported: Pipeline = on_demand("export.folder:load_exported")(str(run), device, precision, others)
             return exported
         if unet is None and Path(run).is_file():
             unet, run = Path(run), Path(run).absolute().parents[2]

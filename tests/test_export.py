@@ -18,6 +18,7 @@ from lightdiff.extras.export.bundle import bundle
 from lightdiff.extras.export.folder import TEMPLATES, about, write_diffusers, write_json, write_plain
 from lightdiff.extras.import_vae import import_model
 from lightdiff.pipeline import EXPORTED, Pipeline
+from lightdiff.settings import EARLY, SamplingSettings, with_changes
 
 WITHOUT_LIGHTDIFF = """
 import sys
@@ -135,6 +136,57 @@ def test_a_run_is_exported_with_a_model_card(run: Path, tmp_path: Path) -> None:
     assert (again.code, "is there already: choose another folder" in again.err) == (2, True)
     other = call("export", "--run", trained, "--to", "safetensors", tmp_path / "b", "--license", "GPL: v3")
     assert (other.code, "--license GPL: v3: give its short name" in other.err) == (2, True)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "diffusers"])
+def test_the_worse_unet_of_autoguidance_is_exported(copy: Path, tmp_path: Path, to: str) -> None:
+    out, narrow = tmp_path / "out", tmp_path / "narrow"
+    smaller = ("--model.width", 8, "--model.blocks", 2, "--model.time-dim", 8, "--steps", 2, "--val-every", 0)
+    succeed("train-unet", "--run", narrow, "--latents", copy, *smaller)
+    succeed("export", out, "--run", copy, "--to", to, "--samples", 0, "--guide-with", narrow)
+    guided = SamplingSettings(num_steps=4, guidance=2.0)
+    own = Pipeline.load(copy, device="cpu", guide_with=narrow)
+    exported = Pipeline.load(out, device="cpu", guide_with=EARLY)
+    drawn = own.sample(2, 1, guided)
+    assert torch.equal(drawn, exported.sample(2, 1, guided))
+    assert not torch.equal(drawn, exported.sample(2, 1, with_changes(guided, guidance=1.0)))
+    assert Pipeline.load(out, device="cpu").weak is None
+    words = "guidance=2.0" if to == "diffusers" else 'guide_with=Path("early")'
+    assert words in (out / "README.md").read_text()
+
+
+def test_an_exported_folder_holds_one_model(copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("export", out, "--run", copy, "--to", "safetensors", "--samples", 0)
+    for choice in ({"ema": 0.0}, {"unet": copy}, {"vae": copy}, {"guide_with": Path("step-2")}):
+        with pytest.raises(UserError, match="which holds one model"):
+            Pipeline.load(out, device="cpu", **choice)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="was exported without a worse U-Net"):
+        Pipeline.load(out, device="cpu", guide_with=EARLY)
+    again = call("export", tmp_path / "again", "--run", out, "--to", "onnx", "--guide-with", "early")
+    assert (again.code, "export the run that it was made of" in " ".join(again.err.split())) == (2, True)
+
+
+@pytest.mark.reference
+def test_diffusers_guides_with_the_worse_unet(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    succeed(
+        "export", tmp_path / "model", "--run", finished, "--to", "diffusers", "--samples", 0, "--guide-with", "step-2"
+    )
+    code = """
+pipe = DiffusionPipeline.from_pretrained(f"{sys.argv[1]}/model", trust_remote_code=True)
+asked = {"num_steps": 4, "output_type": "pt", "num_images": 3, "seed": 5}
+found = [pipe(**asked, guidance=2.0, guidance_interval=(0.2, 1.0)).images, pipe(**asked).images]
+pipe.save_pretrained(f"{sys.argv[1]}/again")
+torch.save(found, f"{sys.argv[1]}/found.pt")
+"""
+    run_alone(code, tmp_path)
+    own = Pipeline.load(finished, device="cpu", guide_with=Path("step-2"))
+    how = SamplingSettings(num_steps=4, guidance=2.0, guidance_interval=(0.2, 1.0))
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for images, asked in zip(found, (how, SamplingSettings(num_steps=4)), strict=True):
+        assert float((images - own.decode(own.sample(3, 5, asked))).abs().max()) < 1e-4
+    assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
 def test_a_checkpoint_names_its_run(trained: Path) -> None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.onnx and onnxscrip
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Path]:
     """A model with classes, and its files."""
     model, folder = random_pipeline("kl"), tmp_path_factory.mktemp("onnx")
+    model.weak = random_pipeline("kl", "original").unet
     write_onnx(model, folder)
     return model, folder
 
@@ -31,11 +32,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Path]:
 def test_equal_at_other_sizes(exported: tuple[Pipeline, Path]) -> None:
     model, folder = exported
     run = {
-        name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("unet", "vae_decoder", "vae_encoder")
+        name: onnxruntime.InferenceSession(folder / f"{name}.onnx")
+        for name in ("unet", "guide", "vae_decoder", "vae_encoder")
     }
     x, t, label = torch.randn(3, 4, 16, 12), torch.tensor([0.0, 500.5, 999.0]), torch.tensor([0, 3, 1])
-    (found,) = run["unet"].run(None, {"x": x.numpy(), "t": t.numpy(), "label": label.numpy()})
-    np.testing.assert_allclose(found, model.unet(x, t, label), atol=1e-4)
+    assert model.weak is not None
+    for name, unet in (("unet", model.unet), ("guide", model.weak)):
+        (found,) = run[name].run(None, {"x": x.numpy(), "t": t.numpy(), "label": label.numpy()})
+        np.testing.assert_allclose(found, unet(x, t, label), atol=1e-4)
     (image,) = run["vae_decoder"].run(None, {"z": x.numpy()})
     np.testing.assert_allclose(image, model.vae.decoder(x), atol=1e-4)
     mu, logvar = run["vae_encoder"].run(None, {"image": image})

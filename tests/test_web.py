@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from exported import random_pipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightdiff.data.order import item_noise
 from lightdiff.diffusion.objectives import Guidance, denoiser
@@ -57,15 +57,15 @@ def test_noise_is_that_of_generate(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(found), wanted, atol=2e-6, rtol=1e-5)
 
 
-def network(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+def network(x: Tensor, t: Tensor, label: Tensor | None = None, size: float = 0.4) -> Tensor:
     """What stands for a U-Net, here and in JavaScript."""
     known = 0 if label is None else label[:, None, None, None]
-    return 0.4 * torch.tanh(x) * torch.cos(t / 700)[:, None, None, None] + 0.1 * known
+    return size * torch.tanh(x) * torch.cos(t / 700)[:, None, None, None] + 0.1 * known
 
 
 CODE = """
-const predict = async (latents, t, labels) => latents.map((x, i) =>
-  x.map((value) => 0.4 * Math.tanh(value) * Math.cos(t / 700) + 0.1 * (labels ? labels[i] : 0)));
+const predict = async (latents, t, labels, worse) => latents.map((x, i) =>
+  x.map((value) => (worse ? 0.3 : 0.4) * Math.tanh(value) * Math.cos(t / 700) + 0.1 * (labels ? labels[i] : 0)));
 const found = [];
 for (const how of given.hows) {
   const way = d.sample(given.models[how.model], predict, how, d.noise(64, how.seed, "start", 0));
@@ -85,12 +85,14 @@ console.log(JSON.stringify(found));
 def test_levels_and_samplers_are_those_of_the_library(tmp_path: Path) -> None:
     targets: dict[str, dict[str, Any]] = {"flow": {}, "eps": {"objective": "eps"}, "v": {"objective": "v"}}
     models = {name: random_pipeline(**target) for name, target in targets.items()}
+    worse = functools.partial(network, size=0.3)
+    models["v"].weak = nn.Identity()  # the page's settings say only that there is one
     hows = [
         {"model": m, "sampler": s, "spacing": p, "steps": n, "seed": "3", "label": label, "guidance": g, "interval": i}
         for m in models
         for s in ("dpm++2m", "ddim", "ddpm", "heun")
         for p, n in zip(SPACINGS, (7, 4, 9, 1), strict=True)
-        for label, g, i in ((None, 1, [0, 1]), (1, 2.5, [0.2, 0.8]))
+        for label, g, i in ((None, 1, [0, 1]), (1, 2.5, [0.2, 0.8]), (None, 2, [0.1, 0.9]))
     ]
     for found, how in zip(
         in_node(CODE, tmp_path, hows=hows, models={n: page_settings(m) for n, m in models.items()}), hows, strict=True
@@ -104,7 +106,9 @@ def test_levels_and_samplers_are_those_of_the_library(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs, torch.tensor(levels, dtype=torch.float64), atol=1e-5, rtol=1e-5)
         first, last = (share * s.noise.timesteps - 1 for share in how["interval"])  # type: ignore[union-attr]
         label = how["label"]
-        guide = None if label is None else Guidance(torch.tensor([label]), 3, how["guidance"], first, last)  # type: ignore[arg-type]
+        known = None if label is None else torch.tensor([label])
+        weak = worse if known is None and how["model"] == "v" else None
+        guide = Guidance(known, 3, how["guidance"], first, last, weak) if label is not None or weak else None  # type: ignore[arg-type]
         denoise = denoiser(network, s.target.objective, 0.0, guide)
         x = math.hypot(levels[0].alpha, levels[0].sigma) * item_noise((4, 4, 4), [0], 3, "start")
         wanted = SAMPLERS[sampling.sampler](

@@ -204,10 +204,13 @@ def export_model(
         Path | None, option(help="folder of npm's onnxruntime-web, to be put beside the page of --to web")
     ] = None,
     push: Annotated[str, option(help="OWNER/NAME on the Hugging Face Hub to upload the folder to")] = "",
+    guide_with: Annotated[
+        Path | None, option(help="worse U-Net to write, too, for guidance without a class: as generate takes it")
+    ] = None,
 ) -> None:
     """Write a model as a folder for other programs, with a model card."""
     if not 0 <= samples <= 64:
         raise UserError(f"--samples: {shorten(samples)} is not between 0 and 64")
     from lightdiff.extras.export import export
 
-    typer.echo(export(run, to, out, about, license, samples, runtime, push))
+    typer.echo(export(run, to, out, about, license, samples, runtime, push, guide_with))

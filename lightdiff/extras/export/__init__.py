@@ -26,6 +26,7 @@ def export(
     samples: int = 8,
     runtime: Path | None = None,
     push: str = "",
+    guide_with: Path | None = None,
 ) -> str:
     """Write a run's model into a new folder and return that, or the address that it was uploaded to.
 
@@ -38,17 +39,20 @@ def export(
         samples: Images in the model card; 0 for none.
         runtime: Folder of the npm package onnxruntime-web, whose files are put beside a page.
         push: owner/name of a repository on the Hugging Face Hub to upload to.
+        guide_with: A worse U-Net to export, too, for guidance without a class; as `Pipeline.load` takes it.
 
     Raises:
         UserError: If there is no model, the folder holds something, or a library is missing.
     """
     check_license(license_)
+    if guide_with is not None and (str(run).startswith("hf://") or (run / EXPORTED).is_file()):
+        raise UserError(f"--guide-with: {run} is an exported folder; export the run that it was made of")
     if runtime is not None and to != "web":
         raise UserError("--runtime belongs to --to web")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: choose another folder")
     write = writer(to, runtime)
-    pipeline = Pipeline.load(run, device="cpu")
+    pipeline = Pipeline.load(run, device="cpu", guide_with=guide_with)
     ensure_writable(out)
     write(pipeline, out)
     write_json(out / EXPORTED, about(pipeline).model_dump())

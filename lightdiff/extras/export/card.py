@@ -32,19 +32,25 @@ model = Pipeline.load("FOLDER")
 x = model.decode(model.sample(4, seed=0))  # (4, 3, h, w) in [-1, 1]
 ```
 
-`lightdiff.json` describes both networks. VAE_NOTE""",
+`lightdiff.json` describes the networks. GUIDE_NOTE VAE_NOTE""",
     "onnx": """Three files for ONNX Runtime, with any batch and size of latents; `lightdiff.json` describes
 objective, noise schedule and scale of the latents:
 
 | file | inputs | outputs |
 |---|---|---|
-| `unet.onnx` | `x` (b, c, h, w), `t` (b,), from 0 to T - 1LABEL_INPUT | `prediction` (b, c, h, w) |
+| `unet.onnx`GUIDE_FILE | `x` (b, c, h, w), `t` (b,), from 0 to T - 1LABEL_INPUT | `prediction` (b, c, h, w) |
 | `vae_decoder.onnx` | `z` (b, c, h, w) | `image` (b, 3, f h, f w) in [-1, 1] |
 | `vae_encoder.onnx` | `image` | `mu`, `logvar` |
 
-`z = x0 / scale + shift`, with both from `lightdiff.json`.""",
+`z = x0 / scale + shift`, with both from `lightdiff.json`. GUIDE_NOTE""",
     "web": """Serve the folder by any static host, or by `python -m http.server` in it, and open `index.html`.
 The model draws in the browser; nothing leaves the page.""",
+}
+
+GUIDE = {
+    "safetensors": "`guide.safetensors` is a worse U-Net that guidance leads away from: load by "
+    '`Pipeline.load("FOLDER", guide_with=Path("early"))`, draw by `model.sample(4, 0, SamplingSettings(guidance=2))`.',
+    "onnx": "`guide.onnx` is a worse U-Net that guidance w leads away from: unet + (w - 1) (unet - guide).",
 }
 
 
@@ -99,9 +105,15 @@ def loading(to: str, pipeline: Pipeline) -> str:
     if to == "safetensors":
         vae = "`vae.safetensors` has the tensor names of diffusers' AutoencoderKL." if stock else ""
     classes = pipeline.settings.classes
-    chosen = f", class_names=[{json.dumps(classes[0])}], guidance=2.0" if classes else ""
+    guided = pipeline.weak is not None
+    chosen = f", class_names=[{json.dumps(classes[0])}], guidance=2.0" if classes else ", guidance=2.0" * guided
     label = f", `label` (b,), {len(classes)} for no class" if classes else ""
-    return LOADING[to].replace("CLASSES", chosen).replace("VAE_NOTE", vae).replace("LABEL_INPUT", label).strip()
+    notes = {"CLASSES": chosen, "VAE_NOTE": vae, "LABEL_INPUT": label}
+    notes |= {"GUIDE_FILE": ", `guide.onnx`" * guided, "GUIDE_NOTE": GUIDE.get(to, "") * guided}
+    text = LOADING[to]
+    for place, note in notes.items():
+        text = text.replace(place, note)
+    return text.strip()
 
 
 def trained(pipeline: Pipeline) -> dict[str, str]:

@@ -29,9 +29,17 @@ from lightdiff.models.vae import build_vae
 from lightdiff.pipeline import EXPORTED, Pipeline, cast_weights
 from lightdiff.run_folder import atomic_write, atomic_write_text
 from lightdiff.runtime.processes import pick_device, pick_precision, to_device
-from lightdiff.settings import Architecture, Device, Precision, TrainUNetSettings, VAEArchitecture
+from lightdiff.settings import (
+    EARLY,
+    Architecture,
+    Device,
+    Precision,
+    TrainUNetSettings,
+    UNetArchitecture,
+    VAEArchitecture,
+)
 
-PLAIN = {"vae": "vae.safetensors", "unet": "unet.safetensors"}
+PLAIN = {name: f"{name}.safetensors" for name in ("vae", "unet", "guide")}
 FOR_DIFFUSERS = {name: f"{name}/diffusion_pytorch_model.safetensors" for name in PLAIN}
 TEMPLATES = Path(__file__).parent / "templates"
 INSIDE = "network."  # what the names of an own network's tensors begin with in a folder of diffusers
@@ -47,6 +55,7 @@ class About(BaseModel):
     lightdiff: str = __version__
     vae: dict[str, Any]  # the architecture
     unet: dict[str, Any]  # what it was trained with, as far as it matters for use
+    guide: dict[str, Any] | None = None  # the architecture of the worse U-Net of autoguidance, where there is one
 
 
 def about(pipeline: Pipeline) -> About:
@@ -54,7 +63,14 @@ def about(pipeline: Pipeline) -> About:
     s = pipeline.settings
     known = s.model_dump(mode="json", include={"model", "target", "noise", "latent", "label", "label_dropout"})
     known["latent"]["labels"] = {s.label: list(s.classes)} if s.label else {}
-    return About(vae=pipeline.vae_settings.model_dump(mode="json"), unet=known)
+    vae, guide = pipeline.vae_settings.model_dump(mode="json"), guide_architecture(pipeline)
+    return About(vae=vae, unet=known, guide=guide and guide.model_dump(mode="json"))
+
+
+def guide_architecture(pipeline: Pipeline) -> UNetArchitecture | None:
+    """The architecture of the worse U-Net that a model was loaded with."""
+    saved = pipeline.checkpoints.get("guide")
+    return saved.settings(TrainUNetSettings).model if saved else None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -83,6 +99,8 @@ def write_plain(pipeline: Pipeline, folder: Path) -> None:
     names = diffusers_names(pipeline.vae) if isinstance(pipeline.vae_settings, KLVAESettings) else {}
     write_weights(folder / PLAIN["vae"], pipeline.vae, names=names)
     write_weights(folder / PLAIN["unet"], pipeline.unet)
+    if pipeline.weak is not None:
+        write_weights(folder / PLAIN["guide"], pipeline.weak)
 
 
 def write_diffusers(pipeline: Pipeline, folder: Path) -> None:
@@ -95,13 +113,6 @@ def write_diffusers(pipeline: Pipeline, folder: Path) -> None:
         "latent": latent,
         "classes": list(s.classes),
     }
-    unet = {
-        "_class_name": "LightdiffUNet",
-        "architecture": resolved_settings(s.model),
-        "latent_channels": s.latent.channels,
-        "num_classes": len(s.classes),
-        "trained": training,
-    }
     vae_code = ""
     if isinstance(settings, KLVAESettings):
         vae = kl_config(settings, latent, list(pipeline.resolution))
@@ -110,13 +121,27 @@ def write_diffusers(pipeline: Pipeline, folder: Path) -> None:
         vae = {"_class_name": "LightdiffVAE", "architecture": resolved_settings(settings)}
         write_weights(folder / FOR_DIFFUSERS["vae"], pipeline.vae, INSIDE)
         vae_code = write_code(folder / "vae", "vae", settings.NETWORK)
-    write_weights(folder / FOR_DIFFUSERS["unet"], pipeline.unet, INSIDE)
     write_json(folder / "vae/config.json", vae)
-    write_json(folder / "unet/config.json", unet)
+    guide = guide_architecture(pipeline)
+    unets = {"unet": (s.model, pipeline.unet)}
+    if guide and pipeline.weak:
+        unets["guide"] = guide, pipeline.weak
+    code = {}
+    for name, (model, network) in unets.items():
+        unet = {
+            "_class_name": "LightdiffUNet",
+            "architecture": resolved_settings(model),
+            "latent_channels": s.latent.channels,
+            "num_classes": len(s.classes),
+            "trained": training,
+        }
+        write_weights(folder / FOR_DIFFUSERS[name], network, INSIDE)
+        write_json(folder / name / "config.json", unet)
+        code[name] = [write_code(folder / name, "unet", model.NETWORK), "LightdiffUNet"]
     index = {
         "_class_name": [write_code(folder, "pipeline"), "LightdiffPipeline"],
         "vae": [vae_code, "LightdiffVAE"] if vae_code else ["diffusers", "AutoencoderKL"],
-        "unet": [write_code(folder / "unet", "unet", s.model.NETWORK), "LightdiffUNet"],
+        **code,
     }
     write_json(folder / "model_index.json", index)
 
@@ -166,31 +191,52 @@ def kl_config(s: KLVAESettings, latent: Mapping[str, Any], resolution: list[int]
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def load_exported(place: str, device: Device = "auto", precision: Precision = "fp32") -> Pipeline:
+def load_exported(
+    place: str, device: Device = "auto", precision: Precision = "fp32", chosen: Mapping[str, Any] | None = None
+) -> Pipeline:
     """The model of an exported folder, or of one at hf://owner/name.
 
+    `chosen` are arguments that choose among networks of a run; here, only guide_with=Path("early") can be met: by the
+    worse U-Net that the folder was exported with.
+
     Raises:
-        UserError: If it is none, or its weights are not here or do not fit.
+        UserError: If it is none, or its weights are not here or do not fit, or for another choice.
     """
+    wanted = {name: value for name, value in (chosen or {}).items() if value is not None}
+    for name, value in wanted.items():
+        if (name, value) != ("guide_with", EARLY):
+            raise UserError(f"{name}={value}: {place} is an exported folder, which holds one model; leave this out")
     folder = local_copy(place)
     if not (folder / EXPORTED).is_file():
         raise UserError(f"{place} has no {EXPORTED}: it was not exported by lightdiff")
     try:
         known = About.model_validate(small_json(folder / EXPORTED))
         model, s = VAEArchitecture.model_validate(known.vae), TrainUNetSettings.model_validate(known.unet)
+        weak = known.guide and UNetArchitecture.model_validate(known.guide)
     except ValidationError as error:
         where, why, _ = first_problem(error)
         raise UserError(f"{folder / EXPORTED} cannot be read by lightdiff {__version__}: {where}: {why}") from None
-    files = next((f for f in (PLAIN, FOR_DIFFUSERS) if all((folder / part).is_file() for part in f.values())), None)
+    files = next((f for f in (PLAIN, FOR_DIFFUSERS) if all((folder / f[n]).is_file() for n in ("vae", "unet"))), None)
     if files is None:
         raise UserError(f"{folder} holds no weights as .safetensors: those of onnx and web cannot be loaded again")
+    if wanted and not weak:
+        raise UserError(
+            f"guide_with={EARLY}: {place} was exported without a worse U-Net to guide away from; "
+            "export the run again with --guide-with early"
+        )
+    architectures = {"unet": s.model, "guide": weak if wanted else None}
+    builds: dict[str, Any] = {"vae": partial(build_vae, model)} | {
+        name: partial(build_unet, architecture, s.latent.channels, len(s.classes))
+        for name, architecture in architectures.items()
+        if architecture
+    }
+    networks = {name: filled(folder / files[name], build) for name, build in builds.items()}
     on = pick_device(device)
-    chosen = pick_precision(precision, on)
-    vae = filled(folder / files["vae"], partial(build_vae, model))
-    unet = filled(folder / files["unet"], partial(build_unet, s.model, s.latent.channels, len(s.classes)))
-    for network in (vae, unet):
-        to_device(cast_weights(network, chosen), on)
-    return Pipeline(vae.to(memory_format=torch.channels_last), model, unet, s, on, chosen)
+    numbers = pick_precision(precision, on)
+    for network in networks.values():
+        to_device(cast_weights(network, numbers), on)
+    vae = networks["vae"].to(memory_format=torch.channels_last)
+    return Pipeline(vae, model, networks["unet"], s, on, numbers, weak=networks.get("guide"))
 
 
 def filled(path: Path, build: Any) -> Any:

@@ -48,21 +48,24 @@ class Encode(nn.Module):
 
 
 def write_onnx(pipeline: Pipeline, folder: Path) -> None:
-    """Write U-Net, decoder and encoder, each checked against the network it is of."""
-    write_unet(pipeline, folder / "unet.onnx")
+    """Write U-Nets, decoder and encoder, each checked against the network it is of."""
+    write_unets(pipeline, folder)
     write_decoder(pipeline, folder / "vae_decoder.onnx")
     image = torch.rand(2, 3, *pipeline.resolution) * 2 - 1
     names = ["image"], ["mu", "logvar"]
     write(Encode(pipeline.vae.encoder), (image,), folder / "vae_encoder.onnx", *names)
 
 
-def write_unet(pipeline: Pipeline, path: Path, half: bool = False) -> None:
-    """Write the U-Net: x, t and, where it knows classes, label -> prediction."""
+def write_unets(pipeline: Pipeline, folder: Path, half: bool = False) -> None:
+    """Write the U-Net, and a worse one to guide away from: x, t and, where they know classes, label -> prediction."""
     s = pipeline.settings
     latent = torch.randn(2, s.latent.channels, s.latent.height, s.latent.width)
     label = [torch.tensor([0, len(s.classes)])] if s.classes else []
     inputs = (latent, torch.tensor([0.0, s.noise.timesteps - 1.0]), *label)
-    write(pipeline.unet, inputs, path, ["x", "t", "label"][: len(inputs)], ["prediction"], half)
+    names = ["x", "t", "label"][: len(inputs)], ["prediction"]
+    for name, network in (("unet", pipeline.unet), ("guide", pipeline.weak)):
+        if network is not None:
+            write(network, inputs, folder / f"{name}.onnx", *names, half)
 
 
 def write_decoder(pipeline: Pipeline, path: Path, half: bool = False) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightdiff.errors import UserError
 from lightdiff.extras.export.folder import write_json
-from lightdiff.extras.export.onnx_files import write_decoder, write_unet
+from lightdiff.extras.export.onnx_files import write_decoder, write_unets
 from lightdiff.pipeline import Pipeline, default_sampling, min_signal, schedule_of
 from lightdiff.run_folder import atomic_write
 from lightdiff.runtime.progress import print_note
@@ -43,7 +43,7 @@ def write_web(pipeline: Pipeline, folder: Path, runtime: Path | None = None) -> 
         raise UserError("--to web: a latent has fewer than 16 numbers")
     files = runtime_files(runtime) if runtime else []
     for half in (True, False):
-        write_unet(pipeline, folder / "unet.onnx", half)
+        write_unets(pipeline, folder, half)
         write_decoder(pipeline, folder / "vae_decoder.onnx", half)
         if not half or largest_difference(pipeline, folder) <= LARGEST_DIFFERENCE:
             break
@@ -64,6 +64,7 @@ def page_settings(pipeline: Pipeline) -> dict[str, Any]:
         "about": "Every picture begins as noise; the model takes the noise away, step by step.",
         "objective": s.target.objective,
         "classes": list(s.classes),
+        "guide": pipeline.weak is not None,
         "latent": s.latent.model_dump(mode="json", include={"channels", "height", "width", "shift", "scale"}),
         "alpha": schedule.alpha.tolist(),
         "sigma": schedule.sigma.tolist(),

@@ -160,15 +160,21 @@ function x0AndEps(objective, x, prediction, { alpha, sigma }) {
 
 /**
  * A denoiser: (x_t, level) -> [x0, eps].
- * @param predict (latents, t, labels) -> predictions, all of several images; labels null where there are no classes
+ * @param predict (latents, t, labels, worse) -> predictions, all of several images; labels null where there are no
+ *   classes; worse: those of the U-Net that guidance without a class leads away from
  * @param how label: null for no class; guidance; interval: shares of levels to guide at
  */
 export function denoiser(model, predict, { label = null, guidance = 1, interval = [0, 1] }) {
   const [first, last] = interval.map((share) => share * model.alpha.length - 1);
   return async (x, level) => {
+    const guided = guidance !== 1 && first <= level.t && level.t <= last;
     let prediction;
-    if (label === null || guidance === 1 || level.t < first || level.t > last) {
+    if (!guided || label === null) {
       [prediction] = await predict([x], level.t, label === null ? null : [label]);
+      if (guided && model.guide) {
+        const [worse] = await predict([x], level.t, null, true);
+        prediction = mix(guidance, prediction, 1 - guidance, worse);
+      }
     } else {
       const [with_, without] = await predict([x, x], level.t, [label, model.classes.length]);
       prediction = mix(guidance, with_, 1 - guidance, without);

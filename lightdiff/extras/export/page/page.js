@@ -7,11 +7,11 @@ const model = await (await fetch("model.json")).json();
 const { channels, height, width, shift, scale } = model.latent;
 const count = channels * height * width;
 const runtime = new URL(model.runtime, location.href).href;
-let ort, unet, decoder, shown = [], busy = false;
+let ort, unet, guide, decoder, shown = [], busy = false;
 
 // --- networks -------------------------------------------------------------------------------------------------------
 
-/** Both networks: on the GPU where the browser has WebGPU, else in WebAssembly. */
+/** The networks: on the GPU where the browser has WebGPU, else in WebAssembly. */
 async function load() {
   const wanted = new URLSearchParams(location.search).get("on");
   const gpu = "gpu" in navigator && "Suspending" in WebAssembly && (await navigator.gpu.requestAdapter().catch(() => null));
@@ -22,6 +22,7 @@ async function load() {
       ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
       const open = (file) => ort.InferenceSession.create(file, { executionProviders: [on] });
       unet = await open("unet.onnx");
+      if (model.guide) guide = await open("guide.onnx");
       decoder = await open("vae_decoder.onnx");
       return on;
     } catch (error) {
@@ -31,7 +32,7 @@ async function load() {
   }
 }
 
-async function predict(latents, t, labels) {
+async function predict(latents, t, labels, worse = false) {
   const batch = latents.length, x = new Float32Array(batch * count);
   latents.forEach((one, i) => x.set(one, i * count));
   const feeds = {
@@ -42,7 +43,7 @@ async function predict(latents, t, labels) {
     const known = labels ?? latents.map(() => model.classes.length);
     feeds.label = new ort.Tensor("int64", BigInt64Array.from(known.map(BigInt)), [batch]);
   }
-  const { prediction } = await unet.run(feeds);
+  const { prediction } = await (worse ? guide : unet).run(feeds);
   return latents.map((_, i) => prediction.data.slice(i * count, (i + 1) * count));
 }
 
@@ -158,6 +159,7 @@ options($("class"), [["any", ""], ...model.classes.map((name, i) => [name, i])])
 options($("sampler"), Object.keys(SAMPLERS).map((name) => [name, name]));
 options($("spacing"), ["trailing", "uniform", "karras", "quadratic"].map((name) => [name, name]));
 for (const row of document.querySelectorAll(".classes")) row.hidden = !model.classes.length;
+$("guided").hidden = !model.classes.length && !model.guide;
 $("steps").max = model.alpha.length;
 $("draw").onclick = () => run(drawOne);
 $("walking").onclick = () => run(walk);

@@ -23,10 +23,12 @@ from lightdiff.settings import EPS_MIN_ALPHA_BAR, WITH_ETA
 class LightdiffPipeline(DiffusionPipeline):
     """Noise -> latents -> images. Image i of a seed is that of `lightdiff generate`, whatever the batch."""
 
-    def __init__(self, vae, unet):
-        """Take both networks."""
+    _optional_components = ("guide",)
+
+    def __init__(self, vae, unet, guide=None):
+        """Take both networks, and a worse U-Net that guidance without a class leads away from."""
         super().__init__()
-        self.register_modules(vae=vae, unet=unet)
+        self.register_modules(vae=vae, unet=unet, guide=guide)
 
     @torch.no_grad()
     def __call__(
@@ -49,7 +51,7 @@ class LightdiffPipeline(DiffusionPipeline):
             num_images: How many.
             seed: Seed of all noise.
             class_names: Classes to draw, the images taking turns; any if not given.
-            guidance: Classifier-free guidance; 1 is the class as learned.
+            guidance: Classifier-free guidance; 1 is the class as learned. Without a class, autoguidance.
             guidance_interval: Share of noise levels to guide at, 0 is clean.
             num_steps: Steps, each one call of the U-Net (two with heun).
             sampler: ddim, ddpm, dpm++2m, heun or euler.
@@ -63,8 +65,8 @@ class LightdiffPipeline(DiffusionPipeline):
         for name in wanted:
             if name not in known:
                 raise ValueError(f"this model knows no class {name}; it knows {', '.join(known) or 'none'}")
-        if guidance != 1 and not wanted:
-            raise ValueError("guidance needs class_names to guide to")
+        if guidance != 1 and not wanted and self.guide is None:
+            raise ValueError("guidance needs class_names to guide to, or a worse U-Net exported with --guide-with")
         parts = []
         for first in self.progress_bar(range(0, num_images, batch_size)):
             items = list(range(first, min(first + batch_size, num_images)))
@@ -86,10 +88,10 @@ class LightdiffPipeline(DiffusionPipeline):
         schedule, device = Schedule.of(SimpleNamespace(**s.noise)), self.device
         floor = EPS_MIN_ALPHA_BAR if s.objective == "eps" else 0.0
         levels = sampling_levels(schedule, num_steps, floor, spacing)
-        guide = None
-        if turns is not None:
-            first, last = (share * len(schedule) - 1 for share in interval)
-            guide = Guidance(torch.tensor(turns, device=device), len(s.classes), guidance, first, last)
+        first, last = (share * len(schedule) - 1 for share in interval)
+        label = None if turns is None else torch.tensor(turns, device=device)
+        weak = self.guide if label is None else None
+        guide = Guidance(label, len(s.classes), guidance, first, last, weak) if turns or weak else None
         denoise = denoiser(self.unet, s.objective, 0.0, guide)
         size = (levels[0].alpha ** 2 + levels[0].sigma ** 2) ** 0.5  # as if x0 were noise of unit variance, too
         x = size * item_noise(shape, items, seed, "start").to(device)
