@@ -74,53 +74,90 @@ def training(home, lr):
     return recipe.Training("train-vae", home, ("--lr", lr))
 
 
-def test_a_budget_buys_the_default_steps_and_all_others_as_many_of_the_same_cost(monkeypatch, tmp_path):
-    """A start takes 7 s, a step 0.5 s: 900 s are 1,786 steps. A step of 0.25 s buys twice as many, whenever."""
-    clock = Clock({"default": 0.5, "other": 0.5, "cheap": 0.25})
+def test_a_budget_buys_steps_by_the_short_runs_of_the_default(monkeypatch, tmp_path):
+    """A start takes 7 s, a step 0.5 s: 900 s are 1,786 steps."""
+    clock = Clock({"default": 0.5})
     monkeypatch.setattr(recipe, "lightdiff", clock)
-    work = recipe.Work(tmp_path)
+    work = recipe.Work(tmp_path, jobs=2)
     default = training(work.home("vae", "default"), "default")
-    assert work.trained(default, default, 1, None) == (1786, 900)
-    assert clock.asked == [*(("default", n) for n in recipe.TRIALS), ("default", 1786)]
+    assert work.budget(default) == 1786
+    assert clock.asked == [("default", n) for n in recipe.TRIALS for _ in range(2)], "as many at a time as rows"
     assert not [path for path in default.run.iterdir() if path.is_dir()], "short runs leave nothing behind"
     clock.slow = 2.0
-    other, cheap = (training(work.home("vae", name), name) for name in ("other", "cheap"))
-    assert work.trained(other, default, 1, None) == (1786, 1800)
-    cost = work.home("cost", "cheap")
-    assert work.trained(cheap, default, 1, cost) == (3572, 1800)
-    asked = len(clock.asked)
-    assert work.trained(cheap, default, 1, cost) == (3572, 1800)
-    assert len(clock.asked) == asked
-    seed_1 = training(work.home("vae", "seed 1"), "cheap")
-    assert work.trained(seed_1, default, 0.25, cost)[0] == 893
-    assert clock.asked[asked:] == [("cheap", 893)], "what a step costs is known"
+    assert work.budget(training(work.home("vae", "another share"), "default")) == 1786, "it is measured once"
 
 
-def test_the_default_is_trained_first_whatever_is_asked_for(monkeypatch, tmp_path):
-    clock = Clock({"default": 0.5, "other": 0.5})
+def test_a_training_is_made_once_and_a_cost_is_measured_once(monkeypatch, tmp_path):
+    clock = Clock({"default": 0.5, "cheap": 0.25})
     monkeypatch.setattr(recipe, "lightdiff", clock)
     work = recipe.Work(tmp_path)
-    default, other = (training(work.home("vae", name), name) for name in ("default", "other"))
-    assert work.trained(other, default, 1, None) == work.trained(default, default, 1, None)
-    assert clock.asked[-1] == ("other", 1786)
+    default, cheap = (training(work.home("vae", name), name) for name in ("default", "cheap"))
+    assert work.cost(cheap, default, "cheap") == 0.5
+    clock.slow = 2.0
+    asked = len(clock.asked)
+    assert work.cost(cheap, default, "cheap") == 0.5
+    assert work.trained(cheap, 100) == (100, 64)
+    assert work.trained(cheap, 200) == (100, 64)
+    assert clock.asked[asked:] == [("cheap", 100)]
 
 
-def test_a_budget_may_be_divided_otherwise(monkeypatch, tmp_path):
-    shares = {}
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Trainings that `measure` asks for, of a budget of 1,000 steps each, where nothing is computed."""
+    asked = []
 
-    def trained(work, training, budgeted, share, cost):
-        shares[training.stage] = share
-        return 1, 1.0
+    def trained(work, training, steps):
+        asked.append((training.stage, " ".join(map(str, training.flags)), steps))
+        return steps, 1.0
 
     monkeypatch.setattr(recipe.Work, "trained", trained)
-    for name in ("encoded", "draw", "first"):
-        monkeypatch.setattr(recipe, name, lambda *arguments: tmp_path)
+    monkeypatch.setattr(recipe.Work, "budget", lambda work, default: 1000)
+    monkeypatch.setattr(recipe.Work, "cost", lambda work, training, default, *settings: 2.0)
+    monkeypatch.setattr(recipe.Work, "once", lambda work, folder, *commands: asked.append((folder.name, *commands)))
+    monkeypatch.setattr(recipe, "first", lambda *arguments: tmp_path)
     monkeypatch.setattr(recipe, "trained_networks", lambda *networks: {})
     monkeypatch.setattr(recipe.Work, "distance", lambda *arguments: 0.5)
+
+    def measure(row, share=1.0, **work):
+        asked.clear()
+        recipe.measure("row", row, 0, [1000], share, recipe.Work(tmp_path, **work))
+        return list(asked)
+
+    return measure
+
+
+def steps_of(asked, stage, *flags):
+    return [steps for kind, said, steps in (one for one in asked if len(one) == 3) if kind == stage and
+            all(flag in said for flag in flags)]  # fmt: skip
+
+
+def test_a_budget_may_be_divided_otherwise(measured):
     for vae, unet in ((600, 1800), (900, 1500), (1200, 1200)):
-        row = recipe.Recipe("", vae_seconds=vae)
-        recipe.measure("row", row, 0, [1000], 0.5, recipe.Work(tmp_path))
-        assert shares == pytest.approx({"train-vae": 0.5 * vae / 900, "train-unet": 0.5 * unet / 1500})
+        asked = measured(recipe.Recipe("", vae="--lr 7", vae_seconds=vae), share=0.5)
+        assert steps_of(asked, "train-vae", "--lr 7") == [int(500 * (vae / 900))]
+        assert steps_of(asked, "train-unet") == [int(500 * (unet / 1500))]
+
+
+def test_a_row_takes_the_steps_that_its_cost_leaves(measured):
+    asked = measured(recipe.ROWS["vae-adamw"], share=0.5)
+    assert steps_of(asked, "train-vae", "adamw") == [250]
+    assert steps_of(asked, "train-unet") == [500]
+    assert steps_of(measured(recipe.ROWS["unet-wider"]), "train-unet", "--model.width 96") == [500]
+
+
+def test_a_row_may_be_guided_by_a_worse_unet(measured):
+    asked = measured(recipe.ROWS["autoguidance-narrow-fifth-2"])
+    assert steps_of(asked, "train-unet", "--model.width 32") == [200]
+    drawn = next(command for name, *commands in asked if name.startswith("drawn") for command in commands)
+    narrow = next(words for words in drawn if str(words).endswith("unet/checkpoints/last.safetensors"))
+    assert drawn[drawn.index(narrow) - 1] == "--guide-with"
+    assert (narrow.count("unet-"), drawn[-2:]) == (1, ["--guidance", "2"])
+
+
+def test_a_training_may_be_shared_by_processes(measured):
+    asked = measured(recipe.ROWS["default"], processes=2)
+    assert steps_of(asked, "train-vae", "--nproc-per-node 2")
+    assert steps_of(asked, "train-unet", "--nproc-per-node 2") == [1000]
 
 
 def test_what_is_tried_out_is_timed():

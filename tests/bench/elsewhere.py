@@ -10,7 +10,6 @@ lightdiff's two trainings then took, start and last validation included, for its
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,11 @@ FIELDS = [
 def ours(photographs: Path, side: int, seed: int, share: float, samples: int, work: Work) -> dict[str, Any]:
     """Train the default recipe, draw, and judge."""
     default = ROWS["default"]
-    vae = replace(vae_training(default, seed, share, work, photographs, side), share=share)
-    vae_steps, vae_cpu = work.trained(vae, vae, 1, None)
+    vae = vae_training(default, seed, share, work, photographs, side)
+    vae_steps, vae_cpu = work.trained(vae, int(work.budget(vae) * share))
     latents = encoded(default, vae, work)
-    unet = replace(unet_training(default, latents, seed, share, work), share=share)
-    unet_steps, unet_cpu = work.trained(unet, unet, 1, None)
+    unet = unet_training(default, latents, seed, share, work)
+    unet_steps, unet_cpu = work.trained(unet, int(work.budget(unet) * share))
     drawn = draw(default, unet, unet_steps, latents, seed, samples, work)
     row = {"vae_steps": vae_steps, "vae_cpu": round(vae_cpu), "unet_steps": unet_steps, "unet_cpu": round(unet_cpu)}
     distance = work.distance(drawn / "images", samples, photographs, side)

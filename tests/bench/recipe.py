@@ -5,13 +5,14 @@
 known, and a row that is there is not measured again: the table can grow and be interrupted. VAEs, latents and U-Nets
 are shared by the rows that have them in common.
 
-The budget is spent by the default recipe, which is trained first: two short runs tell how many steps it buys. All other
-rows take as many, or fewer or more where a step of theirs costs other than the default's, which short runs of both in
-turn tell: what a second buys changes with the processor, with what else it does and from hour to hour, and none of it
-is to be part of what a choice is worth.
+Short runs of the default recipe tell how many steps the budget buys it, once for all rows. All of them take as many, or
+fewer or more where a step of theirs costs other than the default's, which short runs of both in turn tell: what a
+second buys changes with the processor, with what else it does and from hour to hour, and none of it is to be part of
+what a choice is worth.
 
 Every process computes in one thread, and as many run at a time as there are cores: threads that wait for each other
-in turning loops would count as processor time.
+in turning loops would count as processor time. So the short runs that the budget is measured by run at a time, too:
+cores that share caches and memory make fewer steps in a second side by side.
 """
 
 import argparse
@@ -76,11 +77,13 @@ class Recipe:
     generate: str = ""
     timed: tuple[Stage, ...] = ()  # whose steps cost other than the default's
     vae_seconds: float = SECONDS["train-vae"]  # of the whole budget, before its share; the U-Net gets the rest
+    worse: tuple[str, float] | None = None  # flags, and share of the steps, of a worse U-Net to guide away from
 
     @property
     def flags(self) -> str:
         """All flags, as typed."""
-        return " | ".join((self.vae, self.scale, self.unet, self.generate))
+        worse = ["{} for {:g} of the steps".format(*self.worse)] if self.worse else []
+        return " | ".join([self.vae, self.scale, self.unet, self.generate, *worse])
 
     def tried(self, flags: dict[str, str]) -> "Recipe":
         """The recipe with further flags."""
@@ -97,6 +100,12 @@ def guided(share: str, weight: float, sampler: str = "") -> Recipe:
     drawn, flags = (f", by {sampler}", f" --sampler {sampler} --num-steps 20") if sampler else ("", "")
     how = f"--guide-with step-{{{share}}} --guidance {weight:g}{flags}"
     return Recipe(f"{about}, weight {weight:g}{drawn}", generate=how)
+
+
+def guided_by_narrower(part: float, words: str, weight: float) -> Recipe:
+    """The default, guided by a U-Net of half its width, trained for this part of its steps."""
+    about = f"guided by a U-Net of width 32 after {words} of the steps, weight {weight:g}"
+    return Recipe(about, generate=f"--guide-with {{worse}} --guidance {weight:g}", worse=("--model.width 32", part))
 
 
 EMAS = "--ema-decay 0.9999,0.99"
@@ -151,6 +160,9 @@ ROWS: dict[str, Recipe] = {
     "autoguidance-fifth-2": guided("fifth", 2),
     "autoguidance-fifth-3": guided("fifth", 3),
     "autoguidance-half-2": guided("half", 2),
+    "autoguidance-narrow-tenth-2": guided_by_narrower(0.1, "a tenth", 2),
+    "autoguidance-narrow-fifth-2": guided_by_narrower(0.2, "a fifth", 2),
+    "autoguidance-narrow-half-2": guided_by_narrower(0.5, "half", 2),
     "density-shifted": Recipe("levels shifted by the latents' dimension", unet="--density-mean -0.69"),
     "lr-constant": Recipe("the U-Net's learning rate stays", unet="--lr-schedule constant"),
     "normalize-global": Recipe("one factor for all channels, no shift", scale="--normalize global"),
@@ -166,6 +178,7 @@ ROWS: dict[str, Recipe] = {
     "kl-1e-2": Recipe("a KL weight of 1e-2", vae="--kl-beta 1e-2"),
     "kl-1e-2-guided": replace(guided("tenth", 2, "ddpm"), about="the same, guided, by ddpm", vae="--kl-beta 1e-2"),
     "lpips-0.3": Recipe("an LPIPS weight of 0.3", vae="--lpips-gamma 0.3"),
+    "vae-lr-4e-3": Recipe("twice the learning rate for the VAE", vae="--lr 4e-3"),
     "vae-batch-8": Recipe("the VAE's batch is 8", vae="--batch-size 8", timed=("train-vae",)),
     "vae-encoder": Recipe(
         "two blocks a level in the encoder, one in the decoder",
@@ -220,22 +233,16 @@ def lightdiff(*words: object) -> float:
 
 @dataclass(frozen=True)
 class Training:
-    """A stage, the folder of its run, its further flags, and its share of the budget where that is to be spent."""
+    """A stage, the folder of its run, and its further flags."""
 
     stage: Stage
     run: Path
     flags: tuple[object, ...]
-    share: float = 1.0
 
     def train(self, steps: int, run: Path | None = None) -> float:
         """Train, there or in another folder, and return the processor time."""
-        words = [self.stage, *self.flags, "--restart", "--val-every", 0]
-        words += [
-            "--save-every",
-            max(1, steps // PARTS),
-            "--keep",
-            PARTS,
-        ]  # a step file after each tenth, to guide with
+        each = max(1, steps // PARTS)  # a step file after each tenth, to guide with
+        words = [self.stage, *self.flags, "--restart", "--val-every", 0, "--save-every", each, "--keep", PARTS]
         return lightdiff(*words, "--run", run or self.run, "--steps", steps)
 
     def tried(self, steps: int) -> float:
@@ -247,9 +254,10 @@ class Training:
 class Work:
     """The folder of runs: each result is made once, in a folder named after the settings it was made with."""
 
-    def __init__(self, folder: Path) -> None:
-        """Work in this folder."""
-        self.folder = folder
+    def __init__(self, folder: Path, jobs: int = 1, processes: int = 1) -> None:
+        """Work in this folder, on `jobs` rows at a time; each training is shared by `processes`."""
+        self.folder, self.jobs = folder, jobs
+        self.shared = ("--nproc-per-node", processes) if processes > 1 else ()
         self._locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
     def home(self, *parts: object) -> Path:
@@ -260,29 +268,30 @@ class Work:
         (home / "what.txt").write_text(text)
         return home
 
-    def trained(self, training: Training, budgeted: Training, share: float, cost: Path | None) -> tuple[int, float]:
-        """Train as many steps as the budget buys the default; the steps, and the processor time they took.
-
-        `share`: of the budget. `cost`: where it is kept what a step costs, of the default's; None: the same.
-        """
-        first = training == budgeted
-        bought = 0 if first else self.trained(budgeted, budgeted, 1, None)[0] * share
-        kept = training.run / "trained.json"
-        with self._locks[training.run]:
+    def budget(self, default: Training) -> int:
+        """Number of steps that the whole budget buys the default, measured once for all rows."""
+        kept = self.home("budget", default.stage) / "steps.json"
+        with self._locks[kept]:
             if not kept.is_file():
-                ratio = 1.0 if cost is None else self.cost(training, budgeted, cost)
-                steps = steps_within(training) if first else int(bought / ratio)
+                kept.write_text(json.dumps(steps_within(default, self.jobs)))
+        return int(json.loads(kept.read_text()))
+
+    def cost(self, training: Training, default: Training, *settings: object) -> float:
+        """The cost of a step relative to the default's, measured once for all seeds and shares."""
+        kept = self.home("cost", *settings) / "cost.json"
+        with self._locks[kept]:
+            if not kept.is_file():
+                kept.write_text(json.dumps(relative_cost(training, default)))
+        return float(json.loads(kept.read_text()))
+
+    def trained(self, training: Training, steps: int) -> tuple[int, float]:
+        """Train, once; the number of steps, and the processor time they took."""
+        kept = training.run / "trained.json"
+        with self._locks[kept]:
+            if not kept.is_file():
                 kept.write_text(json.dumps((steps, training.train(steps))))
         steps, seconds = json.loads(kept.read_text())
         return steps, seconds
-
-    def cost(self, training: Training, budgeted: Training, folder: Path) -> float:
-        """The cost of a step relative to the default's, measured once for all seeds and shares."""
-        kept = folder / "cost.json"
-        with self._locks[folder]:
-            if not kept.is_file():
-                kept.write_text(json.dumps(relative_cost(training, budgeted)))
-        return float(json.loads(kept.read_text()))
 
     def once(self, folder: Path, *commands: list[object]) -> None:
         """Run the commands of lightdiff that fill this folder, unless it is finished."""
@@ -302,11 +311,12 @@ class Work:
         return float(re.findall(r"\d+\.\d+", said)[0])
 
 
-def steps_within(training: Training) -> int:
-    """Number of steps within the budget; two short runs give the time of a start and of a step."""
-    few, more = (training.tried(n) for n in TRIALS)
+def steps_within(training: Training, jobs: int = 1) -> int:
+    """Number of steps within the budget; two short runs, `jobs` at a time, give the time of a start and of a step."""
+    with ThreadPoolExecutor(jobs) as pool:
+        few, more = (median(pool.map(training.tried, [steps] * jobs)) for steps in TRIALS)
     step = (more - few) / (TRIALS[1] - TRIALS[0])
-    return int((SECONDS[training.stage] * training.share - (few - TRIALS[0] * step)) / step)
+    return int((SECONDS[training.stage] - (few - TRIALS[0] * step)) / step)
 
 
 def relative_cost(training: Training, other: Training) -> float:
@@ -320,32 +330,50 @@ def relative_cost(training: Training, other: Training) -> float:
 
 def measure(name: str, recipe: Recipe, seed: int, samples: list[int], share: float, work: Work) -> list[dict[str, Any]]:
     """Train both networks of a recipe, draw, and judge: a row for each number of samples."""
-    default = ROWS["default"]
     vae_share = share * (recipe.vae_seconds / SECONDS["train-vae"])
     unet_share = share * ((sum(SECONDS.values()) - recipe.vae_seconds) / SECONDS["train-unet"])
+    base = ROWS["default"]
+    default = vae_training(base, 0, share, work)
     vae = vae_training(recipe, seed, vae_share, work)
-    budgeted = vae_training(default, 0, 1.0, work)
-    cost = work.home("cost", "vae", recipe.vae) if "train-vae" in recipe.timed else None
-    vae_steps, vae_cpu = work.trained(vae, budgeted, vae_share, cost)
+    cost = work.cost(vae, default, "vae", recipe.vae) if "train-vae" in recipe.timed else 1
+    bought = work.budget(default)
+    vae_steps, vae_cpu = work.trained(vae, int(bought * vae_share / cost))
 
+    work.trained(default, int(bought * share))
+    default = unet_training(base, encoded(base, default, work), 0, share, work)
     latents = encoded(recipe, vae, work)
     unet = unet_training(recipe, latents, seed, unet_share, work)
-    budgeted = unet_training(default, encoded(default, budgeted, work), 0, 1.0, work)
-    cost = work.home("cost", "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else None
-    unet_steps, unet_cpu = work.trained(unet, budgeted, unet_share, cost)
+    cost = work.cost(unet, default, "unet", recipe.vae, recipe.unet) if "train-unet" in recipe.timed else 1
+    unet_steps, unet_cpu = work.trained(unet, int(work.budget(default) * unet_share / cost))
 
-    drawn = draw(recipe, unet, unet_steps, latents, seed, max(samples), work)
+    worse = None
+    if recipe.worse:
+        flags, part = recipe.worse
+        worse = unet_training(replace(recipe, unet=flags), latents, seed, unet_share * part, work)
+        work.trained(worse, int(unet_steps * part))
+
+    drawn = draw(recipe, unet, unet_steps, latents, seed, max(samples), work, worse)
     row = {"row": name, "seed": seed, "share": share, "date": time.strftime("%Y-%m-%d"), "flags": recipe.flags}
     row |= trained_networks(vae, unet)
     row |= {"vae_steps": vae_steps, "vae_cpu": round(vae_cpu), "unet_steps": unet_steps, "unet_cpu": round(unet_cpu)}
     return [row | {"samples": n, "frechet": work.distance(first(drawn, n), n)} for n in samples]
 
 
-def draw(recipe: Recipe, unet: Training, steps: int, latents: Path, seed: int, count: int, work: Work) -> Path:
+def draw(
+    recipe: Recipe,
+    unet: Training,
+    steps: int,
+    latents: Path,
+    seed: int,
+    count: int,
+    work: Work,
+    worse: Training | None = None,
+) -> Path:
     """The folder of `images` drawn by a U-Net that was trained for `steps` steps, and of a grid of some of them."""
     tenth = max(1, steps // PARTS)
-    how = recipe.generate.format(tenth=tenth, fifth=2 * tenth, half=5 * tenth)
-    drawn = work.home("drawn", unet.run.name, recipe.generate, count)
+    weak = worse.run / "unet" / "checkpoints" / "last.safetensors" if worse else None
+    how = recipe.generate.format(tenth=tenth, fifth=2 * tenth, half=5 * tenth, worse=weak)
+    drawn = work.home("drawn", unet.run.name, how, count)
     copy = latents / "latents" / "vae.safetensors"
     words = ["generate", "--run", unet.run, "--vae", copy, "--num-images", count, "--batch-size", 100]
     work.once(drawn, [*words, "--seed", seed, "--out", drawn / "images", *how.split()])
@@ -389,13 +417,14 @@ def vae_training(
 ) -> Training:
     """A recipe's VAE."""
     perceptual = [] if "--lpips-gamma 0 " in f"{recipe.vae} " else ["--lpips-net", "squeeze", "--lpips-weights", LPIPS]
-    flags = ("--data", photographs, "--resolution", side, *perceptual, *recipe.vae.split(), "--seed", seed)
+    data = ("--data", photographs, "--resolution", side, *perceptual)
+    flags = (*data, *recipe.vae.split(), *work.shared, "--seed", seed)
     return Training("train-vae", work.home("vae", recipe.vae, seed, share), flags)
 
 
 def unet_training(recipe: Recipe, latents: Path, seed: int, share: float, work: Work) -> Training:
     """A recipe's U-Net, on its latents."""
-    flags = ("--latents", latents, *recipe.unet.split(), "--seed", seed)
+    flags = ("--latents", latents, *recipe.unet.split(), *work.shared, "--seed", seed)
     return Training("train-unet", work.home("unet", latents.name, recipe.unet, seed, share), flags)
 
 
@@ -473,7 +502,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of the budget")
     parser.add_argument("--results", type=Path, default=recipe_page.ROWS, help="CSV file to add to")
     parser.add_argument("--work", type=Path, default=Path("runs/recipe"), help="where runs are kept")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="rows at a time")
+    parser.add_argument("--processes", type=int, default=1, help="that share a training, for a long row by itself")
     parser.add_argument("--write", action="store_true", help="write docs/recipe.md, too")
     for stage in STAGES:
         parser.add_argument(f"--{stage}", default="", help="flags to add to the row's, to try something out")
@@ -483,7 +513,7 @@ def main() -> None:
         names = [name for name in names if name != "calls"] + list(CALLS)
     if unknown := sorted(set(names) - set(EVERY)):
         parser.error(f"there is no {unknown[0]}; there are {', '.join(EVERY)}")
-    work, adding = Work(chosen.work.absolute()), threading.Lock()
+    work, adding = Work(chosen.work.absolute(), chosen.jobs, chosen.processes), threading.Lock()
 
     def one(name: str, seed: int, share: float) -> None:
         row = EVERY[name]
