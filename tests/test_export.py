@@ -163,6 +163,9 @@ def test_an_exported_folder_holds_one_model(copy: Path, tmp_path: Path) -> None:
             Pipeline.load(out, device="cpu", **choice)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="was exported without a worse U-Net"):
         Pipeline.load(out, device="cpu", guide_with=EARLY)
+    for command in (("generate",), ("train-unet", "--steps", 1), ("generate", "--unet", out)):
+        found = call(*command, *([] if "--unet" in command else ["--run", out]))
+        assert (found.code, "is an exported folder, not a run" in " ".join(found.err.split())) == (2, True), found.err
     again = call("export", tmp_path / "again", "--run", out, "--to", "onnx", "--guide-with", "early")
     assert (again.code, "export the run that it was made of" in " ".join(again.err.split())) == (2, True)
 

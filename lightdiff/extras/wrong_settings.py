@@ -61,8 +61,15 @@ def check_spelling(run: Path) -> None:
     """Where there is no such run, but some of a similar name, say so instead of what is missing in it.
 
     Raises:
-        UserError: If so.
+        UserError: If so, or if it is an exported folder.
     """
+    from lightdiff.pipeline import EXPORTED
+
+    if (run / EXPORTED).is_file():
+        raise UserError(
+            f"{run} is an exported folder, not a run: its README.md says how to draw from it, and "
+            "commands that train or generate need the run that it was made of"
+        )
     beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() and not run.exists() else []
     if near := difflib.get_close_matches(run.name, beside):
         meant = " or ".join(str(run.parent / name) for name in near)
