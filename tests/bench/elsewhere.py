@@ -1,15 +1,15 @@
 """Does the recipe hold elsewhere? The default beside tuned diffusers, on the recipe's faces and on other images.
 
-`python -m tests.bench.elsewhere [SET ...] [--share S] [--samples N] [--seed N]` trains both on each set, one after the
-other in one thread, draws as many samples of each and judges them as recipe.py does. The budget is a share of
-recipe.py's. Two short runs tell how many steps it buys lightdiff; the peer (tuned.py) gets the processor time that
-lightdiff's two trainings then took, start and last validation included, for its steps alone. Rows go to a CSV file;
-`python -m tests.bench.recipe --write` writes the page.
+`python -m tests.bench.elsewhere [SET ...] [--share S] [--samples N] [--seed N]` trains both on each set, at the same
+time and in one thread each, draws as many samples of each and judges them as recipe.py does. The budget is a share of
+recipe.py's. Two short runs tell how many steps it buys lightdiff, of which starting takes its part; the peer (tuned.py)
+has it for its steps alone. Rows go to a CSV file; `python -m tests.bench.recipe --write` writes the page.
 """
 
 import argparse
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.bench.contest import processor
 from tests.bench.recipe import (
     LPIPS,
     ROWS,
+    SECONDS,
     SHARED,
     Work,
     add,
@@ -80,10 +81,12 @@ def main() -> None:
         photographs, side, work = SHARED / "data" / name, SIDES[name], Work(chosen.work.absolute() / name)
         about = {"set": name, "resolution": side, "seed": chosen.seed, "share": chosen.share}
         about |= {"samples": chosen.samples, "processor": processor(), "date": time.strftime("%Y-%m-%d")}
-        mine = ours(photographs, side, chosen.seed, chosen.share, chosen.samples, work)
-        theirs = peer(photographs, side, chosen.seed, chosen.samples, (mine["vae_cpu"], mine["unet_cpu"]), work)
+        seconds = chosen.share * SECONDS["train-vae"], chosen.share * SECONDS["train-unet"]
+        with ThreadPoolExecutor(2) as pool:
+            mine = pool.submit(ours, photographs, side, chosen.seed, chosen.share, chosen.samples, work)
+            theirs = pool.submit(peer, photographs, side, chosen.seed, chosen.samples, seconds, work)
         for contender, found in (("lightdiff", mine), ("diffusers", theirs)):
-            row = about | {"contender": contender} | found
+            row = about | {"contender": contender} | found.result()
             add(chosen.results, {field: row[field] for field in FIELDS}, FIELDS)
             print(row, flush=True)
 
