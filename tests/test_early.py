@@ -46,6 +46,14 @@ def test_the_first_save_after_a_tenth_of_the_steps_is_kept_without_optimizer_sta
     assert not RunFolder(ten).vae.early.exists()
 
 
+def test_steps_that_ten_does_not_divide_have_theirs_after_a_tenth_too(trained: Path, tmp_path: Path) -> None:
+    """29 steps are saved after 2, 4, ... by default, and two are a tenth, rounded down as that interval is."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    flags = "--preset tiny --batch-size 6 --precision fp32 --device cpu --steps 29 --val-every 0 --restart"
+    succeed("train-unet", "--run", run, *flags.split())
+    assert Checkpoint(RunFolder(run).unet.early, "unet").metadata.step == 2
+
+
 def test_guidance_without_a_class_leads_away_from_it(ten: Path, tmp_path: Path) -> None:
     assert draw(ten, tmp_path / "plain").code == 0
     assert draw(ten, tmp_path / "guided", "--guidance", 2).code == 0

@@ -207,14 +207,14 @@ class Trainer:
             self.writer.wait()
 
     def _write(self, metrics: dict[str, float], keep_step: bool, best: bool, **about: dict[str, float]) -> None:
-        folder = self.stage.folder
+        folder, total = self.stage.folder, self.stage.total_steps
         extra = self.stage.metadata.extra | ({"best": self.best} if math.isfinite(self.best) else {})
         extra |= ({"skipped": self.skipped} if self.skipped else {}) | about
         progress = {"step": self.step, "images_seen": self.images_seen, "metrics": metrics, "extra": extra}
         metadata = self.stage.metadata.model_copy(update=progress)
         self.writer.wait()  # what it still writes takes room
         self.check_room()
-        early = keep_step and self.stage.name == "unet" and 0.1 <= self.step / self.stage.total_steps <= 0.2
+        early = keep_step and self.stage.name == "unet" and total // 10 <= self.step <= total // 5
         also = [folder.best] * best + [folder.early] * (early and not folder.early.is_file())
         self.writer.start(self.state(), partial(write_snapshots, folder, metadata, self.loop, keep_step, also))
 

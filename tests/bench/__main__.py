@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*CASES, *MORE])}; none: all; or gpu")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of each case; 0: as many as it needs")
-    parser.add_argument("--results", type=Path, help="JSON file to add to; default: docs/benchmarks/DEVICE.json")
+    parser.add_argument("--results", type=Path, help="JSON file to add to; default: one in docs/benchmarks")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, too")
     parser.add_argument("--minutes", type=float, default=8.0, help="of gpu")
     chosen = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
     if unknown := sorted(set(chosen.names) - set(CASES) - set(MORE)):
         parser.error(f"there is no {unknown[0]}; there are {', '.join([*CASES, *MORE])}")
     device = pick_device(chosen.device)
-    path = chosen.results or report.FOLDER / f"{device.type}.json"
+    path = chosen.results or report.FOLDER / f"{report.name_of(device.type)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
     names = chosen.names or ([] if chosen.write else list(CASES))

@@ -5,11 +5,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contest import Row, ratio
+from tests.bench.contest import Row, processor, ratio
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 PAGE = FOLDER.parent / "benchmarks.md"
 REMARKS = FOLDER / "remarks.md"
+TITLES = {"cuda": "CUDA", "cpu-amx": "CPU, with AMX", "cpu": "CPU"}  # of the files of results
 INTRODUCTION = """\
 Each case runs lightdiff and its peers in processes of their own, one round each in turn, so that all meet the same
 machine. A ratio is the median, over rounds, of how many times as many images a second lightdiff makes. The *original*
@@ -49,6 +50,11 @@ def lines(case: dict[str, Any], absolute: bool = True) -> list[str]:
     return found
 
 
+def name_of(device: str) -> str:
+    """The name of the results on this machine: processors with instructions for matrices in bf16 have their own."""
+    return "cpu-amx" if device == "cpu" and "AMX" in processor() else device
+
+
 def write() -> None:
     """Write the page."""
     parts = [
@@ -57,26 +63,27 @@ def write() -> None:
         "remarks at its end are written by hand.*",
         INTRODUCTION,
     ]
-    for device in ("cuda", "cpu"):
-        path = FOLDER / f"{device}.json"
-        if not path.is_file():
-            parts += [f"## {device.upper()}", "Not measured yet: no such machine was at hand."]
-            continue
-        parts += section(device, json.loads(path.read_text()))
+    for name, title in TITLES.items():
+        path = FOLDER / f"{name}.json"
+        if path.is_file():
+            parts += section(title, json.loads(path.read_text()))
+        else:
+            parts += [f"## {title}", "Not measured yet: no such machine was at hand."]
     if REMARKS.is_file():
         parts.append(REMARKS.read_text().strip())
     PAGE.write_text("\n\n".join(parts) + "\n")
 
 
-def section(device: str, kept: dict[str, Any]) -> list[str]:
-    """Every measurement on one device."""
+def section(title: str, kept: dict[str, Any]) -> list[str]:
+    """Every measurement on one kind of machine."""
     about = [kept["machine"], f"Python {kept['python']}"]
     about += [f"{name} {kept[name]}" for name in ("torch", "torchvision", "diffusers", "pillow")]
     tried = next(iter(kept["cases"].values()))["peak"]
     peaks = ", ".join(f"{name} {max(c['peak'][name] for c in kept['cases'].values()) / 1e12:.3g}" for name in tried)
+    device = title.partition(",")[0].lower()
     absolute = device != "cpu"
     parts = [
-        f"## {device.upper()}",
+        f"## {title}",
         f"{'; '.join(about)}; {kept['date']}; `nox -s bench -- --device {device}`. Peaks in TFLOP/s: {peaks}."
         + ("" if absolute else " Speeds are relative to lightdiff's: absolute ones vary from day to day."),
     ]
