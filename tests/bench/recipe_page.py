@@ -32,7 +32,7 @@ INTRODUCTION = """\
 remarks are written by hand.*
 
 The budget is processor time, user and system of all threads: 900 s for the VAE and 1,500 s for the U-Net, on 10,000
-photographs of faces at 64 px. Two short runs tell how many steps it buys the default recipe. Every other row takes as
+photographs of faces at 64 px. Short runs tell how many steps it buys the default recipe. Every other row takes as
 many, or more or fewer where a step costs something else: both recipes are then timed in turn. Every process computes in
 one thread, and two of them run side by side on two cores. Drawing is not in the budget. What a second buys depends on
 the processor, so there is a part of the page for each that rows were measured on, and a choice is compared with the
