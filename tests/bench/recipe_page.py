@@ -115,7 +115,7 @@ def on_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Distance against the share of the budget."""
+    """Distance against the share of the budget, of what was measured at several shares."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -127,14 +127,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if (row["row"], row["processor"]) == line]
         shares = sorted({row["share"] for row in mine})
         means = [mean([row["frechet"] for row in mine if row["share"] == share]) for share in shares]
-        axis.plot([2400 * share for share in shares], means, marker="o", label=", ".join(line))
+        if len(shares) > 1:
+            axis.plot([2400 * share for share in shares], means, marker="o", label=", ".join(line))
     axis.set(xscale="log", yscale="log", xlabel="processor time of both trainings, s", ylabel="Frechet-768")
     shares = sorted({row["share"] for row in rows})
     axis.set_xticks([2400 * share for share in shares], [f"{2400 * share:,.0f}" for share in shares])
     axis.set_yticks(ticks := [0.3, 0.5, 1, 2, 3, 5], [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
