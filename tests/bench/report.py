@@ -68,7 +68,7 @@ def write() -> None:
         if path.is_file():
             parts += section(title, json.loads(path.read_text()))
         else:
-            parts += [f"## {title}", "Not measured yet: no such machine was at hand."]
+            parts += [f"## {title}", "Not measured yet."]
     if REMARKS.is_file():
         parts.append(REMARKS.read_text().strip())
     PAGE.write_text("\n\n".join(parts) + "\n")
