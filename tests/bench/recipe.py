@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -268,29 +268,26 @@ class Work:
         (home / "what.txt").write_text(text)
         return home
 
+    def found(self, path: Path, find: Callable[[], Any]) -> Any:
+        """What is found once, and then read from this JSON file."""
+        with self._locks[path]:
+            if not path.is_file():
+                path.write_text(json.dumps(find()))
+        return json.loads(path.read_text())
+
     def budget(self, default: Training) -> int:
         """Number of steps that the whole budget buys the default, measured once for all rows."""
-        kept = self.home("budget", default.stage) / "steps.json"
-        with self._locks[kept]:
-            if not kept.is_file():
-                kept.write_text(json.dumps(steps_within(default, self.jobs)))
-        return int(json.loads(kept.read_text()))
+        path = self.home("budget", default.stage) / "steps.json"
+        return int(self.found(path, lambda: steps_within(default, self.jobs)))
 
     def cost(self, training: Training, default: Training, *settings: object) -> float:
         """The cost of a step relative to the default's, measured once for all seeds and shares."""
-        kept = self.home("cost", *settings) / "cost.json"
-        with self._locks[kept]:
-            if not kept.is_file():
-                kept.write_text(json.dumps(relative_cost(training, default)))
-        return float(json.loads(kept.read_text()))
+        path = self.home("cost", *settings) / "cost.json"
+        return float(self.found(path, lambda: relative_cost(training, default)))
 
     def trained(self, training: Training, steps: int) -> tuple[int, float]:
         """Train, once; the number of steps, and the processor time they took."""
-        kept = training.run / "trained.json"
-        with self._locks[kept]:
-            if not kept.is_file():
-                kept.write_text(json.dumps((steps, training.train(steps))))
-        steps, seconds = json.loads(kept.read_text())
+        steps, seconds = self.found(training.run / "trained.json", lambda: (steps, training.train(steps)))
         return steps, seconds
 
     def once(self, folder: Path, *commands: list[object]) -> None:

@@ -33,7 +33,7 @@ x = model.decode(model.sample(4, seed=0))  # (4, 3, h, w) in [-1, 1]
 ```
 
 `lightdiff.json` describes the networks. GUIDE_NOTE VAE_NOTE""",
-    "onnx": """Three files for ONNX Runtime, with any batch and size of latents; `lightdiff.json` describes
+    "onnx": """Files for ONNX Runtime, with any batch and size of latents; `lightdiff.json` describes
 objective, noise schedule and scale of the latents:
 
 | file | inputs | outputs |
